@@ -1,0 +1,42 @@
+"""Dataset distillation by trajectory matching, as PyTorch Lightning modules."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ftd_lightning.data import DistillationDataModule, SyntheticSet, TrajectoryStore
+    from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation, TrajectoryMatching
+
+# Imported when first asked for: `ftd_lightning.functional` alone needs torch and nothing else.
+_HOMES = {
+    "DistillationDataModule": "ftd_lightning.data",
+    "FlatTeacher": "ftd_lightning.modules",
+    "SyntheticEvaluation": "ftd_lightning.modules",
+    "SyntheticSet": "ftd_lightning.data",
+    "TrajectoryMatching": "ftd_lightning.modules",
+    "TrajectoryStore": "ftd_lightning.data",
+}
+
+__all__ = [
+    "DistillationDataModule",
+    "FlatTeacher",
+    "SyntheticEvaluation",
+    "SyntheticSet",
+    "TrajectoryMatching",
+    "TrajectoryStore",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
