@@ -1,0 +1,87 @@
+"""The matching loss (Eq. 4-5): how far the student lands from where the teacher went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ftd_lightning.functional.unroll import unroll as unroll_student
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from ftd_lightning.functional.unroll import Augment, Unroll
+
+
+def normalized_distance(student: Tensor, start: Tensor, target: Tensor) -> Tensor:
+    """Divide the student's squared distance from the target by the teacher's own squared distance.
+
+    ``||theta_n - theta*_{t+m}||^2 / ||theta*_t - theta*_{t+m}||^2``, summed over all parameters.
+
+    Convention: 1 is a student that did not move, 0 one that arrived. Equal ``start`` and ``target`` give inf or nan.
+
+    Args:
+        student: theta_n, (P,).
+        start: theta*_t, (P,).
+        target: theta*_{t+m}, (P,).
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> import torch
+        >>> normalized_distance(torch.tensor([1.0, 0.0]), torch.zeros(2), torch.tensor([2.0, 0.0]))
+        tensor(0.2500)
+    """
+    return (student - target).square().sum() / (start - target).square().sum()
+
+
+def trajectory_matching_loss(
+    network: nn.Module,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    step_size: Tensor,
+    *,
+    batches: Sequence[Tensor],
+    augment: Augment | None = None,
+    seed: int = 0,
+    unroll: Unroll = "adjoint",
+) -> Tensor:
+    """Unroll a student from the teacher's weights on the synthetic set and measure where it lands (Eq. 4-5).
+
+    Args:
+        network: the architecture; its own weights and buffers are neither used nor changed.
+        start: theta*_t, (P,), in the order of ``network.parameters()``.
+        target: theta*_{t+m}, (P,).
+        images: (N, C, H, W), normalised or whitened as the teachers saw theirs.
+        labels: (N,) int64 classes, or (N, K) probabilities.
+        step_size: the inner learning rate, a scalar tensor > 0.
+        batches: one index tensor into ``images`` per inner step; n is their number. See ``chunked_permutations``.
+        augment: ``augment(batch, generator) -> batch``, differentiable and random only through the generator.
+        seed: decides what the generators draw; inner step i always gets the same.
+        unroll: "adjoint" (exact gradient, memory of one step) or "graph" (the whole graph kept).
+
+    Returns:
+        A scalar, differentiable in ``images`` and ``step_size`` (and in ``start`` and soft ``labels``).
+
+    Raises:
+        ValueError: for weights of another network, labels that do not fit the images, or a network with active dropout.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        >>> start, target = torch.zeros(10), torch.ones(10)
+        >>> images = torch.randn(2, 1, 2, 2, requires_grad=True)
+        >>> steps = [torch.tensor([0, 1])] * 3
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> loss = trajectory_matching_loss(net, start, target, images, torch.tensor([0, 1]), lr, batches=steps)
+        >>> loss.backward(); images.grad.shape
+        torch.Size([2, 1, 2, 2])
+    """
+    student = unroll_student(
+        network, start, images, labels, step_size, batches=batches, augment=augment, seed=seed, method=unroll
+    )
+    return normalized_distance(student, start, target)
