@@ -1,0 +1,82 @@
+"""Networks of the paper, a dict of their constructors, and anyone's own by class path."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.models.convnet import ConvNet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet}
+
+__all__ = ["NETWORKS", "ConvNet", "build_network", "reset_parameters"]
+
+
+def build_network(name: str, in_channels: int, num_classes: int, image_size: int, **options: Any) -> nn.Module:
+    """Build a network by name.
+
+    Args:
+        name: a key of ``NETWORKS``, or the import path of a class or function that takes the same arguments.
+        in_channels: C of the images.
+        num_classes: K, length of the logits.
+        image_size: height and width of the images in pixels.
+        options: further arguments of that network.
+
+    Returns:
+        An ``nn.Module`` from (N, C, H, W) to logits (N, K).
+
+    Raises:
+        InputError: for an unknown name (the nearest ones are offered) or options that the network does not take.
+
+    Example:
+        >>> sum(p.numel() for p in build_network("convnet", 3, 10, 32).parameters())
+        320010
+    """
+    constructor = NETWORKS.get(name) or _import(name)
+    try:
+        return constructor(in_channels, num_classes, image_size, **options)
+    except TypeError as error:
+        raise InputError(f"network {name!r}: {error}") from error
+
+
+def _import(path: str) -> Callable[..., nn.Module]:
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        near = difflib.get_close_matches(path, NETWORKS, n=3, cutoff=0.4) or sorted(NETWORKS)
+        raise InputError(f"unknown network {path!r}: did you mean {' or '.join(map(repr, near))}?")
+    try:
+        constructor: Callable[..., nn.Module] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"network {path!r} cannot be imported: {error}") from error
+    return constructor
+
+
+def reset_parameters(network: nn.Module) -> None:
+    """Draw a network's initial weights again, in place, from torch's global generator.
+
+    Raises:
+        InputError: if some weight belongs to a module without ``reset_parameters``: such a network is given as a
+            function that builds it instead.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Linear(2, 2); before = net.weight.clone()
+        >>> reset_parameters(net); bool(net.weight.equal(before))
+        False
+    """
+    for name, module in network.named_modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        elif next(module.parameters(recurse=False), None) is not None:
+            raise InputError(
+                f"{type(network).__name__} cannot be initialised again: its part {name or 'itself'!r} "
+                f"({type(module).__name__}) has no reset_parameters(); give a function that builds the network instead"
+            )

@@ -1,0 +1,91 @@
+"""ConvNet (Gidaris and Komodakis, 2018): the network that this field distils with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+from torch import Tensor, nn
+
+from ftd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Norm = Literal["none", "batch", "layer", "instance", "group"]
+Activation = Literal["sigmoid", "relu", "leakyrelu"]
+Pooling = Literal["none", "max", "avg"]
+
+# "Instance norm" of this field is affine and per channel: GroupNorm with as many groups as channels. (channels, size)
+NORMS: dict[str, Callable[[int, int], nn.Module]] = {
+    "none": lambda channels, size: nn.Identity(),
+    "batch": lambda channels, size: nn.BatchNorm2d(channels),
+    "layer": lambda channels, size: nn.LayerNorm([channels, size, size]),
+    "instance": lambda channels, size: nn.GroupNorm(channels, channels),
+    "group": lambda channels, size: nn.GroupNorm(4, channels),
+}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "relu": nn.ReLU,
+    "leakyrelu": lambda: nn.LeakyReLU(0.01),
+}
+POOLINGS: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity,
+    "max": lambda: nn.MaxPool2d(2),
+    "avg": lambda: nn.AvgPool2d(2),
+}
+
+
+class ConvNet(nn.Sequential):
+    """Depth times [3x3 convolution, norm, activation, 2x2 pooling], then a linear layer.
+
+    Args:
+        in_channels: C of the images.
+        num_classes: length of the logits.
+        image_size: height and width in pixels; pooling must divide it ``depth`` times.
+        width: channels of every convolution.
+        depth: number of blocks.
+        norm: "none", "batch", "layer", "instance" or "group" (4 groups).
+        activation: "sigmoid", "relu" or "leakyrelu".
+        pooling: "none", "max" or "avg".
+
+    Raises:
+        InputError: for an unknown option, or a size that pooling does not divide.
+
+    Example:
+        >>> import torch
+        >>> ConvNet(3, 10, 32)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        image_size: int,
+        width: int = 128,
+        depth: int = 3,
+        norm: Norm = "instance",
+        activation: Activation = "relu",
+        pooling: Pooling = "avg",
+    ) -> None:
+        for what, value, known in (
+            ("norm", norm, get_args(Norm)),
+            ("activation", activation, get_args(Activation)),
+            ("pooling", pooling, get_args(Pooling)),
+        ):
+            if value not in known:
+                raise InputError(f"ConvNet has no {what} {value!r}: choose from {list(known)}")
+        if pooling != "none" and (depth < 1 or image_size % 2**depth):
+            raise InputError(f"ConvNet of depth {depth} cannot halve {image_size} px {depth} times: lower the depth")
+        layers: list[nn.Module] = []
+        size = image_size
+        for _ in range(depth):
+            layers += [nn.Conv2d(in_channels, width, 3, padding=1), NORMS[norm](width, size), ACTIVATIONS[activation]()]
+            layers.append(POOLINGS[pooling]())
+            in_channels, size = width, size if pooling == "none" else size // 2
+        super().__init__(*layers, nn.Flatten(), nn.Linear(in_channels * size * size, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (N, C, H, W) to logits (N, K)."""
+        logits: Tensor = super().forward(images)
+        return logits

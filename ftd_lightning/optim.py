@@ -1,0 +1,147 @@
+"""GSAM as a torch optimizer around another one."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ftd_lightning.functional.gsam import gsam_direction, gsam_perturbation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch.optim.optimizer import ParamsT
+
+
+@contextmanager
+def frozen_running_statistics(network: nn.Module) -> Iterator[None]:
+    """Keep BatchNorm's running statistics still inside a ``with`` block; batches are normalised as in training.
+
+    For the second pass of GSAM: statistics at the perturbed weights belong to no network that is ever used.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class GSAM(Optimizer):
+    """Gap-guided sharpness-aware minimisation (Zhuang et al., ICLR 2022), the solver of Eq. 12-13.
+
+    One step runs the closure twice: at the weights, and at the worst point of a ball of radius rho around them. The
+    weights are put back bit for bit (from copies, not by subtraction), and the base optimizer steps along
+    ``g_p - alpha * orthogonal(g, g_p)``. rho 0 runs the closure once and is the base optimizer; alpha 0 is SAM.
+
+    During the second run :attr:`perturbed` is true, so that a closure may wrap itself in
+    :func:`frozen_running_statistics`.
+
+    Args:
+        params: what torch optimizers take.
+        base_optimizer: an optimizer over the same parameters, or a callable that makes one of ``params``
+            (``torch.optim.SGD``, ``functools.partial(torch.optim.SGD, lr=0.01)``).
+        rho: radius of the ball, >= 0.
+        alpha: weight of the orthogonal part, >= 0.
+        adaptive: the ASAM ball instead of the plain one.
+        reduce: called on the list of final gradients, in place, before the base optimizer steps. For data parallel
+            training with both passes unsynchronised: average here, and all ranks take the same step.
+
+    Raises:
+        ValueError: for a negative rho or alpha, or a base optimizer over other parameters.
+
+    Example:
+        >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> opt = GSAM([w], torch.optim.SGD([w], lr=0.1), rho=0.0)
+        >>> def closure():
+        ...     loss = w.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> _ = opt.step(closure); w.data
+        tensor([0.8000, 1.6000])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: Optimizer | Callable[[ParamsT], Optimizer],
+        rho: float = 0.01,
+        alpha: float = 1.0,
+        adaptive: bool = False,
+        *,
+        reduce: Callable[[list[Tensor]], None] | None = None,
+    ) -> None:
+        if rho < 0 or alpha < 0:
+            raise ValueError(f"rho and alpha must not be negative, got rho={rho}, alpha={alpha}")
+        params = list(params)  # type: ignore[assignment]  # may be an iterator, and is read twice
+        base = base_optimizer if isinstance(base_optimizer, Optimizer) else base_optimizer(params)
+        super().__init__(params, {"rho": rho, "alpha": alpha, "adaptive": adaptive, **base.defaults})
+        ours = {id(p) for group in self.param_groups for p in group["params"]}
+        if ours != {id(p) for group in base.param_groups for p in group["params"]}:
+            raise ValueError("base_optimizer holds other parameters than params")
+        for group in base.param_groups:
+            for key, value in {"rho": rho, "alpha": alpha, "adaptive": adaptive}.items():
+                group.setdefault(key, value)
+        self.base_optimizer = base
+        # One set of groups and one state serve both, so that a learning-rate scheduler or a checkpoint of either fits.
+        self.param_groups = base.param_groups
+        self.state = base.state
+        self.reduce = reduce
+        self.perturbed = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one GSAM step.
+
+        Args:
+            closure: runs forward and backward and returns the loss. Gradients are cleared before each run.
+
+        Returns:
+            What the closure's first run returned: the loss at the weights.
+
+        Raises:
+            ValueError: without a closure.
+        """
+        if closure is None:
+            raise ValueError("GSAM needs a closure that runs forward and backward and returns the loss")
+        run = torch.enable_grad()(closure)
+        settings = self.param_groups[0]
+        self.zero_grad()
+        loss = run()
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if settings["rho"] > 0 and parameters:
+            gradients = self._gradients(parameters)
+            perturbation = gsam_perturbation(parameters, gradients, rho=settings["rho"], adaptive=settings["adaptive"])
+            weights = [p.clone() for p in parameters]
+            torch._foreach_add_(parameters, perturbation)
+            self.zero_grad()
+            self.perturbed = True
+            try:
+                run()
+                perturbed_gradients = self._gradients(parameters)
+            finally:
+                self.perturbed = False
+                torch._foreach_copy_(parameters, weights)
+            direction = gsam_direction(gradients, perturbed_gradients, alpha=settings["alpha"])
+            for parameter, value in zip(parameters, direction, strict=True):
+                parameter.grad = value
+        if self.reduce is not None:
+            self.reduce(self._gradients(parameters))
+        self.base_optimizer.step()
+        return loss
+
+    @staticmethod
+    def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load groups and the base optimizer's state."""
+        super().load_state_dict(state_dict)
+        self.base_optimizer.param_groups = self.param_groups
+        self.base_optimizer.state = self.state
