@@ -1,0 +1,255 @@
+"""The evaluation phase: fresh networks trained on the synthetic set alone, measured on real images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import MultiStepLR
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+from tqdm.auto import tqdm
+
+from ftd_lightning.data.files import replacing, versions
+from ftd_lightning.data.loader import BatchOrder, TensorLoader
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
+from ftd_lightning.functional.seeding import derive_seed, make_generator
+from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+DEFAULT_LR = 0.01  # of this line's code, for sets that bring no step size
+
+
+def evaluation_optimizer(
+    networks: Iterable[nn.Module], *, lr: float, momentum: float, weight_decay: float, epochs: int
+) -> tuple[torch.optim.SGD, MultiStepLR]:
+    """Make the protocol's optimizer and its schedule, x0.1 at half way, over the weights of all networks."""
+    parameters = [p for network in networks for p in network.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return optimizer, MultiStepLR(optimizer, [max(1, epochs // 2)], gamma=0.1)
+
+
+def evaluation_loss(
+    networks: Sequence[nn.Module], images: Tensor, labels: Tensor, *, seeds: Sequence[int], strategy: str, mode: Mode
+) -> Tensor:
+    """Sum the networks' cross entropies on one batch, which each sees under an augmentation of its own.
+
+    They share no weight, so the sum's gradient is each one's own.
+    """
+    losses = [
+        cross_entropy(network(dsa(images, make_generator(seed), strategy=strategy, mode=mode)), labels)
+        for network, seed in zip(networks, seeds, strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 1024) -> float:
+    """Measure the share of images that a network classifies right, in [0, 1]."""
+    network.eval()
+    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    right = sum((network(x).argmax(1) == y).sum() for x, y in batches)
+    return float(right) / len(labels)
+
+
+def train_fresh_networks(
+    networks: Sequence[nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    lr: float,
+    seed: int = 0,
+    batch_size: int = 256,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    strategy: str = STRATEGY,
+    mode: Mode = "single",
+    progress: str | None = None,
+) -> None:
+    """Train networks on a synthetic set by the protocol of this line, in place.
+
+    Args:
+        networks: fresh ones, on the images' device.
+        images: (N, C, H, W).
+        labels: (N,) or (N, K).
+        epochs: over the synthetic set.
+        lr: learned step size, or another.
+        seed: decides batches and augmentation.
+        batch_size: images a step.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        strategy: DSA strategy.
+        mode: DSA mode.
+        progress: what a progress bar says; None for no bar.
+    """
+    loader = TensorLoader(images, labels, BatchOrder(len(labels), batch_size, shuffle=True, seed=seed))
+    optimizer, schedule = evaluation_optimizer(
+        networks, lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs
+    )
+    for network in networks:
+        network.train()
+    for epoch in tqdm(range(epochs), desc=progress, disable=progress is None, leave=False):
+        loader.sampler.set_epoch(epoch)
+        for step, (x, y) in enumerate(loader):
+            seeds = [derive_seed(seed, "dsa", index, epoch, step) for index in range(len(networks))]
+            optimizer.zero_grad()
+            evaluation_loss(networks, x, y, seeds=seeds, strategy=strategy, mode=mode).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        schedule.step()
+
+
+def mean_and_std(values: Tensor) -> dict[str, float | int]:
+    """Mean and population standard deviation (numpy's, as in this line's tables) of accuracies, as JSON holds them.
+
+    Example:
+        >>> mean_and_std(torch.tensor([0.5, 1.0]))
+        {'mean': 0.75, 'std': 0.25, 'n': 2}
+    """
+    first, second = MeanMetric(), MeanMetric()
+    mean = first(values.double())
+    second((values.double() - mean) ** 2)
+    return {"mean": float(mean), "std": float(second.compute().sqrt()), "n": len(values)}
+
+
+class SyntheticEvaluation(LightningModule):
+    """Trains fresh networks side by side on whatever (images, labels) batches it gets, and measures them on real ones.
+
+    The protocol behind the published numbers: 1000 epochs over the set (the trainer's ``max_epochs``), batch 256, SGD
+    with momentum 0.9 and weight decay 5e-4, the learned step size as learning rate, x0.1 at half way, DSA on. After
+    ``fit``, ``test`` gives the result; ``ftd fit`` does both. The networks share the order of batches; initialisation
+    and augmentation are each one's own.
+
+    Args:
+        network: a name, an import path, a module, or a function that builds one.
+        network_options: for a named network.
+        networks: how many.
+        lr: learning rate; None takes the step size that the set brings, or 0.01 where it brings none.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        augment: DSA strategy; "" for none.
+        augment_mode: "single" or "multiple".
+        seed: decides initialisation and augmentation.
+
+    Attributes:
+        networks: an ``nn.ModuleList``.
+        results: after ``test``, what ``results.json`` beside the logs says.
+    """
+
+    def __init__(
+        self,
+        network: Network = "convnet",
+        network_options: dict[str, Any] | None = None,
+        networks: int = 5,
+        lr: float | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        augment: str = STRATEGY,
+        augment_mode: Mode = "single",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if networks < 1:
+            raise InputError(f"networks={networks} must be at least 1")
+        parse_strategy(augment)
+        self.save_hyperparameters(ignore=plain_network(network))
+        self._architecture = network
+        self.networks: nn.ModuleList | None = None
+        self.results: dict[str, Any] = {}
+
+    def setup(self, stage: str) -> None:
+        """Build the networks."""
+        if self.networks is not None:
+            return
+        datamodule = getattr(self.trainer, "datamodule", None)
+        fresh = FreshNetworks(self._architecture, self.hparams["network_options"], datamodule)
+        count, num_classes = self.hparams["networks"], getattr(datamodule, "num_classes", 2)
+        self.networks = nn.ModuleList(fresh.build(self.hparams["seed"], "fresh", index) for index in range(count))
+        self.accuracies = nn.ModuleList(MulticlassAccuracy(num_classes, average="micro") for _ in range(count))
+        self.lr = self._learning_rate(getattr(datamodule, "synthetic_set", None))
+
+    def _learning_rate(self, synthetic: Any) -> float:
+        if self.hparams["lr"] is not None:
+            return float(self.hparams["lr"])
+        step_size = getattr(synthetic, "step_size", None)
+        if step_size is None:
+            rank_zero_info(f"the training images bring no learned step size: using lr={DEFAULT_LR}")
+        return DEFAULT_LR if step_size is None else float(step_size)
+
+    def configure_optimizers(self) -> tuple[list[torch.optim.SGD], list[MultiStepLR]]:
+        """Make the protocol's optimizer; its schedule goes by epochs."""
+        assert self.networks is not None
+        optimizer, schedule = evaluation_optimizer(
+            self.networks,
+            lr=self.lr,
+            momentum=self.hparams["momentum"],
+            weight_decay=self.hparams["weight_decay"],
+            epochs=int(self.trainer.max_epochs or 1),
+        )
+        return [optimizer], [schedule]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Sum the networks' losses."""
+        assert self.networks is not None
+        where = (self.current_epoch, batch_idx, self.global_rank)
+        seeds = [derive_seed(self.hparams["seed"], "dsa", index, *where) for index in range(len(self.networks))]
+        strategy, mode = self.hparams["augment"], self.hparams["augment_mode"]
+        loss = evaluation_loss(list(self.networks), *batch, seeds=seeds, strategy=strategy, mode=mode)
+        mean = loss.detach() / len(self.networks)
+        self.log("evaluation/train_loss", mean, on_step=False, on_epoch=True, batch_size=len(batch[1]))
+        return loss
+
+    def _measure(self, batch: tuple[Tensor, Tensor]) -> None:
+        assert self.networks is not None
+        for network, metric in zip(self.networks, self.accuracies, strict=True):
+            metric.update(network(batch[0]), batch[1])  # type: ignore[operator]
+
+    def _log_accuracies(self, part: str) -> Tensor:
+        """Log mean and std and clear the metrics; gives the accuracies (n,)."""
+        values = torch.stack([metric.compute() for metric in self.accuracies])  # type: ignore[operator]
+        for metric in self.accuracies:
+            metric.reset()  # type: ignore[operator]
+        summary = mean_and_std(values.cpu())
+        self.log(f"evaluation/{part}_accuracy_mean", summary["mean"], prog_bar=True)
+        self.log(f"evaluation/{part}_accuracy_std", summary["std"])
+        return values
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure on held-out training images."""
+        self._measure(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log their accuracy."""
+        self._log_accuracies("val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure on test images."""
+        self._measure(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the accuracy of the last iterates and write ``results.json`` beside the logs."""
+        values = self._log_accuracies("test")
+        synthetic = getattr(getattr(self.trainer, "datamodule", None), "synthetic_set", None)
+        seed = self.hparams["seed"]
+        self.results = {
+            "accuracy": {**mean_and_std(values.cpu()), "each": values.tolist(), "of": "test set, last iterate"},
+            "seeds": [derive_seed(seed, "fresh", index) for index in range(len(values))],
+            "lr": self.lr,
+            "epochs": self.current_epoch,
+            "settings": dict(self.hparams),
+            "set": getattr(synthetic, "metadata", None),
+            "versions": versions(),
+        }
+        folder = self.trainer.log_dir or self.trainer.default_root_dir
+        if self.trainer.is_global_zero:
+            with replacing(Path(folder) / "results.json") as part:
+                part.write_text(json.dumps(self.results, indent=2) + "\n")

@@ -1,0 +1,75 @@
+"""Fresh networks: one architecture, built again and again, each time from a seed of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.seeding import seeded
+from ftd_lightning.models import build_network, reset_parameters
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
+
+Network = str | nn.Module | Callable[[], nn.Module]
+
+
+class FreshNetworks:
+    """Builds networks of one architecture.
+
+    Args:
+        network: a name or import path for ``build_network``; a module, copied and initialised again; or a function that
+            builds one, drawing from torch's global generator.
+        options: for ``build_network``.
+        datamodule: gives a named network its channels, classes and image size.
+
+    Raises:
+        InputError: for a named network without a datamodule that knows these.
+    """
+
+    def __init__(
+        self, network: Network, options: dict[str, Any] | None, datamodule: LightningDataModule | None
+    ) -> None:
+        self.network = network
+        self.options = dict(options or {})
+        self.shape: dict[str, int] = {}
+        if isinstance(network, str):
+            for key in ("in_channels", "num_classes", "image_size"):
+                value = getattr(datamodule, key, None)
+                if value is None:
+                    raise InputError(
+                        f"network {network!r} needs a datamodule with in_channels, num_classes and image_size; "
+                        "with one of your own, give a network object or a function that builds it"
+                    )
+                self.shape[key] = int(value)
+
+    def build(self, *seed: int | str) -> nn.Module:
+        """Build one; equal seeds give equal weights."""
+        with seeded(*seed):
+            if isinstance(self.network, str):
+                return build_network(self.network, **self.shape, **self.options)
+            if isinstance(self.network, nn.Module):
+                network = copy.deepcopy(self.network)
+                reset_parameters(network)
+                return network
+            return self.network()
+
+    def describe(self) -> dict[str, Any]:
+        """Name the architecture; equal descriptions mean that weights of one fit the other."""
+        if isinstance(self.network, str):
+            return {"name": self.network, "options": self.options, **self.shape}
+        built = self.build(0)
+        shapes = {name: list(p.shape) for name, p in built.named_parameters()}
+        return {"name": f"{type(built).__module__}.{type(built).__qualname__}", "shapes": shapes}
+
+
+def plain_network(network: Network) -> list[str]:
+    """Tell which init arguments to keep out of the saved hyper-parameters: a network that is an object.
+
+    Checkpoints hold plain values only, so that they load without running code.
+    """
+    return [] if isinstance(network, str) else ["network"]
