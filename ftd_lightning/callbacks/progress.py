@@ -1,0 +1,81 @@
+"""One progress bar for the whole fit, with the time left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm.auto import tqdm
+
+from ftd_lightning.modules.teacher import FlatTeacher
+from ftd_lightning.modules.trajectory_matching import TrajectoryMatching
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class FitProgress(ProgressBar):
+    """Counts batches from the first to the last of the fit, where Lightning's bars begin anew with every epoch.
+
+    Teachers have thousands of short epochs: what one wants to know is when all of them are done.
+
+    Args:
+        refresh_seconds: how often metrics are written into the bar.
+    """
+
+    def __init__(self, refresh_seconds: float = 0.5) -> None:
+        super().__init__()
+        self.refresh_seconds = refresh_seconds
+        self._bar: tqdm[Any] | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Draw nothing, e.g. on other ranks than the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Draw again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar where a resumed run left it."""
+        per_epoch = trainer.num_training_batches
+        limits = []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            limits.append(trainer.max_epochs * per_epoch)
+        if trainer.max_steps >= 0:
+            limits.append(trainer.max_steps)
+        finite = [int(limit) for limit in limits if limit != float("inf")]
+        self._bar = tqdm(
+            total=min(finite) if finite else None,
+            initial=trainer.fit_loop.epoch_loop.total_batch_idx + 1,
+            desc=type(pl_module).__name__,
+            disable=not self._enabled,
+            mininterval=self.refresh_seconds,
+            dynamic_ncols=True,
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on by one; refresh the words only when the bar is drawn, for metrics cost a wait for the device."""
+        if self._bar is not None and self._bar.update():
+            self._bar.set_description_str(self._what(pl_module), refresh=False)
+            metrics = self.get_metrics(trainer, pl_module)
+            metrics.pop("v_num", None)
+            self._bar.set_postfix(metrics, refresh=False)
+
+    @staticmethod
+    def _what(module: LightningModule) -> str:
+        if isinstance(module, FlatTeacher):
+            return f"teacher {module.teacher + 1}/{module.teachers}, epoch {module.teacher_epoch + 1}"
+        return "distillation" if isinstance(module, TrajectoryMatching) else "evaluation"
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that an error stands on a line of its own."""
+        self.on_train_end(trainer, pl_module)

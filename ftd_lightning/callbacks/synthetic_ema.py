@@ -1,0 +1,63 @@
+"""The exponential moving average of the synthetic images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback
+
+from ftd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class SyntheticEMA(Callback):
+    """Averages the images after every update: ``S_ema <- d * S_ema + (1 - d) * S``, from the initial images on.
+
+    Images only: an average of labels means nothing, and the step size that travels is the last one. With decay 0.9999
+    and 5000 updates the initial images still weigh 0.61; ``warmup`` lets d grow to its value instead.
+
+    Args:
+        decay: d in [0, 1).
+        warmup: after update k (from 1) use ``min(decay, k / (k + 9))``.
+
+    Raises:
+        InputError: for a decay outside [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.9995, warmup: bool = False) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"EMA decay={decay} must lie in [0, 1)")
+        self.decay = decay
+        self.warmup = warmup
+        self.average: torch.Tensor | None = None
+        self.updates = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from the initial images, unless a checkpoint brought an average."""
+        images: torch.Tensor = pl_module.images  # type: ignore[assignment]
+        start = images if self.average is None else self.average
+        self.average = start.detach().to(images.device, copy=True)
+        pl_module.ema_images = self.average
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Average, except after a skipped step, which was no update."""
+        if pl_module.skipped_in_a_row:
+            return
+        self.updates += 1
+        decay = min(self.decay, self.updates / (self.updates + 9)) if self.warmup else self.decay
+        assert self.average is not None
+        self.average.lerp_(pl_module.images.detach(), 1 - decay)  # type: ignore[operator, union-attr, arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the average."""
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.average, self.updates = state_dict["average"], state_dict["updates"]

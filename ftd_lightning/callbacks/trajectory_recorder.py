@@ -1,0 +1,110 @@
+"""Records teachers' weights into a trajectory store."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
+
+from ftd_lightning.data.files import TensorFile, write_tensors
+from ftd_lightning.data.trajectory_store import OWN_KEYS, TrajectoryStore, write_teacher
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.unroll import flatten_parameters
+from ftd_lightning.modules.teacher import FlatTeacher
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+
+SNAPSHOT = "snapshot"
+
+
+class TrajectoryRecorder(Callback):
+    """Writes one file a teacher: its weights at initialisation and after every epoch.
+
+    Until a teacher is done its snapshots lie one by one in ``.unfinished/``, so that neither memory nor checkpoints
+    grow with them and a resumed run finds those of before. The teacher's file appears whole, at the end of its last
+    epoch.
+
+    Args:
+        path: folder of the store.
+        keep_going: record beside teachers of the same settings that lie there already, as a resumed run does;
+            teachers of other settings are always refused.
+    """
+
+    def __init__(self, path: str, keep_going: bool = True) -> None:
+        self.path = Path(path)
+        self.keep_going = keep_going
+        self.accuracies: list[float | None] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a folder that holds something else."""
+        if not isinstance(pl_module, FlatTeacher):
+            raise InputError(f"TrajectoryRecorder records a FlatTeacher, not a {type(pl_module).__name__}")
+        if stage == "fit" and trainer.is_global_zero and any(self.path.glob("teacher_*.safetensors")):
+            present = TrajectoryStore(self.path)
+            planned = {"epochs": pl_module.hparams["epochs"], **self._shared(pl_module)}
+            different = [key for key, value in planned.items() if present.metadata.get(key) != value]
+            if different or not self.keep_going:
+                reason = f"recorded with another {', '.join(different)}" if different else "there already"
+                raise InputError(f"{self.path}: holds teachers {reason}; name another folder or delete this one")
+
+    @staticmethod
+    def _shared(module: FlatTeacher) -> dict[str, Any]:
+        return {key: value for key, value in module.trajectory_metadata().items() if key not in OWN_KEYS}
+
+    def _file(self, epoch: int) -> Path:
+        return self.path / ".unfinished" / f"epoch_{epoch:04d}.safetensors"
+
+    def _snapshot(self, module: FlatTeacher, epoch: int) -> None:
+        # flatten_parameters copies: a view of live weights would make all epochs equal on a CPU run.
+        weights = {SNAPSHOT: flatten_parameters(module.network)}  # type: ignore[arg-type]
+        write_tensors(self._file(epoch), weights, kind=SNAPSHOT, metadata={"teacher": module.teacher})
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Record the initialisation, which the module has drawn by now."""
+        assert isinstance(pl_module, FlatTeacher)
+        if batch_idx == 0 and pl_module.teacher_epoch == 0 and trainer.is_global_zero:
+            self.accuracies = []
+            self._snapshot(pl_module, 0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the epoch, and the teacher with its last one."""
+        assert isinstance(pl_module, FlatTeacher)
+        metrics = trainer.callback_metrics
+        value = metrics.get("teacher/val_accuracy", metrics.get("teacher/train_accuracy"))
+        self.accuracies.append(None if value is None else round(float(value), 6))
+        if not trainer.is_global_zero:
+            return
+        epochs = pl_module.teacher_epoch + 1
+        self._snapshot(pl_module, epochs)
+        if epochs == pl_module.hparams["epochs"]:
+            metadata = {**pl_module.trajectory_metadata(), "accuracies": self.accuracies}
+            write_teacher(self.path, pl_module.teacher, self._unfinished(pl_module.teacher, epochs), metadata)
+
+    def _unfinished(self, teacher: int, epochs: int) -> list[Tensor]:
+        snapshots = []
+        for epoch in range(epochs + 1):
+            file = TensorFile(self._file(epoch), kind=SNAPSHOT)
+            if file.metadata["teacher"] != teacher:
+                raise InputError(
+                    f"{file.path}: of teacher {file.metadata['teacher']}, not {teacher}; start this run afresh"
+                )
+            snapshots.append(file[SNAPSHOT])
+        return snapshots
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clear the snapshots of the last teacher. Not sooner: until its checkpoint stands, a kill needs them again."""
+        assert isinstance(pl_module, FlatTeacher)
+        if trainer.is_global_zero and trainer.current_epoch % pl_module.hparams["epochs"] == 0:
+            shutil.rmtree(self.path / ".unfinished", ignore_errors=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the accuracies of the teacher under way."""
+        return {"accuracies": self.accuracies}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up again."""
+        self.accuracies = list(state_dict["accuracies"])

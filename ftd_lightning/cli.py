@@ -1,0 +1,84 @@
+"""The ``ftd`` command: LightningCLI over the three modules and the one DataModule."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO
+
+import ftd_lightning
+import ftd_lightning.data
+import ftd_lightning.modules
+from ftd_lightning.callbacks import AtomicCheckpointIO, FitProgress
+from ftd_lightning.errors import DivergenceError, InputError
+from ftd_lightning.modules import SyntheticEvaluation
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def _with_default(given: Any, kind: type, default: Any) -> list[Any]:
+    """Add a default to a list of trainer parts, unless one of its kind is there."""
+    parts = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    return parts if any(isinstance(part, kind) for part in parts) else [*parts, default]
+
+
+class FTDCLI(LightningCLI):
+    """LightningCLI with this library's defaults; everything else is as Lightning's own documentation says."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let one seed serve trainer, module and data unless they are given their own."""
+        parser.add_argument("--version", action="version", version=f"ftd {ftd_lightning.__version__}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Give the trainer one bar for the whole fit and checkpoints that a kill cannot tear, unless it has its own."""
+        config = self._get(self.config_init, "trainer", default={})
+        if config.get("enable_progress_bar") is not False:
+            kwargs["callbacks"] = _with_default(config.get("callbacks"), ProgressBar, FitProgress())
+        kwargs["plugins"] = _with_default(config.get("plugins"), CheckpointIO, AtomicCheckpointIO())
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Allow TF32 where there is a GPU: what the published numbers were made with, and several times as fast."""
+        torch.set_float32_matmul_precision("high")
+
+    def after_fit(self) -> None:
+        """Measure what an evaluation trained."""
+        if isinstance(self.model, SyntheticEvaluation):
+            self.trainer.test(self.model, datamodule=self.datamodule)
+
+
+def run(args: ArgsType = None) -> FTDCLI:
+    """Run a command and give what it made.
+
+    Args:
+        args: the words after ``ftd``; None takes those of the process.
+
+    Raises:
+        InputError: for what the user can put right.
+        DivergenceError: for a run that went astray.
+    """
+    return FTDCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command as a program: a mistake in the input is one line on standard error and exit code 1."""
+    try:
+        run(None if args is None else list(args))
+    except (InputError, DivergenceError) as error:
+        print(f"ftd: error: {error}", file=sys.stderr)
+        sys.exit(1)
