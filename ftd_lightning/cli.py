@@ -79,6 +79,16 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command as a program: a mistake in the input is one line on standard error and exit code 1."""
     try:
         run(None if args is None else list(args))
-    except (InputError, DivergenceError) as error:
-        print(f"ftd: error: {error}", file=sys.stderr)
+    except Exception as error:
+        known = _known_error(error)
+        if known is None:
+            raise
+        print(f"ftd: error: {known}", file=sys.stderr)
         sys.exit(1)
+
+
+def _known_error(error: BaseException | None) -> BaseException | None:
+    """Find an error of ours behind the one that came out: the parser wraps what constructors raise."""
+    while error is not None and not isinstance(error, (InputError, DivergenceError)):
+        error = error.__cause__ or error.__context__
+    return error

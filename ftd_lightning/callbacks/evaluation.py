@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback
 
 from ftd_lightning.data.datasets import Images
+from ftd_lightning.data.files import run_folder
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.modules.evaluation import accuracy, mean_and_std, train_fresh_networks
@@ -29,7 +29,7 @@ class EvaluateSynthetic(Callback):
         every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``; also after the last one.
         networks: fresh networks a measurement.
         epochs: of each over the synthetic set.
-        best: where the set goes whose mean val accuracy is the highest so far; None keeps none.
+        keep_best: write the set whose mean val accuracy is the highest so far to ``best.safetensors`` beside the logs.
         seed: decides initialisation, batches and augmentation, with the iteration.
         lr: learning rate; None takes the present step size.
     """
@@ -39,7 +39,7 @@ class EvaluateSynthetic(Callback):
         every_n_epochs: int = 5,
         networks: int = 2,
         epochs: int = 1000,
-        best: str | None = None,
+        keep_best: bool = True,
         seed: int = 0,
         lr: float | None = None,
     ) -> None:
@@ -48,7 +48,7 @@ class EvaluateSynthetic(Callback):
         self.every_n_epochs = every_n_epochs
         self.networks = networks
         self.epochs = epochs
-        self.best_path = best
+        self.keep_best = keep_best
         self.seed = seed
         self.lr = lr
         self.best_accuracy = -1.0
@@ -72,10 +72,10 @@ class EvaluateSynthetic(Callback):
                     chosen[name] = float(summary["mean"])
         if chosen and max(chosen.values()) > self.best_accuracy:
             self.best_accuracy = max(chosen.values())
-            if self.best_path is not None and trainer.is_global_zero:
+            if self.keep_best and trainer.is_global_zero:
                 best = pl_module.synthetic_set()
                 best.metadata["chosen_on"] = {"held_out_accuracy": chosen, "iteration": trainer.global_step}
-                best.save(Path(self.best_path))
+                best.save(run_folder(trainer) / "best.safetensors")
 
     def _measure(self, trainer: Trainer, module: TrajectoryMatching, name: str) -> dict[str, torch.Tensor]:
         datamodule, device = trainer.datamodule, module.device  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback
 
+from ftd_lightning.data.files import run_folder
 from ftd_lightning.errors import InputError
 from ftd_lightning.modules.trajectory_matching import TrajectoryMatching
 
@@ -20,11 +21,11 @@ class SyntheticSetWriter(Callback):
     A set with values that are not finite is never written, so what lies on disk is always the last good one.
 
     Args:
-        path: the file, e.g. ``runs/digits/distill_ftd_ipc1/set.safetensors``.
+        path: the file; None is ``set.safetensors`` beside the logs.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | None = None) -> None:
+        self.path = None if path is None else Path(path)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that makes no set."""
@@ -33,7 +34,7 @@ class SyntheticSetWriter(Callback):
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero and isinstance(module, TrajectoryMatching):
-            module.synthetic_set().save(self.path)
+            module.synthetic_set().save(self.path or run_folder(trainer) / "set.safetensors")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the present set."""

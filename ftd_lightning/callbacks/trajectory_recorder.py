@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
-from ftd_lightning.data.files import TensorFile, write_tensors
-from ftd_lightning.data.trajectory_store import OWN_KEYS, TrajectoryStore, write_teacher
+from ftd_lightning.data.files import TensorFile, run_folder, write_tensors
+from ftd_lightning.data.trajectory_store import OWN_KEYS, TrajectoryStore, teacher_file, write_teacher
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.unroll import flatten_parameters
 from ftd_lightning.modules.teacher import FlatTeacher
@@ -29,21 +29,22 @@ class TrajectoryRecorder(Callback):
     epoch.
 
     Args:
-        path: folder of the store.
+        path: folder of the store; None is ``trajectories`` beside the logs.
         keep_going: record beside teachers of the same settings that lie there already, as a resumed run does;
             teachers of other settings are always refused.
     """
 
-    def __init__(self, path: str, keep_going: bool = True) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | None = None, keep_going: bool = True) -> None:
+        self._path = None if path is None else Path(path)
         self.keep_going = keep_going
         self.accuracies: list[float | None] = []
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that holds something else."""
+        self.path = self._path or run_folder(trainer) / "trajectories"
         if not isinstance(pl_module, FlatTeacher):
             raise InputError(f"TrajectoryRecorder records a FlatTeacher, not a {type(pl_module).__name__}")
-        if stage == "fit" and trainer.is_global_zero and any(self.path.glob("teacher_*.safetensors")):
+        if trainer.is_global_zero and any(self.path.glob("teacher_*.safetensors")):
             present = TrajectoryStore(self.path)
             planned = {"epochs": pl_module.hparams["epochs"], **self._shared(pl_module)}
             different = [key for key, value in planned.items() if present.metadata.get(key) != value]
@@ -80,7 +81,9 @@ class TrajectoryRecorder(Callback):
             return
         epochs = pl_module.teacher_epoch + 1
         self._snapshot(pl_module, epochs)
-        if epochs == pl_module.hparams["epochs"]:
+        # A run resumed from a checkpoint before the end of this teacher trains it to the same bits again.
+        written = teacher_file(self.path, pl_module.teacher).exists()
+        if epochs == pl_module.hparams["epochs"] and not written:
             metadata = {**pl_module.trajectory_metadata(), "accuracies": self.accuracies}
             write_teacher(self.path, pl_module.teacher, self._unfinished(pl_module.teacher, epochs), metadata)
 

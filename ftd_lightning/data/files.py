@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 KEY = "ftd_lightning"
 
 
+def run_folder(trainer: Any) -> Path:
+    """Name the folder where a fit's files go: beside its logs, or the trainer's default where it keeps none."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 def versions() -> dict[str, str]:
     """Name the versions that a result depends on."""
     return {
@@ -77,7 +82,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, kind: str, metad
         metadata: anything that JSON holds.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = json.dumps({"kind": kind, "format": 1, **metadata}, sort_keys=True)
+    header = json.dumps({**metadata, "kind": kind, "format": 1}, sort_keys=True)
     with replacing(path) as part:
         save_file(ready, part, metadata={KEY: header})
 

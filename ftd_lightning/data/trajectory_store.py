@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ftd_lightning.data.files import TensorFile, write_tensors
-from ftd_lightning.errors import InputError
+from ftd_lightning.errors import DivergenceError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,6 +30,11 @@ class Segment(NamedTuple):
 
 def _epoch_name(epoch: int) -> str:
     return f"epoch_{epoch:04d}"
+
+
+def teacher_file(folder: str | Path, teacher: int) -> Path:
+    """Name the file of a teacher."""
+    return Path(folder) / f"teacher_{teacher:04d}.safetensors"
 
 
 class TrajectoryStore:
@@ -131,14 +136,16 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
         The file.
 
     Raises:
-        ValueError: if two epochs in a row are equal or one is not finite: such a trajectory matches nothing.
+        DivergenceError: if an epoch is not finite, or equal to the one before: such a trajectory matches nothing.
     """
     for epoch, (before, after) in enumerate(itertools.pairwise(snapshots)):
         if torch.equal(before, after):
-            raise ValueError(f"teacher {teacher}: the weights after epochs {epoch} and {epoch + 1} are equal")
+            raise DivergenceError(
+                f"teacher {teacher}: epochs {epoch} and {epoch + 1} left the same weights; raise its lr"
+            )
     if not all(bool(torch.isfinite(s).all()) for s in snapshots):
-        raise ValueError(f"teacher {teacher} diverged: some weights are not finite; lower its learning rate")
-    path = Path(folder) / f"teacher_{teacher:04d}.safetensors"
+        raise DivergenceError(f"teacher {teacher} diverged, its weights are not finite; lower its lr")
+    path = teacher_file(folder, teacher)
     tensors = {_epoch_name(epoch): snapshot for epoch, snapshot in enumerate(snapshots)}
     write_tensors(path, tensors, kind=KIND, metadata={**metadata, "teacher": teacher, "epochs": len(snapshots) - 1})
     return path

@@ -123,7 +123,7 @@ class Whitening:
     def save(self, path: Path) -> None:
         """Write mean and both matrices to a file."""
         tensors = {**self.tensors(), "matrix": self.zca.transform_matrix}
-        write_tensors(path, tensors, kind="whitening", metadata=self.describe())
+        write_tensors(path, tensors, kind="whitening", metadata={"transform": self.describe()})
 
     @classmethod
     def load(cls, path: Path) -> Whitening:
@@ -133,7 +133,7 @@ class Whitening:
             InputError: for a file that is missing, broken, or something else.
         """
         file = TensorFile(path, kind="whitening")
-        return cls.build(file.metadata, {name: file[name] for name in ("mean", "inverse", "matrix")})
+        return cls.build(file.metadata["transform"], {name: file[name] for name in ("mean", "inverse", "matrix")})
 
     @classmethod
     def build(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Whitening:

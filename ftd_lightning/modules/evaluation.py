@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +15,12 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm.auto import tqdm
 
-from ftd_lightning.data.files import replacing, versions
+from ftd_lightning.data.files import replacing, run_folder, versions
 from ftd_lightning.data.loader import BatchOrder, TensorLoader
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
 from ftd_lightning.functional.seeding import derive_seed, make_generator
-from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network
+from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network, plain_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -142,7 +141,7 @@ class SyntheticEvaluation(LightningModule):
 
     Attributes:
         networks: an ``nn.ModuleList``.
-        results: after ``test``, what ``results.json`` beside the logs says.
+        results: after ``test``, what ``evaluation.json`` beside the logs says.
     """
 
     def __init__(
@@ -236,20 +235,22 @@ class SyntheticEvaluation(LightningModule):
         self._measure(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log the accuracy of the last iterates and write ``results.json`` beside the logs."""
+        """Log the accuracy of the last iterates and write ``evaluation.json`` beside the logs."""
         values = self._log_accuracies("test")
         synthetic = getattr(getattr(self.trainer, "datamodule", None), "synthetic_set", None)
         seed = self.hparams["seed"]
+        metadata = getattr(synthetic, "metadata", {})
         self.results = {
-            "accuracy": {**mean_and_std(values.cpu()), "each": values.tolist(), "of": "test set, last iterate"},
+            "accuracy": {metadata.get("method", "set"): mean_and_std(values.cpu())},
+            "each": values.tolist(),
+            "measured_on": "test images, networks as they were after the last epoch",
             "seeds": [derive_seed(seed, "fresh", index) for index in range(len(values))],
             "lr": self.lr,
             "epochs": self.current_epoch,
-            "settings": dict(self.hparams),
-            "set": getattr(synthetic, "metadata", None),
+            "settings": plain_settings(self.hparams),
+            "set": metadata,
             "versions": versions(),
         }
-        folder = self.trainer.log_dir or self.trainer.default_root_dir
         if self.trainer.is_global_zero:
-            with replacing(Path(folder) / "results.json") as part:
+            with replacing(run_folder(self.trainer) / "evaluation.json") as part:
                 part.write_text(json.dumps(self.results, indent=2) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -65,6 +65,11 @@ class FreshNetworks:
         built = self.build(0)
         shapes = {name: list(p.shape) for name, p in built.named_parameters()}
         return {"name": f"{type(built).__module__}.{type(built).__qualname__}", "shapes": shapes}
+
+
+def plain_settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a module's hyper-parameters as JSON holds them, without what LightningCLI adds for itself."""
+    return {key: value for key, value in hparams.items() if not key.startswith("_")}
 
 
 def plain_network(network: Network) -> list[str]:

@@ -20,7 +20,7 @@ from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
 from ftd_lightning.functional.matching import trajectory_matching_loss
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll, chunked_permutations
-from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network
+from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network, plain_settings
 
 if TYPE_CHECKING:
     from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -267,7 +267,8 @@ class TrajectoryMatching(LightningModule):
         """Give the present synthetic set, on the CPU, with all that describes it."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         # Where the teachers lay is no property of the set, and would make equal sets unequal files.
-        settings = {key: value for key, value in self.hparams.items() if key not in ("trajectories", "network")}
+        settings = plain_settings(self.hparams)
+        settings.pop("trajectories")
         return SyntheticSet(
             images=self.images.detach().cpu().clone(),
             labels=self.labels.cpu().clone(),

@@ -1,0 +1,39 @@
+# make help lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types check bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.ready: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready  ## make .venv and install everything into it
+
+demo: setup  ## distil the embedded digits: teachers, distillation, evaluation, a table and a picture
+	$(BIN)/python -m ftd_lightning.demo
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## check style and form
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## check types
+	$(BIN)/mypy
+
+check: lint types test  ## all of these
+
+bench: setup  ## measure speed and memory, side by side, and print ratios
+	$(BIN)/python tests/benchmarks/unroll_memory.py
+
+clean:  ## remove the virtual environment and what the demo made
+	rm -rf $(VENV) runs/digits build dist *.egg-info

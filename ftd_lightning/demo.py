@@ -1,0 +1,123 @@
+"""The whole job on the embedded digits: ``python -m ftd_lightning.demo``, or ``make demo``.
+
+Every step is an ordinary ``ftd fit`` that anyone can type; this runs them in a row, and says what they gave. A step that
+was interrupted goes on from its last checkpoint, one that is done is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageDraw
+
+from ftd_lightning import cli
+from ftd_lightning.callbacks.tensorboard import picture_grid
+from ftd_lightning.data import DistillationDataModule, SyntheticSet
+from ftd_lightning.data.files import replacing, versions
+from ftd_lightning.errors import InputError
+
+CONFIGS = Path("configs/digits")
+RUNS = Path("runs/digits")
+
+
+class Step(NamedTuple):
+    """One command of the demo."""
+
+    title: str
+    config: str
+    arguments: tuple[str, ...] = ()
+
+
+def _evaluation(name: str, title: str, *arguments: str) -> Step:
+    own_logs = ("--trainer.logger.init_args.name", f"evaluate_{name}")
+    return Step(f"Evaluation of {title}", "evaluate", (*own_logs, *arguments))
+
+
+def _set(method: str) -> Path:
+    return RUNS / f"distill_{method}_ipc1" / "set.safetensors"
+
+
+STEPS = (
+    Step("Plain teachers (MTT)", "teacher_mtt"),
+    Step("Flat teachers (FTD)", "teacher_ftd"),
+    Step("Distillation with plain teachers (MTT), 1 image per class", "distill_mtt_ipc1"),
+    Step("Distillation with flat teachers (FTD), 1 image per class", "distill_ftd_ipc1"),
+    _evaluation("random", "random real images", "--data.synthetic", "random", "--data.ipc", "1"),
+    _evaluation("mtt", "the MTT set", "--data.synthetic", str(_set("mtt"))),
+    _evaluation("ftd", "the FTD set (EMA images)", "--data.synthetic", str(_set("ftd")), "--data.ema", "true"),
+    _evaluation("real", "the whole training set", "--data.synthetic", "real", "--trainer.max_epochs", "60"),
+)
+ROWS = {"random": "10 random real images", "mtt": "10 images, MTT", "ftd": "10 images, FTD", "real": "all real images"}
+
+
+def picture(path: Path) -> None:
+    """Draw initial, MTT and FTD images one row below the other, with the row's name beside it."""
+    mtt, ftd = SyntheticSet.load(_set("mtt")), SyntheticSet.load(_set("ftd"))
+    data = DistillationDataModule(synthetic="random", ipc=1)
+    data.setup()
+    assert data.synthetic_set is not None
+    rows = {"initial (real)": data.synthetic_set.pictures(), "MTT": mtt.pictures(), "FTD": ftd.pictures(ema=True)}
+    grids = [picture_grid(pictures, mtt.labels, smallest=64).permute(1, 2, 0) for pictures in rows.values()]
+    margin, height = 96, grids[0].shape[0]
+    sheet = Image.new("RGB", (margin + grids[0].shape[1], height * len(grids)), "white")
+    for index, (name, grid) in enumerate(zip(rows, grids, strict=True)):
+        sheet.paste(Image.fromarray(grid.numpy()), (margin, index * height))
+        ImageDraw.Draw(sheet).text((8, index * height + height // 2 - 6), name, fill="black")
+    with replacing(path) as part:
+        sheet.save(part, format="PNG")
+
+
+def table(accuracy: dict[str, Any]) -> str:
+    """Lay results out, in per cent.
+
+    Example:
+        >>> print(table({"ftd": {"mean": 0.9, "std": 0.01, "n": 5}}).splitlines()[-1])
+        10 images, FTD            90.0 +-  1.0   5 networks
+    """
+    lines = [f"{'trained on':<24}  test accuracy, %", "-" * 52]
+    for name, value in accuracy.items():
+        mean, std = 100 * value["mean"], 100 * value["std"]
+        lines.append(f"{ROWS[name]:<24}  {mean:.1f} +- {std:4.1f}   {value['n']} networks")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all steps and write ``results.json`` and ``images.png`` into ``runs/digits``."""
+    if not CONFIGS.is_dir():
+        raise InputError(f"{CONFIGS} is not here: run the demo in the project's folder")
+    seconds: dict[str, float] = {}
+    for number, step in enumerate(STEPS, 1):
+        command = ["fit", "--config", str(CONFIGS / f"{step.config}.yaml"), *step.arguments]
+        print(f"\n[{number}/{len(STEPS)}] {step.title}\n      ftd {' '.join(command)}", flush=True)
+        began = time.perf_counter()
+        cli.run([*command, "--ckpt_path", "last"])
+        seconds[step.title] = round(time.perf_counter() - began, 1)
+    accuracy: dict[str, Any] = {}
+    for name in ROWS:
+        accuracy |= json.loads((RUNS / f"evaluate_{name}" / "evaluation.json").read_text())["accuracy"]
+    results = {
+        "accuracy": accuracy,
+        "dataset": "digits",
+        "ipc": 1,
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    with replacing(RUNS / "results.json") as part:
+        part.write_text(json.dumps(results, indent=2) + "\n")
+    picture(RUNS / "images.png")
+    print(f"\n{table(accuracy)}\n")
+    print(f"results   {RUNS / 'results.json'}\nimages    {RUNS / 'images.png'} (initial, MTT, FTD)")
+    print(f"curves    {Path(sys.executable).parent / 'tensorboard'} --logdir {RUNS.parent}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"ftd: error: {error}")
