@@ -3,8 +3,8 @@
     python tests/benchmarks/unroll_memory.py [--ipc 1] [--width 128] [--repeats 3]
 
 Every measurement is a process of its own, so that no peak hides in another's memory. "Peak" is all the process held at
-most (resident set on the CPU, allocated on CUDA), "added" what the step put on top of what was there before. Times are the fastest of the
-repeats; both methods are measured in turns, so that what else the machine does meets both.
+most (resident set on the CPU, allocated on CUDA), "added" what the step put on top of what was there before. Times are
+the fastest of the repeats; both methods are measured in turns, so that what else the machine does meets both.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from pathlib import Path
 
 import torch
 
-from ftd_lightning.functional import chunked_permutations, dsa, flatten_parameters, make_generator
-from ftd_lightning.functional import trajectory_matching_loss
+from ftd_lightning.functional import (
+    chunked_permutations,
+    dsa,
+    flatten_parameters,
+    make_generator,
+    trajectory_matching_loss,
+)
 from ftd_lightning.models import ConvNet
 
 STEPS = (5, 15, 30, 60)
@@ -91,7 +96,7 @@ def main() -> None:
             results[method][steps] = {key: min(run[key] for run in measured) for key in measured[0]}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(
-        f"ConvNet width {options.width}, {10 * options.ipc} images of 32 px, DSA on; torch {torch.__version__}, {device}"
+        f"ConvNet width {options.width}, {10 * options.ipc} images of 32 px, DSA; torch {torch.__version__}, {device}"
     )
     print("        adjoint: peak, added MiB   graph: peak, added MiB   adjoint s   graph s   time ratio")
     for steps in STEPS:
