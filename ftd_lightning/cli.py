@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
 
 import ftd_lightning
@@ -30,10 +30,6 @@ def _with_default(given: Any, kind: type, default: Any) -> list[Any]:
 
 class FTDCLI(LightningCLI):
     """LightningCLI with this library's defaults; everything else is as Lightning's own documentation says."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let one seed serve trainer, module and data unless they are given their own."""
-        parser.add_argument("--version", action="version", version=f"ftd {ftd_lightning.__version__}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the trainer one bar for the whole fit and checkpoints that a kill cannot tear, unless it has its own."""
@@ -70,6 +66,7 @@ def run(args: ArgsType = None) -> FTDCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         auto_configure_optimizers=False,
+        parser_kwargs={"prog": "ftd", "version": ftd_lightning.__version__},
         save_config_kwargs={"overwrite": True},
         args=args,
     )

@@ -30,12 +30,17 @@ class Step(NamedTuple):
 
     title: str
     config: str
+    run: str  # folder of its logs
     arguments: tuple[str, ...] = ()
 
 
+def _fit(title: str, config: str) -> Step:
+    return Step(title, config, config)
+
+
 def _evaluation(name: str, title: str, *arguments: str) -> Step:
-    own_logs = ("--trainer.logger.init_args.name", f"evaluate_{name}")
-    return Step(f"Evaluation of {title}", "evaluate", (*own_logs, *arguments))
+    run = f"evaluate_{name}"
+    return Step(f"Evaluation of {title}", "evaluate", run, ("--trainer.logger.init_args.name", run, *arguments))
 
 
 def _set(method: str) -> Path:
@@ -43,10 +48,10 @@ def _set(method: str) -> Path:
 
 
 STEPS = (
-    Step("Plain teachers (MTT)", "teacher_mtt"),
-    Step("Flat teachers (FTD)", "teacher_ftd"),
-    Step("Distillation with plain teachers (MTT), 1 image per class", "distill_mtt_ipc1"),
-    Step("Distillation with flat teachers (FTD), 1 image per class", "distill_ftd_ipc1"),
+    _fit("Plain teachers (MTT)", "teacher_mtt"),
+    _fit("Flat teachers (FTD)", "teacher_ftd"),
+    _fit("Distillation with plain teachers (MTT), 1 image per class", "distill_mtt_ipc1"),
+    _fit("Distillation with flat teachers (FTD), 1 image per class", "distill_ftd_ipc1"),
     _evaluation("random", "random real images", "--data.synthetic", "random", "--data.ipc", "1"),
     _evaluation("mtt", "the MTT set", "--data.synthetic", str(_set("mtt"))),
     _evaluation("ftd", "the FTD set (EMA images)", "--data.synthetic", str(_set("ftd")), "--data.ema", "true"),
@@ -95,7 +100,8 @@ def main() -> None:
         command = ["fit", "--config", str(CONFIGS / f"{step.config}.yaml"), *step.arguments]
         print(f"\n[{number}/{len(STEPS)}] {step.title}\n      ftd {' '.join(command)}", flush=True)
         began = time.perf_counter()
-        cli.run([*command, "--ckpt_path", "last"])
+        begun = (RUNS / step.run / "checkpoints" / "last.ckpt").exists()
+        cli.run([*command, "--ckpt_path", "last"] if begun else command)
         seconds[step.title] = round(time.perf_counter() - began, 1)
     accuracy: dict[str, Any] = {}
     for name in ROWS:

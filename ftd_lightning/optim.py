@@ -23,7 +23,7 @@ def frozen_running_statistics(network: nn.Module) -> Iterator[None]:
 
     For the second pass of GSAM: statistics at the perturbed weights belong to no network that is ever used.
     """
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -44,7 +44,7 @@ class GSAM(Optimizer):
     :func:`frozen_running_statistics`.
 
     Args:
-        params: what torch optimizers take.
+        params: what torch optimizers take. One ball holds all groups: rho, alpha and adaptive are the first one's.
         base_optimizer: an optimizer over the same parameters, or a callable that makes one of ``params``
             (``torch.optim.SGD``, ``functools.partial(torch.optim.SGD, lr=0.01)``).
         rho: radius of the ball, >= 0.
@@ -139,6 +139,14 @@ class GSAM(Optimizer):
     @staticmethod
     def _gradients(parameters: list[Tensor]) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "base_optimizer": self.base_optimizer,
+            "reduce": self.reduce,
+            "perturbed": self.perturbed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and the base optimizer's state."""

@@ -86,7 +86,7 @@ class EvaluateSynthetic(Callback):
             (module.images if name == "raw" else module.ema_images).detach().clone(),  # type: ignore[union-attr]
             module.labels,
             epochs=self.epochs,
-            lr=float(module.step_size) if self.lr is None else self.lr,
+            lr=float(module.step_size.detach()) if self.lr is None else self.lr,
             seed=derive_seed(*keys),
             strategy=module.hparams["augment"],
             mode=module.hparams["augment_mode"],

@@ -145,6 +145,8 @@ class DistillationDataModule(LightningDataModule):
             for name, part in (("training", train), ("held-out", val), ("test", self._limited(test)))
         )
         self.synthetic_set = loaded or self._baseline()
+        if self.trainer is not None and (self._wants_segments() or not len(self.val.labels)):
+            self.trainer.limit_val_batches = 0  # Lightning warns of an empty loader, but takes this for an answer
         self._ready = True
 
     def _set_file(self) -> str | None:
@@ -229,11 +231,13 @@ class DistillationDataModule(LightningDataModule):
             )
         return TensorLoader(images.pictures.to(device), images.labels.to(device), order)
 
+    def _wants_segments(self) -> bool:
+        return self.trainer is not None and hasattr(self.trainer.lightning_module, "segment_loader")
+
     def train_dataloader(self) -> Iterable[Any]:
         """Give teacher segments, synthetic images or real ones; see the class."""
-        segment_loader = getattr(self.trainer.lightning_module, "segment_loader", None) if self.trainer else None
-        if segment_loader is not None:
-            segments: Iterable[Any] = segment_loader()
+        if self._wants_segments():
+            segments: Iterable[Any] = self.trainer.lightning_module.segment_loader()  # type: ignore[union-attr, operator]
             return segments
         if self.synthetic_set is not None:
             chosen = Images(self.synthetic_set.chosen(ema=self.hparams["ema"]), self.synthetic_set.labels)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, pad
 
+from ftd_lightning.errors import InputError
+
 Mode = Literal["single", "multiple"]
 Operation = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -150,7 +152,7 @@ def parse_strategy(strategy: str) -> list[str]:
     """Split a strategy such as "color_crop_flip" into its operations.
 
     Raises:
-        ValueError: for an operation that is not there.
+        InputError: (a ValueError) for an operation that is not there.
 
     Example:
         >>> parse_strategy("flip_scale")
@@ -159,7 +161,7 @@ def parse_strategy(strategy: str) -> list[str]:
     names = [name for name in strategy.split("_") if name]
     unknown = [name for name in names if name not in OPERATIONS]
     if unknown:
-        raise ValueError(f"DSA has no operation {unknown[0]!r}: choose from {list(OPERATIONS)}")
+        raise InputError(f"DSA has no operation {unknown[0]!r}: choose from {list(OPERATIONS)}")
     return names
 
 
@@ -189,6 +191,8 @@ def dsa(images: Tensor, generator: torch.Generator, *, strategy: str = STRATEGY,
     names = parse_strategy(strategy)
     if mode == "single" and names:
         names = [names[int(torch.randint(len(names), (1,), generator=generator, device=generator.device))]]
+    # Below float32 the sampling grid and the draws are too coarse: bfloat16's 8 bits are half a pixel at 128 px.
+    result = images.to(torch.promote_types(images.dtype, torch.float32))
     for name in names:
-        images = OPERATIONS[name](images, generator)
-    return images
+        result = OPERATIONS[name](result, generator)
+    return result.to(images.dtype)

@@ -42,10 +42,13 @@ def gsam_perturbation(
         directions = [w.abs() * s for w, s in zip(parameters, scaled, strict=True)]
     else:
         scaled = directions = list(gradients)
-    norm = _dot(scaled, scaled).sqrt()
-    # The guard is the smallest normal number: it turns 0/0 into 0 and is below rounding everywhere else.
-    scale = rho / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return [scale * d for d in directions]
+    # Squares of gradients below 1e-22 vanish in float32: in units of the largest entry the norm is at least 1. The
+    # guards turn 0/0 into 0.
+    largest = torch.stack([s.abs().max() for s in scaled]).max()
+    unit = largest.clamp_min(torch.finfo(largest.dtype).tiny)
+    relative = [s / unit for s in scaled]
+    norm = _dot(relative, relative).sqrt().clamp_min(1)
+    return [rho * (d / unit / norm) for d in directions]
 
 
 def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Tensor], *, alpha: float) -> list[Tensor]:

@@ -81,6 +81,8 @@ def trajectory_matching_loss(
         >>> loss.backward(); images.grad.shape
         torch.Size([2, 1, 2, 2])
     """
+    if target.shape != start.shape:
+        raise ValueError(f"the target has shape {tuple(target.shape)}, the start {tuple(start.shape)}")
     student = unroll_student(
         network, start, images, labels, step_size, batches=batches, augment=augment, seed=seed, method=unroll
     )

@@ -89,10 +89,15 @@ def chunked_permutations(
     Returns:
         n int64 index tensors.
 
+    Raises:
+        ValueError: for a batch size below 1.
+
     Example:
         >>> [len(b) for b in chunked_permutations(5, 4, make_generator(0), batch_size=2)]
         [2, 2, 1, 2]
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     if batch_size is None or batch_size >= num_images:
         return [torch.arange(num_images)] * num_steps
 
@@ -122,7 +127,7 @@ class _Student(NamedTuple):
         if self.augment is not None:
             images = self.augment(images, make_generator(self.seed, "inner", step))
         # Buffers are given as copies: BatchNorm writes its running statistics into what it is given, and those of
-        # the caller's network are not ours to move. The loss in training mode does not depend on them.
+        # the caller's network are not ours to move. In training mode the loss does not depend on them.
         buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         logits = functional_call(self.network, {**_views(self.network, weights), **buffers}, (images,))
         return cross_entropy(logits, labels)
@@ -166,7 +171,7 @@ class _Adjoint(torch.autograd.Function):
             with torch.enable_grad():
                 gradient = student.gradient(weights, x, y, step, keep_graph=True)
                 s = torch.dot(gradient, adjoint)
-                # A network that is linear in its weights has no second-order term: its entry is None, i.e. zero.
+                # An input that the gradient does not depend on has None for an entry, i.e. zero.
                 parts = torch.autograd.grad(s, inputs, allow_unused=True, materialize_grads=True)
             index = student.batches[step].to(images.device)
             grad_lr -= s.detach()
@@ -209,6 +214,9 @@ def unroll(
         ValueError: for weights of another network, labels that do not fit the images, an unknown method, or a network
             with active dropout, whose second run would draw another mask.
 
+    Convention: the network is taken in the mode it is in; training mode is what students are in. Call it outside
+    autocast: the backward run is not under it, and would differentiate another function.
+
     Example:
         >>> net, lr = nn.Linear(1, 2, bias=False), torch.tensor(1.0)
         >>> unroll(net, torch.zeros(2), torch.ones(1, 1), torch.tensor([0]), lr, batches=[torch.tensor([0])])
@@ -223,7 +231,8 @@ def unroll(
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(f"dropout {name!r} is active: a student must be a function of its weights; set p to 0")
     student = _Student(network, images, labels, list(batches), augment, seed)
-    if method == "adjoint":
+    # Without gradients there is no graph to keep, and the adjoint's forward run is the same numbers.
+    if method == "adjoint" or not torch.is_grad_enabled():
         weights: Tensor = _Adjoint.apply(student, start, images, labels, step_size)
         return weights
     weights = start if start.requires_grad else start.detach().clone().requires_grad_()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet}
 
-__all__ = ["NETWORKS", "ConvNet", "build_network", "reset_parameters"]
+__all__ = ["NETWORKS", "ConvNet", "build_network", "find_network", "reset_parameters"]
 
 
 def build_network(name: str, in_channels: int, num_classes: int, image_size: int, **options: Any) -> nn.Module:
@@ -39,22 +39,35 @@ def build_network(name: str, in_channels: int, num_classes: int, image_size: int
         >>> sum(p.numel() for p in build_network("convnet", 3, 10, 32).parameters())
         320010
     """
-    constructor = NETWORKS.get(name) or _import(name)
     try:
-        return constructor(in_channels, num_classes, image_size, **options)
+        return find_network(name)(in_channels, num_classes, image_size, **options)
     except TypeError as error:
         raise InputError(f"network {name!r}: {error}") from error
 
 
-def _import(path: str) -> Callable[..., nn.Module]:
-    module, _, attribute = path.rpartition(".")
+def find_network(name: str) -> Callable[..., nn.Module]:
+    """Look a network's constructor up.
+
+    Args:
+        name: a key of ``NETWORKS``, or an import path.
+
+    Raises:
+        InputError: for an unknown name or a path that cannot be imported.
+
+    Example:
+        >>> find_network("convnet").__name__
+        'ConvNet'
+    """
+    if name in NETWORKS:
+        return NETWORKS[name]
+    module, _, attribute = name.rpartition(".")
     if not module:
-        near = difflib.get_close_matches(path, NETWORKS, n=3, cutoff=0.4) or sorted(NETWORKS)
-        raise InputError(f"unknown network {path!r}: did you mean {' or '.join(map(repr, near))}?")
+        near = difflib.get_close_matches(name, NETWORKS, n=3, cutoff=0.4) or sorted(NETWORKS)
+        raise InputError(f"unknown network {name!r}: did you mean {' or '.join(map(repr, near))}?")
     try:
         constructor: Callable[..., nn.Module] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"network {path!r} cannot be imported: {error}") from error
+        raise InputError(f"network {name!r} cannot be imported: {error}") from error
     return constructor
 
 

@@ -49,7 +49,7 @@ class ConvNet(nn.Sequential):
         pooling: "none", "max" or "avg".
 
     Raises:
-        InputError: for an unknown option, or a size that pooling does not divide.
+        InputError: for an unknown option, a size that pooling does not divide, or a width that 4 groups do not.
 
     Example:
         >>> import torch
@@ -75,6 +75,8 @@ class ConvNet(nn.Sequential):
         ):
             if value not in known:
                 raise InputError(f"ConvNet has no {what} {value!r}: choose from {list(known)}")
+        if norm == "group" and width % 4:
+            raise InputError(f"ConvNet's norm 'group' has 4 groups, which do not divide width {width}")
         if pooling != "none" and (depth < 1 or image_size % 2**depth):
             raise InputError(f"ConvNet of depth {depth} cannot halve {image_size} px {depth} times: lower the depth")
         layers: list[nn.Module] = []

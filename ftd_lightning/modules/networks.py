@@ -10,7 +10,7 @@ from torch import nn
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import seeded
-from ftd_lightning.models import build_network, reset_parameters
+from ftd_lightning.models import build_network, find_network, reset_parameters
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -38,6 +38,7 @@ class FreshNetworks:
         self.options = dict(options or {})
         self.shape: dict[str, int] = {}
         if isinstance(network, str):
+            find_network(network)  # complains of an unknown name before anything else is done
             for key in ("in_channels", "num_classes", "image_size"):
                 value = getattr(datamodule, key, None)
                 if value is None:

@@ -109,7 +109,7 @@ class FlatTeacher(LightningModule):
             loop, total = self.trainer.fit_loop, self.teachers * self.hparams["epochs"]
             if loop.max_epochs is None or loop.max_epochs < 0 or loop.max_epochs > total:
                 loop.max_epochs = total
-            elif loop.max_epochs < total:
+            elif loop.max_epochs < total and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 rank_zero_warn(
                     f"trainer.max_epochs={loop.max_epochs} ends this fit before its {self.teachers} teachers of "
                     f"{self.hparams['epochs']} epochs are done; -1 trains them all"

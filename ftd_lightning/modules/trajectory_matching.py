@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MAX_SKIPPED = 10
 # Far below any step size that trains a network, far above float32's smallest number.
 SMALLEST_STEP_SIZE = 1e-8
+COUNTS = ("ipc", "syn_steps", "syn_batch", "iterations_per_epoch")
 
 
 class TrajectoryMatching(LightningModule):
@@ -101,8 +102,8 @@ class TrajectoryMatching(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("ipc", ipc), ("syn_steps", syn_steps), ("iterations_per_epoch", iterations_per_epoch)):
-            if value < 1:
+        for name, value in zip(COUNTS, (ipc, syn_steps, syn_batch, iterations_per_epoch), strict=True):
+            if value is not None and value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
         if step_size_init <= 0:
             raise InputError(f"step_size_init={step_size_init} must be positive")
@@ -215,9 +216,15 @@ class TrajectoryMatching(LightningModule):
         self.log("matching/start_epoch", float(batch["start_epoch"]), batch_size=1)
         return loss
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing: to measure a set is to train networks on it, which ``EvaluateSynthetic`` does.
+
+        Lightning warns of every datamodule with held-out images whose module lacks this.
+        """
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Drop a step that is not finite, on all ranks together; log gradient norms."""
-        norms = {name: self._norm(getattr(self, name).grad) for name in ("images", "step_size")}
+        norms = {name: getattr(self, name).grad.norm() for name in ("images", "step_size")}
         finite = self._loss_is_finite and all(bool(torch.isfinite(norm)) for norm in norms.values())
         if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
             # Without gradients SGD moves neither parameters nor momentum, and the global step goes on.
@@ -227,11 +234,7 @@ class TrajectoryMatching(LightningModule):
         else:
             self.skipped_in_a_row = 0
             self.log_dict({f"gradient_norm/{name}": norm for name, norm in norms.items()}, batch_size=1)
-        self.log("matching/skipped_steps", float(self.skipped_steps), prog_bar=self.skipped_steps > 0, batch_size=1)
-
-    @staticmethod
-    def _norm(gradient: Tensor | None) -> Tensor:
-        return torch.zeros(()) if gradient is None else gradient.norm()
+        self.log("matching/skipped_steps", float(self.skipped_steps), prog_bar=True, batch_size=1)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None

@@ -94,7 +94,7 @@ def main() -> None:
                 runs[method].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
         for method, measured in runs.items():
             results[method][steps] = {key: min(run[key] for run in measured) for key in measured[0]}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     print(
         f"ConvNet width {options.width}, {10 * options.ipc} images of 32 px, DSA; torch {torch.__version__}, {device}"
     )

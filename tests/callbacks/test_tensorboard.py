@@ -1,0 +1,99 @@
+"""What TensorBoard shows, read back from the event files."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fits import distil, make_trainer, small_data, small_teacher
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from ftd_lightning.callbacks import EvaluateSynthetic, HyperparameterReport, SyntheticEMA, TensorBoardPictures
+from ftd_lightning.callbacks.tensorboard import picture_grid
+
+
+def read(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0})
+    return events.Reload()
+
+
+def board(folder: Path) -> TensorBoardLogger:
+    return TensorBoardLogger(folder, name="run", version="", default_hp_metric=False)
+
+
+@pytest.fixture(scope="module")
+def distillation(tmp_path_factory, trajectories):
+    """A distillation of whitened images' teachers is too long for here: standardised ones have an inverse as well."""
+    folder = tmp_path_factory.mktemp("board")
+    callbacks = [
+        SyntheticEMA(0.5),
+        EvaluateSynthetic(every_n_epochs=2, networks=2, epochs=2),
+        TensorBoardPictures(every_n_epochs=1),
+        HyperparameterReport(),
+    ]
+    trainer = {"logger": board(folder), "log_every_n_steps": 1}
+    module = distil(folder, trajectories, steps=10, callbacks=callbacks, trainer=trainer)
+    return module, read(folder / "run")
+
+
+def test_scalars_of_every_iteration(distillation) -> None:
+    _, events = distillation
+    for tag in ("matching/loss", "matching/step_size", "gradient_norm/images", "gradient_norm/step_size"):
+        values = events.Scalars(tag)
+        assert [event.step for event in values] == list(range(10)), tag
+        assert all(np.isfinite(event.value) and event.value >= 0 for event in values), tag
+    assert events.Scalars("matching/step_size")[0].value == pytest.approx(0.1, rel=0.5)
+    assert events.Scalars("evaluation/ema_val_accuracy_mean")
+
+
+def test_pictures_are_in_real_colours(distillation) -> None:
+    module, events = distillation
+    assert [event.step for event in events.Images("synthetic/raw")] == [0, 5, 10]
+    synthetic = module.synthetic_set()
+    for tag, ema in (("synthetic/raw", False), ("synthetic/ema", True)):
+        shown = np.asarray(Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)))
+        expected = picture_grid(synthetic.pictures(ema=ema), synthetic.labels).permute(1, 2, 0).numpy()
+        assert np.array_equal(shown, expected)
+    first = np.asarray(Image.open(io.BytesIO(events.Images("synthetic/raw")[0].encoded_image_string)))
+    start = synthetic.transform.invert(module.initial_images).clamp(0, 1)
+    assert np.array_equal(first, picture_grid(start, synthetic.labels).permute(1, 2, 0).numpy())
+
+
+def test_histograms_of_the_values(distillation) -> None:
+    module, events = distillation
+    histogram = events.Histograms("values/raw")[-1].histogram_value
+    assert histogram.num == module.images.numel()
+    assert histogram.max == pytest.approx(float(module.images.detach().max()), rel=1e-5)
+
+
+def hparams(events: EventAccumulator) -> dict[str, object]:
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    start = HParamsPluginData.FromString(content).session_start_info
+    return {key: getattr(value, value.WhichOneof("kind")) for key, value in start.hparams.items()}
+
+
+def test_hyperparameters_stand_beside_their_results(distillation) -> None:
+    _, events = distillation
+    values = hparams(events)
+    assert (values["syn_steps"], values["lr_images"]) == (3, 10)
+    assert events.Scalars("hp/matching/loss")[-1].value == events.Scalars("matching/loss")[-1].value
+
+
+def test_teachers_show_loss_and_accuracy_of_every_epoch(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, logger=board(tmp_path), callbacks=[HyperparameterReport()])
+    trainer.fit(small_teacher(rho=0.05), datamodule=small_data())
+    events = read(tmp_path / "run")
+    for tag in ("teacher/train_loss", "teacher/train_accuracy", "teacher/val_accuracy"):
+        assert len(events.Scalars(tag)) == 8, "two teachers of four epochs"
+    assert hparams(events)["rho"] == pytest.approx(0.05)
+
+
+def test_the_grid_has_a_column_a_class() -> None:
+    pictures = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 32, 32) / 5
+    grid = picture_grid(pictures, torch.tensor([1, 1, 0, 0, 0, 1]), per_class=2)
+    tops = [[int(grid[0, 2 + 34 * row, 2 + 34 * column]) for column in range(2)] for row in range(2)]
+    assert tops == [[round(255 * 2 / 5), 0], [round(255 * 3 / 5), round(255 / 5)]]

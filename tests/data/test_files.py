@@ -1,0 +1,258 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ftd_lightning.data.files import KEY, TensorFile, fingerprint, replacing, versions, write_tensors
+
+METADATA = {"network": {"name": "convnet", "width": 8}, "epochs": 3, "accuracies": [0.1, 0.25], "note": "naïve"}
+
+
+def some_tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "images": torch.rand(3, 2, 4, 4, generator=generator),
+        "labels": torch.arange(3),
+        "step_size": torch.tensor(0.02),
+        "whole": torch.rand(7, generator=generator).double(),
+    }
+
+
+def backwards(mapping):
+    return dict(reversed(mapping.items()))
+
+
+def test_tensors_and_metadata_come_back_as_written(tmp_path):
+    path, tensors = tmp_path / "deep" / "er" / "thing.safetensors", some_tensors()
+    write_tensors(path, tensors, kind="thing", metadata=METADATA)
+    file = TensorFile(path, kind="thing")
+    assert file.names == set(tensors)
+    for name, tensor in tensors.items():
+        assert file[name].dtype == tensor.dtype
+        assert torch.equal(file[name], tensor)
+        assert file.numel(name) == tensor.numel()
+    assert {key: file.metadata[key] for key in METADATA} == METADATA
+    assert file.metadata["kind"] == "thing"
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_tensors_that_need_a_gradient_or_are_not_contiguous_are_written(tmp_path):
+    weight = torch.arange(6.0).view(2, 3).requires_grad_()
+    write_tensors(tmp_path / "f", {"weight": weight.t()}, kind="thing", metadata={})
+    assert torch.equal(TensorFile(tmp_path / "f", kind="thing")["weight"], weight.detach().t())
+
+
+def test_metadata_cannot_change_the_kind_of_a_file(tmp_path):
+    # Whatever the metadata holds, a file has to be readable as what it was written as.
+    write_tensors(tmp_path / "f", some_tensors(), kind="thing", metadata={"kind": "zca", "format": 99})
+    assert TensorFile(tmp_path / "f", kind="thing").metadata["format"] == 1
+
+
+def test_equal_contents_are_equal_bytes_whatever_the_order_of_keys_or_the_process(tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    write_tensors(paths[0], some_tensors(), kind="thing", metadata=METADATA)
+    write_tensors(paths[1], backwards(some_tensors()), kind="thing", metadata=backwards(METADATA))
+    save_file(some_tensors(), tmp_path / "plain")
+    program = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from safetensors.torch import load_file\n"
+        "from ftd_lightning.data.files import write_tensors\n"
+        "plain, path, metadata = sys.argv[1:]\n"
+        "write_tensors(Path(path), load_file(plain), kind='thing', metadata=json.loads(metadata))\n"
+    )
+    # Another hash seed: whatever goes through a set or a hash map comes in another order.
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    command = [sys.executable, "-c", program, tmp_path / "plain", paths[2], json.dumps(METADATA)]
+    subprocess.run(command, check=True, env=environment)
+    assert paths[0].read_bytes() == paths[1].read_bytes() == paths[2].read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such permissions on Windows")
+def test_file_has_the_permissions_of_an_ordinary_new_file(tmp_path):
+    # Teachers are recorded once and shared; a file that only its owner can read is of no use to others.
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "f", some_tensors(), kind="thing", metadata={})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
+
+
+def test_no_pickle_is_needed_to_read_a_file(tmp_path):
+    write_tensors(tmp_path / "f", some_tensors(), kind="thing", metadata=METADATA)
+    with safe_open(tmp_path / "f", framework="pt") as file:
+        assert json.loads(file.metadata()[KEY])["accuracies"] == [0.1, 0.25]
+        assert torch.equal(file.get_tensor("images"), some_tensors()["images"])
+
+
+def test_missing_file_is_refused(tmp_path, refused):
+    with refused(tmp_path / "f"):
+        TensorFile(tmp_path / "f", kind="thing")
+
+
+def test_folder_in_the_place_of_a_file_is_refused(tmp_path, refused):
+    with refused(tmp_path):
+        TensorFile(tmp_path, kind="thing")
+
+
+def test_other_kind_is_refused_and_both_are_named(tmp_path, refused):
+    write_tensors(tmp_path / "f", some_tensors(), kind="teacher_trajectory", metadata={})
+    with refused(tmp_path / "f", "synthetic set", "teacher trajectory"):
+        TensorFile(tmp_path / "f", kind="synthetic_set")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["bare", "with metadata"])
+def test_safetensors_file_of_another_program_is_refused(tmp_path, refused, metadata):
+    save_file(some_tensors(), tmp_path / "f", metadata=metadata)
+    with refused(tmp_path / "f", "another program"):
+        TensorFile(tmp_path / "f", kind="thing")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(5000), b"\x80\x02}q\x00." * 100])
+def test_file_that_is_not_safetensors_is_refused(tmp_path, refused, content):
+    (tmp_path / "f").write_bytes(content)
+    with refused(tmp_path / "f"):
+        TensorFile(tmp_path / "f", kind="thing")
+
+
+def test_truncated_file_is_refused_wherever_it_was_cut(tmp_path, refused):
+    path = tmp_path / "f"
+    write_tensors(path, some_tensors(), kind="thing", metadata=METADATA)
+    whole = path.read_bytes()
+    for length in (1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with refused(path):
+            TensorFile(path, kind="thing")
+
+
+def test_tensor_that_is_not_there_is_refused(tmp_path, refused):
+    write_tensors(tmp_path / "f", some_tensors(), kind="thing", metadata={})
+    file = TensorFile(tmp_path / "f", kind="thing")
+    with refused(tmp_path / "f", "'pictures'"):
+        file["pictures"]
+    with refused(tmp_path / "f", "'pictures'"):
+        file.numel("pictures")
+
+
+def test_exception_while_replacing_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+
+    def break_off():
+        with replacing(path) as part:
+            part.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "f"
+    write_tensors(path, some_tensors(), kind="thing", metadata=METADATA)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_tensors(path, some_tensors(), kind="thing", metadata={"network": object()})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_old_file_stands_until_the_new_one_is_complete(tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+    with replacing(path) as part:
+        assert part.parent == path.parent  # a rename across file systems would not be atomic
+        part.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+# Imports once and forks a writer for each kill: importing torch anew each time would take most of the test.
+KILLED_WRITERS = """
+import os, random, signal, struct, sys, time
+from pathlib import Path
+import torch
+from ftd_lightning.data.files import TensorFile, write_tensors
+
+torch.set_num_threads(1)
+os.fsync = lambda handle: None  # guards against power cuts, not kills; without it most of the time goes into writing
+path, wanted = Path(sys.argv[1]), int(sys.argv[2])
+rng = random.Random(0)
+size = lambda number: 2_000_000 + 1_000 * number
+
+def write(number):
+    values = torch.full((size(number),), float(number))
+    write_tensors(path, {"values": values}, kind="thing", metadata={"number": number})
+
+def write_for_ever(number, pipe):
+    while True:
+        write(number)
+        os.write(pipe, struct.pack("q", number))
+        number += 1
+
+number = 0
+write(number)
+interrupted = 0
+for attempt in range(10 * wanted):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        write_for_ever(number + 1, writing)
+    os.close(writing)
+    first = os.read(reading, 8)  # the writer is at work
+    # Kill it soon after it began another file, or at any moment if none is seen.
+    until = time.monotonic() + rng.uniform(0, 0.2)
+    while len(os.listdir(path.parent)) == 1 and time.monotonic() < until:
+        pass
+    time.sleep(rng.uniform(0, 0.004))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with os.fdopen(reading, "rb") as pipe:
+        reported = first + pipe.read()
+    complete = struct.unpack(f"{len(reported) // 8}q", reported)[-1]
+    file = TensorFile(path, kind="thing")
+    number, values = file.metadata["number"], file["values"]
+    # The last write that was reported, or the one after it if the kill came between rename and report.
+    assert number in (complete, complete + 1), (number, complete)
+    assert values.numel() == size(number) and bool((values == number).all()), number
+    interrupted += len(os.listdir(path.parent)) > 1
+    number += 1
+    write(number)
+    assert os.listdir(path.parent) == [path.name], "what killed writers leave piles up"
+    if interrupted >= wanted:
+        break
+else:
+    raise AssertionError(f"only {interrupted} kills came in the middle of a write")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and fork are there on Unix only")
+def test_kill_in_the_middle_of_a_write_leaves_a_whole_file_and_nothing_that_piles_up(tmp_path):
+    command = [sys.executable, "-c", KILLED_WRITERS, tmp_path / "weights.safetensors", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_fingerprint_tells_values_shapes_and_types_apart():
+    zeros = torch.zeros(6)
+    different = [zeros, zeros.view(2, 3), zeros.int(), torch.eye(6)[0], torch.zeros(5), torch.zeros(())]
+    for a, b in itertools.combinations(different, 2):
+        assert fingerprint(a) != fingerprint(b)
+    assert fingerprint(torch.arange(6).view(2, 3).t()) == fingerprint(torch.tensor([[0, 3], [1, 4], [2, 5]]))
+    assert fingerprint(zeros, zeros) != fingerprint(zeros)
+
+
+def test_versions_name_what_a_result_depends_on():
+    assert versions()["torch"] == torch.__version__
+    assert set(versions()) == {"ftd_lightning", "python", "torch", "lightning"}
+    assert json.loads(json.dumps(versions())) == versions()

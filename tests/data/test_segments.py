@@ -1,0 +1,151 @@
+from collections import Counter
+
+import pytest
+import torch
+
+from ftd_lightning.data import SegmentLoader, TrajectoryStore, write_teacher
+
+TEACHERS, EPOCHS = 3, 6
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    for teacher in range(TEACHERS):
+        weights = [torch.tensor([float(teacher), float(epoch), 0.5]) for epoch in range(EPOCHS + 1)]
+        write_teacher(folder, teacher, weights, {"network": "tiny"})
+    return TrajectoryStore(folder)
+
+
+@pytest.fixture
+def loader(store):
+    def make(*, expert_epochs=2, max_start_epoch=5, length=7, **options):
+        options = {"expert_epochs": expert_epochs, "max_start_epoch": max_start_epoch, "length": length, **options}
+        return SegmentLoader(store, **options)
+
+    return make
+
+
+def plain(batches):
+    """Batches as tuples of numbers, so that whole sequences can be compared."""
+    keys = ("iteration", "teacher", "start_epoch")
+    return [(*(b[key] for key in keys), *b["start"].tolist(), *b["target"].tolist()) for b in batches]
+
+
+def test_batch_holds_the_segment_that_it_names(loader):
+    for batch in loader(expert_epochs=2, length=50):
+        assert batch["start"].tolist() == [batch["teacher"], batch["start_epoch"], 0.5]
+        assert batch["target"].tolist() == [batch["teacher"], batch["start_epoch"] + 2, 0.5]
+        assert batch.keys() == {"iteration", "teacher", "start_epoch", "start", "target"}
+
+
+def test_iterations_count_on_from_epoch_to_epoch(loader):
+    segments = loader(length=7)
+    assert [batch["iteration"] for batch in segments] == list(range(7))
+    assert [batch["iteration"] for batch in segments] == list(range(7, 14))
+
+
+def test_segments_are_a_function_of_seed_iteration_and_rank(loader):
+    wanted = plain(loader(seed=3, rank=1, length=40))
+    torch.manual_seed(99)  # the global generator has no part in it
+    assert plain(loader(seed=3, rank=1, length=40)) == wanted
+    torch.rand(5)
+    backwards = loader(seed=3, rank=1, length=40)
+    assert plain([backwards.draw(iteration) for iteration in reversed(range(40))])[::-1] == wanted
+    # Another length of epoch cuts the same sequence elsewhere.
+    short = loader(seed=3, rank=1, length=8)
+    assert [batch for _ in range(5) for batch in plain(short)] == wanted
+
+
+def test_other_seeds_ranks_and_iterations_draw_other_segments(loader):
+    def drawn(**options):
+        return [(b["teacher"], b["start_epoch"]) for b in loader(length=40, **options)]
+
+    sequences = [drawn(), drawn(seed=1), drawn(rank=1), drawn(seed=1, rank=1)]
+    for sequence in sequences:
+        assert len(set(sequence)) > 5
+        assert sequences.count(sequence) == 1
+
+
+def test_drawing_leaves_the_global_generator_alone(loader):
+    state = torch.get_rng_state()
+    list(loader())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_start_epochs_and_teachers_are_uniform(loader):
+    count = 3000
+    batches = list(loader(max_start_epoch=5, expert_epochs=2, length=count))
+    for key, values in (("start_epoch", 5), ("teacher", TEACHERS)):
+        seen = Counter(batch[key] for batch in batches)
+        assert set(seen) == set(range(values))
+        share = 1 / values
+        sigma = (count * share * (1 - share)) ** 0.5
+        assert all(abs(n - count * share) < 4.5 * sigma for n in seen.values())
+    # Both drawn on their own: every pair occurs.
+    assert len({(batch["teacher"], batch["start_epoch"]) for batch in batches}) == 5 * TEACHERS
+
+
+def test_single_start_epoch_is_always_the_initialisation(loader):
+    assert {batch["start_epoch"] for batch in loader(max_start_epoch=1, length=20)} == {0}
+
+
+@pytest.mark.parametrize("done", range(15))
+def test_resume_gives_exactly_what_was_left(loader, done):
+    # In mid-epoch, at the boundary of an epoch (0, 7, 14), and one off it.
+    straight = loader(length=7, seed=5)
+    whole = [batch for _ in range(3) for batch in plain(straight)]
+    first, batches = loader(length=7, seed=5), []
+    while len(batches) < done:
+        for batch in first:
+            batches.append(batch)
+            if len(batches) == done:
+                break
+    state = first.state_dict()
+    resumed = loader(length=7, seed=5)
+    resumed.load_state_dict(state)
+    epoch = plain(resumed)
+    assert plain(batches) + epoch == whole[: 7 * (done // 7 + 1)]
+    if done < 14:
+        assert plain(resumed) == whole[7 * (done // 7 + 1) :][:7]
+
+
+def test_state_holds_nothing_but_numbers(loader):
+    segments = loader(length=7)
+    list(segments)
+    state = segments.state_dict()
+    assert state
+    assert all(type(value) is int for value in state.values())
+
+
+def test_length_is_that_of_an_epoch_even_after_a_resume_in_its_middle(loader):
+    # Lightning asks for the length to know where the epoch ends, and counts the batches done by itself.
+    segments = loader(length=7)
+    assert len(segments) == len(list(segments)) == 7
+    segments.load_state_dict({"iteration": 3})
+    assert len(segments) == 7
+
+
+def test_reaching_the_last_epoch_is_allowed(loader):
+    segments = loader(max_start_epoch=5, expert_epochs=2, length=100)
+    assert max(batch["target"][1] for batch in segments) == EPOCHS
+    assert {batch["target"][1].item() for batch in loader(max_start_epoch=1, expert_epochs=EPOCHS)} == {EPOCHS}
+
+
+@pytest.mark.parametrize(("max_start_epoch", "expert_epochs", "last"), [(6, 2, 7), (1, 7, 7), (20, 3, 22)])
+def test_reaching_beyond_the_record_is_refused(loader, store, refused, max_start_epoch, expert_epochs, last):
+    with refused(
+        store.path,
+        f"max_start_epoch={max_start_epoch}",
+        f"expert_epochs={expert_epochs}",
+        f"epoch {last}",
+        f"{EPOCHS} were recorded",
+    ):
+        loader(max_start_epoch=max_start_epoch, expert_epochs=expert_epochs)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", ["expert_epochs", "max_start_epoch", "length"])
+def test_arguments_below_one_are_refused(loader, refused, name, value):
+    with refused(f"{name}={value}"):
+        loader(**{name: value})

@@ -1,0 +1,68 @@
+"""Small fits on the embedded digits, for tests of modules and callbacks."""
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from ftd_lightning import DistillationDataModule, FlatTeacher, TrajectoryMatching
+from ftd_lightning.callbacks import TrajectoryRecorder
+
+SMALL = {"width": 4, "depth": 1}
+
+
+def make_trainer(folder: Path, **options) -> Trainer:
+    """A silent CPU trainer that leaves nothing outside ``folder``."""
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": str(folder),
+    }
+    return Trainer(**{**defaults, **options})
+
+
+def small_data(**options) -> DistillationDataModule:
+    """A tenth of the digits."""
+    return DistillationDataModule(**{"max_per_class": 14, "batch_size": 32, **options})
+
+
+def small_teacher(**options) -> FlatTeacher:
+    """Two teachers of a tiny network."""
+    defaults = {"network_options": SMALL, "teachers": 2, "epochs": 4, "lr": 0.1, "rho": 0.0, "augment": ""}
+    return FlatTeacher(**{**defaults, **options})
+
+
+def record(folder: Path, **options) -> Path:
+    """Train teachers and give the folder of their store."""
+    trainer = make_trainer(folder, callbacks=[TrajectoryRecorder(str(folder / "trajectories"))], limit_val_batches=0)
+    trainer.fit(small_teacher(**options), datamodule=small_data())
+    return folder / "trajectories"
+
+
+def small_matching(trajectories: Path, **options) -> TrajectoryMatching:
+    """A distillation of a few inner steps."""
+    defaults = {
+        "trajectories": str(trajectories),
+        "syn_steps": 3,
+        "expert_epochs": 1,
+        "max_start_epoch": 3,
+        "lr_images": 10.0,
+        "lr_step_size": 1e-3,
+        "step_size_init": 0.1,
+        "augment": "",
+        "iterations_per_epoch": 5,
+    }
+    return TrajectoryMatching(**{**defaults, **options})
+
+
+def distil(folder: Path, trajectories: Path, *, steps: int = 5, callbacks=(), data=None, trainer=None, **options):
+    """Run a distillation and give the module."""
+    module = small_matching(trajectories, **options)
+    settings = {"max_steps": steps, "callbacks": list(callbacks), **(trainer or {})}
+    make_trainer(folder, **settings).fit(module, datamodule=data or small_data())
+    return module

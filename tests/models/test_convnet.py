@@ -1,0 +1,204 @@
+"""ConvNet and the dict of networks: sizes that the papers fix, every option, and what is refused."""
+
+import copy
+import itertools
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional import flatten_parameters, make_generator, seeded
+from ftd_lightning.models import NETWORKS, ConvNet, build_network, reset_parameters
+from ftd_lightning.models.convnet import Activation, Norm, Pooling
+
+
+def pictures(count, size, channels=3):
+    return torch.randn(count, channels, size, size, generator=make_generator(size))
+
+
+def tiny_network(in_channels, num_classes, image_size, scale=1.0):
+    """A network of someone's own, given to build_network by its import path."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(in_channels * image_size**2, num_classes))
+    network.scale = scale
+    return network
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "depth", "count"),
+    [(10, 32, 3, 320_010), (100, 32, 3, 504_420), (200, 64, 4, 857_160), (10, 128, 5, 615_690)],
+    ids=["CIFAR-10", "CIFAR-100", "Tiny ImageNet", "ImageNet subset"],
+)
+def test_parameter_counts_of_the_papers_networks(classes, size, depth, count):
+    assert sum(p.numel() for p in ConvNet(3, classes, size, depth=depth).parameters()) == count
+
+
+OPTIONS = list(itertools.product(get_args(Norm), get_args(Activation), get_args(Pooling)))
+
+
+def test_options_are_those_of_the_architecture_search():
+    assert {norm for norm, _, _ in OPTIONS} == {"none", "batch", "layer", "instance", "group"}
+    assert {activation for _, activation, _ in OPTIONS} == {"sigmoid", "relu", "leakyrelu"}
+    assert {pooling for _, _, pooling in OPTIONS} == {"none", "max", "avg"}
+
+
+@pytest.mark.parametrize(("norm", "activation", "pooling"), OPTIONS)
+def test_every_option_runs_forward_and_backward(norm, activation, pooling):
+    with seeded(0):
+        network = ConvNet(3, 5, 8, width=8, depth=2, norm=norm, activation=activation, pooling=pooling)
+    images = pictures(4, 8).requires_grad_()
+    logits = network(images)
+    assert logits.shape == (4, 5)
+    logits.square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) and p.grad.shape == p.shape for p in network.parameters())
+    assert bool((images.grad.flatten(1).norm(dim=1) > 0).all())
+
+
+def test_options_change_the_network():
+    """Two options that gave the same numbers would be one option under two names."""
+    logits = set()
+    for norm, activation, pooling in OPTIONS:
+        with seeded(0):
+            network = ConvNet(3, 5, 8, width=8, depth=2, norm=norm, activation=activation, pooling=pooling)
+        logits.add(tuple(network(pictures(4, 8)).flatten().tolist()))
+    assert len(logits) == len(OPTIONS)
+
+
+def test_instance_norm_is_torchs_affine_instance_norm():
+    with seeded(0):
+        network = ConvNet(3, 10, 16, width=8, depth=2).double()
+        for p in network.parameters():
+            nn.init.normal_(p)  # scales and offsets that are not 1 and 0
+    reference = copy.deepcopy(network)
+    names = [name for name, module in reference.named_children() if isinstance(module, nn.GroupNorm)]
+    assert len(names) == 2
+    for name in names:
+        norm = nn.InstanceNorm2d(8, affine=True).double()
+        norm.load_state_dict(network.get_submodule(name).state_dict())
+        setattr(reference, name, norm)
+    images = pictures(4, 16).double()
+    torch.testing.assert_close(network(images), reference(images), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("norm", "axes"), [("instance", (2, 3)), ("layer", (1, 2, 3)), ("batch", (0, 2, 3))])
+def test_norms_normalise_over_their_axes(norm, axes):
+    network = ConvNet(3, 2, 8, width=8, depth=1, norm=norm)
+    with torch.no_grad():
+        values = network[1](network[0](10 * pictures(4, 8)))  # far above the norms' epsilon
+    mean, variance = values.mean(dim=axes), values.var(dim=axes, correction=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(variance, torch.ones_like(variance), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"), [("batch", (8,)), ("instance", (8,)), ("group", (8,)), ("layer", (8, 8, 8))]
+)
+def test_norms_scale_and_shift_each_channel_and_layer_norm_each_place(norm, shape):
+    network = ConvNet(3, 2, 16, width=8, depth=2, norm=norm)
+    assert network[5].weight.shape == network[5].bias.shape == shape
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_sizes(size, channels):
+    network = ConvNet(channels, 10, size, width=4)
+    assert network(pictures(2, size, channels)).shape == (2, 10)
+    assert network[-1].in_features == 4 * (size // 8) ** 2
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+def test_depth_and_width(depth):
+    network = ConvNet(3, 10, 32, width=6, depth=depth)
+    convolutions = [m for m in network if isinstance(m, nn.Conv2d)]
+    assert [(m.in_channels, m.out_channels) for m in convolutions] == [(3, 6)] + [(6, 6)] * (depth - 1)
+    assert network(pictures(2, 32)).shape == (2, 10)
+
+
+def test_no_pooling_keeps_the_size():
+    assert ConvNet(3, 10, 9, width=4, depth=4, pooling="none")[-1].in_features == 4 * 81
+
+
+@pytest.mark.parametrize(("size", "depth"), [(28, 3), (8, 4), (33, 1), (32, 0)])
+def test_size_that_pooling_does_not_divide_is_refused(size, depth):
+    with pytest.raises(InputError, match=rf"depth {depth} cannot halve {size} px {depth} times: lower the depth"):
+        ConvNet(3, 10, size, depth=depth)
+
+
+@pytest.mark.parametrize("what", ["norm", "activation", "pooling"])
+def test_unknown_option_is_refused_with_the_known_ones(what):
+    with pytest.raises(InputError, match=rf"ConvNet has no {what} 'swish': choose from \['"):
+        ConvNet(3, 10, 32, **{what: "swish"})
+
+
+def test_build_network_by_name():
+    network = build_network("convnet", 1, 7, 16, width=5, depth=2, norm="batch")
+    assert isinstance(network, ConvNet)
+    assert network(pictures(3, 16, 1)).shape == (3, 7)
+    assert isinstance(network[1], nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("name", ["conv", "convnett", "ConvNet"])
+def test_unknown_network_is_refused_with_the_nearest_names(name, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "aaa", tiny_network)  # comes first by the alphabet and is near to none of these
+    with pytest.raises(InputError, match=f"unknown network '{name}': did you mean 'convnet'") as caught:
+        build_network(name, 3, 10, 32)
+    assert "aaa" not in str(caught.value)
+
+
+def test_network_that_is_near_to_none_is_refused_with_all_names(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "aaa", tiny_network)
+    with pytest.raises(InputError, match="did you mean " + " or ".join(map(repr, sorted(NETWORKS)))):
+        build_network("qqqqqqqqqq", 3, 10, 32)
+
+
+def test_build_network_by_import_path():
+    network = build_network(f"{__name__}.tiny_network", 3, 10, 8, scale=2.0)
+    assert network(pictures(2, 8)).shape == (2, 10)
+    assert network.scale == 2.0
+
+
+@pytest.mark.parametrize("path", ["nowhere.at_all.network", f"{__name__}.missing_network"])
+def test_import_path_that_leads_nowhere_is_refused(path):
+    with pytest.raises(InputError, match=f"network '{path}' cannot be imported"):
+        build_network(path, 3, 10, 32)
+
+
+@pytest.mark.parametrize("name", ["convnet", f"{__name__}.tiny_network"])
+def test_options_that_the_network_does_not_take_are_refused(name):
+    with pytest.raises(InputError, match=f"network '{name}': .*'colour'"):
+        build_network(name, 3, 10, 32, colour="blue")
+
+
+def test_input_errors_are_value_errors():
+    assert issubclass(InputError, ValueError)
+
+
+def test_reset_parameters_draws_what_building_draws():
+    """From the same seed a network reset is the network built, running statistics included."""
+    with seeded(3):
+        built = ConvNet(3, 10, 8, width=4, depth=2, norm="batch")
+    used = ConvNet(3, 10, 8, width=4, depth=2, norm="batch")
+    used(pictures(4, 8))
+    before = flatten_parameters(used)
+    with seeded(3):
+        reset_parameters(used)
+    assert not flatten_parameters(used).equal(before)
+    assert all(value.equal(built.state_dict()[name]) for name, value in used.state_dict().items())
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        return self.scale * images
+
+
+def test_reset_parameters_refuses_weights_that_cannot_be_drawn_again():
+    with pytest.raises(InputError, match=r"its part '1' \(Scale\) has no reset_parameters\(\)"):
+        reset_parameters(nn.Sequential(nn.Linear(2, 2), Scale()))
+    with pytest.raises(InputError, match=r"Scale cannot be initialised again: its part 'itself' \(Scale\)"):
+        reset_parameters(Scale())
+    reset_parameters(nn.Sequential(nn.ReLU(), nn.Flatten()))  # nothing to draw, nothing to refuse

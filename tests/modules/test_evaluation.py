@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fits import SMALL, make_trainer, small_data
+
+from ftd_lightning import SyntheticEvaluation, SyntheticSet
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional import flatten_parameters, seeded
+from ftd_lightning.models import ConvNet
+from ftd_lightning.modules.evaluation import accuracy, mean_and_std, train_fresh_networks
+
+
+def fresh(seed: int = 0) -> ConvNet:
+    with seeded(seed):
+        return ConvNet(1, 10, 8, **SMALL)
+
+
+def images_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
+    data = small_data(synthetic="random", ipc=2)
+    data.setup()
+    return data.synthetic_set.images, data.synthetic_set.labels
+
+
+def test_the_protocol_is_what_it_says() -> None:
+    """Against the update rule written out: momentum 0.9, weight decay 5e-4, x0.1 at half way."""
+    images, labels = images_and_labels()
+    network, reference = fresh(), fresh()
+    train_fresh_networks([network], images, labels, epochs=6, lr=0.05, strategy="")
+    velocity = [torch.zeros_like(p) for p in reference.parameters()]
+    for epoch in range(6):
+        loss = torch.nn.functional.cross_entropy(reference(images), labels)
+        gradients = torch.autograd.grad(loss, list(reference.parameters()))
+        lr = 0.05 if epoch < 3 else 0.005
+        with torch.no_grad():
+            for p, g, v in zip(reference.parameters(), gradients, velocity, strict=True):
+                v.mul_(0.9).add_(g + 5e-4 * p)
+                p.sub_(lr * v)
+    torch.testing.assert_close(flatten_parameters(network), flatten_parameters(reference), rtol=1e-4, atol=1e-6)
+
+
+def test_networks_trained_side_by_side_do_not_touch_each_other() -> None:
+    images, labels = images_and_labels()
+    together, alone = [fresh(0), fresh(1)], [fresh(0)]
+    for networks in (together, alone):
+        train_fresh_networks(networks, images, labels, epochs=3, lr=0.05, strategy="crop_scale", batch_size=8)
+    torch.testing.assert_close(flatten_parameters(together[0]), flatten_parameters(alone[0]))
+
+
+def test_accuracy_counts_right_answers() -> None:
+    network = torch.nn.Identity()
+    assert accuracy(network, torch.eye(4), torch.tensor([0, 1, 2, 0]), batch_size=3) == 0.75
+
+
+def test_mean_and_std_are_numpys() -> None:
+    values = np.random.default_rng(0).random(5)
+    summary = mean_and_std(torch.from_numpy(values))
+    assert summary["n"] == 5
+    assert summary["mean"] == pytest.approx(values.mean(), rel=1e-6)
+    assert summary["std"] == pytest.approx(values.std(), rel=1e-5)
+
+
+def evaluate(folder: Path, data, *, epochs: int = 5, **options) -> SyntheticEvaluation:
+    module = SyntheticEvaluation(**{"network_options": SMALL, "networks": 3, "augment": "", **options})
+    trainer = make_trainer(folder, max_epochs=epochs, check_val_every_n_epoch=epochs)
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    return module
+
+
+def test_module_and_function_train_the_same_networks(tmp_path: Path) -> None:
+    data = small_data(synthetic="random", ipc=2)
+    module = evaluate(tmp_path, data)
+    with seeded(0, "fresh", 1):
+        network = ConvNet(1, 10, 8, **SMALL)
+    train_fresh_networks([network], *images_and_labels(), epochs=5, lr=0.01, strategy="")
+    torch.testing.assert_close(flatten_parameters(module.networks[1]), flatten_parameters(network))
+    assert module.results["each"][1] == pytest.approx(accuracy(network, *data.test))
+
+
+def test_results_are_written_with_seeds_and_all(tmp_path: Path) -> None:
+    results = evaluate(tmp_path, small_data(synthetic="random", ipc=1)).results
+    assert results == json.loads((tmp_path / "evaluation.json").read_text())
+    assert results["accuracy"]["random"] == mean_and_std(torch.tensor(results["each"]))
+    assert len(set(results["seeds"])) == results["accuracy"]["random"]["n"] == 3
+    assert results["set"]["dataset"]["name"] == "digits"
+
+
+def test_networks_are_fresh_and_each_has_its_own_seed(tmp_path: Path) -> None:
+    module = evaluate(tmp_path, small_data(synthetic="random"), epochs=1, lr=1e-12)
+    weights = [flatten_parameters(network) for network in module.networks]
+    assert not torch.allclose(weights[0], weights[1])
+    with seeded(0, "fresh", 0):
+        torch.testing.assert_close(weights[0], flatten_parameters(ConvNet(1, 10, 8, **SMALL)))
+
+
+@pytest.mark.parametrize(("step_size", "lr", "used"), [(0.07, None, 0.07), (None, None, 0.01), (0.07, 0.3, 0.3)])
+def test_the_learned_step_size_is_the_learning_rate(tmp_path, step_size, lr, used) -> None:
+    data = small_data()
+    data.setup()
+    path = tmp_path / "set.safetensors"
+    SyntheticSet(
+        data.train.pictures[:10],
+        torch.arange(10),
+        step_size=None if step_size is None else torch.tensor(step_size),
+        class_names=data.class_names,
+        transform=data.transform,
+    ).save(path)
+    module = evaluate(tmp_path, small_data(synthetic=str(path)), epochs=1, lr=lr)
+    assert module.results["lr"] == pytest.approx(used)
+
+
+def test_a_foreign_set_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "set.safetensors"
+    SyntheticSet(torch.zeros(2, 3, 32, 32), torch.arange(2), class_names=["a", "b"]).save(path)
+    with pytest.raises(InputError, match=r"set data\.dataset to the set's own"):
+        evaluate(tmp_path, small_data(synthetic=str(path)))
+
+
+def test_no_network_is_no_evaluation() -> None:
+    with pytest.raises(InputError, match="networks=0"):
+        SyntheticEvaluation(networks=0)

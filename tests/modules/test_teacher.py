@@ -1,0 +1,160 @@
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from fits import SMALL, make_trainer, record, small_data, small_teacher
+from torch import nn
+
+from ftd_lightning import TrajectoryStore
+from ftd_lightning.callbacks import TrajectoryRecorder
+from ftd_lightning.errors import DivergenceError, InputError
+from ftd_lightning.functional import flatten_parameters, load_flat
+from ftd_lightning.models import ConvNet
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_teachers_of_rho_0_are_plain_sgd(tmp_path: Path, momentum: float) -> None:
+    """Against a loop that shares nothing with the module but the order of batches."""
+    store = TrajectoryStore(record(tmp_path, momentum=momentum))
+    data = small_data()
+    data.setup()
+    loader = data.train_dataloader()
+    for teacher in range(2):
+        network = ConvNet(1, 10, 8, **SMALL)
+        recorded = store.trajectory(teacher)
+        load_flat(network, recorded[0])
+        sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=momentum)
+        for epoch in range(4):
+            loader.sampler.set_epoch(teacher * 4 + epoch)
+            for images, labels in loader:
+                sgd.zero_grad()
+                nn.functional.cross_entropy(network(images), labels).backward()
+                sgd.step()
+            torch.testing.assert_close(flatten_parameters(network), recorded[epoch + 1], rtol=1e-5, atol=1e-6)
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path: Path) -> None:
+    settings = {"rho": 0.05, "augment": "crop_scale", "teachers": 1}
+    folders = [record(tmp_path / name, **settings) for name in "ab"]
+    other = record(tmp_path / "c", **settings, seed=1)
+    first, second, third = (next(folder.glob("*.safetensors")).read_bytes() for folder in (*folders, other))
+    assert first == second
+    assert first != third
+
+
+def test_a_teacher_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
+    one, two = record(tmp_path / "one", teachers=1), record(tmp_path / "two", teachers=2)
+    name = "teacher_0000.safetensors"
+    assert (one / name).read_bytes() == (two / name).read_bytes()
+    store = TrajectoryStore(two)
+    assert not torch.equal(store.trajectory(0)[0], store.trajectory(1)[0])
+
+
+def test_no_two_epochs_are_equal(trajectories: Path) -> None:
+    """A recorder that keeps views of live weights makes them all equal on a CPU run."""
+    for teacher in range(2):
+        epochs = TrajectoryStore(trajectories).trajectory(teacher)
+        distances = torch.cdist(epochs, epochs) + torch.eye(len(epochs))
+        assert distances.min() > 0
+
+
+def test_the_store_says_what_it_is(trajectories: Path) -> None:
+    store = TrajectoryStore(trajectories)
+    assert (len(store), store.epochs) == (2, 4)
+    assert store.metadata["network"]["options"] == SMALL
+    assert store.metadata["dataset"]["name"] == "digits"
+    assert store.metadata["transform"]["kind"] == "standardization"
+    assert (store.metadata["rho"], store.metadata["optimizer"], store.metadata["batch_size"]) == (0.0, "SGD", 32)
+    own = [store.teacher_metadata(index) for index in range(2)]
+    assert own[0]["seed"] != own[1]["seed"]
+    assert len(own[0]["accuracies"]) == 4
+    assert own[0]["versions"]["torch"] == torch.__version__
+
+
+def test_flat_teachers_differ_from_plain_ones_but_start_alike(tmp_path: Path, trajectories: Path) -> None:
+    plain, flat = TrajectoryStore(trajectories), TrajectoryStore(record(tmp_path, rho=0.1))
+    assert torch.equal(plain.trajectory(0)[0], flat.trajectory(0)[0])
+    assert not torch.allclose(plain.trajectory(0)[1], flat.trajectory(0)[1])
+
+
+def test_running_statistics_are_those_of_the_first_pass_alone(tmp_path: Path) -> None:
+    module = small_teacher(network_options={**SMALL, "norm": "batch"}, rho=0.5, teachers=1, epochs=1)
+    data = small_data()
+    make_trainer(tmp_path, limit_train_batches=1).fit(module, datamodule=data)
+    reference = module.fresh.build(0, "teacher", 0)
+    images, _ = next(iter(data.train_dataloader()))
+    reference(images)
+    norms = [next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)) for net in (module.network, reference)]
+    assert torch.equal(norms[0].running_mean, norms[1].running_mean)
+    assert torch.equal(norms[0].running_var, norms[1].running_var)
+    assert norms[0].num_batches_tracked == 1
+
+
+def test_max_epochs_of_the_trainer_bounds_the_fit_with_a_word(tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(str(tmp_path / "store"))
+    trainer = make_trainer(tmp_path, max_epochs=4, callbacks=[recorder], limit_val_batches=0)
+    with pytest.warns(UserWarning, match="ends this fit before its 2 teachers"):
+        trainer.fit(small_teacher(), datamodule=small_data())
+    assert len(TrajectoryStore(tmp_path / "store")) == 1
+
+
+def test_a_store_of_other_settings_is_not_mixed_up(tmp_path: Path) -> None:
+    folder = record(tmp_path, teachers=1)
+    with pytest.raises(InputError, match="holds teachers recorded with another lr"):
+        record(tmp_path, teachers=1, lr=0.05)
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_teachers_that_diverge_end_the_fit_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError, match="lower its lr"):
+        record(tmp_path, lr=1e38)
+    assert not list(tmp_path.rglob("teacher_*"))
+
+
+def test_half_precision_with_loss_scaling_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.strategy.precision_plugin.precision = "16-mixed"
+    with pytest.raises(InputError, match="bf16-mixed"):
+        trainer.fit(small_teacher(), datamodule=small_data())
+
+
+class Scaled(nn.Module):
+    """A weight of its own, and no way to draw it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(1))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.linear(images.flatten(1)) * self.scale
+
+
+def test_a_network_that_cannot_be_drawn_again_is_refused_as_an_object_and_taken_as_a_function(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"its part .itself. \(Scaled\) has no reset_parameters"):
+        record(tmp_path / "object", network=Scaled(), network_options=None)
+    store = TrajectoryStore(record(tmp_path / "function", network=Scaled, network_options=None))
+    assert store.num_parameters == 651
+    assert not torch.equal(store.trajectory(0)[0, :1], store.trajectory(1)[0, :1])
+
+
+def test_an_object_is_drawn_again_for_every_teacher(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    before = network[1].weight.clone()
+    store = TrajectoryStore(record(tmp_path, network=network, network_options=None))
+    assert not torch.equal(store.trajectory(0)[0], store.trajectory(1)[0])
+    assert torch.equal(network[1].weight, before), "the caller's own object is not trained"
+
+
+@pytest.mark.parametrize("counts", [{"teachers": 0}, {"epochs": 0}])
+def test_counts_below_one_are_refused(counts: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        small_teacher(**counts)
+
+
+def test_a_fit_warns_of_nothing(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        record(tmp_path, teachers=1)

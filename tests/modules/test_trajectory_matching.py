@@ -1,0 +1,191 @@
+from pathlib import Path
+
+import pytest
+import torch
+from fits import distil, make_trainer, record, small_data, small_matching
+from lightning.pytorch import Callback
+
+from ftd_lightning import SyntheticSet, TrajectoryStore
+from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter
+from ftd_lightning.errors import DivergenceError, InputError
+from ftd_lightning.functional import chunked_permutations, make_generator, trajectory_matching_loss
+from ftd_lightning.models import ConvNet
+from ftd_lightning.modules import trajectory_matching
+
+
+class Losses(Callback):
+    """Keeps the loss and the images of every iteration."""
+
+    def __init__(self) -> None:
+        self.losses, self.images = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.images.append(pl_module.images.detach().clone())
+
+
+def test_two_iterations_are_two_steps_of_sgd_with_momentum(tmp_path: Path, trajectories: Path) -> None:
+    """Against the full-graph loss and the update rule written out."""
+    module = distil(tmp_path, trajectories, steps=2, syn_batch=4)
+    store, network = TrajectoryStore(trajectories), ConvNet(1, 10, 8, width=4, depth=1)
+    images, step_size = module.initial_images.clone(), torch.tensor(0.1)
+    velocity = [torch.zeros_like(images), torch.zeros(())]
+    loader = module.segment_loader()
+    for iteration in range(2):
+        segment = loader.draw(iteration)
+        inputs = [images.requires_grad_(), step_size.requires_grad_()]
+        loss = trajectory_matching_loss(
+            network,
+            *store.segment(segment["teacher"], segment["start_epoch"], 1),
+            images,
+            module.labels,
+            step_size,
+            batches=chunked_permutations(10, 3, make_generator(0, "batches", iteration, 0), batch_size=4),
+            unroll="graph",
+        )
+        gradients = torch.autograd.grad(loss, inputs)
+        velocity = [0.5 * v + g for v, g in zip(velocity, gradients, strict=True)]
+        images = images.detach() - 10.0 * velocity[0]
+        step_size = step_size.detach() - 1e-3 * velocity[1]
+    torch.testing.assert_close(module.images.detach(), images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module.step_size.detach(), step_size, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_falls(tmp_path: Path, trajectories: Path) -> None:
+    seen = Losses()
+    distil(tmp_path, trajectories, steps=80, callbacks=[seen])
+    assert sum(seen.losses[-20:]) < 0.9 * sum(seen.losses[:20])
+
+
+def test_same_seed_gives_the_same_bits(tmp_path: Path, trajectories: Path) -> None:
+    settings = {"steps": 6, "augment": "crop_scale_rotate", "ipc": 2, "syn_batch": 7}
+    files = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        writer = SyntheticSetWriter(str(tmp_path / f"{name}.safetensors"))
+        distil(tmp_path, trajectories, callbacks=[SyntheticEMA(0.9), writer], **settings, seed=seed)
+        files.append(writer.path.read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_images_start_as_real_ones_of_their_class(tmp_path: Path, trajectories: Path) -> None:
+    data = small_data()
+    module = distil(tmp_path, trajectories, steps=1, ipc=3, data=data)
+    assert torch.equal(module.labels, torch.arange(10).repeat_interleave(3))
+    real = data.train.pictures.flatten(1)
+    for image, label in zip(module.initial_images.flatten(1), module.labels, strict=True):
+        match = (real == image).all(1).nonzero().squeeze(1)
+        assert label in data.train.labels[match]
+
+
+def test_images_may_start_as_noise(tmp_path: Path, trajectories: Path) -> None:
+    start = distil(tmp_path, trajectories, steps=1, ipc=10, init="noise").initial_images
+    assert abs(float(start.mean())) < 0.1
+    assert abs(float(start.std()) - 1) < 0.1
+
+
+def test_the_step_size_stays_positive(tmp_path: Path, trajectories: Path) -> None:
+    module = distil(tmp_path, trajectories, steps=20, lr_step_size=100.0)
+    assert float(module.step_size.detach()) > 0
+
+
+def break_iterations(monkeypatch: pytest.MonkeyPatch, broken: set[int], *, what: str = "loss") -> None:
+    """Make the loss, or its gradient alone, NaN in some iterations."""
+    real, count = trajectory_matching.trajectory_matching_loss, iter(range(10_000))
+
+    def loss(*args, **kwargs):
+        value = real(*args, **kwargs)
+        if next(count) not in broken:
+            return value
+        if what == "loss":
+            return value * float("nan")
+        value.register_hook(lambda gradient: gradient * float("nan"))
+        return value
+
+    monkeypatch.setattr(trajectory_matching, "trajectory_matching_loss", loss)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_shown(tmp_path, trajectories, monkeypatch, what) -> None:
+    break_iterations(monkeypatch, {1, 2}, what=what)
+    seen = Losses()
+    module = distil(tmp_path, trajectories, steps=4, callbacks=[seen])
+    assert torch.equal(seen.images[0], seen.images[1])
+    assert torch.equal(seen.images[1], seen.images[2]), "momentum must not move the images either"
+    assert not torch.equal(seen.images[2], seen.images[3])
+    assert (module.skipped_steps, module.skipped_in_a_row, module.global_step) == (2, 0, 4)
+    assert float(module.trainer.callback_metrics["matching/skipped_steps"]) == 2
+    assert torch.isfinite(module.images).all()
+
+
+def test_ten_in_a_row_end_the_run_with_the_last_good_set_on_disk(tmp_path, trajectories, monkeypatch) -> None:
+    break_iterations(monkeypatch, set(range(7, 100)))
+    writer = SyntheticSetWriter(str(tmp_path / "set.safetensors"))
+    seen = Losses()
+    with pytest.raises(DivergenceError, match="10 iterations in a row, the last one 16"):
+        distil(tmp_path, trajectories, steps=50, callbacks=[seen, writer])
+    assert torch.equal(SyntheticSet.load(writer.path).images, seen.images[6])
+
+
+def test_nine_in_a_row_do_not(tmp_path, trajectories, monkeypatch) -> None:
+    break_iterations(monkeypatch, {*range(1, 10), *range(11, 20)})
+    assert distil(tmp_path, trajectories, steps=22).skipped_steps == 18
+
+
+def test_infinite_pixels_are_never_written(tmp_path: Path, trajectories: Path) -> None:
+    writer = SyntheticSetWriter(str(tmp_path / "set.safetensors"))
+    with pytest.raises((InputError, DivergenceError)):
+        distil(tmp_path, trajectories, steps=30, callbacks=[writer], lr_images=1e38)
+    if writer.path.exists():
+        assert torch.isfinite(SyntheticSet.load(writer.path).images).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "message"),
+    [
+        ({"max_start_epoch": 4, "expert_epochs": 2}, {}, "reaches epoch 5, but 4 were recorded"),
+        ({"ipc": 14}, {}, "14 images per class are asked for, but class 0 has 13"),
+        ({"network": "convnet", "network_options": {"width": 8}}, {}, "its teachers have network .* 'width': 4"),
+        ({}, {"zca": True}, "its teachers have transform .*standardization.* but .*zca"),
+        ({}, {"val_fraction": 0.2}, "its teachers have dataset"),
+        ({"trajectories": Path("nowhere")}, {}, "nowhere: no teachers here"),
+        ({"ipc": 0}, {}, "ipc=0 must be at least 1"),
+        ({"step_size_init": -1.0}, {}, "must be positive"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(tmp_path, trajectories, options, data, message) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        distil(
+            tmp_path, options.pop("trajectories", trajectories), data=small_data(root=str(tmp_path), **data), **options
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_half_precision_is_refused(tmp_path: Path, trajectories: Path) -> None:
+    trainer = make_trainer(tmp_path, precision="bf16-true")
+    with pytest.raises(InputError, match="32-true"):
+        trainer.fit(small_matching(trajectories), datamodule=small_data())
+
+
+def test_flat_teachers_make_it_ftd(tmp_path: Path, trajectories: Path) -> None:
+    assert distil(tmp_path, trajectories, steps=1).method == "mtt"
+    flat = record(tmp_path, rho=0.05)
+    assert distil(tmp_path, flat, steps=1).synthetic_set().metadata["method"] == "ftd"
+
+
+def test_the_set_carries_what_its_use_needs(tmp_path: Path, trajectories: Path) -> None:
+    module = distil(tmp_path, trajectories, steps=2, callbacks=[SyntheticEMA(0.9)])
+    synthetic = module.synthetic_set()
+    assert torch.equal(synthetic.images, module.images)
+    assert synthetic.images.data_ptr() != module.images.data_ptr()
+    assert torch.equal(synthetic.step_size, module.step_size.detach())
+    assert synthetic.ema_images is not None
+    assert synthetic.class_names == list("0123456789")
+    assert synthetic.metadata["iterations"] == 2
+    assert synthetic.metadata["settings"]["syn_steps"] == 3
+    assert synthetic.metadata["augmentation"] == {"strategy": "", "mode": "single"}
+    assert str(trajectories) not in str(synthetic.metadata), "where the teachers lay is no property of the set"
+
+
+def test_batchnorm_teachers_can_be_matched(tmp_path: Path) -> None:
+    options = {"network_options": {"width": 4, "depth": 1, "norm": "batch"}}
+    assert torch.isfinite(distil(tmp_path, record(tmp_path, **options), steps=3).images).all()

@@ -1,0 +1,220 @@
+"""The ``ftd`` command as people type it."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ftd_lightning import SyntheticSet, TrajectoryStore, cli
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ALL = sorted(CONFIGS.rglob("*.yaml"))
+
+# Small enough to run in seconds; every value on the command line, as anyone would override it.
+QUIET = ["--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+TEACHERS = ["--model.teachers=2", "--model.epochs=3", "--model.network_options={width: 4, depth: 1}"]
+DISTIL = ["--trainer.max_steps=6", "--model.iterations_per_epoch=3", "--model.syn_steps=2", "--model.max_start_epoch=2"]
+EVALUATE = ["--trainer.max_epochs=3", "--model.networks=2", "--model.network_options={width: 4, depth: 1}"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ftd"])
+    return tmp_path
+
+
+def fit(config: str, *arguments: str) -> cli.FTDCLI:
+    return cli.run(["fit", "--config", str(CONFIGS / config), *QUIET, *arguments])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Run a command that has to fail; give its exit code and its last line."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments, *QUIET])
+    return int(stop.value.code or 0), capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    with contextlib.suppress(SystemExit):
+        cli.main(["fit", *arguments, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_config_parses_and_can_be_printed(config: Path, here: Path, capsys) -> None:
+    shown = printed(capsys, "--config", str(config))
+    own = yaml.safe_load(config.read_text())
+    for part in ("model", "data"):
+        assert shown[part]["class_path"].endswith(own[part]["class_path"])
+        for key, value in own[part]["init_args"].items():
+            assert shown[part]["init_args"][key] == value, key
+
+
+# Settings of the FTD paper's Table 7 and of MTT's author: n, m, max start epoch, lr of pixels, lr of the step size,
+# initial step size, EMA decay, ZCA.
+PUBLISHED = {
+    ("ftd", 1): (50, 2, 2, 100, 1e-7, 0.01, 0.9999, True),
+    ("ftd", 10): (30, 2, 20, 100, 1e-5, 0.001, 0.9995, True),
+    ("ftd", 50): (30, 2, 40, 1000, 1e-5, 0.01, 0.999, False),
+    ("mtt", 1): (50, 2, 2, 100, 1e-7, 0.01, None, True),
+    ("mtt", 10): (30, 2, 20, 100, 1e-5, 0.001, None, True),
+    ("mtt", 50): (30, 2, 40, 1000, 1e-5, 0.001, None, False),
+}
+
+
+@pytest.mark.parametrize(("method", "ipc"), PUBLISHED)
+def test_cifar10_settings_are_the_published_ones(method: str, ipc: int) -> None:
+    config = yaml.safe_load((CONFIGS / "cifar10" / f"distill_{method}_ipc{ipc}.yaml").read_text())
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    averages = [c["init_args"]["decay"] for c in trainer["callbacks"] if c["class_path"] == "SyntheticEMA"]
+    keys = ("syn_steps", "expert_epochs", "max_start_epoch", "lr_images", "lr_step_size", "step_size_init")
+    found = (*(model[key] for key in keys), averages[0] if averages else None, data.get("zca", False))
+    assert found == PUBLISHED[method, ipc]
+    assert (model["ipc"], model["syn_batch"], trainer["max_steps"]) == (ipc, None, 5000)
+    folder = Path(model["trajectories"]).parent.name
+    teacher = yaml.safe_load((CONFIGS / "cifar10" / f"{folder}.yaml").read_text())
+    settings = teacher["model"]["init_args"]
+    assert (settings["teachers"], settings["epochs"], settings["lr"]) == (100, 50, 0.01)
+    assert (settings["rho"], settings.get("alpha")) == {
+        ("mtt", True): (0.0, None),
+        ("mtt", False): (0.0, None),
+        ("ftd", True): (0.01, 0.3),
+        ("ftd", False): (0.01, 1.0),
+    }[method, ipc != 50]
+    for key in ("dataset", "zca", "val_fraction"):
+        assert teacher["data"]["init_args"].get(key) == data.get(key)
+
+
+def test_any_value_can_be_overridden(here: Path, capsys) -> None:
+    config = str(CONFIGS / "cifar10" / "distill_ftd_ipc10.yaml")
+    arguments = ["--model.ipc", "3", "--data.zca", "false", "--trainer.max_steps", "7"]
+    shown = printed(capsys, "--config", config, *arguments, "--trainer.callbacks+=ModelSummary")
+    assert shown["model"]["init_args"]["ipc"] == 3
+    assert shown["data"]["init_args"]["zca"] is False
+    assert shown["trainer"]["max_steps"] == 7
+    assert len(shown["trainer"]["callbacks"]) == 7
+
+
+def test_the_three_steps(here: Path) -> None:
+    """Teachers, distillation, evaluation: three ordinary fits, joined by two artefacts on disk."""
+    fit("digits/teacher_ftd.yaml", *TEACHERS)
+    store = TrajectoryStore("runs/digits/teacher_ftd/trajectories")
+    assert (len(store), store.epochs) == (2, 3)
+    assert Path("runs/digits/teacher_ftd/config.yaml").is_file()
+    fit("digits/distill_ftd_ipc1.yaml", *DISTIL)
+    synthetic = SyntheticSet.load("runs/digits/distill_ftd_ipc1/set.safetensors")
+    assert synthetic.images.shape == (10, 1, 8, 8)
+    assert synthetic.ema_images is not None
+    result = fit("digits/evaluate.yaml", *EVALUATE).model
+    assert result.results["lr"] == pytest.approx(float(synthetic.step_size))
+    assert Path("runs/digits/evaluate/evaluation.json").is_file()
+    # More teachers: the number on the command line wins over the checkpoint's, so a finished run can be extended.
+    more = [a for a in TEACHERS if "teachers" not in a]
+    fit("digits/teacher_ftd.yaml", *more, "--model.teachers=3", "--ckpt_path=last")
+    assert len(TrajectoryStore("runs/digits/teacher_ftd/trajectories")) == 3
+    # A checkpoint given by its path brings its hyper-parameters through Lightning's own parser.
+    checkpoint = "runs/digits/distill_ftd_ipc1/checkpoints/last.ckpt"
+    longer = [a for a in DISTIL if "max_steps" not in a]
+    fit("digits/distill_ftd_ipc1.yaml", *longer, "--trainer.max_steps=9", f"--ckpt_path={checkpoint}")
+    assert SyntheticSet.load("runs/digits/distill_ftd_ipc1/set.safetensors").metadata["iterations"] == 9
+
+
+@pytest.fixture
+def teachers(here: Path, trajectories: Path) -> list[str]:
+    """A distillation of recorded teachers, and of the part of the digits that they saw."""
+    config = str(CONFIGS / "digits" / "distill_mtt_ipc1.yaml")
+    data = ["--data.max_per_class=14", "--data.batch_size=32"]
+    return ["fit", "--config", config, f"--model.trajectories={trajectories}", "--model.max_start_epoch=3", *data]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data.dataset=digit"], ["unknown data set 'digit'", "did you mean 'digits'?"]),
+        (["--data.dataset=cifar10", "--data.download=false", "--data.max_per_class=null"], ["CIFAR-10", "data.root"]),
+        (["--data.val_fraction=2"], ["val_fraction=2"]),
+        (["--model.network=convent"], ["unknown network 'convent'", "did you mean 'convnet'?"]),
+        (["--model.trajectories=nowhere"], ["nowhere: no teachers here"]),
+        (["--model.max_start_epoch=4"], ["max_start_epoch=4", "reaches epoch 5, but 4 were recorded"]),
+        (["--model.ipc=100"], ["100 images per class are asked for", "class 0"]),
+        (["--model.ipc=0"], ["ipc=0"]),
+        (["--model.augment=flop"], ["no operation 'flop'"]),
+        (["--model.network=convnet", "--model.network_options={width: 8}"], ["teachers have network", "'width': 8"]),
+        (["--data.zca=true"], ["teachers have transform", "zca"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(teachers: list[str], capsys, arguments, words) -> None:
+    code, line = refusal(capsys, *teachers, *arguments)
+    assert code == 1
+    assert line.startswith("ftd: error: ")
+    for word in words:
+        assert word in line
+    assert not list(Path().rglob("*.safetensors")) or "zca" in arguments[0], "nothing was written but a whitening"
+
+
+def test_broken_teachers_are_named(teachers: list[str], trajectories: Path, here: Path, capsys) -> None:
+    folder = here / "store"
+    folder.mkdir()
+    whole = (trajectories / "teacher_0000.safetensors").read_bytes()
+    for content, word in ((whole[:-100], "truncated"), (b"not at all", "not a safetensors file")):
+        (folder / "teacher_0000.safetensors").write_bytes(content)
+        code, line = refusal(capsys, *teachers, f"--model.trajectories={folder}")
+        assert code == 1
+        assert "teacher_0000.safetensors" in line
+        assert word in line
+
+
+def test_wrong_words_end_with_exit_code_2(here: Path, capsys) -> None:
+    config = str(CONFIGS / "digits" / "teacher_mtt.yaml")
+    for arguments in (["fit", "--config", "nowhere.yaml"], ["fit", "--config", config, "--model.epoch=3"], ["fot"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+        shown = capsys.readouterr().err
+        assert "Traceback" not in shown
+        assert any(word in shown for word in ("nowhere.yaml", "epoch", "fot"))
+
+
+def test_other_errors_keep_their_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "FTDCLI", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main([])
+
+
+def test_own_callbacks_loggers_and_plugins_are_left_alone(here: Path) -> None:
+    arguments = [
+        "--trainer.callbacks=[{class_path: TQDMProgressBar}, {class_path: TrajectoryRecorder}]",
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=elsewhere",
+        "--trainer.plugins=[lightning.pytorch.plugins.io.TorchCheckpointIO]",
+    ]
+    trainer = fit("digits/teacher_mtt.yaml", *TEACHERS, *arguments).trainer
+    assert type(trainer.progress_bar_callback).__name__ == "TQDMProgressBar"
+    assert type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
+    assert list(Path("elsewhere").rglob("metrics.csv"))
+
+
+def test_both_commands_say_their_version() -> None:
+    from ftd_lightning import __version__
+
+    for command in ([sys.executable, "-m", "ftd_lightning"], [str(Path(sys.executable).parent / "ftd")]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == f"ftd {__version__}", done.stderr
+
+
+def test_a_seed_on_the_command_line_gives_other_teachers(here: Path) -> None:
+    fit("digits/teacher_mtt.yaml", *TEACHERS)
+    first = TrajectoryStore("runs/digits/teacher_mtt/trajectories").trajectory(0)
+    own_folder = "--trainer.logger.init_args.name=other"
+    fit("digits/teacher_mtt.yaml", *TEACHERS, own_folder, "--model.seed=1")
+    other = TrajectoryStore("runs/digits/other/trajectories").trajectory(0)
+    assert not torch.equal(first[0], other[0])

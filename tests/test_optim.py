@@ -1,0 +1,407 @@
+"""GSAM as an optimizer: a case by hand, its limits (SGD, SAM), and what a step must leave alone."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from ftd_lightning.functional import flatten_parameters, gsam_perturbation, make_generator, seeded
+from ftd_lightning.models import ConvNet
+from ftd_lightning.optim import GSAM, frozen_running_statistics
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+MOMENTUM = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def small_network(seed=0, norm="instance"):
+    with seeded(seed, "network"):
+        return ConvNet(1, 3, 8, width=4, depth=2, norm=norm)
+
+
+def batches(count, seed=0):
+    generator = make_generator(seed, "batches")
+    for _ in range(count):
+        yield torch.randn(6, 1, 8, 8, generator=generator), torch.randint(3, (6,), generator=generator)
+
+
+def closure_of(network, images, labels):
+    def closure():
+        loss = cross_entropy(network(images), labels)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def train(network, optimizer, data):
+    for images, labels in data:
+        optimizer.step(closure_of(network, images, labels))
+    return flatten_parameters(network)
+
+
+def two_weights(loss, start, **options):
+    """One GSAM step with SGD of learning rate 0.1 on a function of two weights; gives where it lands."""
+    weights = [nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in start]
+    optimizer = GSAM(weights, SGD(weights), **options)
+
+    def closure():
+        value = loss(*weights)
+        value.backward()
+        return value
+
+    returned = optimizer.step(closure)
+    assert returned.item() == pytest.approx(loss(*(torch.tensor(value) for value in start)).item())
+    return [weight.item() for weight in weights]
+
+
+def test_plain_ball_by_hand():
+    # L = w1 * w2 at (4, 3): g = (3, 4), ||g|| = 5; rho 5: eps = (3, 4), so g_p = gradient at (7, 7) = (7, 7).
+    # <g, g_p> / ||g_p||^2 = 49 / 98 = 1/2; g across g_p: (3, 4) - (3.5, 3.5) = (-0.5, 0.5).
+    # alpha 0.5: direction (7, 7) - 0.5 * (-0.5, 0.5) = (7.25, 6.75); w = (4, 3) - 0.1 * direction.
+    landed = two_weights(lambda a, b: a * b, (4.0, 3.0), rho=5.0, alpha=0.5)
+    assert landed == pytest.approx([3.275, 2.325])
+
+
+def test_adaptive_ball_by_hand():
+    # L = -a^2 + a b - 3/8 b^2 + 3 a + 5/2 b at (1, 2): g = (-2a + b + 3, a - 3/4 b + 5/2) = (3, 2).
+    # w g = (3, 4), norm 5; w^2 g = (3, 8); rho 5: eps = (3, 8); g_p = gradient at (4, 10) = (5, -1).
+    # <g, g_p> / ||g_p||^2 = 13 / 26 = 1/2; g across g_p: (3, 2) - (2.5, -0.5) = (0.5, 2.5).
+    # alpha 0.5: direction (5, -1) - (0.25, 1.25) = (4.75, -2.25); w = (1, 2) - 0.1 * direction.
+    def loss(a, b):
+        return -a * a + a * b - 0.375 * b * b + 3 * a + 2.5 * b
+
+    landed = two_weights(loss, (1.0, 2.0), rho=5.0, alpha=0.5, adaptive=True)
+    assert landed == pytest.approx([0.525, 2.225])
+
+
+@pytest.mark.parametrize("base", [SGD, MOMENTUM])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_rho_zero_is_the_base_optimizer_bit_for_bit(alpha, base):
+    gsam, plain = small_network(), small_network()
+    runs = []
+    optimizer = GSAM(gsam.parameters(), base, rho=0.0, alpha=alpha)
+    reference = base(plain.parameters())
+    for images, labels in batches(6):
+        inner = closure_of(gsam, images, labels)
+        optimizer.step(lambda inner=inner: runs.append(1) or inner())
+        reference.zero_grad()
+        closure_of(plain, images, labels)()
+        reference.step()
+        assert flatten_parameters(gsam).equal(flatten_parameters(plain))
+    assert len(runs) == 6, "one run of the closure a step"
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_alpha_zero_is_sam(adaptive):
+    """SAM and ASAM written down again, one parameter at a time."""
+    network, reference = small_network().double(), small_network().double()
+    data = [(images.double(), labels) for images, labels in batches(4)]
+    landed = train(network, GSAM(network.parameters(), SGD, rho=0.05, alpha=0.0, adaptive=adaptive), data)
+    sgd_alone = small_network().double()
+    train(sgd_alone, GSAM(sgd_alone.parameters(), SGD, rho=0.0), data)
+    for images, labels in data:
+        weights = list(reference.parameters())
+        gradient = torch.autograd.grad(cross_entropy(reference(images), labels), weights)
+        size = [w.detach().abs() if adaptive else torch.ones_like(w) for w in weights]
+        norm = sum(((s * g) ** 2).sum() for s, g in zip(size, gradient, strict=True)) ** 0.5
+        old = [w.detach().clone() for w in weights]
+        with torch.no_grad():
+            for w, s, g in zip(weights, size, gradient, strict=True):
+                w.add_(0.05 * s * s * g / norm)
+        climbed = torch.autograd.grad(cross_entropy(reference(images), labels), weights)
+        with torch.no_grad():
+            for w, o, g in zip(weights, old, climbed, strict=True):
+                w.copy_(o - 0.1 * g)
+    torch.testing.assert_close(landed, flatten_parameters(reference), rtol=1e-10, atol=1e-12)
+    assert float((landed - flatten_parameters(sgd_alone)).norm()) > 1e-3, "SGD lands elsewhere"
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_second_run_sees_the_perturbed_weights_and_the_step_the_old_ones_bit_for_bit(adaptive):
+    """A weight far below its perturbation loses digits to w + eps - eps: weights must come back from copies."""
+    network, rho = small_network(), 50.0
+    # A base optimizer of learning rate 0 leaves what it is given.
+    base = torch.optim.SGD(network.parameters(), lr=0.0)
+    optimizer = GSAM(network.parameters(), base, rho=rho, alpha=1.0, adaptive=adaptive)
+    ((images, labels),) = batches(1)
+    old = [w.detach().clone() for w in network.parameters()]
+    seen, gradients = [], []
+
+    def closure():
+        assert all(w.grad is None or bool(w.grad.eq(0).all()) for w in network.parameters()), "gradients are cleared"
+        assert torch.is_grad_enabled()
+        seen.append([w.detach().clone() for w in network.parameters()])
+        loss = closure_of(network, images, labels)()
+        gradients.append([w.grad.clone() for w in network.parameters()])
+        return loss
+
+    optimizer.step(closure)
+    eps = gsam_perturbation(old, gradients[0], rho=rho, adaptive=adaptive)
+    assert len(seen) == 2
+    assert all(a.equal(b) for a, b in zip(seen[0], old, strict=True))
+    assert all(a.equal(b + e) for a, b, e in zip(seen[1], old, eps, strict=True))
+    assert any(bool((a - e).ne(b).any()) for a, b, e in zip(seen[1], old, eps, strict=True)), "digits were lost"
+    assert all(a.equal(b) for a, b in zip(network.parameters(), old, strict=True))
+
+
+def test_weights_come_back_when_the_second_run_raises():
+    network = small_network()
+    optimizer = GSAM(network.parameters(), MOMENTUM, rho=0.5)
+    data = list(batches(2))
+    train(network, optimizer, data[:1])
+    before = flatten_parameters(network)
+    momentum = [optimizer.state[w]["momentum_buffer"].clone() for w in network.parameters()]
+    inner = closure_of(network, *data[1])
+
+    def closure():
+        if optimizer.perturbed:
+            assert not flatten_parameters(network).equal(before)
+            raise KeyboardInterrupt
+        return inner()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert flatten_parameters(network).equal(before)
+    assert not optimizer.perturbed
+    kept = [optimizer.state[w]["momentum_buffer"] for w in network.parameters()]
+    assert all(a.equal(b) for a, b in zip(kept, momentum, strict=True)), "the base optimizer did not step"
+
+
+def test_perturbed_is_true_in_the_second_run_alone():
+    network = small_network()
+    optimizer = GSAM(network.parameters(), SGD, rho=0.1)
+    flags = []
+    for images, labels in batches(2):
+        inner = closure_of(network, images, labels)
+        optimizer.step(lambda inner=inner: flags.append(optimizer.perturbed) or inner())
+        flags.append(optimizer.perturbed)
+    assert flags == [False, True, False] * 2
+
+
+def test_step_returns_the_loss_at_the_weights():
+    network = small_network()
+    ((images, labels),) = batches(1)
+    expected = cross_entropy(network(images), labels)
+    loss = GSAM(network.parameters(), SGD, rho=0.5).step(closure_of(network, images, labels))
+    assert loss.equal(expected)
+
+
+def test_state_dict_continues_bit_for_bit():
+    data = list(batches(6))
+    network = small_network()
+    optimizer = GSAM(network.parameters(), MOMENTUM, rho=0.2, alpha=0.3, adaptive=True)
+    train(network, optimizer, data[:3])
+    # Copies, as a file would be: both hold the live tensors.
+    saved, state = copy.deepcopy(network.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = train(network, optimizer, data[3:])
+
+    resumed = small_network(seed=1)
+    resumed.load_state_dict(saved)
+    # Settings of its own, which the saved ones replace.
+    fresh = GSAM(resumed.parameters(), SGD, rho=0.9)
+    fresh.load_state_dict(state)
+    assert train(resumed, fresh, data[3:]).equal(expected)
+    assert fresh.param_groups is fresh.base_optimizer.param_groups
+    assert (fresh.param_groups[0]["rho"], fresh.param_groups[0]["alpha"]) == (0.2, 0.3)
+
+    forgetful = small_network()
+    forgetful.load_state_dict(saved)
+    without = GSAM(forgetful.parameters(), MOMENTUM, rho=0.2, alpha=0.3, adaptive=True)
+    assert not train(forgetful, without, data[3:]).equal(expected), "momentum is part of the state"
+
+
+@pytest.mark.parametrize("reload", [False, True])
+def test_scheduler_on_gsam_moves_the_base_optimizers_rate(reload):
+    weight = nn.Parameter(torch.tensor([1.0]))
+    optimizer = GSAM([weight], SGD, rho=0.0)
+    if reload:
+        optimizer.load_state_dict(optimizer.state_dict())
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[1], gamma=0.5)
+
+    def closure():
+        loss = weight.sum()  # a gradient of 1, so that a step moves by the learning rate
+        loss.backward()
+        return loss
+
+    moves = []
+    for _ in range(3):
+        before = weight.item()
+        optimizer.step(closure)
+        scheduler.step()
+        moves.append(before - weight.item())
+    assert moves == pytest.approx([0.1, 0.05, 0.05], rel=1e-5)
+    assert optimizer.base_optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+def test_base_optimizer_as_instance_or_factory():
+    data = list(batches(3))
+    landed = []
+    for make in (lambda network: MOMENTUM(network.parameters()), lambda network: MOMENTUM):
+        network = small_network()
+        landed.append(train(network, GSAM(network.parameters(), make(network), rho=0.1), data))
+    assert landed[0].equal(landed[1])
+
+
+def test_groups_with_rates_of_their_own():
+    slow, fast = (nn.Parameter(torch.tensor([1.0])) for _ in range(2))
+    optimizer = GSAM([{"params": [slow]}, {"params": [fast], "lr": 0.5}], SGD, rho=0.0)
+
+    def closure():
+        loss = slow.sum() + fast.sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert [slow.item(), fast.item()] == pytest.approx([0.9, 0.5])
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3])
+def test_reduce_changes_the_gradient_that_is_stepped_along(rho):
+    """Twice the learning rate on half of the gradient is the same step: reduce sees what the base optimizer takes."""
+    data, calls = list(batches(2)), []
+
+    def halve(gradients):
+        calls.append(len(gradients))
+        for gradient in gradients:
+            gradient.div_(2)
+
+    plain, halved = small_network(), small_network()
+    expected = train(plain, GSAM(plain.parameters(), SGD, rho=rho), data)
+    twice = functools.partial(torch.optim.SGD, lr=0.2)
+    landed = train(halved, GSAM(halved.parameters(), twice, rho=rho, reduce=halve), data)
+    assert landed.equal(expected)
+    assert calls == [len(list(plain.parameters()))] * 2
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_zero_gradient_moves_nothing(adaptive):
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = GSAM([weight], SGD, rho=0.1, alpha=1.0, adaptive=adaptive)
+
+    def closure():
+        loss = (0 * weight).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert weight.tolist() == [1.0, 2.0]
+
+
+def test_weights_without_a_gradient_stay():
+    used, unused = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = GSAM([used, unused], SGD, rho=0.1)
+
+    def closure():
+        loss = used.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert unused.tolist() == [1.0, 1.0]
+    assert used.tolist() != [1.0, 1.0]
+
+
+@pytest.mark.parametrize("settings", [{"rho": -0.1}, {"alpha": -1.0}])
+def test_negative_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="rho and alpha must not be negative"):
+        GSAM([nn.Parameter(torch.ones(1))], SGD, **settings)
+
+
+def test_base_optimizer_over_other_parameters_is_refused():
+    with pytest.raises(ValueError, match="base_optimizer holds other parameters"):
+        GSAM([nn.Parameter(torch.ones(1))], SGD([nn.Parameter(torch.ones(1))]))
+
+
+def test_step_without_closure_is_refused():
+    with pytest.raises(ValueError, match="GSAM needs a closure"):
+        GSAM([nn.Parameter(torch.ones(1))], SGD).step()
+
+
+def norm_network():
+    with seeded(0):
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 6), nn.BatchNorm1d(6, momentum=None)
+        )
+
+
+def statistics(network):
+    return {name: value.clone() for name, value in network.named_buffers()}
+
+
+def test_frozen_statistics_stay_while_outputs_are_those_of_training():
+    network = norm_network()
+    ((images, _),) = batches(1)
+    network(images)
+    before = statistics(network)
+    assert len(before) == 6
+    with frozen_running_statistics(network):
+        frozen = network(images + 3)
+    assert all(value.equal(before[name]) for name, value in network.named_buffers())
+    trained = network(images + 3)
+    assert frozen.equal(trained)
+    # Afterwards they move again, counter included.
+    assert not any(value.equal(before[name]) for name, value in network.named_buffers())
+
+
+def test_frozen_statistics_restores_flags_after_an_error_and_leaves_untracked_norms_alone():
+    network = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False))
+
+    def interrupted():
+        with frozen_running_statistics(network):
+            assert [norm.track_running_stats for norm in network] == [False, False]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [norm.track_running_stats for norm in network] == [True, False]
+
+
+def test_frozen_statistics_nest():
+    network = nn.Sequential(nn.BatchNorm2d(1))
+    with frozen_running_statistics(network):
+        with frozen_running_statistics(network):
+            pass
+        before = statistics(network)
+        network(torch.randn(2, 1, 4, 4))
+        assert all(value.equal(before[name]) for name, value in network.named_buffers())
+    assert network[0].track_running_stats
+
+
+def test_closure_that_freezes_while_perturbed_keeps_the_first_runs_statistics():
+    """What a GSAM step leaves in the running statistics is what one forward run at the weights leaves."""
+    network, reference = (small_network(norm="batch") for _ in range(2))
+    optimizer = GSAM(network.parameters(), SGD, rho=1.0)
+    ((images, labels),) = batches(1)
+    inner = closure_of(network, images, labels)
+
+    def closure():
+        if optimizer.perturbed:
+            with frozen_running_statistics(network):
+                return inner()
+        return inner()
+
+    optimizer.step(closure)
+    reference(images)
+    moved = statistics(network)
+    assert all(value.equal(moved[name]) for name, value in reference.named_buffers())
+
+
+def test_a_deep_copy_goes_on_as_the_original_does():
+    network = nn.Linear(2, 2)
+    optimizer = GSAM(network.parameters(), functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    twin, twin_optimizer = copy.deepcopy((network, optimizer))
+    inputs = torch.randn(3, 2)
+    for net, opt in ((network, optimizer), (twin, twin_optimizer)):
+
+        def closure(net=net):
+            loss = net(inputs).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            opt.step(closure)
+    assert torch.equal(network.weight, twin.weight)
+    assert twin_optimizer.state is twin_optimizer.base_optimizer.state
