@@ -86,6 +86,9 @@ class DistillationDataModule(LightningDataModule):
         super().__init__()
         if not 0 <= val_fraction < 1:
             raise InputError(f"val_fraction={val_fraction} must lie in [0, 1)")
+        for name, value in (("batch_size", batch_size), ("ipc", ipc), ("max_per_class", max_per_class)):
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
         self.spec = get_dataset(dataset)
         # Not to the logger: Lightning refuses names that module and datamodule share with different values.
         self.save_hyperparameters(logger=False)
@@ -168,19 +171,20 @@ class DistillationDataModule(LightningDataModule):
 
     def _check_fits(self, synthetic: SyntheticSet, file: Path) -> None:
         shape, wanted = tuple(synthetic.images.shape[1:]), (self.in_channels, self.image_size, self.image_size)
-        if shape != wanted or synthetic.class_names != self.class_names:
+        if (shape, synthetic.class_names) != (wanted, self.class_names):
             raise InputError(
-                f"{file}: holds {shape} images of {len(synthetic.class_names)} classes, {self.hparams['dataset']} has "
-                f"{wanted} images of {self.num_classes}; set data.dataset to the set's own"
+                f"{file}: holds {shape} images of the classes {', '.join(synthetic.class_names)}, "
+                f"{self.hparams['dataset']} has {wanted} images of {', '.join(self.class_names)}; "
+                "set data.dataset to the set's own"
             )
 
     def _limited(self, images: Images) -> Images:
         limit = self.hparams["max_per_class"]
         if limit is None:
             return images
-        return images.take(
-            sample_per_class(images.labels, limit, make_generator(self.hparams["seed"], "limit")).sort().values
-        )
+        shuffled = torch.randperm(len(images.labels), generator=make_generator(self.hparams["seed"], "limit"))
+        kept = [shuffled[images.labels[shuffled] == label][:limit] for label in range(self.num_classes)]
+        return images.take(torch.cat(kept).sort().values)
 
     def _split(self, train: Images) -> tuple[Images, Images]:
         """Cut the training images into those used and those held out, each in the original order."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import ftd_lightning
 from ftd_lightning.errors import InputError
@@ -81,10 +81,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, kind: str, metad
         kind: what the file is, e.g. "synthetic_set".
         metadata: anything that JSON holds.
     """
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: the format refuses two names for one memory. The bytes are written here, for safetensors' own writer makes
+    # a file of its own beside the target, which a kill leaves behind, and which only its owner may read.
+    layout = torch.contiguous_format
+    ready = {name: tensor.detach().cpu().clone(memory_format=layout) for name, tensor in tensors.items()}
     header = json.dumps({**metadata, "kind": kind, "format": 1}, sort_keys=True)
     with replacing(path) as part:
-        save_file(ready, part, metadata={KEY: header})
+        part.write_bytes(save(ready, metadata={KEY: header}))
 
 
 class TensorFile:
@@ -104,14 +107,13 @@ class TensorFile:
             raise InputError(f"{path}: no such file")
         try:
             self._file = safe_open(path, framework="pt")
-            header = (self._file.metadata() or {}).get(KEY)
-        except (SafetensorError, OSError) as error:
+            header = json.loads((self._file.metadata() or {}).get(KEY, "{}"))
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise InputError(f"{path}: truncated, or not a safetensors file ({error}); make it again") from error
-        metadata = json.loads(header) if header else {}
-        if metadata.get("kind") != kind:
-            found = metadata.get("kind", "a file that another program wrote")
+        if header.get("kind") != kind:
+            found = header.get("kind", "a file that another program wrote")
             raise InputError(f"{path}: a {kind.replace('_', ' ')} is needed here, this is {found.replace('_', ' ')}")
-        self.metadata: dict[str, Any] = metadata
+        self.metadata: dict[str, Any] = header
 
     @property
     def names(self) -> set[str]:
@@ -127,4 +129,6 @@ class TensorFile:
 
     def numel(self, name: str) -> int:
         """Number of values of a tensor, without reading it."""
+        if name not in self.names:
+            raise InputError(f"{self.path}: has no tensor {name!r}; make it again")
         return int(torch.Size(self._file.get_slice(name).get_shape()).numel())

@@ -56,10 +56,9 @@ class SegmentLoader:
         rank: int = 0,
     ) -> None:
         last = max_start_epoch - 1 + expert_epochs
-        if expert_epochs < 1 or max_start_epoch < 1:
-            raise InputError(
-                f"expert_epochs={expert_epochs} and max_start_epoch={max_start_epoch} must both be at least 1"
-            )
+        if min(expert_epochs, max_start_epoch, length) < 1:
+            numbers = f"expert_epochs={expert_epochs}, max_start_epoch={max_start_epoch}, length={length}"
+            raise InputError(f"{numbers}: all of these must be at least 1")
         if last > store.epochs:
             raise InputError(
                 f"{store.path}: max_start_epoch={max_start_epoch} with expert_epochs={expert_epochs} reaches epoch "

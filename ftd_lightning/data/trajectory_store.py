@@ -68,7 +68,7 @@ class TrajectoryStore:
         self.metadata = self._shared(TensorFile(self.files[0], kind=KIND))
         for file in self.files[1:]:
             other = self._shared(TensorFile(file, kind=KIND))
-            different = [key for key in self.metadata if other.get(key) != self.metadata[key]]
+            different = sorted(key for key in {*self.metadata, *other} if other.get(key) != self.metadata.get(key))
             if different:
                 raise InputError(
                     f"{file}: differs from {self.files[0].name} in {', '.join(different)}; keep such teachers apart"
@@ -107,9 +107,11 @@ class TrajectoryStore:
             expert_epochs: m; t + m is at most ``epochs``.
 
         Raises:
-            InputError: for a segment beyond what was recorded, or a file that broke since the store was opened.
+            InputError: for what was not recorded, or a file that broke since the store was opened.
         """
-        if start_epoch < 0 or start_epoch + expert_epochs > self.epochs:
+        if not 0 <= teacher < len(self):
+            raise InputError(f"{self.path}: teacher {teacher} is asked for, 0 to {len(self) - 1} are recorded")
+        if start_epoch < 0 or expert_epochs < 1 or start_epoch + expert_epochs > self.epochs:
             raise InputError(
                 f"{self.path}: epochs {start_epoch} to {start_epoch + expert_epochs} are asked for, 0 to {self.epochs} "
                 "are recorded"

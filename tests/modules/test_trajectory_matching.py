@@ -83,9 +83,15 @@ def test_images_may_start_as_noise(tmp_path: Path, trajectories: Path) -> None:
     assert abs(float(start.std()) - 1) < 0.1
 
 
-def test_the_step_size_stays_positive(tmp_path: Path, trajectories: Path) -> None:
-    module = distil(tmp_path, trajectories, steps=20, lr_step_size=100.0)
-    assert float(module.step_size.detach()) > 0
+def test_the_step_size_stays_positive(tmp_path: Path, trajectories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that grows with it, and a learning rate that would take it below 0 at once."""
+
+    def loss(network, start, target, images, labels, step_size, **kwargs):
+        return step_size + 0 * images.sum()
+
+    monkeypatch.setattr(trajectory_matching, "trajectory_matching_loss", loss)
+    module = distil(tmp_path, trajectories, steps=3, lr_step_size=1.0)
+    assert float(module.step_size.detach()) == pytest.approx(1e-8)
 
 
 def break_iterations(monkeypatch: pytest.MonkeyPatch, broken: set[int], *, what: str = "loss") -> None:
