@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,8 @@ def run(args: ArgsType = None) -> FTDCLI:
         InputError: for what the user can put right.
         DivergenceError: for a run that went astray.
     """
+    # Lightning 2.6 under torch 2.13 and newer; nothing that a user could change.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     return FTDCLI(
         LightningModule,
         LightningDataModule,

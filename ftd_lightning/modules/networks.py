@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import seeded
 from ftd_lightning.models import build_network, find_network, reset_parameters
@@ -68,14 +69,41 @@ class FreshNetworks:
         return {"name": f"{type(built).__module__}.{type(built).__qualname__}", "shapes": shapes}
 
 
+def student_networks(
+    store: TrajectoryStore,
+    network: Network | None,
+    options: dict[str, Any] | None,
+    datamodule: LightningDataModule | None,
+) -> FreshNetworks:
+    """Give the networks that teachers of a store can be matched with.
+
+    Args:
+        store: the teachers.
+        network: as for :class:`FreshNetworks`; None takes the teachers' own.
+        options: for a named network.
+        datamodule: as for :class:`FreshNetworks`.
+
+    Raises:
+        InputError: for another network than the teachers', or None where theirs was an object.
+    """
+    recorded = store.metadata["network"]
+    if network is None:
+        if "options" not in recorded:
+            raise InputError(f"{store.path}: its network {recorded['name']} has no short name; give it as network")
+        network, options = recorded["name"], recorded["options"]
+    fresh = FreshNetworks(network, options, datamodule)
+    check_compatible(store, {"network": fresh.describe()})
+    return fresh
+
+
 def plain_settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Give a module's hyper-parameters as JSON holds them, without what LightningCLI adds for itself."""
     return {key: value for key, value in hparams.items() if not key.startswith("_")}
 
 
-def plain_network(network: Network) -> list[str]:
+def plain_network(network: Network | None) -> list[str]:
     """Tell which init arguments to keep out of the saved hyper-parameters: a network that is an object.
 
     Checkpoints hold plain values only, so that they load without running code.
     """
-    return [] if isinstance(network, str) else ["network"]
+    return [] if network is None or isinstance(network, str) else ["network"]

@@ -15,12 +15,13 @@ from ftd_lightning.data.files import versions
 from ftd_lightning.data.segments import SegmentBatch, SegmentLoader
 from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
+from ftd_lightning.data.transform import Standardization
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
 from ftd_lightning.functional.matching import trajectory_matching_loss
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll, chunked_permutations
-from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network, plain_settings
+from ftd_lightning.modules.networks import Network, plain_network, plain_settings, student_networks
 
 if TYPE_CHECKING:
     from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -64,6 +65,8 @@ class TrajectoryMatching(LightningModule):
         unroll: "adjoint" (memory of one step) or "graph".
         iterations_per_epoch: iterations that make a Lightning epoch: the rhythm of evaluation, pictures and files.
         seed: decides initial images, segments, mini-batches and augmentation.
+        real: images (N, C, H, W) and labels (N,) that the teachers saw, to start from; with a
+            DistillationDataModule they are its training images, and this stays None.
 
     Attributes:
         images: (ipc * K, C, H, W) parameter, class by class.
@@ -100,6 +103,7 @@ class TrajectoryMatching(LightningModule):
         unroll: Unroll = "adjoint",
         iterations_per_epoch: int = 100,
         seed: int = 0,
+        real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         for name, value in zip(COUNTS, (ipc, syn_steps, syn_batch, iterations_per_epoch), strict=True):
@@ -108,8 +112,9 @@ class TrajectoryMatching(LightningModule):
         if step_size_init <= 0:
             raise InputError(f"step_size_init={step_size_init} must be positive")
         parse_strategy(augment)
-        self.save_hyperparameters(ignore=[] if network is None else plain_network(network))
+        self.save_hyperparameters(ignore=["real", *plain_network(network)])
         self._architecture = network
+        self._real = None if real is None else Images(*real)
         self._augment = partial(dsa, strategy=augment, mode=augment_mode) if augment else None
         self.skipped_steps = self.skipped_in_a_row = 0
         self.ema_images: Tensor | None = None
@@ -124,39 +129,31 @@ class TrajectoryMatching(LightningModule):
         describe = getattr(datamodule, "describe", None)
         if describe:
             check_compatible(self.store, describe())
-        self.fresh = self._student_networks(datamodule)
+        self.fresh = student_networks(self.store, self._architecture, hparams["network_options"], datamodule)
         # In a list: no submodule, so neither in checkpoints nor among DDP's parameters.
         self._student = [self.fresh.build(0).requires_grad_(False).train()]
         self.segment_loader()  # complains of segments beyond the record before anything else is done
-        start = self._initial_set(datamodule)
+        start = self._initial_set(self._real or getattr(datamodule, "train", None))
         self.images = nn.Parameter(start.pictures.clone())
         self.step_size = nn.Parameter(torch.tensor(float(hparams["step_size_init"])))
         self.register_buffer("labels", start.labels.clone())
         self.initial_images = start.pictures.clone()
 
-    def _student_networks(self, datamodule: Any) -> FreshNetworks:
-        recorded = self.store.metadata["network"]
-        network, options = self._architecture, self.hparams["network_options"]
-        if network is None:
-            if "options" not in recorded:
-                raise InputError(
-                    f"{self.store.path}: its network {recorded['name']} has no short name; give it as network"
-                )
-            network, options = recorded["name"], recorded["options"]
-        fresh = FreshNetworks(network, options, datamodule)
-        check_compatible(self.store, {"network": fresh.describe()})
-        return fresh
-
-    def _initial_set(self, datamodule: Any) -> Images:
+    def _initial_set(self, real: Images | None) -> Images:
+        if real is None:
+            raise InputError(
+                "distillation starts from real images: give a DistillationDataModule, or the argument real"
+            )
         ipc, seed = self.hparams["ipc"], self.hparams["seed"]
-        train = getattr(datamodule, "train", None)
-        if not isinstance(train, Images):
-            raise InputError("distillation takes its initial images from a DistillationDataModule: give one")
-        real = random_real_images(train, ipc, seed)
+        start = random_real_images(real, ipc, seed)
         if self.hparams["init"] == "real":
-            return real
-        noise = torch.randn(real.pictures.shape, generator=make_generator(seed, "initial noise"))
-        return Images(noise, real.labels)
+            return start
+        noise = torch.randn(start.pictures.shape, generator=make_generator(seed, "initial noise"))
+        return Images(noise, start.labels)
+
+    def train_dataloader(self) -> SegmentLoader:
+        """Give the segments to a trainer without a datamodule."""
+        return self.segment_loader()
 
     def segment_loader(self) -> SegmentLoader:
         """Make the training loader; the datamodule asks for it."""
@@ -268,7 +265,7 @@ class TrajectoryMatching(LightningModule):
 
     def synthetic_set(self) -> SyntheticSet:
         """Give the present synthetic set, on the CPU, with all that describes it."""
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = getattr(self.trainer, "datamodule", None)
         # Where the teachers lay is no property of the set, and would make equal sets unequal files.
         settings = plain_settings(self.hparams)
         settings.pop("trajectories")
@@ -277,8 +274,8 @@ class TrajectoryMatching(LightningModule):
             labels=self.labels.cpu().clone(),
             step_size=self.step_size.detach().cpu().clone(),
             ema_images=None if self.ema_images is None else self.ema_images.cpu().clone(),
-            class_names=list(datamodule.class_names),
-            transform=datamodule.transform,
+            class_names=getattr(datamodule, "class_names", [str(label) for label in self.labels.unique().tolist()]),
+            transform=getattr(datamodule, "transform", Standardization([0.0], [1.0])),
             metadata={
                 "method": self.method,
                 "dataset": self.store.metadata["dataset"],
