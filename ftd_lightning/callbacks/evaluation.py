@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback
 
+from ftd_lightning.data.datamodule import DistillationDataModule
 from ftd_lightning.data.datasets import Images
 from ftd_lightning.data.files import run_folder
 from ftd_lightning.errors import InputError
@@ -53,10 +54,16 @@ class EvaluateSynthetic(Callback):
         self.lr = lr
         self.best_accuracy = -1.0
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure where it is due."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what it cannot measure."""
         if not isinstance(pl_module, TrajectoryMatching):
             raise InputError(f"EvaluateSynthetic measures TrajectoryMatching, not {type(pl_module).__name__}")
+        if not isinstance(getattr(trainer, "datamodule", None), DistillationDataModule):
+            raise InputError("EvaluateSynthetic takes real images from a DistillationDataModule: give one")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure where it is due."""
+        assert isinstance(pl_module, TrajectoryMatching)
         last = 0 <= trainer.max_steps <= trainer.global_step
         if (trainer.current_epoch + 1) % self.every_n_epochs and not last:
             return

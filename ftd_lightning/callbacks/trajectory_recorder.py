@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 
 from ftd_lightning.data.files import TensorFile, run_folder, write_tensors
 from ftd_lightning.data.trajectory_store import OWN_KEYS, TrajectoryStore, teacher_file, write_teacher
@@ -51,6 +52,7 @@ class TrajectoryRecorder(Callback):
             if different or not self.keep_going:
                 reason = f"recorded with another {', '.join(different)}" if different else "there already"
                 raise InputError(f"{self.path}: holds teachers {reason}; name another folder or delete this one")
+            rank_zero_info(f"{self.path}: the {len(present)} teachers that are there are kept")
 
     @staticmethod
     def _shared(module: FlatTeacher) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import MultiStepLR
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 from tqdm.auto import tqdm
 
 from ftd_lightning.data.files import replacing, run_folder, versions
@@ -20,7 +19,7 @@ from ftd_lightning.data.loader import BatchOrder, TensorLoader
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
 from ftd_lightning.functional.seeding import derive_seed, make_generator
-from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network, plain_settings
+from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network, plain_settings, right_answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -56,7 +55,7 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor, *, batch_size: 
     """Measure the share of images that a network classifies right, in [0, 1]."""
     network.eval()
     batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    right = sum((network(x).argmax(1) == y).sum() for x, y in batches)
+    right = sum(right_answers(network(x), y).sum() for x, y in batches)
     return float(right) / len(labels)
 
 
@@ -171,9 +170,9 @@ class SyntheticEvaluation(LightningModule):
             return
         datamodule = getattr(self.trainer, "datamodule", None)
         fresh = FreshNetworks(self._architecture, self.hparams["network_options"], datamodule)
-        count, num_classes = self.hparams["networks"], getattr(datamodule, "num_classes", 2)
+        count = self.hparams["networks"]
         self.networks = nn.ModuleList(fresh.build(self.hparams["seed"], "fresh", index) for index in range(count))
-        self.accuracies = nn.ModuleList(MulticlassAccuracy(num_classes, average="micro") for _ in range(count))
+        self.accuracies = nn.ModuleList(MeanMetric() for _ in range(count))
         self.lr = self._learning_rate(getattr(datamodule, "synthetic_set", None))
 
     def _learning_rate(self, synthetic: Any) -> float:
@@ -210,7 +209,7 @@ class SyntheticEvaluation(LightningModule):
     def _measure(self, batch: tuple[Tensor, Tensor]) -> None:
         assert self.networks is not None
         for network, metric in zip(self.networks, self.accuracies, strict=True):
-            metric.update(network(batch[0]), batch[1])  # type: ignore[operator]
+            metric.update(right_answers(network(batch[0]), batch[1]))  # type: ignore[operator]
 
     def _log_accuracies(self, part: str) -> Tensor:
         """Log mean and std and clear the metrics; gives the accuracies (n,)."""

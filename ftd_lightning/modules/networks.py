@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.errors import InputError
@@ -94,6 +94,16 @@ def student_networks(
     fresh = FreshNetworks(network, options, datamodule)
     check_compatible(store, {"network": fresh.describe()})
     return fresh
+
+
+def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mark what is classified right: (N,) float, 1 or 0, for logits (N, K) and classes (N,).
+
+    Example:
+        >>> right_answers(torch.eye(2), torch.tensor([0, 0]))
+        tensor([1., 0.])
+    """
+    return (logits.argmax(1) == labels).float()
 
 
 def plain_settings(hparams: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.functional import cross_entropy
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric
 
 from ftd_lightning.data.files import versions
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
 from ftd_lightning.functional.seeding import derive_seed, make_generator
-from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network
+from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network, right_answers
 from ftd_lightning.optim import GSAM, frozen_running_statistics
 
 if TYPE_CHECKING:
@@ -102,9 +102,8 @@ class FlatTeacher(LightningModule):
         self.fresh = FreshNetworks(self._architecture, self.hparams["network_options"], datamodule)
         if self.network is None:
             self.network = self.fresh.build(self.hparams["seed"], "teacher", 0)
-            num_classes = self._count_classes()
-            self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
-            self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+            # Means of right answers: the metrics for classes want to know how many there are.
+            self.train_accuracy, self.val_accuracy = MeanMetric(), MeanMetric()
         if stage == "fit":
             loop, total = self.trainer.fit_loop, self.teachers * self.hparams["epochs"]
             if loop.max_epochs is None or loop.max_epochs < 0 or loop.max_epochs > total:
@@ -114,14 +113,6 @@ class FlatTeacher(LightningModule):
                     f"trainer.max_epochs={loop.max_epochs} ends this fit before its {self.teachers} teachers of "
                     f"{self.hparams['epochs']} epochs are done; -1 trains them all"
                 )
-
-    def _count_classes(self) -> int:
-        known = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
-        if known is not None:
-            return int(known)
-        # Only the metric needs it: micro accuracy is the same for any number that is large enough.
-        assert self.network is not None
-        return max(2, int(list(self.network.parameters())[-1].shape[0]))
 
     def configure_optimizers(self) -> GSAM:
         """Wrap plain SGD in GSAM."""
@@ -180,7 +171,7 @@ class FlatTeacher(LightningModule):
         unsynchronised = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         with unsynchronised():
             self.optimizers().step(closure=closure)  # type: ignore[union-attr, call-arg]
-        self.train_accuracy(first["logits"], labels)
+        self.train_accuracy(right_answers(first["logits"], labels))
         self.log("teacher/train_loss", first["loss"], on_step=False, on_epoch=True, batch_size=len(labels))
         self.log("teacher/train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
 
@@ -194,7 +185,7 @@ class FlatTeacher(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure accuracy on held-out images."""
         assert self.network is not None
-        self.val_accuracy(self.network(batch[0]), batch[1])
+        self.val_accuracy(right_answers(self.network(batch[0]), batch[1]))
         self.log("teacher/val_accuracy", self.val_accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
     def trajectory_metadata(self) -> dict[str, Any]:

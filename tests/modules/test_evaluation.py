@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 from fits import SMALL, make_trainer, small_data
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
 from ftd_lightning.errors import InputError
@@ -122,3 +124,19 @@ def test_a_foreign_set_is_refused(tmp_path: Path) -> None:
 def test_no_network_is_no_evaluation() -> None:
     with pytest.raises(InputError, match="networks=0"):
         SyntheticEvaluation(networks=0)
+
+
+class Plain(LightningDataModule):
+    """Somebody's own: it knows nothing of synthetic sets, classes or transforms."""
+
+    def loader(self) -> DataLoader:
+        images, labels = images_and_labels()
+        return DataLoader(TensorDataset(images, labels), batch_size=20)
+
+    train_dataloader = val_dataloader = test_dataloader = loader
+
+
+def test_it_takes_any_images_and_labels(tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    results = evaluate(tmp_path, Plain(), network=network, network_options=None, lr=0.1, epochs=30).results
+    assert results["accuracy"]["set"]["mean"] > 0.9, "of the images that it was trained on"
