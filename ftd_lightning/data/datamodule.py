@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ftd_lightning.data.datasets import Images, get_dataset, sample_per_class, unit_range
 from ftd_lightning.data.files import fingerprint
 from ftd_lightning.data.loader import BatchOrder, TensorLoader, fits_on, host_loader
+from ftd_lightning.data.progress import estimated_bar
 from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.data.transform import ImageTransform, Standardization, Whitening
 from ftd_lightning.errors import InputError
@@ -205,9 +206,9 @@ class DistillationDataModule(LightningDataModule):
         if path.is_file():
             return Whitening.load(path)
         values = train.pictures[0].numel()
-        with tqdm(total=1, desc=f"whitening: fitting {values} x {values} on {len(train.labels)} images") as bar:
+        what = f"whitening: fitting {values} x {values} on {len(train.labels)} images"
+        with estimated_bar(what, Whitening.estimate_seconds(values)):
             whitening = Whitening.fit(unit_range(train.pictures), eps=eps, fitted_on=data)
-            bar.update()
         whitening.save(path)
         return whitening
 

@@ -5,6 +5,7 @@ Convention: pictures are float32 in [0, 1], (N, C, H, W); transformed images lie
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -101,6 +102,29 @@ class Whitening:
         """
         zca = ZCAWhitening(eps=eps, compute_inv=True).fit(pictures)
         return cls(zca, fitted_on=fitted_on or fingerprint(pictures))
+
+    @staticmethod
+    def estimate_seconds(values: int, *, probe: int = 768) -> float:
+        """Guess how long a fit takes on this machine: the decomposition's cost grows with the cube of the values.
+
+        Args:
+            values: C * H * W of an image.
+            probe: size of a decomposition that is timed for it; smaller images take under a second. Much smaller probes
+                tell nothing: on a busy machine their time is that of waking threads.
+
+        Example:
+            >>> Whitening.estimate_seconds(64)
+            0.0
+        """
+        if values <= probe:
+            return 0.0
+        square = torch.randn(probe, probe, generator=torch.Generator().manual_seed(0))
+        times = []
+        for _ in range(2):  # the first call loads libraries
+            began = time.perf_counter()
+            torch.linalg.svd(square @ square.T)
+            times.append(time.perf_counter() - began)
+        return min(times) * (values / probe) ** 3
 
     def apply(self, pictures: Tensor) -> Tensor:
         """Whiten."""
