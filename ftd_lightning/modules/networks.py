@@ -100,6 +100,7 @@ def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
     """Mark what is classified right: (N,) float, 1 or 0, for logits (N, K) and classes (N,).
 
     Example:
+        >>> import torch
         >>> right_answers(torch.eye(2), torch.tensor([0, 0]))
         tensor([1., 0.])
     """
