@@ -7,16 +7,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.errors import InputError
+from ftd_lightning.models.alexnet import AlexNet
 from ftd_lightning.models.convnet import ConvNet
+from ftd_lightning.models.resnet import ResNet18, resnet18_ap
+from ftd_lightning.models.vgg import VGG11
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "convnet": ConvNet,
+    "alexnet": AlexNet,
+    "vgg11": VGG11,
+    "resnet18": ResNet18,
+    "resnet18_ap": resnet18_ap,
+}
 
-__all__ = ["NETWORKS", "ConvNet", "build_network", "find_network", "reset_parameters"]
+__all__ = [
+    "NETWORKS",
+    "VGG11",
+    "AlexNet",
+    "ConvNet",
+    "ResNet18",
+    "build_network",
+    "find_network",
+    "reset_parameters",
+]
 
 
 def build_network(name: str, in_channels: int, num_classes: int, image_size: int, **options: Any) -> nn.Module:

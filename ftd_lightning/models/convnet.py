@@ -7,22 +7,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 from torch import Tensor, nn
 
 from ftd_lightning.errors import InputError
+from ftd_lightning.models.layers import NORMS, Norm, check_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Norm = Literal["none", "batch", "layer", "instance", "group"]
 Activation = Literal["sigmoid", "relu", "leakyrelu"]
 Pooling = Literal["none", "max", "avg"]
 
-# "Instance norm" of this field is affine and per channel: GroupNorm with as many groups as channels. (channels, size)
-NORMS: dict[str, Callable[[int, int], nn.Module]] = {
-    "none": lambda channels, size: nn.Identity(),
-    "batch": lambda channels, size: nn.BatchNorm2d(channels),
-    "layer": lambda channels, size: nn.LayerNorm([channels, size, size]),
-    "instance": lambda channels, size: nn.GroupNorm(channels, channels),
-    "group": lambda channels, size: nn.GroupNorm(4, channels),
-}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "relu": nn.ReLU,
@@ -73,8 +65,7 @@ class ConvNet(nn.Sequential):
             ("activation", activation, get_args(Activation)),
             ("pooling", pooling, get_args(Pooling)),
         ):
-            if value not in known:
-                raise InputError(f"ConvNet has no {what} {value!r}: choose from {list(known)}")
+            check_option("ConvNet", what, value, known)
         if norm == "group" and width % 4:
             raise InputError(f"ConvNet's norm 'group' has 4 groups, which do not divide width {width}")
         if pooling != "none" and (depth < 1 or image_size % 2**depth):

@@ -1,0 +1,61 @@
+"""AlexNet (Krizhevsky et al., 2012), as this field shrank it to small images: five convolutions, one linear layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ftd_lightning.models.layers import NORMS, check_option, check_size
+
+if TYPE_CHECKING:
+    from ftd_lightning.models.layers import Norm
+
+# (kernel size, channels) of a convolution; None is 2x2 max pooling.
+PLAN: tuple[tuple[int, int] | None, ...] = ((5, 128), None, (5, 192), None, (3, 256), (3, 192), (3, 192), None)
+
+
+class AlexNet(nn.Sequential):
+    """Five times [convolution, norm, ReLU] with 2x2 max pooling after the first, second and last, then a linear layer.
+
+    Convolutions keep the size of their map, except the first one on images of one channel: there the field's AlexNet
+    has a padding of 4, which makes the map 4 px larger (28 px become 32).
+
+    Args:
+        in_channels: C of the images.
+        num_classes: length of the logits.
+        image_size: height and width in pixels, at least 8 (4 with one channel); a size that pooling does not divide
+            loses its last rows and columns. The linear layer grows with it.
+        norm: "none", "batch", "layer", "instance" or "group" (4 groups).
+
+    Raises:
+        InputError: for an unknown norm, or an image that three poolings leave nothing of.
+
+    Example:
+        >>> import torch
+        >>> AlexNet(3, 10, 32)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, image_size: int, norm: Norm = "none") -> None:
+        check_option("AlexNet", "norm", norm)
+        enlarged = 4 if in_channels == 1 else 0
+        check_size("AlexNet", image_size, halvings=PLAN.count(None), least=2 ** PLAN.count(None) - enlarged)
+        size = image_size + enlarged
+        layers: list[nn.Module] = []
+        for step in PLAN:
+            if step is None:
+                layers.append(nn.MaxPool2d(2))
+                size //= 2
+            else:
+                kernel, channels = step
+                padding = kernel // 2 + (0 if layers else enlarged // 2)
+                convolution = nn.Conv2d(in_channels, channels, kernel, padding=padding)
+                layers += [convolution, NORMS[norm](channels, size), nn.ReLU()]
+                in_channels = channels
+        super().__init__(*layers, nn.Flatten(), nn.Linear(in_channels * size * size, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (N, C, H, W) to logits (N, K)."""
+        logits: Tensor = super().forward(images)
+        return logits

@@ -1,0 +1,56 @@
+"""VGG11 (Simonyan and Zisserman, 2015, configuration A) for small images: its convolutions and one linear layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ftd_lightning.models.layers import NORMS, check_option, check_size
+
+if TYPE_CHECKING:
+    from ftd_lightning.models.layers import Norm
+
+# Channels of the convolutions before each pooling.
+STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+
+
+class VGG11(nn.Sequential):
+    """Eight times [3x3 convolution, norm, ReLU] in five stages, each ending in 2x2 max pooling, then a linear layer.
+
+    The linear layer takes 512 numbers whatever the image size: the mean over the last map. Of 32 px the five poolings
+    leave one place, so that there the mean changes nothing.
+
+    Args:
+        in_channels: C of the images.
+        num_classes: length of the logits.
+        image_size: height and width in pixels, at least 32; a size that pooling does not divide loses its last rows
+            and columns.
+        norm: "none", "batch", "layer", "instance" or "group" (4 groups).
+
+    Raises:
+        InputError: for an unknown norm, or an image that five poolings leave nothing of.
+
+    Example:
+        >>> import torch
+        >>> VGG11(3, 10, 32)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, image_size: int, norm: Norm = "instance") -> None:
+        check_option("VGG11", "norm", norm)
+        check_size("VGG11", image_size, halvings=len(STAGES), least=2 ** len(STAGES))
+        layers: list[nn.Module] = []
+        size = image_size
+        for stage in STAGES:
+            for channels in stage:
+                layers += [nn.Conv2d(in_channels, channels, 3, padding=1), NORMS[norm](channels, size), nn.ReLU()]
+                in_channels = channels
+            layers.append(nn.MaxPool2d(2))
+            size //= 2
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (N, C, H, W) to logits (N, K)."""
+        logits: Tensor = super().forward(images)
+        return logits
