@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,15 @@ def _with_default(given: Any, kind: type, default: Any) -> list[Any]:
     """Add a default to a list of trainer parts, unless one of its kind is there."""
     parts = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
     return parts if any(isinstance(part, kind) for part in parts) else [*parts, default]
+
+
+# What is no fit: each a module with a main(arguments), imported when it is asked for.
+VERBS = {
+    "export": "ftd_lightning.verbs.export",
+    "import": "ftd_lightning.verbs.import_set",
+    "info": "ftd_lightning.verbs.info",
+    "trajectory-error": "ftd_lightning.verbs.trajectory_error",
+}
 
 
 class FTDCLI(LightningCLI):
@@ -77,8 +87,12 @@ def run(args: ArgsType = None) -> FTDCLI:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command as a program: a mistake in the input is one line on standard error and exit code 1."""
+    words = list(sys.argv[1:] if args is None else args)
     try:
-        run(None if args is None else list(args))
+        if words and words[0] in VERBS:
+            importlib.import_module(VERBS[words[0]]).main(words[1:])
+        else:
+            run(None if args is None else words)
     except Exception as error:
         known = _known_error(error)
         if known is None:

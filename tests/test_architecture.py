@@ -22,7 +22,7 @@ FLOORS = {
     "data": 2,
     "modules": 3,
     "callbacks": 4,
-    **dict.fromkeys(["cli", "demo", "__main__"], 5),
+    **dict.fromkeys(["cli", "demo", "verbs", "__main__"], 5),
 }
 
 

@@ -36,7 +36,8 @@ class SyntheticSet:
         ema_images: (N, C, H, W), their moving average; None where none was kept.
         class_names: K names, in label order.
         transform: maps pictures in [0, 1] to such images, and back.
-        metadata: data set, augmentation, network, method, settings, versions, scores; whatever JSON holds.
+        metadata: data set, augmentation, network, method, settings, versions; whatever JSON holds. Where ``scores`` is
+            there, it maps what was measured, e.g. "raw", to {"mean", "std", "n"}: accuracies of n networks, fractions.
     """
 
     images: Tensor

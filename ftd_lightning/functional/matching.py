@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ftd_lightning.functional.robust import compared_end
 from ftd_lightning.functional.unroll import unroll as unroll_student
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ftd_lightning.functional.robust import Residual
     from ftd_lightning.functional.unroll import Augment, Unroll
 
 
@@ -49,6 +51,8 @@ def trajectory_matching_loss(
     augment: Augment | None = None,
     seed: int = 0,
     unroll: Unroll = "adjoint",
+    noise: Tensor | None = None,
+    residual: Residual = "displacement",
 ) -> Tensor:
     """Unroll a student from the teacher's weights on the synthetic set and measure where it lands (Eq. 4-5).
 
@@ -63,12 +67,16 @@ def trajectory_matching_loss(
         augment: ``augment(batch, generator) -> batch``, differentiable and random only through the generator.
         seed: decides what the generators draw; inner step i always gets the same.
         unroll: "adjoint" (exact gradient, memory of one step) or "graph" (the whole graph kept).
+        noise: eps of Eq. 9 (robust learning), (P,): the student starts at ``start + noise``, and the distance is
+            divided by the teacher's own all the same. See ``start_noise``.
+        residual: with noise, whether the student's displacement or its end point is compared; see ``compared_end``.
 
     Returns:
         A scalar, differentiable in ``images`` and ``step_size`` (and in ``start`` and soft ``labels``).
 
     Raises:
-        ValueError: for weights of another network, labels that do not fit the images, or a network with active dropout.
+        ValueError: for weights of another network, labels that do not fit the images, a network with active dropout, or
+            an unknown residual.
 
     Example:
         >>> import torch
@@ -83,7 +91,10 @@ def trajectory_matching_loss(
     """
     if target.shape != start.shape:
         raise ValueError(f"the target has shape {tuple(target.shape)}, the start {tuple(start.shape)}")
+    begin = start if noise is None else start + noise
     student = unroll_student(
-        network, start, images, labels, step_size, batches=batches, augment=augment, seed=seed, method=unroll
+        network, begin, images, labels, step_size, batches=batches, augment=augment, seed=seed, method=unroll
     )
+    if noise is not None:
+        student = compared_end(student, noise, residual=residual)
     return normalized_distance(student, start, target)

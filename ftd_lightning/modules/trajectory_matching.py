@@ -19,6 +19,7 @@ from ftd_lightning.data.transform import Standardization
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
 from ftd_lightning.functional.matching import trajectory_matching_loss
+from ftd_lightning.functional.robust import Residual, start_noise
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll, chunked_permutations
 from ftd_lightning.modules.networks import Network, plain_network, plain_settings, student_networks
@@ -64,9 +65,12 @@ class TrajectoryMatching(LightningModule):
         augment_mode: "single" or "multiple".
         unroll: "adjoint" (memory of one step) or "graph".
         iterations_per_epoch: iterations that make a Lightning epoch: the rhythm of evaluation, pictures and files.
-        seed: decides initial images, segments, mini-batches and augmentation.
+        seed: decides initial images, segments, mini-batches, augmentation and noise.
         real: images (N, C, H, W) and labels (N,) that the teachers saw, to start from; with a
             DistillationDataModule they are its training images, and this stays None.
+        robust: kappa of robust learning (Eq. 9): noise of about kappa times the segment's length on the start weights,
+            drawn anew every iteration. The paper does not give its sigma; see ``functional.robust``. None: no noise.
+        robust_residual: compare the student's "displacement" (Eq. 9 as written) or its "endpoint".
 
     Attributes:
         images: (ipc * K, C, H, W) parameter, class by class.
@@ -104,6 +108,8 @@ class TrajectoryMatching(LightningModule):
         iterations_per_epoch: int = 100,
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
+        robust: float | None = None,
+        robust_residual: Residual = "displacement",
     ) -> None:
         super().__init__()
         for name, value in zip(COUNTS, (ipc, syn_steps, syn_batch, iterations_per_epoch), strict=True):
@@ -111,6 +117,8 @@ class TrajectoryMatching(LightningModule):
                 raise InputError(f"{name}={value} must be at least 1")
         if step_size_init <= 0:
             raise InputError(f"step_size_init={step_size_init} must be positive")
+        if robust is not None and not 0 <= robust < float("inf"):
+            raise InputError(f"robust={robust} must be 0 or a positive number")
         parse_strategy(augment)
         self.save_hyperparameters(ignore=["real", *plain_network(network)])
         self._architecture = network
@@ -141,9 +149,7 @@ class TrajectoryMatching(LightningModule):
 
     def _initial_set(self, real: Images | None) -> Images:
         if real is None:
-            raise InputError(
-                "distillation starts from real images: give a DistillationDataModule, or the argument real"
-            )
+            raise InputError("distillation starts from real images: give a DistillationDataModule or the argument real")
         ipc, seed = self.hparams["ipc"], self.hparams["seed"]
         start = random_real_images(real, ipc, seed)
         if self.hparams["init"] == "real":
@@ -184,18 +190,13 @@ class TrajectoryMatching(LightningModule):
 
     def training_step(self, batch: SegmentBatch, batch_idx: int) -> Tensor:
         """Compute the matching loss of one segment."""
-        iteration = batch["iteration"]
-        if iteration != self.global_step:
-            raise RuntimeError(
-                f"segment {iteration} came at step {self.global_step}: the run would not be reproducible"
-            )
+        iteration, step = batch["iteration"], self.global_step
+        if iteration != step:
+            raise RuntimeError(f"segment {iteration} came at step {step}: the run would not be reproducible")
         seed, rank = self.hparams["seed"], self.global_rank
-        batches = chunked_permutations(
-            len(self.images),
-            self.hparams["syn_steps"],
-            make_generator(seed, "batches", iteration, rank),
-            batch_size=self.hparams["syn_batch"],
-        )
+        steps, size = self.hparams["syn_steps"], self.hparams["syn_batch"]
+        order = make_generator(seed, "batches", iteration, rank)
+        batches = chunked_permutations(len(self.images), steps, order, batch_size=size)
         loss = trajectory_matching_loss(
             self._student[0],
             batch["start"],
@@ -207,11 +208,18 @@ class TrajectoryMatching(LightningModule):
             augment=self._augment,
             seed=derive_seed(seed, "dsa", iteration, rank),
             unroll=self.hparams["unroll"],
+            noise=self._noise(batch),
+            residual=self.hparams["robust_residual"],
         )
         self._loss_is_finite = bool(torch.isfinite(loss))
         self.log("matching/loss", loss.detach(), prog_bar=True, batch_size=1)
         self.log("matching/start_epoch", float(batch["start_epoch"]), batch_size=1)
         return loss
+
+    def _noise(self, batch: SegmentBatch) -> Tensor | None:
+        kappa = self.hparams["robust"]
+        generator = make_generator(self.hparams["seed"], "robust", batch["iteration"], self.global_rank)
+        return start_noise(batch["start"], batch["target"], generator, kappa=kappa) if kappa else None
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing: to measure a set is to train networks on it, which ``EvaluateSynthetic`` does.
@@ -260,12 +268,12 @@ class TrajectoryMatching(LightningModule):
 
     @property
     def method(self) -> str:
-        """Name it by its teachers: "ftd" for flat ones, "mtt" for plain ones."""
-        return "ftd" if self.store.metadata["rho"] > 0 else "mtt"
+        """Name it by its teachers, "ftd" for flat ones and "mtt" for plain ones, with "+robust" where noise is on."""
+        return ("ftd" if self.store.metadata["rho"] > 0 else "mtt") + ("+robust" if self.hparams["robust"] else "")
 
     def synthetic_set(self) -> SyntheticSet:
         """Give the present synthetic set, on the CPU, with all that describes it."""
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule, teachers = getattr(self.trainer, "datamodule", None), self.store.metadata
         # Where the teachers lay is no property of the set, and would make equal sets unequal files.
         settings = plain_settings(self.hparams)
         settings.pop("trajectories")
@@ -278,13 +286,10 @@ class TrajectoryMatching(LightningModule):
             transform=getattr(datamodule, "transform", Standardization([0.0], [1.0])),
             metadata={
                 "method": self.method,
-                "dataset": self.store.metadata["dataset"],
-                "network": self.store.metadata["network"],
+                "dataset": teachers["dataset"],
+                "network": teachers["network"],
                 "augmentation": {"strategy": self.hparams["augment"], "mode": self.hparams["augment_mode"]},
-                "teachers": {
-                    "count": len(self.store),
-                    **{k: self.store.metadata[k] for k in ("rho", "alpha", "adaptive")},
-                },
+                "teachers": {"count": len(self.store), **{k: teachers[k] for k in ("rho", "alpha", "adaptive")}},
                 "settings": settings,
                 "iterations": self.global_step,
                 "skipped_steps": self.skipped_steps,

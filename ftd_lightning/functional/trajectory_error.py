@@ -1,0 +1,150 @@
+"""The accumulated trajectory error (Sec. 3.2): what a student does that never returns to its teacher's path.
+
+With ``A(theta)`` the change of the weights over n steps on the synthetic set, ``theta*_{t,0} .. theta*_{t,m}`` the
+teacher's segment t (``theta*_{t,m} = theta*_{t+1,0}``) and ``theta_{t,0} .. theta_{t,n}`` the student's::
+
+    delta_t       = A(theta*_{t,0}) - (theta*_{t,m} - theta*_{t,0})           matching error, Eq. 6
+    I_t           = A(theta*_{t,m} + epsilon_t) - A(theta*_{t,m})             initialization error, Eq. 7
+    epsilon_t     = theta_{t,n} - theta*_{t,m}                                accumulated error
+    epsilon_{t+1} = epsilon_t + I_t + delta_{t+1}                             Eq. 8
+
+Convention: segments count from 0, ``epsilon_0 = delta_0``, and delta and epsilon bear the number of the segment at
+whose *end* they are read: Eq. 6 writes the start of segment t as ``theta*_{t-1,m}``, which is ``theta*_{t,0}``. I_t
+is the odd one: it arises in segment t + 1, which starts at ``theta*_{t,m}``. Eq. 7 writes ``theta*_{t,0}`` there, the
+derivation of Eq. 8 ``theta*_{t,m}``; only the latter is where epsilon_t belongs and makes Eq. 8 hold.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+Advance = Callable[[Tensor, int], Tensor]
+
+
+class SegmentError(NamedTuple):
+    """One segment t, all entries (P,).
+
+    Convention: ``initialization`` is what entered in this segment, I_{t-1}, so that with the ``accumulated`` of the
+    segment before (zero before the first) ``accumulated = before + initialization + matching``.
+
+    Attributes:
+        start: theta*_{t,0}.
+        student: theta_{t,n}, of the student that came all the way from epoch 0 ("evaluation").
+        fresh: the end of a student that started at theta*_{t,0} ("distillation").
+        target: theta*_{t,m}.
+        accumulated: epsilon_t.
+        initialization: I_{t-1}; zero in segment 0.
+        matching: delta_t.
+    """
+
+    start: Tensor
+    student: Tensor
+    fresh: Tensor
+    target: Tensor
+    accumulated: Tensor
+    initialization: Tensor
+    matching: Tensor
+
+
+def matching_error(advance: Advance, start: Tensor, target: Tensor, *, segment: int) -> Tensor:
+    """Measure how far a student ends from the teacher's target when both start from the same weights (Eq. 6).
+
+    Args:
+        advance: ``advance(weights, segment) -> weights``, n steps on the synthetic set; a function of its arguments
+            alone, so that whatever is random in it is the same for all students of a segment.
+        start: theta*_{t,0}, (P,).
+        target: theta*_{t,m}, (P,).
+        segment: t, handed to ``advance``.
+
+    Returns:
+        delta_t, (P,).
+
+    Example:
+        >>> import torch
+        >>> matching_error(lambda w, t: w + 1, torch.zeros(2), torch.tensor([1.0, 3.0]), segment=0)
+        tensor([ 0., -2.])
+    """
+    return (advance(start, segment) - start) - (target - start)
+
+
+def initialization_error(advance: Advance, start: Tensor, error: Tensor, *, segment: int) -> Tensor:
+    """Measure how much otherwise a student moves because it does not start where the teacher stands (Eq. 7).
+
+    Args:
+        advance: as for :func:`matching_error`.
+        start: theta*_{t,m}, (P,).
+        error: epsilon_t, (P,).
+        segment: t + 1, the one that starts there; handed to ``advance``.
+
+    Returns:
+        I_t, (P,); zero for a zero error.
+
+    Example:
+        >>> import torch
+        >>> initialization_error(lambda w, t: w / 2, torch.ones(1), torch.tensor([4.0]), segment=1)
+        tensor([-2.])
+    """
+    moved = start + error
+    return (advance(moved, segment) - moved) - (advance(start, segment) - start)
+
+
+def accumulated_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Subtract the teacher's weights at the end of a segment from the student's, that of epoch 0 on.
+
+    Args:
+        student: theta_{t,n}, (P,), or a whole trajectory (T, P).
+        teacher: theta*_{t,m}, in the same shape.
+
+    Returns:
+        epsilon_t, in that shape.
+
+    Example:
+        >>> import torch
+        >>> accumulated_error(torch.tensor([3.0]), torch.tensor([1.0]))
+        tensor([2.])
+    """
+    return student - teacher
+
+
+def trajectory_errors(advance: Advance, teacher: Iterable[Tensor]) -> Iterator[SegmentError]:
+    """Run one student along a teacher, and at every segment a fresh one beside it.
+
+    Segments come one by one and nothing of those before is kept but the student, so memory does not grow with the
+    trajectory. Each segment costs two runs of ``advance`` (the first one run, for both students are the same there).
+
+    Args:
+        advance: as for :func:`matching_error`; called with segments 0, 1, ...
+        teacher: its weights (P,) at the ends of segments: theta*_{0,0}, theta*_{0,m} = theta*_{1,0}, theta*_{1,m}, ...
+
+    Yields:
+        A :class:`SegmentError` for each pair of neighbours.
+
+    Example:
+        A teacher that walks 1 a segment, and students that walk as far as they already are:
+
+        >>> import torch
+        >>> teacher = [torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])]
+        >>> [(float(e.student), float(e.fresh)) for e in trajectory_errors(lambda w, t: 2 * w, teacher)]
+        [(2.0, 2.0), (4.0, 4.0)]
+    """
+    student: Tensor | None = None
+    for segment, (start, target) in enumerate(itertools.pairwise(teacher)):
+        fresh = advance(start, segment)
+        before = start if student is None else student
+        student = fresh if student is None else advance(student, segment)
+        yield SegmentError(
+            start=start,
+            student=student,
+            fresh=fresh,
+            target=target,
+            accumulated=accumulated_error(student, target),
+            initialization=(student - before) - (fresh - start),
+            matching=(fresh - start) - (target - start),
+        )

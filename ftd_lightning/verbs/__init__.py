@@ -1,0 +1,1 @@
+"""The commands beside Lightning's verbs: what reads, converts and measures artefacts."""

@@ -1,0 +1,269 @@
+"""``ftd info``: says what an artefact of this library is, in about ten lines or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ftd_lightning.data import synthetic_set, trajectory_store
+from ftd_lightning.data.files import KEY, TensorFile
+from ftd_lightning.data.trajectory_store import TrajectoryStore
+from ftd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class Description(NamedTuple):
+    """What an artefact is.
+
+    Attributes:
+        kind: e.g. "synthetic set".
+        rows: a word and what to say of it, for people.
+        facts: the same and more, for programs; plain JSON.
+    """
+
+    kind: str
+    rows: list[tuple[str, str]]
+    facts: dict[str, Any]
+
+
+def phrase(value: Any) -> str:
+    """Put a JSON value into words.
+
+    Example:
+        >>> phrase({"rho": 0.01, "adaptive": False, "alpha": None})
+        'rho 0.01, adaptive no, alpha none'
+    """
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {phrase(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(phrase(item) for item in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+def _named(value: Any) -> str:
+    """Put a data set or a network into words: its name, and in brackets what else is known."""
+    if not isinstance(value, dict):
+        return phrase(value)
+    rest = {key: item for key, item in value.items() if key not in ("name", "shapes") and item not in (None, {}, "")}
+    options = rest.pop("options", {})
+    return phrase(value.get("name")) + (f" ({phrase({**options, **rest})})" if rest or options else "")
+
+
+def _transform(description: Mapping[str, Any] | None) -> str:
+    if description is None:
+        return "unknown: the images came from a datamodule that does not say"
+    if description.get("kind") == "zca":
+        return f"ZCA whitening, eps {phrase(description['eps'])}; its inverse is in the set"
+    if description.get("kind") == "standardization":
+        return f"standardised, mean {phrase(description['mean'])}, std {phrase(description['std'])}"
+    return phrase(dict(description))
+
+
+def _scores(scores: Any) -> str:
+    """Put scores into words; accuracies are given in per cent."""
+    if not isinstance(scores, dict):
+        return phrase(scores)
+    parts = []
+    for name, score in scores.items():
+        if isinstance(score, dict) and {"mean", "std", "n"} <= set(score):
+            parts.append(f"{name} {100 * score['mean']:.1f} ± {100 * score['std']:.1f} % ({score['n']} networks)")
+        else:
+            parts.append(f"{name} {phrase(score)}")
+    return "; ".join(parts)
+
+
+def _stored(metadata: Mapping[str, Any], *keys: str) -> list[tuple[str, str]]:
+    """Give a row for each key that is there."""
+    words = {"network": _named, "scores": _scores, "chosen_on": _scores}
+    return [(key.replace("_", " "), words.get(key, phrase)(metadata[key])) for key in keys if key in metadata]
+
+
+def describe_set(path: Path) -> Description:
+    """Describe a synthetic set. Its whitening is not built for that, so this takes no time at any resolution.
+
+    Raises:
+        InputError: for a file that is missing, broken or something else.
+    """
+    file = TensorFile(path, kind=synthetic_set.KIND)
+    images, labels, metadata = file["images"], file["labels"], file.metadata
+    names = metadata.get("class_names", [])
+    soft = labels.ndim == 2
+    counts = (labels.argmax(1) if soft else labels).bincount(minlength=len(names)).tolist()
+    step_size = float(file["step_size"]) if "step_size" in file.names else None
+    ema = "ema_images" in file.names
+    per_class = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    low, high = (float(value) for value in torch.aminmax(images))
+    facts = {
+        "images": list(images.shape),
+        "labels": "soft" if soft else "hard",
+        "per_class": counts,
+        "step_size": step_size,
+        "ema": ema,
+        "values": {"min": low, "max": high, "mean": float(images.mean()), "std": float(images.std(correction=0))},
+        "metadata": metadata,
+    }
+    method = phrase(metadata.get("method", "unknown"))
+    if "iterations" in metadata:
+        method += f", {metadata['iterations']} iterations"
+        method += f", {metadata['skipped_steps']} skipped" if metadata.get("skipped_steps") else ""
+    shape = " x ".join(map(str, images.shape[1:]))
+    rows = [
+        ("method", method),
+        ("data set", _named(metadata.get("dataset", "unknown"))),
+        ("images", f"{len(images)} of {shape}, {per_class} a class; {'with' if ema else 'no'} EMA images"),
+        ("values", f"{low:.4g} to {high:.4g}, as networks see them"),
+        ("classes", f"{len(counts)}: {phrase(', '.join(map(str, names[:10])))}{', ...' if len(names) > 10 else ''}"),
+        ("labels", "soft, probabilities" if soft else "hard"),
+        ("step size", "none: evaluation needs a learning rate" if step_size is None else phrase(step_size)),
+        ("transform", _transform(metadata.get("transform"))),
+    ]
+    rows += _stored(metadata, "network", "augmentation", "teachers", "imported", "scores", "chosen_on", "versions")
+    return Description("synthetic set", rows, facts)
+
+
+def _training(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Say how teachers were trained."""
+    settings = {key: metadata[key] for key in ("lr", "momentum", "weight_decay", "batch_size") if key in metadata}
+    flatness = {key: metadata[key] for key in ("rho", "alpha", "adaptive") if key in metadata}
+    rows = [("optimizer", f"{phrase(metadata.get('optimizer', 'unknown'))}, {phrase(settings)}".rstrip(", "))]
+    rows += [("flatness", phrase(flatness))] if flatness else []
+    rows += [("data set", _named(metadata.get("dataset", "unknown")))]
+    rows += [("transform", _transform(metadata.get("transform")).replace("; its inverse is in the set", ""))]
+    rows += [("network", _named(metadata.get("network", "unknown")))]
+    return [*rows, *_stored(metadata, "augmentation")]
+
+
+def _last(accuracies: Sequence[float | None]) -> list[float]:
+    """Give the last accuracy, or nothing where none was measured."""
+    return [accuracies[-1]] if accuracies and accuracies[-1] is not None else []
+
+
+def _accuracy_row(last: Sequence[float]) -> list[tuple[str, str]]:
+    if not last:
+        return []
+    span = f" ({100 * min(last):.1f} to {100 * max(last):.1f})" if len(last) > 1 else ""
+    return [("accuracy", f"{100 * sum(last) / len(last):.1f} %{span} after the last epoch")]
+
+
+def describe_store(path: Path) -> Description:
+    """Describe a trajectory store.
+
+    Raises:
+        InputError: for a folder without teachers, a broken file, or teachers that do not belong together.
+    """
+    store = TrajectoryStore(path)
+    each = [store.teacher_metadata(index) for index in range(len(store))]
+    last = [value for one in each for value in _last(one.get("accuracies", []))]
+    size = sum(file.stat().st_size for file in store.files)
+    kinds = {json.dumps(one.get("versions"), sort_keys=True) for one in each}
+    facts = {
+        "teachers": len(store),
+        "epochs": store.epochs,
+        "parameters": store.num_parameters,
+        "bytes": size,
+        "each": [{key: one.get(key) for key in ("teacher", "seed", "accuracies", "versions")} for one in each],
+        "metadata": store.metadata,
+    }
+    rows = [
+        ("teachers", f"{len(store)} of {store.epochs} epochs, {store.num_parameters:,} weights each"),
+        *_training(store.metadata),
+        *_accuracy_row(last),
+        ("on disk", f"{size / 2**20:,.1f} MiB"),
+        *(
+            _stored(each[0], "versions")
+            if len(kinds) == 1
+            else [("versions", f"{len(kinds)} different ones; see --json")]
+        ),
+    ]
+    return Description("trajectory store", rows, facts)
+
+
+def describe_teacher(path: Path) -> Description:
+    """Describe one teacher's file."""
+    file = TensorFile(path, kind=trajectory_store.KIND)
+    metadata = file.metadata
+    weights = file.numel("epoch_0000")
+    rows = [
+        ("teacher", f"number {metadata.get('teacher')}, seed {metadata.get('seed')}"),
+        ("epochs", f"{metadata.get('epochs')}, {weights:,} weights"),
+        *_training(metadata),
+        *_accuracy_row(_last(metadata.get("accuracies", []))),
+        *_stored(metadata, "versions"),
+    ]
+    return Description("teacher", rows, {"parameters": weights, "metadata": metadata})
+
+
+def describe_whitening(path: Path) -> Description:
+    """Describe a cached whitening."""
+    file = TensorFile(path, kind="whitening")
+    values, transform = file.numel("mean"), file.metadata["transform"]
+    rows = [
+        ("transform", f"ZCA whitening, eps {phrase(transform['eps'])}, {values} values an image"),
+        ("fitted on", f"images of fingerprint {transform['fitted_on']}"),
+    ]
+    return Description("whitening", rows, {"values": values, "metadata": file.metadata})
+
+
+FILES = {
+    synthetic_set.KIND: describe_set,
+    trajectory_store.KIND: describe_teacher,
+    "whitening": describe_whitening,
+}
+
+
+def _kind(path: Path) -> str:
+    """Read what kind of file it is."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
+    kind: str | None = header.get("kind")
+    if kind is None:
+        raise InputError(f"{path}: another program wrote this safetensors file; ftd import may be able to read it")
+    return kind
+
+
+def describe(path: Path) -> Description:
+    """Describe a file or a folder.
+
+    Args:
+        path: a synthetic set, a trajectory store, one teacher's file, or a whitening.
+
+    Raises:
+        InputError: for what is missing, broken, or none of these.
+    """
+    if path.is_dir():
+        return describe_store(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file or folder")
+    kind = _kind(path)
+    if kind not in FILES:
+        raise InputError(f"{path}: is a {kind.replace('_', ' ')}; info knows sets, stores, teachers and whitenings")
+    return FILES[kind](path)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``ftd info``."""
+    parser = argparse.ArgumentParser(prog="ftd info", description="Say what a synthetic set or a trajectory store is.")
+    parser.add_argument("path", type=Path, metavar="FILE|STORE", help="a set, a store's folder, a teacher, a whitening")
+    parser.add_argument("--json", action="store_true", help="print everything that is known, as JSON")
+    given = parser.parse_args(arguments)
+    description = describe(given.path)
+    if given.json:
+        kind = description.kind.replace(" ", "_")
+        print(json.dumps({"path": str(given.path), "kind": kind, **description.facts}, indent=2, ensure_ascii=False))
+        return
+    print(f"{given.path}: {description.kind}")
+    width = max(len(word) for word, _ in description.rows)
+    for word, text in description.rows:
+        print(f"  {word:<{width}}  {text}")
