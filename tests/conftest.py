@@ -1,4 +1,4 @@
-"""What several tests share: a check of error messages, and the real CIFAR-10 where it lies beside the checkout."""
+"""What several tests share: a check of error messages, and real images where they lie beside the checkout."""
 
 import os
 import subprocess
@@ -10,6 +10,8 @@ import pytest
 
 # lightning 2.6 calls names that jsonargparse 4.5 has given others, and warnings are errors here.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+# Tensors here are small: a second thread gains little, and costs a multiple where anything else runs on the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"
 
@@ -32,14 +34,89 @@ def refused():
     return check
 
 
+def unpacked(root, name, title):
+    """Unpack a set of real images into a folder, or skip."""
+    if not UNPACK.is_file():
+        pytest.skip(f"real {title} images are not there: no shared/data/unpack.py beside the checkout")
+    subprocess.run([sys.executable, UNPACK, root, name], check=True)
+    return root
+
+
 @pytest.fixture(scope="session")
 def cifar_root(tmp_path_factory):
     """Give a folder in which torchvision finds CIFAR-10; rebuilding it takes under a minute."""
-    if not UNPACK.is_file():
-        pytest.skip("real CIFAR-10 images are not there: no shared/data/unpack.py beside the checkout")
-    root = tmp_path_factory.mktemp("cifar")
-    subprocess.run([sys.executable, UNPACK, root, "cifar10"], check=True)
-    return root
+    return unpacked(tmp_path_factory.mktemp("cifar"), "cifar10", "CIFAR-10")
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory):
+    """Give a folder with tiny-imagenet-200: 10 of its classes, 500 images to train and 50 to test of each."""
+    return unpacked(tmp_path_factory.mktemp("tiny"), "tiny", "Tiny ImageNet")
+
+
+@pytest.fixture(scope="session")
+def imagenet_root(tmp_path_factory):
+    """Give a folder with imagenet/{train,val}: the classes of imagenette, 50 and 20 images of each."""
+    return unpacked(tmp_path_factory.mktemp("ilsvrc"), "imagenet", "ImageNet")
+
+
+@pytest.fixture(scope="session")
+def image_folder():
+    """Give ``image_folder(root, classes, ...)``, which writes noise as images, a folder a class, and gives root."""
+    import numpy as np
+    from PIL import Image
+
+    def write(root, classes, *, count=4, size=(12, 12), mode="RGB", ending="png", inner="", seed=0):
+        numbers = np.random.default_rng(seed)
+        for name in classes:
+            (root / name / inner).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+                image = Image.fromarray(numbers.integers(0, 256, shape, dtype=np.uint8))
+                image.save(root / name / inner / f"{name}_{i}.{ending}", "JPEG" if ending == "JPEG" else "PNG")
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def run_phases():
+    """Give ``run_phases(folder, depth, **data)``: teachers, two iterations and an evaluation on a part of some images.
+
+    It gives the store, the set and the accuracies of the evaluation.
+    """
+    from fits import make_trainer
+
+    from ftd_lightning import (
+        DistillationDataModule,
+        FlatTeacher,
+        SyntheticEvaluation,
+        SyntheticSet,
+        TrajectoryMatching,
+        TrajectoryStore,
+    )
+    from ftd_lightning.callbacks import SyntheticSetWriter, TrajectoryRecorder
+
+    def run(folder, depth, **options):
+        def data(**more):
+            part = {"max_per_class": 10, "batch_size": 32, "download": False}
+            return DistillationDataModule(**{**part, **options, **more})
+
+        network = {"network_options": {"width": 8, "depth": depth}}
+        teacher = FlatTeacher(**network, teachers=1, epochs=2, lr=0.02, rho=0.01)
+        make_trainer(folder, callbacks=[TrajectoryRecorder()]).fit(teacher, datamodule=data())
+        matching = TrajectoryMatching(
+            str(folder / "trajectories"), syn_steps=2, expert_epochs=1, max_start_epoch=1, iterations_per_epoch=2
+        )
+        make_trainer(folder, callbacks=[SyntheticSetWriter()], max_steps=2).fit(matching, datamodule=data())
+        evaluation = SyntheticEvaluation(**network, networks=1)
+        trainer, images = make_trainer(folder, max_epochs=2), data(synthetic=str(folder / "set.safetensors"))
+        trainer.fit(evaluation, datamodule=images)
+        trainer.test(evaluation, datamodule=images, verbose=False)
+        synthetic = SyntheticSet.load(folder / "set.safetensors")
+        return TrajectoryStore(folder / "trajectories"), synthetic, evaluation.results["each"]
+
+    return run
 
 
 @pytest.fixture(scope="session")
