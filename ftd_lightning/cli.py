@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningCLI
@@ -37,6 +39,38 @@ VERBS = {
     "info": "ftd_lightning.verbs.info",
     "trajectory-error": "ftd_lightning.verbs.trajectory_error",
 }
+
+
+def with_bases(words: Sequence[str]) -> list[str]:
+    """Put before every config the ones that it builds on: those it names under ``base``, relative to itself.
+
+    ``--config F`` becomes ``--config BASE --config <F without base>``, which LightningCLI composes as any two.
+
+    Args:
+        words: of a command.
+
+    Raises:
+        InputError: for a base that is not there.
+
+    Example:
+        >>> with_bases(["fit", "--trainer.max_steps", "3"])
+        ['fit', '--trainer.max_steps', '3']
+    """
+    expanded: list[str] = []
+    for word in words:
+        file = Path(word.removeprefix("--config="))
+        is_config = word.startswith("--config=") or expanded[-1:] == ["--config"]
+        content = yaml.safe_load(file.read_text()) if is_config and file.is_file() else None
+        if not isinstance(content, dict) or "base" not in content:
+            expanded.append(word)
+            continue
+        if expanded[-1:] == ["--config"]:
+            expanded.pop()
+        base = file.parent / str(content.pop("base"))
+        if not base.is_file():
+            raise InputError(f"{file}: builds on {base}, which is not there")
+        expanded += [*with_bases(["--config", str(base)]), "--config", yaml.safe_dump(content, sort_keys=False)]
+    return expanded
 
 
 class FTDCLI(LightningCLI):
@@ -72,6 +106,8 @@ def run(args: ArgsType = None) -> FTDCLI:
     """
     # Lightning 2.6 under torch 2.13 and newer; nothing that a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    if args is None or isinstance(args, list):
+        args = with_bases(sys.argv[1:] if args is None else args)
     return FTDCLI(
         LightningModule,
         LightningDataModule,
