@@ -1,7 +1,7 @@
 """Real images, teacher trajectories and synthetic sets: what flows between the three phases."""
 
 from ftd_lightning.data.datamodule import DistillationDataModule, random_real_images
-from ftd_lightning.data.datasets import DATASETS, ImageDataset, Images, get_dataset
+from ftd_lightning.data.datasets import DATASETS, ImageDataset, Images, Request, get_dataset
 from ftd_lightning.data.segments import SegmentBatch, SegmentLoader
 from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.data.trajectory_store import Segment, TrajectoryStore, check_compatible, write_teacher
@@ -13,6 +13,7 @@ __all__ = [
     "ImageDataset",
     "ImageTransform",
     "Images",
+    "Request",
     "Segment",
     "SegmentBatch",
     "SegmentLoader",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,8 +11,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
 
-from ftd_lightning.data.datasets import Images, get_dataset, sample_per_class, unit_range
+from ftd_lightning.data.datasets import check_name, get_dataset
 from ftd_lightning.data.files import fingerprint
+from ftd_lightning.data.images import ImageDataset, Images, Request, sample_per_class, unit_range
 from ftd_lightning.data.loader import BatchOrder, TensorLoader, fits_on, host_loader
 from ftd_lightning.data.progress import estimated_bar
 from ftd_lightning.data.synthetic_set import SyntheticSet
@@ -44,7 +46,7 @@ class DistillationDataModule(LightningDataModule):
 
     Args:
         dataset: a name of the table in ``ftd_lightning.data.datasets``.
-        root: folder of downloads and of cached whitenings.
+        root: folder of the images or of their downloads, of cached whitenings and of caches of decoded images.
         batch_size: images a batch, on each rank.
         val_fraction: share of every class's *training* images held out, so that an iterate can be chosen without the
             test set. 0 trains on all, as the paper does.
@@ -60,10 +62,15 @@ class DistillationDataModule(LightningDataModule):
             host memory through a DataLoader; "yes" insists.
         num_workers: of that DataLoader.
         seed: decides the held-out images, the random ones, and the order of batches.
+        image_size: height and width in pixels that the images are resized to; None: the data set's own.
+        test_fraction: share of every class that becomes the test part, in (0, 1), for a "folder" without ``val/``; the
+            same images for every seed.
 
     Attributes:
         train, val, test: ``Images`` (float32, transformed), after ``setup``.
-        transform: the image transform, after ``setup``.
+        spec: the description of the data set. That of "tiny-imagenet" and "folder" is found in their files, at its
+            first use: it and what follows from it (``num_classes``, ``in_channels``, ``image_size``, ``class_names``)
+            are asked for after ``prepare_data``, or do its downloading and decoding.
         synthetic_set: what ``synthetic`` named, after ``setup``, or None.
     """
 
@@ -83,20 +90,37 @@ class DistillationDataModule(LightningDataModule):
         on_device: Literal["auto", "yes", "no"] = "auto",
         num_workers: int = 0,
         seed: int = 0,
+        image_size: int | None = None,
+        test_fraction: float = 0.2,
     ) -> None:
         super().__init__()
         if not 0 <= val_fraction < 1:
             raise InputError(f"val_fraction={val_fraction} must lie in [0, 1)")
-        for name, value in (("batch_size", batch_size), ("ipc", ipc), ("max_per_class", max_per_class)):
+        if not 0 < test_fraction < 1:
+            raise InputError(f"test_fraction={test_fraction} must lie between 0 and 1")
+        numbers = {"batch_size": batch_size, "ipc": ipc, "max_per_class": max_per_class, "image_size": image_size}
+        for name, value in numbers.items():
             if value is not None and value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
-        self.spec = get_dataset(dataset)
+        check_name(dataset)
         # Not to the logger: Lightning refuses names that module and datamodule share with different values.
         self.save_hyperparameters(logger=False)
         self.root = Path(root)
-        self.transform: ImageTransform = Standardization(self.spec.mean, self.spec.std)
+        self._transform: ImageTransform | None = None
         self.synthetic_set: SyntheticSet | None = None
         self._ready = False
+
+    @cached_property
+    def spec(self) -> ImageDataset:
+        """The description of the data set; see the class."""
+        hparams = self.hparams
+        request = Request(self.root, hparams["download"], hparams["image_size"], hparams["test_fraction"])
+        return get_dataset(hparams["dataset"], request)
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The image transform; before ``setup``, that of images which are not whitened."""
+        return self._transform or Standardization(self.spec.mean, self.spec.std)
 
     @property
     def num_classes(self) -> int:
@@ -121,11 +145,11 @@ class DistillationDataModule(LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """Name the training images and their transform; equal descriptions mean equal images."""
         keys = ("val_fraction", "max_per_class", "seed")
-        dataset = {"name": self.hparams["dataset"], **{key: self.hparams[key] for key in keys}}
+        dataset = {"name": self.hparams["dataset"], **{key: self.hparams[key] for key in keys}, **self.spec.describe()}
         return {"dataset": dataset, "transform": self.transform.describe()}
 
     def prepare_data(self) -> None:
-        """Download the data set and fit the whitening, once a node; both are cached under ``root``."""
+        """Download or decode the data set and fit the whitening, once a node; all are cached under ``root``."""
         train, _ = self.spec.load(self.root, self.hparams["download"])
         if self.hparams["zca"] and not self._set_file():
             self._whitening(self._split(train)[0])
@@ -141,9 +165,9 @@ class DistillationDataModule(LightningDataModule):
         train, val = self._split(train)
         if loaded is not None:
             self._check_fits(loaded, Path(str(file)))
-            self.transform = loaded.transform
+            self._transform = loaded.transform
         elif self.hparams["zca"]:
-            self.transform = self._whitening(train)
+            self._transform = self._whitening(train)
         self.train, self.val, self.test = (
             Images(self._transformed(part.pictures, name), part.labels)
             for name, part in (("training", train), ("held-out", val), ("test", self._limited(test)))
@@ -176,7 +200,7 @@ class DistillationDataModule(LightningDataModule):
             raise InputError(
                 f"{file}: holds {shape} images of the classes {', '.join(synthetic.class_names)}, "
                 f"{self.hparams['dataset']} has {wanted} images of {', '.join(self.class_names)}; "
-                "set data.dataset to the set's own"
+                "set data.dataset to the set's own (and data.image_size, where it was resized)"
             )
 
     def _limited(self, images: Images) -> Images:

@@ -3,52 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.error import URLError
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor
-from torchvision.datasets import CIFAR10
 
+from ftd_lightning.data.cifar import CIFAR10_ROW, CIFAR100_ROW
+from ftd_lightning.data.folder import find_folder
+from ftd_lightning.data.imagenet import SUBSETS, describe_subset
+from ftd_lightning.data.images import ImageDataset, Images, Request, sample_per_class, unit_range
+from ftd_lightning.data.tiny_imagenet import find_tiny_imagenet
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-
-class Images(NamedTuple):
-    """One part of a data set: pictures (N, C, H, W), uint8 or float32 in [0, 1], and labels (N,) int64."""
-
-    pictures: Tensor
-    labels: Tensor
-
-    def take(self, index: Tensor) -> Images:
-        """Keep some of them."""
-        return Images(self.pictures[index], self.labels[index])
-
-
-@dataclass(frozen=True)
-class ImageDataset:
-    """A row of the table.
-
-    Attributes:
-        class_names: K names, in label order.
-        in_channels: C.
-        image_size: height and width in pixels.
-        mean: per channel, of pictures in [0, 1]; used where images are not whitened.
-        std: likewise.
-        load: ``load(root, download) -> (train, test)``.
-    """
-
-    class_names: tuple[str, ...]
-    in_channels: int
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    load: Callable[[Path, bool], tuple[Images, Images]]
+__all__ = ["DATASETS", "ImageDataset", "Images", "Request", "get_dataset", "sample_per_class", "unit_range"]
 
 
 def _digits(root: Path, download: bool) -> tuple[Images, Images]:
@@ -62,82 +34,47 @@ def _digits(root: Path, download: bool) -> tuple[Images, Images]:
     return images.take((~is_test).nonzero().squeeze(1)), images.take(is_test.nonzero().squeeze(1))
 
 
-def _cifar10(root: Path, download: bool) -> tuple[Images, Images]:
-    def part(train: bool) -> Images:
-        try:
-            data = CIFAR10(root, train=train, download=download)
-        except (RuntimeError, URLError, OSError) as error:
-            where = f"put the folder cifar-10-batches-py into {str(root)!r} (data.root)"
-            if download:
-                raise InputError(f"CIFAR-10 cannot be downloaded ({error}): check the network, or {where}") from error
-            raise InputError(f"CIFAR-10 is not there or broken: {where}, or set data.download to true") from error
-        return Images(torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
-
-    return part(True), part(False)
-
-
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-DATASETS: dict[str, ImageDataset] = {
+# A row is a description, or a function that finds it for a request.
+DATASETS: dict[str, ImageDataset | Callable[[Request], ImageDataset]] = {
     # mean and std: measured on the training part.
     "digits": ImageDataset(tuple("0123456789"), 1, 8, (0.3058,), (0.3762,), _digits),
-    # This line's constants: its std is the mean of each image's own, not that of all pixels (.2470 .2435 .2616).
-    "cifar10": ImageDataset(CIFAR10_CLASSES, 3, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), _cifar10),
+    "cifar10": CIFAR10_ROW,
+    "cifar100": CIFAR100_ROW,
+    "tiny-imagenet": find_tiny_imagenet,
+    **{name: partial(describe_subset, name) for name in SUBSETS},
+    "folder": find_folder,
 }
 
 
-def get_dataset(name: str) -> ImageDataset:
-    """Look a data set up.
+def check_name(name: str) -> None:
+    """Refuse the name of a data set that is not in the table.
 
     Raises:
         InputError: for an unknown name; the nearest ones are offered.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.6) or sorted(DATASETS)
+        raise InputError(f"unknown data set {name!r}: did you mean {' or '.join(map(repr, near))}?")
+
+
+def get_dataset(name: str, request: Request | None = None) -> ImageDataset:
+    """Look a data set up.
+
+    Args:
+        name: a name of the table.
+        request: where its files are, and the size of its images. "tiny-imagenet" and "folder" are described by their
+            files, which are looked at (and for "tiny-imagenet" downloaded if missing, for "folder" decoded).
+
+    Raises:
+        InputError: for an unknown name; the nearest ones are offered. For files that are missing or in the wrong
+            layout.
 
     Example:
         >>> get_dataset("cifar10").image_size
         32
+        >>> get_dataset("imagewoof", Request(image_size=64)).image_size
+        64
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4) or sorted(DATASETS)
-        raise InputError(f"unknown data set {name!r}: did you mean {' or '.join(map(repr, near))}?")
-    return DATASETS[name]
-
-
-def unit_range(pictures: Tensor) -> Tensor:
-    """Turn uint8 pictures into float32 in [0, 1]; float ones are given back.
-
-    Example:
-        >>> unit_range(torch.tensor([255], dtype=torch.uint8))
-        tensor([1.])
-    """
-    return pictures.float().div(255) if pictures.dtype == torch.uint8 else pictures
-
-
-def sample_per_class(labels: Tensor, count: int | float, generator: torch.Generator) -> Tensor:
-    """Draw the same number, or the same share, of every class.
-
-    Args:
-        labels: (N,) int64.
-        count: images of each class (int), or their share in [0, 1) (float).
-        generator: decides which.
-
-    Returns:
-        Indices, class by class.
-
-    Raises:
-        InputError: if a class has fewer images.
-
-    Example:
-        >>> labels = torch.tensor([0, 1, 0, 1, 1])
-        >>> labels[sample_per_class(labels, 2, torch.Generator())]
-        tensor([0, 0, 1, 1])
-    """
-    chosen = []
-    for label in range(int(labels.max()) + 1):
-        members = (labels == label).nonzero().squeeze(1)
-        wanted = round(count * len(members)) if isinstance(count, float) else count
-        if wanted > len(members):
-            raise InputError(
-                f"{wanted} images per class are asked for, but class {label} has {len(members)}: lower ipc"
-            )
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:wanted]])
-    return torch.cat(chosen)
+    check_name(name)
+    row, request = DATASETS[name], request or Request()
+    return row.at(request.image_size) if isinstance(row, ImageDataset) else row(request)

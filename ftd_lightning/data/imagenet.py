@@ -1,0 +1,123 @@
+"""Six subsets of ImageNet, ten classes each, from an ILSVRC tree."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ftd_lightning.data.decoding import cache_file, class_files, fill_cache, read_cache
+from ftd_lightning.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Images, Request
+from ftd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+IMAGE_SIZE = 128
+
+# In label order: WordNet id and name. This is the original split of ILSVRC 2012, not that of the smaller releases.
+SUBSETS: dict[str, dict[str, str]] = {
+    "imagenette": {
+        "n01440764": "tench",
+        "n02102040": "english_springer",
+        "n02979186": "cassette_player",
+        "n03000684": "chain_saw",
+        "n03028079": "church",
+        "n03394916": "french_horn",
+        "n03417042": "garbage_truck",
+        "n03425413": "gas_pump",
+        "n03445777": "golf_ball",
+        "n03888257": "parachute",
+    },
+    "imagewoof": {
+        "n02096294": "australian_terrier",
+        "n02093754": "border_terrier",
+        "n02111889": "samoyed",
+        "n02088364": "beagle",
+        "n02086240": "shih-tzu",
+        "n02089973": "english_foxhound",
+        "n02087394": "rhodesian_ridgeback",
+        "n02115641": "dingo",
+        "n02099601": "golden_retriever",
+        "n02105641": "old_english_sheepdog",
+    },
+    "imagefruit": {
+        "n07753275": "pineapple",
+        "n07753592": "banana",
+        "n07745940": "strawberry",
+        "n07747607": "orange",
+        "n07749582": "lemon",
+        "n07768694": "pomegranate",
+        "n07753113": "fig",
+        "n07720875": "bell_pepper",
+        "n07718472": "cucumber",
+        "n07742313": "granny_smith",
+    },
+    "imagemeow": {
+        "n02123045": "tabby",
+        "n02123159": "tiger_cat",
+        "n02123394": "persian",
+        "n02123597": "siamese",
+        "n02124075": "egyptian",
+        "n02129165": "lion",
+        "n02129604": "tiger",
+        "n02128925": "jaguar",
+        "n02128757": "snow_leopard",
+        "n02127052": "lynx",
+    },
+    "imagesquawk": {
+        "n01806143": "peacock",
+        "n02007558": "flamingo",
+        "n01818515": "macaw",
+        "n02051845": "pelican",
+        "n02056570": "king_penguin",
+        "n01614925": "bald_eagle",
+        "n01843383": "toucan",
+        "n01518878": "ostrich",
+        "n01860187": "black_swan",
+        "n01819313": "cockatoo",
+    },
+    "imageyellow": {
+        "n02206856": "bee",
+        "n12057211": "yellow_ladys_slipper",
+        "n07753592": "banana",
+        "n07749582": "lemon",
+        "n12144580": "corn",
+        "n04146614": "school_bus",
+        "n03530642": "honeycomb",
+        "n02129165": "lion",
+        "n01773157": "garden_spider",
+        "n01531178": "goldfinch",
+    },
+}
+
+
+def _load(name: str, size: int, root: Path, download: bool) -> tuple[Images, Images]:
+    tree, wnids = root / "imagenet" if (root / "imagenet").is_dir() else root, list(SUBSETS[name])
+    missing = [f"{part}/{wnid}" for part in ("train", "val") for wnid in wnids if not (tree / part / wnid).is_dir()]
+    if missing:
+        raise InputError(
+            f"{root}: the images of {name} are not there ({len(missing)} of {2 * len(wnids)} folders are missing, the "
+            f"first is {missing[0]}) and cannot be downloaded; put ILSVRC 2012 as train/<wnid>/*.JPEG and "
+            f"val/<wnid>/*.JPEG into {root / 'imagenet'}, or set data.root to the folder that holds both"
+        )
+    train, test = (class_files([tree / part / wnid for wnid in wnids]) for part in ("train", "val"))
+    path = cache_file(root, name, size, tree, {"train": train, "test": test})
+    if not path.is_file():
+        fill_cache(path, train, test, channels=3, size=size)
+    return read_cache(path)[:2]
+
+
+def describe_subset(name: str, request: Request) -> ImageDataset:
+    """Describe a subset without looking at files.
+
+    Images are squashed to 128 x 128 pixels, or to the size that is asked for; val/ is the test part. Grey files become
+    RGB. ``load`` reads ``train/<wnid>`` and ``val/<wnid>`` under ``root/imagenet``, or under root, and raises an
+    InputError that says what to put where if folders are missing.
+
+    Example:
+        >>> describe_subset("imagefruit", Request()).class_names[:2]
+        ('pineapple', 'banana')
+    """
+    size, names = request.image_size or IMAGE_SIZE, tuple(SUBSETS[name].values())
+    load = partial(_load, name, size)
+    return ImageDataset(names, 3, size, IMAGENET_MEAN, IMAGENET_STD, load, native_size=IMAGE_SIZE)

@@ -1,0 +1,156 @@
+"""Images with labels, and the description of a data set: what every file of this folder that reads one gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from ftd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+CHUNK = 5000  # images resized at a time: bounds the memory that it takes
+
+# ImageNet's constants, of pictures in [0, 1].
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Images(NamedTuple):
+    """One part of a data set: pictures (N, C, H, W), uint8 or float32 in [0, 1], and labels (N,) int64."""
+
+    pictures: Tensor
+    labels: Tensor
+
+    def take(self, index: Tensor) -> Images:
+        """Keep some of them."""
+        return Images(self.pictures[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a data set.
+
+    Attributes:
+        root: folder of its files.
+        download: fetch what is missing.
+        image_size: height and width in pixels, >= 1; None: the data set's own.
+        test_fraction: share of every class that becomes the test part, in (0, 1), where the files name no such part.
+    """
+
+    root: Path = Path("data")
+    download: bool = True
+    image_size: int | None = None
+    test_fraction: float = 0.2
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """The description of a data set.
+
+    Attributes:
+        class_names: K names, in label order.
+        in_channels: C.
+        image_size: height and width in pixels.
+        mean: per channel, of pictures in [0, 1]; used where images are not whitened.
+        std: likewise.
+        load: ``load(root, download) -> (train, test)``. Where the description was found in files, those are read. It
+            can be pickled, for processes that are spawned.
+        native_size: the size that it has if none is asked for; None: ``image_size``.
+        found: what tells the data from others of the same name, for descriptions; whatever JSON holds.
+    """
+
+    class_names: tuple[str, ...]
+    in_channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    load: Callable[[Path, bool], tuple[Images, Images]]
+    native_size: int | None = None
+    found: Mapping[str, Any] = field(default_factory=dict)
+
+    def at(self, image_size: int | None) -> ImageDataset:
+        """Give the same data set with its pictures resized; None or its own size gives itself.
+
+        Example:
+            >>> from ftd_lightning.data.datasets import get_dataset
+            >>> train, _ = get_dataset("digits").at(16).load(Path("."), False)
+            >>> train.pictures.shape
+            torch.Size([1437, 1, 16, 16])
+        """
+        if image_size is None or image_size == self.image_size:
+            return self
+        load = partial(_load_resized, self.load, image_size)
+        return replace(self, image_size=image_size, native_size=self.native_size or self.image_size, load=load)
+
+    def describe(self) -> dict[str, Any]:
+        """Say what the name alone does not: a size that is not the data set's own, and what was found in files."""
+        other = {} if self.native_size in (None, self.image_size) else {"image_size": self.image_size}
+        return {**other, **self.found}
+
+
+def _load_resized(
+    load: Callable[[Path, bool], tuple[Images, Images]], size: int, root: Path, download: bool
+) -> tuple[Images, Images]:
+    train, test = load(root, download)
+    return Images(resized(train.pictures, size), train.labels), Images(resized(test.pictures, size), test.labels)
+
+
+def resized(pictures: Tensor, size: int) -> Tensor:
+    """Resize pictures (N, C, H, W) to (N, C, size, size), bilinear with antialiasing, the aspect ratio squashed.
+
+    Example:
+        >>> resized(torch.zeros(2, 1, 8, 6), 4).shape
+        torch.Size([2, 1, 4, 4])
+    """
+    mode = InterpolationMode.BILINEAR
+    return torch.cat([resize(chunk, [size, size], mode, antialias=True) for chunk in pictures.split(CHUNK)])
+
+
+def unit_range(pictures: Tensor) -> Tensor:
+    """Turn uint8 pictures into float32 in [0, 1]; float ones are given back.
+
+    Example:
+        >>> unit_range(torch.tensor([255], dtype=torch.uint8))
+        tensor([1.])
+    """
+    return pictures.float().div(255) if pictures.dtype == torch.uint8 else pictures
+
+
+def sample_per_class(labels: Tensor, count: int | float, generator: torch.Generator) -> Tensor:
+    """Draw the same number, or the same share, of every class.
+
+    Args:
+        labels: (N,) int64.
+        count: images of each class (int), or their share in [0, 1) (float).
+        generator: decides which.
+
+    Returns:
+        Indices, class by class.
+
+    Raises:
+        InputError: if a class has fewer images.
+
+    Example:
+        >>> labels = torch.tensor([0, 1, 0, 1, 1])
+        >>> labels[sample_per_class(labels, 2, torch.Generator())]
+        tensor([0, 0, 1, 1])
+    """
+    chosen = []
+    for label in range(int(labels.max()) + 1):
+        members = (labels == label).nonzero().squeeze(1)
+        wanted = round(count * len(members)) if isinstance(count, float) else count
+        if wanted > len(members):
+            raise InputError(
+                f"{wanted} images per class are asked for, but class {label} has {len(members)}: lower ipc"
+            )
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:wanted]])
+    return torch.cat(chosen)

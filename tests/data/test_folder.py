@@ -1,0 +1,195 @@
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ftd_lightning.data import DistillationDataModule, decoding
+from ftd_lightning.data.imagenet import SUBSETS
+
+CLASSES = ["ant", "bee", "cow"]
+
+
+def ready(root, **options):
+    data = DistillationDataModule(**{"dataset": "folder", "root": str(root), "val_fraction": 0.0, **options})
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+@pytest.fixture
+def both(tmp_path, image_folder):
+    """Give a folder with train/ and val/, 12 px."""
+    image_folder(tmp_path / "train", CLASSES, count=5)
+    image_folder(tmp_path / "val", CLASSES, count=2, seed=1)
+    return tmp_path
+
+
+@pytest.fixture
+def flat(tmp_path, image_folder):
+    """Give a folder of classes of ten images."""
+    return image_folder(tmp_path, CLASSES, count=10)
+
+
+def keys(images, data):
+    pictures = data.transform.invert(images.pictures).mul(255).round().to(torch.uint8)
+    return [picture.numpy().tobytes() for picture in pictures]
+
+
+def test_everything_is_found_from_the_data(both):
+    data = ready(both)
+    assert (data.class_names, data.in_channels, data.image_size) == (CLASSES, 3, 12)
+    assert data.train.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert data.test.labels.tolist() == [0] * 2 + [1] * 2 + [2] * 2
+    assert data.train.pictures.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (data.train.pictures.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    with Image.open(both / "train" / "bee" / "bee_3.png") as image:
+        assert keys(data.train, data)[8] == np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).tobytes()
+
+
+def test_properties_and_pickling_before_setup(both):
+    data = DistillationDataModule(dataset="folder", root=str(both))
+    assert data.num_classes == 3
+    assert pickle.loads(pickle.dumps(data.spec)).class_names == data.spec.class_names
+
+
+def test_description_says_what_was_found_and_copies_share_it(both, tmp_path_factory):
+    data = ready(both)
+    dataset = data.describe()["dataset"]
+    assert (dataset["class_names"], dataset["in_channels"], dataset["image_size"]) == (CLASSES, 3, 12)
+    copied = tmp_path_factory.mktemp("copy")
+    for part in ("train", "val"):  # with other times of change
+        shutil.copytree(both / part, copied / part, copy_function=shutil.copyfile)
+    assert ready(copied).describe() == data.describe()
+    (copied / "train" / "ant" / "ant_0.png").unlink()
+    assert ready(copied).describe()["dataset"]["fingerprint"] != dataset["fingerprint"]
+    assert "test_fraction" not in dataset
+    assert ready(both, test_fraction=0.5).describe() == data.describe()
+    assert ready(both, image_size=12).describe() == data.describe()
+    assert ready(both, image_size=8).describe()["dataset"]["image_size"] == 8
+
+
+@pytest.mark.parametrize(("fraction", "each"), [(0.2, 2), (0.5, 5), (0.01, 1), (0.99, 9)])
+def test_one_folder_is_split_by_class_and_fraction(flat, fraction, each):
+    data = ready(flat, test_fraction=fraction)
+    assert data.test.labels.bincount().tolist() == [each] * 3
+    assert data.train.labels.bincount().tolist() == [10 - each] * 3
+    train, test = keys(data.train, data), keys(data.test, data)
+    assert len({*train, *test}) == 30
+    assert data.describe()["dataset"]["test_fraction"] == fraction
+
+
+def test_split_is_the_same_for_every_seed_and_root(flat, tmp_path_factory):
+    data = ready(flat)
+    assert keys(ready(flat, seed=1).test, data) == keys(data.test, data)
+    # The caches that lie in root by now are no classes.
+    assert (flat / "cache").is_dir()
+    other = shutil.copytree(flat, tmp_path_factory.mktemp("copy") / "images")
+    assert keys(ready(other).test, data) == keys(data.test, data)
+    # Drawn, not the first or the last ones of each class.
+    train, test = keys(data.train, data), keys(data.test, data)
+    in_order = [np.asarray(Image.open(file)).transpose(2, 0, 1).tobytes() for file in sorted(flat.glob("???/*.png"))]
+    assert sorted(in_order) == sorted(train + test)
+    places = [in_order.index(key) % 10 for key in test]
+    assert not set(places) <= {0, 1}
+    assert not set(places) <= {8, 9}
+
+
+def test_whitening_keeps_its_files_beside_classes(flat):
+    ready(flat, zca=True)
+    assert ready(flat, zca=True).class_names == CLASSES
+
+
+def test_a_class_may_be_called_cache(tmp_path, image_folder):
+    image_folder(tmp_path, ["cache", "other"])
+    for _ in range(2):
+        assert ready(tmp_path).class_names == ["cache", "other"]
+
+
+def test_grey_only_if_all_are_grey(both, image_folder):
+    image_folder(both / "train", CLASSES[:1], count=1, mode="L")
+    assert ready(both).in_channels == 3
+    for part in ("train", "val"):
+        image_folder(both / part, CLASSES, count=5, mode="L")
+    data = ready(both)
+    assert data.in_channels == 1
+    assert data.train.pictures.shape == (15, 1, 12, 12)
+    assert len(data.spec.mean) == 1
+
+
+def test_most_common_size_is_taken_and_squashed(both, image_folder):
+    image_folder(both / "train", CLASSES, count=3, size=(20, 16))
+    data = ready(both)
+    assert data.image_size == 16
+    assert data.train.pictures.shape == (15, 3, 16, 16)
+    small = ready(both, image_size=8)
+    assert small.train.pictures.shape == (15, 3, 8, 8)
+
+
+def test_later_runs_map_the_cache_and_a_changed_file_is_read(both, image_folder, monkeypatch):
+    first = ready(both)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "read_picture", lambda *args, **options: pytest.fail("decoded again"))
+        assert torch.equal(ready(both).train.pictures, first.train.pictures)
+    image_folder(both / "train", ["cow"], count=1, seed=9)
+    assert not torch.equal(ready(both).train.pictures, first.train.pictures)
+
+
+def test_unreadable_image_is_refused_and_nothing_written(both, refused):
+    for part, name in (("train", "bee_1.png"), ("val", "bee_1.png")):
+        file = both / part / "bee" / name
+        content = file.read_bytes()
+        file.write_bytes(content[:60])
+        with refused(file, "readable image"):
+            ready(both)
+        file.write_bytes(content)
+    assert not (both / "cache").exists()
+
+
+def test_wrong_layouts_are_refused(tmp_path, image_folder, refused):
+    with refused(tmp_path / "nowhere"):
+        ready(tmp_path / "nowhere")
+    with refused(tmp_path, "train/<class>/"):
+        ready(tmp_path)
+    image_folder(tmp_path / "loose", ["."])  # images, but no class
+    with refused(tmp_path / "loose", "0 folders"):
+        ready(tmp_path / "loose")
+    image_folder(tmp_path / "a" / "train", CLASSES)
+    with refused(tmp_path / "a", "no val/", "data.test_fraction"):
+        ready(tmp_path / "a")
+    image_folder(tmp_path / "a" / "val", CLASSES[:2])
+    with refused(tmp_path / "a" / "val" / "cow", "no such folder"):
+        ready(tmp_path / "a")
+    image_folder(tmp_path / "a" / "val", [*CLASSES, "dog"])
+    with refused(tmp_path / "a" / "train" / "dog", "no such folder"):
+        ready(tmp_path / "a")
+    (tmp_path / "a" / "train" / "dog").mkdir()
+    with refused(tmp_path / "a" / "train" / "dog", "no images"):
+        ready(tmp_path / "a")
+    image_folder(tmp_path / "b", CLASSES, count=1)
+    with refused(tmp_path / "b" / "ant", "one image"):
+        ready(tmp_path / "b")
+
+
+@pytest.mark.parametrize("wrong", [{"test_fraction": 0.0}, {"test_fraction": 1.0}, {"image_size": 0}])
+def test_arguments_out_of_range_are_refused(refused, wrong):
+    (name, value) = next(iter(wrong.items()))
+    with refused(f"{name}={value}"):
+        DistillationDataModule(dataset="folder", **wrong)
+
+
+def test_teachers_distillation_and_evaluation_on_ones_own_images(imagenet_root, tmp_path, run_phases):
+    """Three classes of real images at their own size but for an argument, split by the fraction."""
+    (tmp_path / "images").mkdir()
+    for wnid in list(SUBSETS["imagenette"])[:3]:
+        (tmp_path / "images" / wnid).symlink_to(imagenet_root / "imagenet" / "train" / wnid)
+    store, synthetic, accuracies = run_phases(
+        tmp_path / "runs", 3, dataset="folder", root=str(tmp_path / "images"), image_size=32, test_fraction=0.4
+    )
+    assert store.metadata["dataset"]["class_names"] == list(SUBSETS["imagenette"])[:3]
+    assert store.metadata["dataset"]["image_size"] == store.metadata["network"]["image_size"] == 32
+    assert synthetic.images.shape == (3, 3, 32, 32)
+    # "At most": of 50 images 20 are there to test, 10 are kept.
+    assert all((accuracy * 30) % 1 < 1e-3 or (accuracy * 30) % 1 > 1 - 1e-3 for accuracy in accuracies)
