@@ -12,11 +12,14 @@ from ftd_lightning.data.datasets import Images
 from ftd_lightning.data.files import run_folder
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import derive_seed
-from ftd_lightning.modules.evaluation import accuracy, mean_and_std, train_fresh_networks
+from ftd_lightning.modules.protocol import accuracy, mean_and_std, train_fresh_networks
 from ftd_lightning.modules.trajectory_matching import TrajectoryMatching
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+
+PARTS = {"val": "held-out training images", "test": "test images"}
 
 
 class EvaluateSynthetic(Callback):
@@ -24,7 +27,8 @@ class EvaluateSynthetic(Callback):
 
     Every measurement takes networks of its own: the averaged images never meet one that saw the raw ones. Accuracy on
     held-out training images ("val") may choose an iterate; accuracy on the test images is logged beside it, for the eye
-    only. It runs at the end of a training epoch, where gradients are on.
+    only. Both travel with a set of that iteration (``metadata["scores"]``). It runs at the end of a training epoch,
+    where gradients are on.
 
     Args:
         every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``; also after the last one.
@@ -73,6 +77,7 @@ class EvaluateSynthetic(Callback):
                 continue
             for part, accuracies in self._measure(trainer, pl_module, name).items():
                 summary = mean_and_std(accuracies)
+                pl_module.scores[f"{name} images, {PARTS[part]}"] = summary
                 pl_module.log(f"evaluation/{name}_{part}_accuracy_mean", summary["mean"], prog_bar=part == "val")
                 pl_module.log(f"evaluation/{name}_{part}_accuracy_std", summary["std"])
                 if part == "val":

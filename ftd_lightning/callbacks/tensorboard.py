@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.utils import make_grid
 
+from ftd_lightning.modules.evaluation import SyntheticEvaluation
 from ftd_lightning.modules.trajectory_matching import TrajectoryMatching
 
 if TYPE_CHECKING:
@@ -97,7 +98,16 @@ class HyperparameterReport(Callback):
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them."""
+        """Write them, unless the result is yet to come."""
+        if not isinstance(pl_module, SyntheticEvaluation):
+            self._write(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write those of an evaluation, whose result is that of its test."""
+        self._write(trainer, pl_module)
+
+    @staticmethod
+    def _write(trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {f"hp/{name}": float(value) for name, value in trainer.callback_metrics.items()}
         for logger in _boards(trainer):
             logger.log_hyperparams(pl_module.hparams, metrics, trainer.global_step)

@@ -1,7 +1,8 @@
 """The three LightningModules, teachers, distillation and evaluation, and the measure of what they leave apart."""
 
-from ftd_lightning.modules.evaluation import SyntheticEvaluation, train_fresh_networks
+from ftd_lightning.modules.evaluation import SyntheticEvaluation
 from ftd_lightning.modules.networks import FreshNetworks
+from ftd_lightning.modules.protocol import train_fresh_networks
 from ftd_lightning.modules.teacher import FlatTeacher
 from ftd_lightning.modules.trajectory_error import TrajectoryErrorCurve, measure_trajectory_error
 from ftd_lightning.modules.trajectory_matching import TrajectoryMatching

@@ -9,114 +9,28 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import MultiStepLR
 from torchmetrics import MeanMetric
-from tqdm.auto import tqdm
 
 from ftd_lightning.data.files import replacing, run_folder, versions
-from ftd_lightning.data.loader import BatchOrder, TensorLoader
+from ftd_lightning.data.images import Images
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
-from ftd_lightning.functional.seeding import derive_seed, make_generator
+from ftd_lightning.functional.augment import STRATEGY, Mode, parse_strategy
+from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network, plain_settings, right_answers
+from ftd_lightning.modules.protocol import (
+    accuracy,
+    choose_iterates,
+    evaluation_loss,
+    evaluation_optimizer,
+    markdown_table,
+    mean_and_std,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    pass
 
 DEFAULT_LR = 0.01  # of this line's code, for sets that bring no step size
-
-
-def evaluation_optimizer(
-    networks: Iterable[nn.Module], *, lr: float, momentum: float, weight_decay: float, epochs: int
-) -> tuple[torch.optim.SGD, MultiStepLR]:
-    """Make the protocol's optimizer and its schedule, x0.1 at half way, over the weights of all networks."""
-    parameters = [p for network in networks for p in network.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    return optimizer, MultiStepLR(optimizer, [max(1, epochs // 2)], gamma=0.1)
-
-
-def evaluation_loss(
-    networks: Sequence[nn.Module], images: Tensor, labels: Tensor, *, seeds: Sequence[int], strategy: str, mode: Mode
-) -> Tensor:
-    """Sum the networks' cross entropies on one batch, which each sees under an augmentation of its own.
-
-    They share no weight, so the sum's gradient is each one's own.
-    """
-    losses = [
-        cross_entropy(network(dsa(images, make_generator(seed), strategy=strategy, mode=mode)), labels)
-        for network, seed in zip(networks, seeds, strict=True)
-    ]
-    return torch.stack(losses).sum()
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 1024) -> float:
-    """Measure the share of images that a network classifies right, in [0, 1]."""
-    network.eval()
-    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    right = sum(right_answers(network(x), y).sum() for x, y in batches)
-    return float(right) / len(labels)
-
-
-def train_fresh_networks(
-    networks: Sequence[nn.Module],
-    images: Tensor,
-    labels: Tensor,
-    *,
-    epochs: int,
-    lr: float,
-    seed: int = 0,
-    batch_size: int = 256,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    strategy: str = STRATEGY,
-    mode: Mode = "single",
-    progress: str | None = None,
-) -> None:
-    """Train networks on a synthetic set by the protocol of this line, in place.
-
-    Args:
-        networks: fresh ones, on the images' device.
-        images: (N, C, H, W).
-        labels: (N,) or (N, K).
-        epochs: over the synthetic set.
-        lr: learned step size, or another.
-        seed: decides batches and augmentation.
-        batch_size: images a step.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        strategy: DSA strategy.
-        mode: DSA mode.
-        progress: what a progress bar says; None for no bar.
-    """
-    loader = TensorLoader(images, labels, BatchOrder(len(labels), batch_size, shuffle=True, seed=seed))
-    optimizer, schedule = evaluation_optimizer(
-        networks, lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs
-    )
-    for network in networks:
-        network.train()
-    for epoch in tqdm(range(epochs), desc=progress, disable=progress is None, leave=False):
-        loader.sampler.set_epoch(epoch)
-        for step, (x, y) in enumerate(loader):
-            seeds = [derive_seed(seed, "dsa", index, epoch, step) for index in range(len(networks))]
-            optimizer.zero_grad()
-            evaluation_loss(networks, x, y, seeds=seeds, strategy=strategy, mode=mode).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        schedule.step()
-
-
-def mean_and_std(values: Tensor) -> dict[str, float | int]:
-    """Mean and population standard deviation (numpy's, as in this line's tables) of accuracies, as JSON holds them.
-
-    Example:
-        >>> mean_and_std(torch.tensor([0.5, 1.0]))
-        {'mean': 0.75, 'std': 0.25, 'n': 2}
-    """
-    first, second = MeanMetric(), MeanMetric()
-    mean = first(values.double())
-    second((values.double() - mean) ** 2)
-    return {"mean": float(mean), "std": float(second.compute().sqrt()), "n": len(values)}
 
 
 class SyntheticEvaluation(LightningModule):
@@ -140,7 +54,7 @@ class SyntheticEvaluation(LightningModule):
 
     Attributes:
         networks: an ``nn.ModuleList``.
-        results: after ``test``, what ``evaluation.json`` beside the logs says.
+        results: after ``test``, what ``evaluation.json`` (and as a table ``evaluation.md``) beside the logs says.
     """
 
     def __init__(
@@ -163,6 +77,7 @@ class SyntheticEvaluation(LightningModule):
         self._architecture = network
         self.networks: nn.ModuleList | None = None
         self.results: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
 
     def setup(self, stage: str) -> None:
         """Build the networks."""
@@ -226,8 +141,22 @@ class SyntheticEvaluation(LightningModule):
         self._measure(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log their accuracy."""
-        self._log_accuracies("val")
+        """Log their accuracy, and remember it beside that on the test images, so that an iterate can be chosen."""
+        values = self._log_accuracies("val")
+        test = getattr(getattr(self.trainer, "datamodule", None), "test", None)
+        if not isinstance(test, Images) or self.trainer.sanity_checking or self.trainer.state.fn != "fit":
+            return
+        assert self.networks is not None
+        on_test = [accuracy(network, *(part.to(self.device) for part in test)) for network in self.networks]
+        self.history.append({"epoch": self.current_epoch + 1, "held_out": values.tolist(), "test": on_test})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was measured so far."""
+        checkpoint["evaluation_history"] = self.history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.history = list(checkpoint.get("evaluation_history", []))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure on test images."""
@@ -241,8 +170,9 @@ class SyntheticEvaluation(LightningModule):
         metadata = getattr(synthetic, "metadata", {})
         self.results = {
             "accuracy": {metadata.get("method", "set"): mean_and_std(values.cpu())},
+            **choose_iterates(self.history, values),
             "each": values.tolist(),
-            "measured_on": "test images, networks as they were after the last epoch",
+            "measured_on": "test images; 'accuracy' is that of the networks as they were after the last epoch",
             "seeds": [derive_seed(seed, "fresh", index) for index in range(len(values))],
             "lr": self.lr,
             "epochs": self.current_epoch,
@@ -253,3 +183,5 @@ class SyntheticEvaluation(LightningModule):
         if self.trainer.is_global_zero:
             with replacing(run_folder(self.trainer) / "evaluation.json") as part:
                 part.write_text(json.dumps(self.results, indent=2) + "\n")
+            with replacing(run_folder(self.trainer) / "evaluation.md") as part:
+                part.write_text(markdown_table(self.results))

@@ -127,6 +127,7 @@ class TrajectoryMatching(LightningModule):
         self.skipped_steps = self.skipped_in_a_row = 0
         self.ema_images: Tensor | None = None
         self.initial_images: Tensor | None = None
+        self.scores: dict[str, dict[str, float | int]] = {}  # what EvaluateSynthetic measured of the present images
 
     def setup(self, stage: str) -> None:
         """Open the store, check that it fits, and make the initial synthetic set."""
@@ -191,12 +192,12 @@ class TrajectoryMatching(LightningModule):
     def training_step(self, batch: SegmentBatch, batch_idx: int) -> Tensor:
         """Compute the matching loss of one segment."""
         iteration, step = batch["iteration"], self.global_step
+        self.scores = {}  # those of the images before this step
         if iteration != step:
             raise RuntimeError(f"segment {iteration} came at step {step}: the run would not be reproducible")
         seed, rank = self.hparams["seed"], self.global_rank
-        steps, size = self.hparams["syn_steps"], self.hparams["syn_batch"]
-        order = make_generator(seed, "batches", iteration, rank)
-        batches = chunked_permutations(len(self.images), steps, order, batch_size=size)
+        order, size = make_generator(seed, "batches", iteration, rank), self.hparams["syn_batch"]
+        batches = chunked_permutations(len(self.images), self.hparams["syn_steps"], order, batch_size=size)
         loss = trajectory_matching_loss(
             self._student[0],
             batch["start"],
@@ -254,8 +255,8 @@ class TrajectoryMatching(LightningModule):
         self.log("matching/step_size", self.step_size.detach(), prog_bar=True, batch_size=1)
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise DivergenceError(
-                f"the loss or its gradient was not finite {MAX_SKIPPED} iterations in a row, the last one "
-                f"{batch['iteration']}; the images on disk are those before; lower lr_images or lr_step_size"
+                f"loss or gradient not finite {MAX_SKIPPED} iterations in a row, the last one {batch['iteration']}; "
+                "the images on disk are those before; lower lr_images or lr_step_size"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -293,6 +294,7 @@ class TrajectoryMatching(LightningModule):
                 "settings": settings,
                 "iterations": self.global_step,
                 "skipped_steps": self.skipped_steps,
+                **({"scores": dict(self.scores)} if self.scores else {}),
                 "versions": versions(),
             },
         )

@@ -54,6 +54,19 @@ def test_the_best_is_chosen_on_held_out_images(tmp_path: Path, trajectories: Pat
     assert chosen["iteration"] in (10, 15), "after two epochs of five iterations, and after the last"
 
 
+def test_scores_travel_with_the_set_that_they_were_measured_on(tmp_path: Path, trajectories: Path) -> None:
+    callback = EvaluateSynthetic(every_n_epochs=1, networks=1, epochs=1)
+    module = distil(tmp_path, trajectories, steps=5, callbacks=[callback])
+    metrics, scores = module.trainer.callback_metrics, module.synthetic_set().metadata["scores"]
+    assert set(scores) == {"raw images, held-out training images", "raw images, test images"}
+    mean = scores["raw images, test images"]["mean"]
+    assert mean == pytest.approx(float(metrics["evaluation/raw_test_accuracy_mean"]))
+    later = distil(tmp_path, trajectories, steps=6, callbacks=[EvaluateSynthetic(100, networks=1, epochs=1)])
+    assert "scores" in later.synthetic_set().metadata, "the last iteration is always measured"
+    later.scores = {}
+    assert "scores" not in later.synthetic_set().metadata
+
+
 def test_without_held_out_images_nothing_is_chosen(tmp_path: Path) -> None:
     from fits import make_trainer, small_teacher
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fits import distil, make_trainer, small_data, small_teacher
+from fits import SMALL, distil, make_trainer, small_data, small_teacher
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from ftd_lightning import SyntheticEvaluation
 from ftd_lightning.callbacks import EvaluateSynthetic, HyperparameterReport, SyntheticEMA, TensorBoardPictures
 from ftd_lightning.callbacks.tensorboard import picture_grid
 
@@ -90,6 +91,22 @@ def test_teachers_show_loss_and_accuracy_of_every_epoch(tmp_path: Path) -> None:
     for tag in ("teacher/train_loss", "teacher/train_accuracy", "teacher/val_accuracy"):
         assert len(events.Scalars(tag)) == 8, "two teachers of four epochs"
     assert hparams(events)["rho"] == pytest.approx(0.05)
+
+
+def test_an_evaluation_shows_the_result_of_its_test(tmp_path: Path) -> None:
+    module = SyntheticEvaluation(network_options=SMALL, networks=2, augment="")
+    data = small_data(synthetic="random")
+    trainer = make_trainer(tmp_path, logger=board(tmp_path), callbacks=[HyperparameterReport()], max_epochs=2)
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    scalars: dict[str, float] = {}
+    for file in (tmp_path / "run").glob("events*"):
+        events = read(file)
+        scalars |= {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+        if "_hparams_/session_start_info" in events.summary_metadata:
+            assert hparams(events)["networks"] == 2
+    shown = scalars["hp/evaluation/test_accuracy_mean"]
+    assert shown == pytest.approx(module.results["accuracy"]["random"]["mean"])
 
 
 def test_the_grid_has_a_column_a_class() -> None:

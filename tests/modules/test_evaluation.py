@@ -12,7 +12,7 @@ from ftd_lightning import SyntheticEvaluation, SyntheticSet
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import flatten_parameters, seeded
 from ftd_lightning.models import ConvNet
-from ftd_lightning.modules.evaluation import accuracy, mean_and_std, train_fresh_networks
+from ftd_lightning.modules.protocol import accuracy, mean_and_std, train_fresh_networks
 
 
 def fresh(seed: int = 0) -> ConvNet:
@@ -88,6 +88,25 @@ def test_results_are_written_with_seeds_and_all(tmp_path: Path) -> None:
     assert results["accuracy"]["random"] == mean_and_std(torch.tensor(results["each"]))
     assert len(set(results["seeds"])) == results["accuracy"]["random"]["n"] == 3
     assert results["set"]["dataset"]["name"] == "digits"
+
+
+def test_other_iterates_are_reported_under_their_own_names(tmp_path: Path) -> None:
+    """The last one is the result; one chosen on held-out images and the best on test stand beside it."""
+    module = SyntheticEvaluation(network_options=SMALL, networks=2, augment="", lr=0.05)
+    data = small_data(synthetic="random", ipc=2)
+    trainer = make_trainer(tmp_path, max_epochs=6, check_val_every_n_epoch=2)
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    results = module.results
+    assert [entry["epoch"] for entry in module.history] == [2, 4, 6]
+    assert module.history[-1]["test"] == pytest.approx(results["each"]), "measured twice, by loop and by function"
+    held_out, test = (np.array([entry[part] for entry in module.history]) for part in ("held_out", "test"))
+    chosen = test[held_out.argmax(0), [0, 1]]
+    assert results["chosen_on_held_out"]["mean"] == pytest.approx(chosen.mean())
+    assert results["best_on_test"]["mean"] == pytest.approx(test.max(0).mean())
+    table = (tmp_path / "evaluation.md").read_text().splitlines()
+    assert table[0].startswith("| set | network | networks | last iterate | chosen on held-out images | best on test")
+    assert table[2].startswith("| random | convnet | 2 | ")
 
 
 def test_networks_are_fresh_and_each_has_its_own_seed(tmp_path: Path) -> None:
