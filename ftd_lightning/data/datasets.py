@@ -53,7 +53,7 @@ def check_name(name: str) -> None:
         InputError: for an unknown name; the nearest ones are offered.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.6) or sorted(DATASETS)
+        near = difflib.get_close_matches(name.lower(), DATASETS, n=3, cutoff=0.6) or sorted(DATASETS)
         raise InputError(f"unknown data set {name!r}: did you mean {' or '.join(map(repr, near))}?")
 
 

@@ -80,7 +80,7 @@ def find_network(name: str) -> Callable[..., nn.Module]:
         return NETWORKS[name]
     module, _, attribute = name.rpartition(".")
     if not module:
-        near = difflib.get_close_matches(name, NETWORKS, n=3, cutoff=0.6) or sorted(NETWORKS)
+        near = difflib.get_close_matches(name.lower(), NETWORKS, n=3, cutoff=0.6) or sorted(NETWORKS)
         raise InputError(f"unknown network {name!r}: did you mean {' or '.join(map(repr, near))}?")
     try:
         constructor: Callable[..., nn.Module] = getattr(importlib.import_module(module), attribute)
