@@ -1,5 +1,6 @@
 """Two processes with gloo on the CPU: what every rank ends with, and what one process would have got."""
 
+import json
 import os
 import subprocess
 import sys
@@ -20,21 +21,28 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 from fits import make_trainer, small_data, small_matching, small_teacher
-from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter, TrajectoryRecorder
+from ftd_lightning import SyntheticEvaluation
+from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.functional import flatten_parameters
 
 folder = Path({folder!r})
 parallel = dict(strategy="ddp", devices=2)
 if {what!r} == "teacher":
     module = small_teacher(rho=0.1, network_options=dict(width=4, depth=1, norm={norm!r}))
-    recorder = TrajectoryRecorder(str(folder / "trajectories"))
-    trainer = make_trainer(folder, callbacks=[recorder], **parallel)
+    trainer = make_trainer(folder, callbacks=[TrajectoryRecorder()], **parallel)
     trainer.fit(module, datamodule=small_data())
     final = flatten_parameters(module.network)
+elif {what!r} == "evaluate":
+    module = SyntheticEvaluation(network_options=dict(width=4, depth=1), networks=2, augment="crop_scale")
+    data = small_data(synthetic="random", ipc=2)
+    trainer = make_trainer(folder, max_epochs=3, **parallel)
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    final = torch.cat([torch.tensor(module.results["each"]), *map(flatten_parameters, module.networks)])
 else:
     module = small_matching({trajectories!r}, augment="crop_scale")
-    writer = SyntheticSetWriter(str(folder / "set.safetensors"))
-    trainer = make_trainer(folder, callbacks=[SyntheticEMA(0.9), writer], max_steps=4, **parallel)
+    callbacks = [SyntheticEMA(0.9), EvaluateSynthetic(networks=1, epochs=1), SyntheticSetWriter()]
+    trainer = make_trainer(folder, callbacks=callbacks, max_steps=4, **parallel)
     trainer.fit(module, datamodule=small_data())
     final = torch.cat([module.images.detach().flatten(), module.step_size.detach().view(1)])
 torch.save(final, folder / f"rank{{trainer.global_rank}}.pt")
@@ -100,9 +108,18 @@ def test_ranks_match_segments_of_their_own_and_share_the_images(tmp_path: Path) 
     trajectories = record(tmp_path / "teachers")
     first, second = run_on_two(tmp_path / "distil", "distil", trajectories=trajectories)
     assert torch.equal(first, second)
+    assert {"set.safetensors", "best.safetensors"} <= {path.name for path in (tmp_path / "distil").iterdir()}
     module = small_matching(trajectories)
     make_trainer(tmp_path, max_steps=1).fit(module, datamodule=small_data())
     draws = [module.segment_loader() for _ in range(2)]
     draws[1].rank = 1
     keys = [[(b["teacher"], b["start_epoch"]) for b in loader] for loader in draws]
     assert keys[0] != keys[1]
+
+
+def test_an_evaluation_on_two_ranks_ends_with_one_result(tmp_path: Path) -> None:
+    """Files are written by the first rank alone, which must not ask the others where."""
+    first, second = run_on_two(tmp_path, "evaluate")
+    assert torch.equal(first, second)
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert results["each"] == pytest.approx(first[:2].tolist())
