@@ -10,6 +10,7 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,7 +25,6 @@ from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -53,7 +53,7 @@ def image_files(folder: Path) -> list[Path]:
     for where, folders, names in os.walk(folder, onerror=_ignore, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         images = (name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."))
-        found += [folder / where / name for name in images]
+        found += [Path(where) / name for name in images]
     return sorted(found)
 
 

@@ -1,6 +1,7 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,17 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
-from ftd_lightning.data import decoding
-from ftd_lightning.data.decoding import Part, cache_file, class_files, fill_cache, in_parallel, read_cache, read_picture
+from ftd_lightning.data import DistillationDataModule, decoding
+from ftd_lightning.data.decoding import (
+    Part,
+    cache_file,
+    class_files,
+    fill_cache,
+    image_files,
+    in_parallel,
+    read_cache,
+    read_picture,
+)
 
 
 def saved(path, array, mode=None):
@@ -193,3 +203,19 @@ def test_cache_that_cannot_be_written_is_refused(tmp_path, parts, refused):
     (tmp_path / "cache").write_text("a file in its place")
     with refused(tmp_path / "cache"):
         fill_cache(tmp_path / "cache" / "x.safetensors", *parts[1:], channels=3, size=12)
+
+
+def test_a_root_may_be_relative(tmp_path, monkeypatch):
+    """The command line's own default is: ``--data.root data``."""
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        for name in ("cats", "dogs"):
+            folder = Path("data", part, name)
+            folder.mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", (8, 8), (40 * index, 10, 200)).save(folder / f"{index}.png")
+    assert image_files(Path("data", "train", "cats")) == [Path(f"data/train/cats/{index}.png") for index in range(2)]
+    data = DistillationDataModule(dataset="folder", root="data", val_fraction=0.0)
+    data.prepare_data()
+    data.setup()
+    assert data.train.pictures.shape == (4, 3, 8, 8)
