@@ -78,6 +78,7 @@ class SyntheticEvaluation(LightningModule):
         self.networks: nn.ModuleList | None = None
         self.results: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
+        self.trained_epochs = 0  # the trainer's own count is 0 where a checkpoint is tested
 
     def setup(self, stage: str) -> None:
         """Build the networks."""
@@ -150,13 +151,18 @@ class SyntheticEvaluation(LightningModule):
         on_test = [accuracy(network, *(part.to(self.device) for part in test)) for network in self.networks]
         self.history.append({"epoch": self.current_epoch + 1, "held_out": values.tolist(), "test": on_test})
 
+    def on_train_epoch_end(self) -> None:
+        """Count the epoch."""
+        self.trained_epochs = self.current_epoch + 1
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was measured so far."""
-        checkpoint["evaluation_history"] = self.history
+        checkpoint["evaluation_history"], checkpoint["trained_epochs"] = self.history, self.trained_epochs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up again."""
         self.history = list(checkpoint.get("evaluation_history", []))
+        self.trained_epochs = checkpoint.get("trained_epochs", 0)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure on test images."""
@@ -175,7 +181,7 @@ class SyntheticEvaluation(LightningModule):
             "measured_on": "test images; 'accuracy' is that of the networks as they were after the last epoch",
             "seeds": [derive_seed(seed, "fresh", index) for index in range(len(values))],
             "lr": self.lr,
-            "epochs": self.current_epoch,
+            "epochs": self.trained_epochs,
             "settings": plain_settings(self.hparams),
             "set": metadata,
             "versions": versions(),

@@ -90,6 +90,19 @@ def test_results_are_written_with_seeds_and_all(tmp_path: Path) -> None:
     assert results["set"]["dataset"]["name"] == "digits"
 
 
+def test_a_tested_checkpoint_gives_the_results_of_its_fit(tmp_path: Path) -> None:
+    data, options = small_data(synthetic="random"), {"network_options": SMALL, "networks": 2, "augment": ""}
+    module, again = SyntheticEvaluation(**options), SyntheticEvaluation(**options)
+    trainer = make_trainer(tmp_path, max_epochs=4, check_val_every_n_epoch=2)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "done.ckpt")
+    trainer.test(module, datamodule=data, verbose=False)
+    tester = make_trainer(tmp_path)
+    tester.test(again, datamodule=small_data(synthetic="random"), ckpt_path=tmp_path / "done.ckpt", verbose=False)
+    assert module.results["epochs"] == 4
+    assert again.results == module.results
+
+
 def test_other_iterates_are_reported_under_their_own_names(tmp_path: Path) -> None:
     """The last one is the result; one chosen on held-out images and the best on test stand beside it."""
     module = SyntheticEvaluation(network_options=SMALL, networks=2, augment="", lr=0.05)
