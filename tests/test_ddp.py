@@ -10,7 +10,8 @@ import pytest
 import torch
 from fits import SMALL, make_trainer, record, small_data, small_matching
 
-from ftd_lightning import TrajectoryStore
+from ftd_lightning import SyntheticSet, TrajectoryStore
+from ftd_lightning.callbacks import SyntheticEMA
 from ftd_lightning.data.loader import BatchOrder
 from ftd_lightning.functional import gsam_direction, gsam_perturbation, load_flat
 from ftd_lightning.models import ConvNet
@@ -109,12 +110,17 @@ def test_ranks_match_segments_of_their_own_and_share_the_images(tmp_path: Path) 
     first, second = run_on_two(tmp_path / "distil", "distil", trajectories=trajectories)
     assert torch.equal(first, second)
     assert {"set.safetensors", "best.safetensors"} <= {path.name for path in (tmp_path / "distil").iterdir()}
-    module = small_matching(trajectories)
-    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=small_data())
-    draws = [module.segment_loader() for _ in range(2)]
-    draws[1].rank = 1
-    keys = [[(b["teacher"], b["start_epoch"]) for b in loader] for loader in draws]
-    assert keys[0] != keys[1]
+    # One process with both segments in every step.
+    one = small_matching(trajectories, augment="crop_scale", segments_per_step=2)
+    make_trainer(tmp_path / "one", max_steps=4, callbacks=[SyntheticEMA(0.9)]).fit(one, datamodule=small_data())
+    expected = torch.cat([one.images.detach().flatten(), one.step_size.detach().view(1)])
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-6)
+    loaded = SyntheticSet.load(tmp_path / "distil" / "set.safetensors")
+    torch.testing.assert_close(loaded.ema_images, one.ema_images, rtol=0, atol=1e-6)
+    assert loaded.metadata["settings"]["segments_per_step"] == 2
+    alone = small_matching(trajectories, augment="crop_scale")
+    make_trainer(tmp_path / "alone", max_steps=4).fit(alone, datamodule=small_data())
+    assert (alone.images - one.images).abs().max() > 1e-3, "the second rank's segments must matter"
 
 
 def test_an_evaluation_on_two_ranks_ends_with_one_result(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
+from ftd_lightning.modules.distillation import Distillation
 from ftd_lightning.modules.teacher import FlatTeacher
-from ftd_lightning.modules.trajectory_matching import TrajectoryMatching
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -69,7 +69,7 @@ class FitProgress(ProgressBar):
     def _what(module: LightningModule) -> str:
         if isinstance(module, FlatTeacher):
             return f"teacher {module.teacher + 1}/{module.teachers}, epoch {module.teacher_epoch + 1}"
-        return "distillation" if isinstance(module, TrajectoryMatching) else "evaluation"
+        return "distillation" if isinstance(module, Distillation) else "evaluation"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from ftd_lightning.data.files import run_folder
 from ftd_lightning.errors import InputError
-from ftd_lightning.modules.trajectory_matching import TrajectoryMatching
+from ftd_lightning.modules.distillation import Distillation
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -29,11 +29,11 @@ class SyntheticSetWriter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that makes no set."""
-        if not isinstance(pl_module, TrajectoryMatching):
-            raise InputError(f"SyntheticSetWriter writes what TrajectoryMatching makes, not {type(pl_module).__name__}")
+        if not isinstance(pl_module, Distillation):
+            raise InputError(f"SyntheticSetWriter writes what a distillation makes, not {type(pl_module).__name__}")
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and isinstance(module, TrajectoryMatching):
+        if trainer.is_global_zero and isinstance(module, Distillation):
             module.synthetic_set().save(self.path or run_folder(trainer) / "set.safetensors")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -33,7 +33,7 @@ class SyntheticEMA(Callback):
         self.decay = decay
         self.warmup = warmup
         self.average: torch.Tensor | None = None
-        self.updates = 0
+        self.updates = torch.tensor(0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the initial images, unless a checkpoint brought an average."""
@@ -47,17 +47,20 @@ class SyntheticEMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Average, except after a skipped step, which was no update."""
-        if pl_module.skipped_in_a_row:
-            return
-        self.updates += 1
-        decay = min(self.decay, self.updates / (self.updates + 9)) if self.warmup else self.decay
         assert self.average is not None
-        self.average.lerp_(pl_module.images.detach(), 1 - decay)  # type: ignore[operator, union-attr, arg-type]
+        images: torch.Tensor = pl_module.images.detach()  # type: ignore[operator, union-attr, assignment]
+        # Whether it was an update is known on the device alone, and the host does not wait to learn it.
+        updated = getattr(pl_module, "last_step_finite", torch.tensor(True)).to(images.device)
+        self.updates = self.updates.to(images.device) + updated
+        weight: float | torch.Tensor = 1 - self.decay
+        if self.warmup:
+            weight = (9 / (self.updates + 9)).clamp(min=weight)
+        self.average.lerp_(images, (updated * weight).to(images.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the average."""
-        return {"average": self.average, "updates": self.updates}
+        return {"average": self.average, "updates": int(self.updates)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
-        self.average, self.updates = state_dict["average"], state_dict["updates"]
+        self.average, self.updates = state_dict["average"], torch.tensor(state_dict["updates"])

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.utils import make_grid
 
+from ftd_lightning.modules.distillation import Distillation
 from ftd_lightning.modules.evaluation import SyntheticEvaluation
-from ftd_lightning.modules.trajectory_matching import TrajectoryMatching
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -73,7 +73,7 @@ class TensorBoardPictures(Callback):
             self._show(trainer, pl_module)
 
     def _show(self, trainer: Trainer, module: LightningModule) -> None:
-        if not isinstance(module, TrajectoryMatching) or not (boards := _boards(trainer)):
+        if not isinstance(module, Distillation) or not (boards := _boards(trainer)):
             return
         synthetic, step = module.synthetic_set(), trainer.global_step
         kinds = (

@@ -41,7 +41,7 @@ def random_real_images(train: Images, ipc: int, seed: int) -> Images:
 class DistillationDataModule(LightningDataModule):
     """Images of one data set, transformed and held as tensors on the training device.
 
-    What it trains on depends on who asks: a module with a ``segment_loader`` (TrajectoryMatching) gets teacher
+    What it trains on depends on who asks: a module with an ``iteration_loader`` (a distillation) gets its
     segments; with ``synthetic`` given, its images; else the real training images.
 
     Args:
@@ -261,12 +261,12 @@ class DistillationDataModule(LightningDataModule):
         return TensorLoader(images.pictures.to(device), images.labels.to(device), order)
 
     def _wants_segments(self) -> bool:
-        return self.trainer is not None and hasattr(self.trainer.lightning_module, "segment_loader")
+        return self.trainer is not None and hasattr(self.trainer.lightning_module, "iteration_loader")
 
     def train_dataloader(self) -> Iterable[Any]:
         """Give teacher segments, synthetic images or real ones; see the class."""
         if self._wants_segments():
-            segments: Iterable[Any] = self.trainer.lightning_module.segment_loader()  # type: ignore[union-attr, operator]
+            segments: Iterable[Any] = self.trainer.lightning_module.iteration_loader()  # type: ignore[union-attr, operator]
             return segments
         if self.synthetic_set is not None:
             chosen = Images(self.synthetic_set.chosen(ema=self.hparams["ema"]), self.synthetic_set.labels)

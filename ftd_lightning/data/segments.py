@@ -1,4 +1,4 @@
-"""The training data of distillation: one random teacher segment an iteration."""
+"""The training data of trajectory matching: random teacher segments."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
+from ftd_lightning.data.iterations import IterationLoader
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from ftd_lightning.data.trajectory_store import TrajectoryStore
 
 
 class SegmentBatch(TypedDict):
-    """What one distillation step gets."""
+    """One segment of a distillation step; ``slot`` counts a step's segments over all ranks."""
 
     iteration: int
+    slot: int
     teacher: int
     start_epoch: int
     start: Tensor
     target: Tensor
 
 
-class SegmentLoader:
-    """An iterable over teacher segments; what it yields is a function of (seed, iteration, rank).
+class SegmentLoader(IterationLoader[list[SegmentBatch]]):
+    """An iterable over teacher segments; what it yields is a function of (seed, iteration, slot).
 
-    Lightning saves and restores its state, so that a resumed run goes on with the segment it would have had. It has a
-    length because Lightning reads one batch ahead of loaders without, and skips that batch on resume.
+    A step of W ranks with s segments each has W * s slots, dealt out in order. So W ranks with one segment each see
+    what one process with W segments a step sees.
 
     Args:
         store: the teachers.
@@ -40,6 +40,7 @@ class SegmentLoader:
         length: iterations that make one Lightning epoch.
         seed: decides the segments.
         rank: of this process; each rank draws segments of its own.
+        segments: s, segments a step on each rank.
 
     Raises:
         InputError: if a segment could reach beyond what was recorded.
@@ -54,51 +55,41 @@ class SegmentLoader:
         length: int,
         seed: int = 0,
         rank: int = 0,
+        segments: int = 1,
     ) -> None:
         last = max_start_epoch - 1 + expert_epochs
-        if min(expert_epochs, max_start_epoch, length) < 1:
+        if min(expert_epochs, max_start_epoch, length, segments) < 1:
             numbers = f"expert_epochs={expert_epochs}, max_start_epoch={max_start_epoch}, length={length}"
-            raise InputError(f"{numbers}: all of these must be at least 1")
+            raise InputError(f"{numbers}, segments={segments}: all of these must be at least 1")
         if last > store.epochs:
             raise InputError(
                 f"{store.path}: max_start_epoch={max_start_epoch} with expert_epochs={expert_epochs} reaches epoch "
                 f"{last}, but {store.epochs} were recorded; lower one of them or record longer teachers"
             )
+        super().__init__(length)
         self.store = store
         self.expert_epochs = expert_epochs
         self.max_start_epoch = max_start_epoch
-        self.length = length
         self.seed = seed
-        self.rank = rank
-        self.iteration = 0
+        self.slots = range(rank * segments, (rank + 1) * segments)
 
-    def __len__(self) -> int:
-        return self.length
+    def read(self, iteration: int) -> list[SegmentBatch]:
+        """Read this rank's segments of an iteration, counted from 0."""
+        return [self.draw(iteration, slot) for slot in self.slots]
 
-    def __iter__(self) -> Iterator[SegmentBatch]:
-        # After a resume in mid-epoch only the rest of that epoch is left.
-        for _ in range(self.length - self.iteration % self.length):
-            self.iteration += 1
-            yield self.draw(self.iteration - 1)
-
-    def draw(self, iteration: int) -> SegmentBatch:
-        """Read the segment of an iteration, counted from 0."""
-        generator = make_generator(self.seed, "segment", iteration, self.rank)
+    def draw(self, iteration: int, slot: int = 0) -> SegmentBatch:
+        """Read one segment of an iteration."""
+        generator = make_generator(self.seed, "segment", iteration, slot)
         teacher = int(torch.randint(len(self.store), (1,), generator=generator))
         start_epoch = int(torch.randint(self.max_start_epoch, (1,), generator=generator))
-        start, target = self.store.segment(teacher, start_epoch, self.expert_epochs)
+        ends = self.store.segment(teacher, start_epoch, self.expert_epochs)
+        # From pinned memory Lightning's copy to the GPU does not wait.
+        start, target = (end.pin_memory() if torch.cuda.is_available() else end for end in ends)
         return {
             "iteration": iteration,
+            "slot": slot,
             "teacher": teacher,
             "start_epoch": start_epoch,
             "start": start,
             "target": target,
         }
-
-    def state_dict(self) -> dict[str, int]:
-        """Say how far it is."""
-        return {"iteration": self.iteration}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self.iteration = state["iteration"]

@@ -6,46 +6,42 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from ftd_lightning.data.datamodule import random_real_images
-from ftd_lightning.data.datasets import Images
-from ftd_lightning.data.files import versions
+from ftd_lightning.data.images import Images
 from ftd_lightning.data.segments import SegmentBatch, SegmentLoader
-from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
-from ftd_lightning.data.transform import Standardization
-from ftd_lightning.errors import DivergenceError, InputError
+from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
 from ftd_lightning.functional.matching import trajectory_matching_loss
 from ftd_lightning.functional.robust import Residual, start_noise
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll, chunked_permutations
-from ftd_lightning.modules.networks import Network, plain_network, plain_settings, student_networks
+from ftd_lightning.modules.distillation import Distillation, Init
+from ftd_lightning.modules.networks import Network, plain_network, student_networks
 
 if TYPE_CHECKING:
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch.optim import Optimizer
 
-MAX_SKIPPED = 10
 # Far below any step size that trains a network, far above float32's smallest number.
 SMALLEST_STEP_SIZE = 1e-8
-COUNTS = ("ipc", "syn_steps", "syn_batch", "iterations_per_epoch")
+COUNTS = ("ipc", "syn_steps", "syn_batch", "iterations_per_epoch", "segments_per_step")
 
 
-class TrajectoryMatching(LightningModule):
+class TrajectoryMatching(Distillation):
     """Learns a synthetic set whose training trajectory follows the teachers'.
 
-    FTD and MTT differ in the teachers alone, so this serves both. Automatic optimization: one SGD with two parameter
-    groups, one global step an iteration; the number of iterations is the trainer's ``max_steps``.
+    FTD and MTT differ in the teachers alone, so this serves both. One SGD with two parameter groups, one global step
+    an iteration; the number of iterations is the trainer's ``max_steps``. What it does with steps that are not finite,
+    and its attributes, are in ``Distillation``.
+
+    Under DDP every rank matches segments of its own and the gradient is averaged: W ranks with s segments a step learn
+    what one process with W * s learns.
 
     The step size is kept positive by projection: after an update it is raised to 1e-8 where it fell below. It stays a
     plain parameter, so the paper's learning rate for it means what it means there; a log or softplus
     parametrisation would rescale it.
-
-    A step whose loss or gradient is not finite is skipped (weights and momentum stay as they are), counted in
-    ``matching/skipped_steps``, and after ten in a row the run ends with a ``DivergenceError``.
 
     Args:
         trajectories: folder of the trajectory store.
@@ -70,22 +66,17 @@ class TrajectoryMatching(LightningModule):
             DistillationDataModule they are its training images, and this stays None.
         robust: kappa of robust learning (Eq. 9): noise of about kappa times the segment's length on the start weights,
             drawn anew every iteration. The paper does not give its sigma; see ``functional.robust``. None: no noise.
+        segments_per_step: teacher segments an iteration on each rank, whose losses are averaged.
+        compile: compile both inner step functions: "auto" on CUDA only, where a fit is long enough to repay it. Eager,
+            with a line that says so, where compilation is not to be had.
+        cuda_graphs: replay the compiled steps as CUDA graphs; for small ipc, where launching kernels takes the time.
         robust_residual: compare the student's "displacement" (Eq. 9 as written) or its "endpoint".
-
-    Attributes:
-        images: (ipc * K, C, H, W) parameter, class by class.
-        labels: (ipc * K,) int64.
-        step_size: scalar parameter.
-        initial_images: a copy of where the images started.
-        ema_images: their moving average, where a ``SyntheticEMA`` keeps one.
 
     Raises:
         InputError: at ``setup``, for teachers that do not fit or segments that were not recorded.
     """
 
-    images: nn.Parameter
     step_size: nn.Parameter
-    labels: Tensor
 
     def __init__(
         self,
@@ -93,7 +84,7 @@ class TrajectoryMatching(LightningModule):
         network: Network | None = None,
         network_options: dict[str, Any] | None = None,
         ipc: int = 1,
-        init: Literal["real", "noise"] = "real",
+        init: Init = "real",
         syn_steps: int = 30,
         expert_epochs: int = 2,
         max_start_epoch: int = 20,
@@ -110,9 +101,13 @@ class TrajectoryMatching(LightningModule):
         real: tuple[Tensor, Tensor] | None = None,
         robust: float | None = None,
         robust_residual: Residual = "displacement",
+        segments_per_step: int = 1,
+        compile: bool | Literal["auto"] = "auto",  # noqa: A002
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in zip(COUNTS, (ipc, syn_steps, syn_batch, iterations_per_epoch), strict=True):
+        counts = (ipc, syn_steps, syn_batch, iterations_per_epoch, segments_per_step)
+        for name, value in zip(COUNTS, counts, strict=True):
             if value is not None and value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
         if step_size_init <= 0:
@@ -124,10 +119,6 @@ class TrajectoryMatching(LightningModule):
         self._architecture = network
         self._real = None if real is None else Images(*real)
         self._augment = partial(dsa, strategy=augment, mode=augment_mode) if augment else None
-        self.skipped_steps = self.skipped_in_a_row = 0
-        self.ema_images: Tensor | None = None
-        self.initial_images: Tensor | None = None
-        self.scores: dict[str, dict[str, float | int]] = {}  # what EvaluateSynthetic measured of the present images
 
     def setup(self, stage: str) -> None:
         """Open the store, check that it fits, and make the initial synthetic set."""
@@ -141,29 +132,12 @@ class TrajectoryMatching(LightningModule):
         self.fresh = student_networks(self.store, self._architecture, hparams["network_options"], datamodule)
         # In a list: no submodule, so neither in checkpoints nor among DDP's parameters.
         self._student = [self.fresh.build(0).requires_grad_(False).train()]
-        self.segment_loader()  # complains of segments beyond the record before anything else is done
-        start = self._initial_set(self._real or getattr(datamodule, "train", None))
-        self.images = nn.Parameter(start.pictures.clone())
+        self.iteration_loader()  # complains of segments beyond the record before anything else is done
+        self.make_images()
         self.step_size = nn.Parameter(torch.tensor(float(hparams["step_size_init"])))
-        self.register_buffer("labels", start.labels.clone())
-        self.initial_images = start.pictures.clone()
 
-    def _initial_set(self, real: Images | None) -> Images:
-        if real is None:
-            raise InputError("distillation starts from real images: give a DistillationDataModule or the argument real")
-        ipc, seed = self.hparams["ipc"], self.hparams["seed"]
-        start = random_real_images(real, ipc, seed)
-        if self.hparams["init"] == "real":
-            return start
-        noise = torch.randn(start.pictures.shape, generator=make_generator(seed, "initial noise"))
-        return Images(noise, start.labels)
-
-    def train_dataloader(self) -> SegmentLoader:
-        """Give the segments to a trainer without a datamodule."""
-        return self.segment_loader()
-
-    def segment_loader(self) -> SegmentLoader:
-        """Make the training loader; the datamodule asks for it."""
+    def iteration_loader(self) -> SegmentLoader:
+        """Make the loader of teacher segments."""
         return SegmentLoader(
             self.store,
             expert_epochs=self.hparams["expert_epochs"],
@@ -171,6 +145,7 @@ class TrajectoryMatching(LightningModule):
             length=self.hparams["iterations_per_epoch"],
             seed=self.hparams["seed"],
             rank=self.global_rank,
+            segments=self.hparams["segments_per_step"],
         )
 
     def configure_optimizers(self) -> torch.optim.SGD:
@@ -189,58 +164,38 @@ class TrajectoryMatching(LightningModule):
             )
         self._student[0].to(self.device)
 
-    def training_step(self, batch: SegmentBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[SegmentBatch], batch_idx: int) -> Tensor:
+        """Average the matching losses of this rank's segments."""
+        loss = torch.stack([self._match(segment) for segment in batch]).mean()
+        self.log("matching/start_epoch", sum(s["start_epoch"] for s in batch) / len(batch), batch_size=1)
+        return self.logged(loss)
+
+    def _match(self, segment: SegmentBatch) -> Tensor:
         """Compute the matching loss of one segment."""
-        iteration, step = batch["iteration"], self.global_step
-        self.scores = {}  # those of the images before this step
-        if iteration != step:
-            raise RuntimeError(f"segment {iteration} came at step {step}: the run would not be reproducible")
-        seed, rank = self.hparams["seed"], self.global_rank
-        order, size = make_generator(seed, "batches", iteration, rank), self.hparams["syn_batch"]
-        batches = chunked_permutations(len(self.images), self.hparams["syn_steps"], order, batch_size=size)
-        loss = trajectory_matching_loss(
+        iteration, slot = segment["iteration"], segment["slot"]
+        if iteration != self.global_step:
+            raise RuntimeError(f"segment {iteration} came at step {self.global_step}: not to be reproduced")
+        seed, size = self.hparams["seed"], self.hparams["syn_batch"]
+        order = make_generator(seed, "batches", iteration, slot)
+        return trajectory_matching_loss(
             self._student[0],
-            batch["start"],
-            batch["target"],
+            segment["start"],
+            segment["target"],
             self.images,
             self.labels,
             self.step_size,
-            batches=batches,
+            batches=chunked_permutations(len(self.images), self.hparams["syn_steps"], order, batch_size=size),
             augment=self._augment,
-            seed=derive_seed(seed, "dsa", iteration, rank),
+            seed=derive_seed(seed, "dsa", iteration, slot),
             unroll=self.hparams["unroll"],
-            noise=self._noise(batch),
+            noise=self._noise(segment),
             residual=self.hparams["robust_residual"],
         )
-        self._loss_is_finite = bool(torch.isfinite(loss))
-        self.log("matching/loss", loss.detach(), prog_bar=True, batch_size=1)
-        self.log("matching/start_epoch", float(batch["start_epoch"]), batch_size=1)
-        return loss
 
-    def _noise(self, batch: SegmentBatch) -> Tensor | None:
+    def _noise(self, segment: SegmentBatch) -> Tensor | None:
         kappa = self.hparams["robust"]
-        generator = make_generator(self.hparams["seed"], "robust", batch["iteration"], self.global_rank)
-        return start_noise(batch["start"], batch["target"], generator, kappa=kappa) if kappa else None
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing: to measure a set is to train networks on it, which ``EvaluateSynthetic`` does.
-
-        Lightning warns of every datamodule with held-out images whose module lacks this.
-        """
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Drop a step that is not finite, on all ranks together; log gradient norms."""
-        norms = {name: getattr(self, name).grad.norm() for name in ("images", "step_size")}
-        finite = self._loss_is_finite and all(bool(torch.isfinite(norm)) for norm in norms.values())
-        if not self.trainer.strategy.reduce_boolean_decision(finite, all=True):
-            # Without gradients SGD moves neither parameters nor momentum, and the global step goes on.
-            self.images.grad = self.step_size.grad = None
-            self.skipped_steps += 1
-            self.skipped_in_a_row += 1
-        else:
-            self.skipped_in_a_row = 0
-            self.log_dict({f"gradient_norm/{name}": norm for name, norm in norms.items()}, batch_size=1)
-        self.log("matching/skipped_steps", float(self.skipped_steps), prog_bar=True, batch_size=1)
+        generator = make_generator(self.hparams["seed"], "robust", segment["iteration"], segment["slot"])
+        return start_noise(segment["start"], segment["target"], generator, kappa=kappa) if kappa else None
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
@@ -250,51 +205,28 @@ class TrajectoryMatching(LightningModule):
         with torch.no_grad():
             self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
 
-    def on_train_batch_end(self, outputs: Any, batch: SegmentBatch, batch_idx: int) -> None:
-        """Log the step size; stop a run that only diverges."""
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the step size."""
         self.log("matching/step_size", self.step_size.detach(), prog_bar=True, batch_size=1)
-        if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise DivergenceError(
-                f"loss or gradient not finite {MAX_SKIPPED} iterations in a row, the last one {batch['iteration']}; "
-                "the images on disk are those before; lower lr_images or lr_step_size"
-            )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the count of skipped steps."""
-        checkpoint["skipped_steps"] = (self.skipped_steps, self.skipped_in_a_row)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the count up again."""
-        self.skipped_steps, self.skipped_in_a_row = checkpoint.get("skipped_steps", (0, 0))
+        super().on_train_batch_end(outputs, batch, batch_idx)
 
     @property
     def method(self) -> str:
         """Name it by its teachers, "ftd" for flat ones and "mtt" for plain ones, with "+robust" where noise is on."""
         return ("ftd" if self.store.metadata["rho"] > 0 else "mtt") + ("+robust" if self.hparams["robust"] else "")
 
-    def synthetic_set(self) -> SyntheticSet:
-        """Give the present synthetic set, on the CPU, with all that describes it."""
-        datamodule, teachers = getattr(self.trainer, "datamodule", None), self.store.metadata
-        # Where the teachers lay is no property of the set, and would make equal sets unequal files.
-        settings = plain_settings(self.hparams)
+    def settings(self) -> dict[str, Any]:
+        """Leave out where the teachers lay: no property of the set, it would make equal sets unequal files."""
+        settings = super().settings()
         settings.pop("trajectories")
-        return SyntheticSet(
-            images=self.images.detach().cpu().clone(),
-            labels=self.labels.cpu().clone(),
-            step_size=self.step_size.detach().cpu().clone(),
-            ema_images=None if self.ema_images is None else self.ema_images.cpu().clone(),
-            class_names=getattr(datamodule, "class_names", [str(label) for label in self.labels.unique().tolist()]),
-            transform=getattr(datamodule, "transform", Standardization([0.0], [1.0])),
-            metadata={
-                "method": self.method,
-                "dataset": teachers["dataset"],
-                "network": teachers["network"],
-                "augmentation": {"strategy": self.hparams["augment"], "mode": self.hparams["augment_mode"]},
-                "teachers": {"count": len(self.store), **{k: teachers[k] for k in ("rho", "alpha", "adaptive")}},
-                "settings": settings,
-                "iterations": self.global_step,
-                "skipped_steps": self.skipped_steps,
-                **({"scores": dict(self.scores)} if self.scores else {}),
-                "versions": versions(),
-            },
-        )
+        settings["segments_per_step"] *= self.trainer.world_size  # that of one process which learns the same
+        return settings
+
+    def description(self) -> dict[str, Any]:
+        """Describe the teachers."""
+        teachers = self.store.metadata
+        return {
+            "dataset": teachers["dataset"],
+            "network": teachers["network"],
+            "teachers": {"count": len(self.store), **{k: teachers[k] for k in ("rho", "alpha", "adaptive")}},
+        }

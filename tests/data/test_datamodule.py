@@ -435,7 +435,7 @@ class AskingForSegments(Asking):
         super().__init__()
         self.store = store
 
-    def segment_loader(self):
+    def iteration_loader(self):
         return SegmentLoader(self.store, expert_epochs=1, max_start_epoch=1, length=3)
 
 

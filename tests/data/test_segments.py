@@ -1,3 +1,4 @@
+import threading
 from collections import Counter
 
 import pytest
@@ -28,21 +29,25 @@ def loader(store):
 
 def plain(batches):
     """Batches as tuples of numbers, so that whole sequences can be compared."""
-    keys = ("iteration", "teacher", "start_epoch")
-    return [(*(b[key] for key in keys), *b["start"].tolist(), *b["target"].tolist()) for b in batches]
+    keys = ("iteration", "slot", "teacher", "start_epoch")
+    return [(*(b[key] for key in keys), *b["start"].tolist(), *b["target"].tolist()) for b in flat(batches)]
+
+
+def flat(batches):
+    return [segment for batch in batches for segment in batch]
 
 
 def test_batch_holds_the_segment_that_it_names(loader):
-    for batch in loader(expert_epochs=2, length=50):
+    for batch in flat(loader(expert_epochs=2, length=50)):
         assert batch["start"].tolist() == [batch["teacher"], batch["start_epoch"], 0.5]
         assert batch["target"].tolist() == [batch["teacher"], batch["start_epoch"] + 2, 0.5]
-        assert batch.keys() == {"iteration", "teacher", "start_epoch", "start", "target"}
+        assert batch.keys() == {"iteration", "slot", "teacher", "start_epoch", "start", "target"}
 
 
 def test_iterations_count_on_from_epoch_to_epoch(loader):
     segments = loader(length=7)
-    assert [batch["iteration"] for batch in segments] == list(range(7))
-    assert [batch["iteration"] for batch in segments] == list(range(7, 14))
+    assert [batch["iteration"] for batch in flat(segments)] == list(range(7))
+    assert [batch["iteration"] for batch in flat(segments)] == list(range(7, 14))
 
 
 def test_segments_are_a_function_of_seed_iteration_and_rank(loader):
@@ -51,7 +56,7 @@ def test_segments_are_a_function_of_seed_iteration_and_rank(loader):
     assert plain(loader(seed=3, rank=1, length=40)) == wanted
     torch.rand(5)
     backwards = loader(seed=3, rank=1, length=40)
-    assert plain([backwards.draw(iteration) for iteration in reversed(range(40))])[::-1] == wanted
+    assert plain([backwards.read(iteration) for iteration in reversed(range(40))])[::-1] == wanted
     # Another length of epoch cuts the same sequence elsewhere.
     short = loader(seed=3, rank=1, length=8)
     assert [batch for _ in range(5) for batch in plain(short)] == wanted
@@ -59,12 +64,31 @@ def test_segments_are_a_function_of_seed_iteration_and_rank(loader):
 
 def test_other_seeds_ranks_and_iterations_draw_other_segments(loader):
     def drawn(**options):
-        return [(b["teacher"], b["start_epoch"]) for b in loader(length=40, **options)]
+        return [(b["teacher"], b["start_epoch"]) for b in flat(loader(length=40, **options))]
 
     sequences = [drawn(), drawn(seed=1), drawn(rank=1), drawn(seed=1, rank=1)]
     for sequence in sequences:
         assert len(set(sequence)) > 5
         assert sequences.count(sequence) == 1
+
+
+def test_ranks_deal_the_segments_of_one_process_out_among_them(loader):
+    one = [plain([batch]) for batch in loader(segments=4, length=9)]
+    two = zip(*(loader(segments=2, rank=rank, length=9) for rank in range(2)), strict=True)
+    assert [plain(batches) for batches in two] == one
+    assert [segment[1] for segment in one[0]] == [0, 1, 2, 3]
+    assert [batch[0] for batch in one] == [plain([batch])[0] for batch in loader(length=9)]
+
+
+def test_the_next_batch_is_read_while_this_one_is_used(loader):
+    segments, seen = loader(length=3), []
+    read, started = segments.read, threading.Event()
+    segments.read = lambda iteration: (seen.append(threading.current_thread().name), started.set(), read(iteration))[2]
+    batches = iter(segments)
+    next(batches)
+    started.clear()
+    assert started.wait(timeout=30) or len(seen) == 2
+    assert threading.current_thread().name not in seen
 
 
 def test_drawing_leaves_the_global_generator_alone(loader):
@@ -75,7 +99,7 @@ def test_drawing_leaves_the_global_generator_alone(loader):
 
 def test_start_epochs_and_teachers_are_uniform(loader):
     count = 3000
-    batches = list(loader(max_start_epoch=5, expert_epochs=2, length=count))
+    batches = flat(loader(max_start_epoch=5, expert_epochs=2, length=count))
     for key, values in (("start_epoch", 5), ("teacher", TEACHERS)):
         seen = Counter(batch[key] for batch in batches)
         assert set(seen) == set(range(values))
@@ -87,7 +111,7 @@ def test_start_epochs_and_teachers_are_uniform(loader):
 
 
 def test_single_start_epoch_is_always_the_initialisation(loader):
-    assert {batch["start_epoch"] for batch in loader(max_start_epoch=1, length=20)} == {0}
+    assert {batch["start_epoch"] for batch in flat(loader(max_start_epoch=1, length=20))} == {0}
 
 
 @pytest.mark.parametrize("done", range(15))
@@ -128,8 +152,8 @@ def test_length_is_that_of_an_epoch_even_after_a_resume_in_its_middle(loader):
 
 def test_reaching_the_last_epoch_is_allowed(loader):
     segments = loader(max_start_epoch=5, expert_epochs=2, length=100)
-    assert max(batch["target"][1] for batch in segments) == EPOCHS
-    assert {batch["target"][1].item() for batch in loader(max_start_epoch=1, expert_epochs=EPOCHS)} == {EPOCHS}
+    assert max(batch["target"][1] for batch in flat(segments)) == EPOCHS
+    assert {batch["target"][1].item() for batch in flat(loader(max_start_epoch=1, expert_epochs=EPOCHS))} == {EPOCHS}
 
 
 @pytest.mark.parametrize(("max_start_epoch", "expert_epochs", "last"), [(6, 2, 7), (1, 7, 7), (20, 3, 22)])
@@ -145,7 +169,7 @@ def test_reaching_beyond_the_record_is_refused(loader, store, refused, max_start
 
 
 @pytest.mark.parametrize("value", [0, -1])
-@pytest.mark.parametrize("name", ["expert_epochs", "max_start_epoch", "length"])
+@pytest.mark.parametrize("name", ["expert_epochs", "max_start_epoch", "length", "segments"])
 def test_arguments_below_one_are_refused(loader, refused, name, value):
     with refused(f"{name}={value}"):
         loader(**{name: value})

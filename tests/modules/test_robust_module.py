@@ -17,7 +17,7 @@ def test_an_iteration_is_eq_9_with_the_noise_of_its_seed(tmp_path: Path, traject
     """Two iterations of gradient descent without momentum, written out with the full graph."""
     module = distil(tmp_path, trajectories, steps=2, robust=0.3, robust_residual=residual, momentum=0.0, seed=5)
     store, network = TrajectoryStore(trajectories), ConvNet(1, 10, 8, width=4, depth=1)
-    images, step_size, loader = module.initial_images.clone(), torch.tensor(0.1), module.segment_loader()
+    images, step_size, loader = module.initial_images.clone(), torch.tensor(0.1), module.iteration_loader()
     for iteration in range(2):
         drawn = loader.draw(iteration)
         start, target = store.segment(drawn["teacher"], drawn["start_epoch"], 1)
