@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from ftd_lightning.data.datamodule import random_real_images
+from ftd_lightning.data.coresets import random_real_images
 from ftd_lightning.data.files import versions
 from ftd_lightning.data.images import Images
 from ftd_lightning.data.synthetic_set import SyntheticSet

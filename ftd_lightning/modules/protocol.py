@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import MultiStepLR
 from torchmetrics import MeanMetric
 from tqdm.auto import tqdm
 
 from ftd_lightning.data.loader import BatchOrder, TensorLoader
-from ftd_lightning.functional.augment import STRATEGY, Mode, dsa
-from ftd_lightning.functional.seeding import derive_seed, make_generator
+from ftd_lightning.functional.augment import STRATEGY, Mode
+from ftd_lightning.functional.compiling import Compile
+from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.modules.networks import right_answers
+from ftd_lightning.modules.ranks import all_ranks
+from ftd_lightning.modules.side_by_side import SideBySide
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,27 +31,31 @@ def evaluation_optimizer(
     return optimizer, MultiStepLR(optimizer, [max(1, epochs // 2)], gamma=0.1)
 
 
-def evaluation_loss(
-    networks: Sequence[nn.Module], images: Tensor, labels: Tensor, *, seeds: Sequence[int], strategy: str, mode: Mode
-) -> Tensor:
-    """Sum the networks' cross entropies on one batch, which each sees under an augmentation of its own.
-
-    They share no weight, so the sum's gradient is each one's own.
-    """
-    losses = [
-        cross_entropy(network(dsa(images, make_generator(seed), strategy=strategy, mode=mode)), labels)
-        for network, seed in zip(networks, seeds, strict=True)
-    ]
-    return torch.stack(losses).sum()
-
-
 @torch.no_grad()
+def accuracies(networks: Iterable[nn.Module], images: Tensor, labels: Tensor, *, batch_size: int = 1024) -> list[float]:
+    """Measure the share of images that each network classifies right, in [0, 1]; the host waits once, at the end."""
+    counts = []
+    for network in networks:
+        network.eval()
+        batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        counts.append(torch.stack([right_answers(network(x), y).sum() for x, y in batches]).sum())
+    return [count / len(labels) for count in torch.stack(counts).tolist()]
+
+
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 1024) -> float:
     """Measure the share of images that a network classifies right, in [0, 1]."""
-    network.eval()
-    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    right = sum(right_answers(network(x), y).sum() for x, y in batches)
-    return float(right) / len(labels)
+    return accuracies([network], images, labels, batch_size=batch_size)[0]
+
+
+def from_all_ranks(own: list[float], total: int) -> list[float]:
+    """Collect what ``own_share`` dealt out: a number of each of ``total`` networks, on every rank, in their order.
+
+    Args:
+        own: a number of each network of this rank, those included that fill up its share.
+        total: how many networks count.
+    """
+    ranks = all_ranks(own)
+    return [ranks[index % len(ranks)][index // len(ranks)] for index in range(total)]
 
 
 def train_fresh_networks(
@@ -66,6 +72,9 @@ def train_fresh_networks(
     strategy: str = STRATEGY,
     mode: Mode = "single",
     progress: str | None = None,
+    compile: Compile = "auto",  # noqa: A002
+    indices: Sequence[int] | None = None,
+    losses: SideBySide | None = None,
 ) -> None:
     """Train networks on a synthetic set by the protocol of this line, in place.
 
@@ -82,19 +91,24 @@ def train_fresh_networks(
         strategy: DSA strategy.
         mode: DSA mode.
         progress: what a progress bar says; None for no bar.
+        compile: torch.compile for forward and backward passes: True, False, or "auto": on a GPU only.
+        indices: numbers of the networks, by which their augmentation is drawn; None counts from 0.
+        losses: what computes them, to share what it has compiled with other calls; None makes one.
     """
     loader = TensorLoader(images, labels, BatchOrder(len(labels), batch_size, shuffle=True, seed=seed))
     optimizer, schedule = evaluation_optimizer(
         networks, lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs
     )
+    losses = losses or SideBySide(compile, images.device)
+    indices = range(len(networks)) if indices is None else indices
     for network in networks:
         network.train()
     for epoch in tqdm(range(epochs), desc=progress, disable=progress is None, leave=False):
         loader.sampler.set_epoch(epoch)
         for step, (x, y) in enumerate(loader):
-            seeds = [derive_seed(seed, "dsa", index, epoch, step) for index in range(len(networks))]
+            seeds = [derive_seed(seed, "dsa", index, epoch, step) for index in indices]
             optimizer.zero_grad()
-            evaluation_loss(networks, x, y, seeds=seeds, strategy=strategy, mode=mode).backward()  # type: ignore[no-untyped-call]
+            losses(networks, x, y, seeds=seeds, strategy=strategy, mode=mode).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         schedule.step()
 
@@ -106,7 +120,7 @@ def mean_and_std(values: Tensor) -> dict[str, float | int]:
         >>> mean_and_std(torch.tensor([0.5, 1.0]))
         {'mean': 0.75, 'std': 0.25, 'n': 2}
     """
-    first, second = MeanMetric(), MeanMetric()
+    first, second = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
     mean = first(values.double())
     second((values.double() - mean) ** 2)
     return {"mean": float(mean), "std": float(second.compute().sqrt()), "n": len(values)}

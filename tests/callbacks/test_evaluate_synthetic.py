@@ -1,8 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from fits import distil, small_data
+from fits import distil, make_trainer, small_data, small_matching
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ftd_lightning import SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA
@@ -67,8 +70,27 @@ def test_scores_travel_with_the_set_that_they_were_measured_on(tmp_path: Path, t
     assert "scores" not in later.synthetic_set().metadata
 
 
+def test_all_measurements_are_listed_on_file_and_survive_a_resumption(tmp_path: Path, trajectories: Path) -> None:
+    def fit(name: str, **options) -> tuple[list, Trainer]:
+        keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=7)
+        callbacks = [SyntheticEMA(0.9), EvaluateSynthetic(every_n_epochs=1, networks=2, epochs=2), keep]
+        trainer = make_trainer(tmp_path / name, max_steps=10, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(small_matching(trajectories), datamodule=small_data(), **options)
+        entries = json.loads((tmp_path / name / "evaluations.json").read_text())
+        assert entries == callbacks[1].history
+        return entries, trainer
+
+    entries, trainer = fit("whole")
+    keys = [(entry["iteration"], entry["images"], entry["part"]) for entry in entries]
+    assert keys == [(i, name, part) for i in (5, 10) for name in ("raw", "ema") for part in ("held_out", "test")]
+    assert all(set(entry) - {"iteration", "images", "part"} == {"mean", "std", "n"} for entry in entries)
+    assert entries[-1]["mean"] == pytest.approx(float(trainer.callback_metrics["evaluation/ema_test_accuracy_mean"]))
+    assert entries[-1]["n"] == 2
+    assert fit("resumed", ckpt_path=tmp_path / "step=7.ckpt")[0] == entries
+
+
 def test_without_held_out_images_nothing_is_chosen(tmp_path: Path) -> None:
-    from fits import make_trainer, small_teacher
+    from fits import small_teacher
 
     from ftd_lightning.callbacks import TrajectoryRecorder
 
