@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
+from ftd_lightning.functional.inner_step import InnerStep, inner_step, named_views, student_loss
 from ftd_lightning.functional.seeding import make_generator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from ftd_lightning.functional.compiling import Compile
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Unroll = Literal["adjoint", "graph"]
@@ -61,17 +62,8 @@ def load_flat(network: nn.Module, flat: Tensor) -> None:
         True
     """
     with torch.no_grad():
-        for parameter, value in zip(network.parameters(), _views(network, flat).values(), strict=True):
+        for parameter, value in zip(network.parameters(), named_views(network, flat).values(), strict=True):
             parameter.copy_(value)
-
-
-def _views(network: nn.Module, flat: Tensor) -> dict[str, Tensor]:
-    named = dict(network.named_parameters())
-    total = sum(p.numel() for p in named.values())
-    if flat.shape != (total,):
-        raise ValueError(f"the weights have shape {tuple(flat.shape)}, the network takes ({total},)")
-    parts = flat.split([p.numel() for p in named.values()])
-    return {name: part.view(p.shape) for (name, p), part in zip(named.items(), parts, strict=True)}
 
 
 def chunked_permutations(
@@ -112,30 +104,14 @@ class _Student(NamedTuple):
     """What every inner step shares."""
 
     network: nn.Module
-    images: Tensor
-    labels: Tensor
     batches: Sequence[Tensor]
     augment: Augment | None
     seed: int
+    step: InnerStep
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        index = self.batches[step].to(self.images.device)
-        return self.images[index], self.labels[index]
-
-    def loss(self, weights: Tensor, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        """Cross entropy of one augmented mini-batch at ``weights``; the same step draws the same again."""
-        if self.augment is not None:
-            images = self.augment(images, make_generator(self.seed, "inner", step))
-        # Buffers are given as copies: BatchNorm writes its running statistics into what it is given, and those of
-        # the caller's network are not ours to move. In training mode the loss does not depend on them.
-        buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-        logits = functional_call(self.network, {**_views(self.network, weights), **buffers}, (images,))
-        return cross_entropy(logits, labels)
-
-    def gradient(self, weights: Tensor, images: Tensor, labels: Tensor, step: int, *, keep_graph: bool) -> Tensor:
-        """g_i, (P,)."""
-        loss = self.loss(weights, images, labels, step)
-        return torch.autograd.grad(loss, weights, create_graph=keep_graph)[0]
+    def augmented(self, images: Tensor, step: int) -> Tensor:
+        """Augment the mini-batch of a step; the same step draws the same again."""
+        return images if self.augment is None else self.augment(images, make_generator(self.seed, "inner", step))
 
 
 class _Adjoint(torch.autograd.Function):
@@ -143,14 +119,13 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: _Student, start: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-        student = student._replace(images=images.detach(), labels=labels.detach())
         weights, path = start.detach().clone(), []
-        for step in range(len(student.batches)):
+        for step, batch in enumerate(student.batches):
             path.append(weights)
-            with torch.enable_grad():
-                gradient = student.gradient(weights.requires_grad_(), *student.batch(step), step, keep_graph=False)
-            weights = weights.detach() - lr.detach() * gradient
-        ctx.student = student._replace(images=torch.empty(0), labels=torch.empty(0))
+            index = batch.to(images.device)
+            x = student.augmented(images.detach()[index], step)
+            weights = student.step.forward(student.network, weights, x, labels.detach()[index], lr.detach())
+        ctx.student = student
         # Saved through autograd: a synthetic set changed in place before backward is an error, no wrong gradient.
         ctx.save_for_backward(images, labels, lr, *path)
         return weights
@@ -158,27 +133,25 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
-        images, labels, lr, *path = ctx.saved_tensors
-        images, labels = images.detach(), labels.detach()
-        student = ctx.student._replace(images=images, labels=labels)
-        soft = ctx.needs_input_grad[3]
+        images, labels, lr, *path = (saved.detach() for saved in ctx.saved_tensors)
+        student, soft = ctx.student, ctx.needs_input_grad[3]
         grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(lr)
         grad_labels = torch.zeros_like(labels) if soft else None
         for step in reversed(range(len(student.batches))):
-            weights = path[step].detach().requires_grad_()
-            x, y = student.batch(step)
-            inputs = [weights, x.requires_grad_(), *([y.requires_grad_()] if soft else [])]
-            with torch.enable_grad():
-                gradient = student.gradient(weights, x, y, step, keep_graph=True)
-                s = torch.dot(gradient, adjoint)
-                # An input that the gradient does not depend on has None for an entry, i.e. zero.
-                parts = torch.autograd.grad(s, inputs, allow_unused=True, materialize_grads=True)
             index = student.batches[step].to(images.device)
-            grad_lr -= s.detach()
-            grad_images.index_add_(0, index, -lr * parts[1])
+            raw = images[index].requires_grad_()
+            with torch.enable_grad():
+                x = student.augmented(raw, step)
+            s, adjoint, in_x, in_labels = student.step.adjoint(
+                student.network, path[step], x.detach(), labels[index], adjoint, lr, soft
+            )
+            grad_lr -= s
+            # The augmentation is differentiated once, out here. One that ignores its images gives no gradient.
+            if x.requires_grad:
+                (in_raw,) = torch.autograd.grad(x, raw, in_x, allow_unused=True, materialize_grads=True)
+                grad_images.index_add_(0, index, -lr * in_raw)
             if grad_labels is not None:
-                grad_labels.index_add_(0, index, -lr * parts[2])
-            adjoint = adjoint - lr * parts[0]
+                grad_labels.index_add_(0, index, -lr * in_labels)
         return None, adjoint, grad_images, grad_labels, grad_lr
 
 
@@ -193,6 +166,8 @@ def unroll(
     augment: Augment | None = None,
     seed: int = 0,
     method: Unroll = "adjoint",
+    compile: Compile = "auto",  # noqa: A002
+    cuda_graphs: bool = False,
 ) -> Tensor:
     """Train a student for n plain SGD steps on the synthetic set, differentiably (A[grad L_S, n] of Eq. 5).
 
@@ -206,13 +181,16 @@ def unroll(
         augment: ``augment(batch, generator) -> batch``; called twice a step by "adjoint", with equal generators.
         seed: decides what the generators draw.
         method: "adjoint" or "graph"; both give the same numbers, up to rounding.
+        compile: whether "adjoint" compiles its steps: True, False, or "auto": on a GPU only. Done once a network and
+            shape of the mini-batch; where it fails, one warning says so and the steps run eagerly.
+        cuda_graphs: record CUDA graphs of compiled steps, on a GPU.
 
     Returns:
         theta_n, (P,), differentiable in start, images, step_size and soft labels ("adjoint": once).
 
     Raises:
-        ValueError: for weights of another network, labels that do not fit the images, an unknown method, or a network
-            with active dropout, whose second run would draw another mask.
+        ValueError: for weights of another network, labels that do not fit the images, an unknown method or setting, or
+            a network with active dropout, whose second run would draw another mask.
 
     Convention: the network is taken in the mode it is in; training mode is what students are in. Call it outside
     autocast: the backward run is not under it, and would differentiate another function.
@@ -226,16 +204,21 @@ def unroll(
         raise ValueError(f"unroll {method!r} is unknown: choose from {list(get_args(Unroll))}")
     if len(labels) != len(images):
         raise ValueError(f"{len(images)} images but {len(labels)} labels")
-    _views(network, start)
+    named_views(network, start)
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(f"dropout {name!r} is active: a student must be a function of its weights; set p to 0")
-    student = _Student(network, images, labels, list(batches), augment, seed)
+    # The full graph is differentiated twice, which a compiled function cannot be.
+    compile = compile if method == "adjoint" else False  # noqa: A001
+    step_functions = inner_step(network, device=start.device, compile=compile, cuda_graphs=cuda_graphs)
+    student = _Student(network, list(batches), augment, seed, step_functions)
     # Without gradients there is no graph to keep, and the adjoint's forward run is the same numbers.
     if method == "adjoint" or not torch.is_grad_enabled():
         weights: Tensor = _Adjoint.apply(student, start, images, labels, step_size)
         return weights
     weights = start if start.requires_grad else start.detach().clone().requires_grad_()
-    for step in range(len(student.batches)):
-        weights = weights - step_size * student.gradient(weights, *student.batch(step), step, keep_graph=True)
+    for step, batch in enumerate(student.batches):
+        index = batch.to(images.device)
+        loss = student_loss(network, weights, student.augmented(images[index], step), labels[index])
+        weights = weights - step_size * torch.autograd.grad(loss, weights, create_graph=True)[0]
     return weights

@@ -285,6 +285,18 @@ def test_terms_that_do_not_exist_are_zero():
     torch.testing.assert_close(in_lr, grad(student["graph"].square().sum(), lr)[0])
 
 
+@pytest.mark.parametrize(
+    "augment", [lambda x, generator: torch.ones_like(x), lambda x, generator: 0 * x], ids=["constant", "zero"]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_augmentation_that_ignores_its_images_gives_them_no_gradient(method, augment):
+    p = problem()
+    loss = loss_of(p, method, augment=augment)
+    in_images, in_lr = grad(loss, [p.images, p.lr], allow_unused=True, materialize_grads=True)
+    assert bool(in_images.eq(0).all())
+    assert in_lr != 0
+
+
 class Tied(nn.Module):
     """One weight matrix under two names."""
 
