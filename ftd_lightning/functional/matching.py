@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ftd_lightning.functional.pruning import pruned_distance
 from ftd_lightning.functional.robust import compared_end
 from ftd_lightning.functional.unroll import unroll as unroll_student
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
+    from ftd_lightning.functional.compiling import Compile
     from ftd_lightning.functional.robust import Residual
     from ftd_lightning.functional.unroll import Augment, Unroll
 
@@ -53,6 +55,9 @@ def trajectory_matching_loss(
     unroll: Unroll = "adjoint",
     noise: Tensor | None = None,
     residual: Residual = "displacement",
+    keep: Callable[[Tensor, Tensor], Tensor] | None = None,
+    compile: Compile = "auto",  # noqa: A002
+    cuda_graphs: bool = False,
 ) -> Tensor:
     """Unroll a student from the teacher's weights on the synthetic set and measure where it lands (Eq. 4-5).
 
@@ -70,13 +75,17 @@ def trajectory_matching_loss(
         noise: eps of Eq. 9 (robust learning), (P,): the student starts at ``start + noise``, and the distance is
             divided by the teacher's own all the same. See ``start_noise``.
         residual: with noise, whether the student's displacement or its end point is compared; see ``compared_end``.
+        keep: ``keep(theta_n, theta*_{t+m}) -> (P,) bool``, the parameters that the distance is taken over: a
+            ``keep_mask`` with its rule chosen (parameter pruning); None takes all.
+        compile: whether "adjoint" compiles its steps: True, False, or "auto": on a GPU only; see ``unroll``.
+        cuda_graphs: record CUDA graphs of compiled steps, on a GPU.
 
     Returns:
         A scalar, differentiable in ``images`` and ``step_size`` (and in ``start`` and soft ``labels``).
 
     Raises:
         ValueError: for weights of another network, labels that do not fit the images, a network with active dropout, or
-            an unknown residual.
+            an unknown unrolling, residual or setting of ``compile``.
 
     Example:
         >>> import torch
@@ -93,8 +102,20 @@ def trajectory_matching_loss(
         raise ValueError(f"the target has shape {tuple(target.shape)}, the start {tuple(start.shape)}")
     begin = start if noise is None else start + noise
     student = unroll_student(
-        network, begin, images, labels, step_size, batches=batches, augment=augment, seed=seed, method=unroll
+        network,
+        begin,
+        images,
+        labels,
+        step_size,
+        batches=batches,
+        augment=augment,
+        seed=seed,
+        method=unroll,
+        compile=compile,
+        cuda_graphs=cuda_graphs,
     )
     if noise is not None:
         student = compared_end(student, noise, residual=residual)
-    return normalized_distance(student, start, target)
+    if keep is None:
+        return normalized_distance(student, start, target)
+    return pruned_distance(student, start, target, keep(student.detach(), target))

@@ -1,0 +1,143 @@
+"""Distribution matching (DM: Zhao and Bilen, WACV 2023), and the features of a network that it and CAFE compare.
+
+For each class c, with e the embedding by a network that was drawn at random and never trained::
+
+    || mean e(real images of c) - mean e(synthetic images of c) ||^2     summed over classes, minimised in the latter
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ftd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU)
+
+
+def distribution_distance(synthetic: Tensor, real: Tensor) -> Tensor:
+    """Measure the squared distance of two mean embeddings, those of one class (DM).
+
+    ``|| mean_i real_i - mean_j synthetic_j ||^2``, summed over the features and not averaged: learning rates of the
+    images are stated for that.
+
+    Args:
+        synthetic: embeddings (n, D).
+        real: embeddings (m, D); m may be another number. Detached by the caller if nothing is to flow there.
+
+    Returns:
+        A scalar, differentiable in both; classes add up.
+
+    Example:
+        >>> import torch
+        >>> distribution_distance(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+        tensor(5.)
+    """
+    return (real.mean(dim=0) - synthetic.mean(dim=0)).square().sum()
+
+
+def _watch(
+    network: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None, watch: Callable[[nn.Module], Any]
+) -> None:
+    """Run a network with the hooks that ``watch`` sets on its modules (a handle, or None), and take them off again."""
+    handles = [handle for module in network.modules() if (handle := watch(module)) is not None]
+    try:
+        # Weights that are not given are the network's own. Buffers are copies: its running statistics stay.
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        functional_call(network, {**buffers, **(weights or {})}, (images,))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _require_linear(network: nn.Module, inputs: list[Tensor]) -> Tensor:
+    if not inputs:
+        raise InputError(
+            f"{type(network).__name__} runs no nn.Linear: its embedding is what goes into the last one, so it needs one"
+        )
+    return inputs[-1].flatten(1)
+
+
+def embed(network: nn.Module, images: Tensor, *, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Give what goes into a network's last linear layer: its embedding of the images.
+
+    Convention: "last" is the ``nn.Linear`` that runs last, wherever it stands in the network. The network is taken in
+    the mode it is in; it and its running statistics do not change.
+
+    Args:
+        network: any module from (N, C, H, W) to logits (N, K) that ends in an ``nn.Linear``.
+        images: (N, C, H, W).
+        weights: parameters by name to use instead of the network's own, as ``torch.func.functional_call`` takes them.
+
+    Returns:
+        (N, D), differentiable in images and weights; D is 2048 for the ConvNet of depth 3 at 32 px.
+
+    Raises:
+        InputError: for a network that runs no ``nn.Linear``. Hooks do not reach into a compiled one: give the original.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> embed(net, torch.ones(5, 1, 2, 2)).shape
+        torch.Size([5, 3])
+    """
+    inputs: list[Tensor] = []
+
+    def watch(module: nn.Module) -> Any:
+        if isinstance(module, nn.Linear):
+            return module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        return None
+
+    _watch(network, images, weights, watch)
+    return _require_linear(network, inputs)
+
+
+def feature_levels(network: nn.Module, images: Tensor, *, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+    """Give the features of all depths that CAFE aligns (Wang et al., CVPR 2022).
+
+    Of a ConvNet of depth L: f_1 .. f_L, the activation of each block before its pooling; f_{L+1}, what the last pooling
+    leaves; and f_{L+2}, the same numbers flattened: the embedding. CAFE aligns both, i.e. gives the last level twice
+    its weight.
+
+    Convention: levels are outputs of modules among ``ACTIVATIONS`` in the order in which they run (activations written
+    as functions, as behind the shortcuts of ResNet18 here, are no levels), then the input of the last ``nn.Flatten``
+    (without one: of the last ``nn.Linear``), then the embedding. Mode and statistics as for :func:`embed`.
+
+    Args:
+        network: as for :func:`embed`.
+        images: (N, C, H, W).
+        weights: as for :func:`embed`.
+
+    Returns:
+        L + 2 tensors (N, ...), differentiable in images and weights.
+
+    Raises:
+        InputError: as for :func:`embed`.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 2))
+        >>> [tuple(f.shape) for f in feature_levels(net, torch.ones(5, 1, 6, 6))]
+        [(5, 3, 4, 4), (5, 3, 2, 2), (5, 12)]
+    """
+    levels: list[Tensor] = []
+    inputs: list[Tensor] = []
+    unflattened: list[Tensor] = []
+
+    def watch(module: nn.Module) -> Any:
+        if isinstance(module, ACTIVATIONS):
+            return module.register_forward_hook(lambda _, args, out: levels.append(out))
+        if isinstance(module, nn.Linear):
+            return module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        if isinstance(module, nn.Flatten):
+            return module.register_forward_pre_hook(lambda _, args: unflattened.append(args[0]))
+        return None
+
+    _watch(network, images, weights, watch)
+    embedding = _require_linear(network, inputs)
+    return [*levels, (unflattened or inputs)[-1], embedding]

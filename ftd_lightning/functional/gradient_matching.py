@@ -1,0 +1,87 @@
+"""Gradient matching (DC: Zhao, Mopuri and Bilen, ICLR 2021; DSA: Zhao and Bilen, ICML 2021).
+
+For each class c, with g the gradient of the mean cross entropy in all weights of one and the same network::
+
+    D(g(synthetic images of c), g(real images of c))     summed over classes, minimised in the synthetic images
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EPSILON = 1e-6  # DC's; in the denominator, so that rows without a gradient count 1 instead of nan
+
+
+def gradient_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+    """Sum over weight tensors and their rows of one minus the cosine (the layer-wise distance of DC).
+
+    ``D = sum_tensors sum_rows (1 - <a, b> / (||a|| ||b|| + 1e-6))``, neither averaged nor weighted by layer.
+
+    Convention: a row is all that belongs to one output: of a convolution's (O, I, kh, kw) one of O rows of I kh kw
+    numbers, of a linear layer's (O, I) one of O, of a layer norm's (C, h, w) one of C. Tensors of one axis (biases,
+    weights of other norms) contribute nothing. With R rows D lies in [0, 2 R]; R is 394 for the ConvNet of depth 3 with
+    10 classes. The cosine knows no size: a gradient and its multiples are at distance 0.
+
+    Args:
+        synthetic: one gradient a weight tensor, as :func:`loss_gradients` gives them.
+        real: the same tensors' gradients on real images; detached by the caller if nothing is to flow there.
+
+    Returns:
+        A scalar, differentiable in both.
+
+    Raises:
+        ValueError: for lists of different lengths or shapes.
+
+    Example:
+        >>> gradient_distance([torch.tensor([[1.0, 0.0], [0.0, 2.0]])], [torch.tensor([[0.0, 1.0], [0.0, -1.0]])])
+        tensor(3.0000)
+    """
+    shapes, others = ([tuple(g.shape) for g in side] for side in (synthetic, real))
+    if shapes != others:
+        raise ValueError(f"the gradients belong to different weights: shapes {shapes} and {others}")
+    distance = synthetic[0].new_zeros(())
+    for ours, theirs in zip(synthetic, real, strict=True):
+        if ours.ndim >= 2:
+            a, b = ours.flatten(1), theirs.flatten(1)
+            norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
+            distance = distance + (1 - (a * b).sum(dim=1) / (norms + EPSILON)).sum()
+    return distance
+
+
+def loss_gradients(network: nn.Module, images: Tensor, labels: Tensor, *, keep_graph: bool = False) -> list[Tensor]:
+    """Differentiate the mean cross entropy of a batch in all of a network's weights.
+
+    Convention: the network is taken at its weights and in the mode it is in; neither it nor its running statistics
+    change, and no ``.grad`` is written. Frozen weights are differentiated like others.
+
+    Args:
+        network: from (N, C, H, W) to logits (N, K).
+        images: (N, C, H, W).
+        labels: (N,) int64 classes, or (N, K) probabilities.
+        keep_graph: make the result differentiable in ``images`` (the synthetic side); False gives detached tensors.
+
+    Returns:
+        A tensor each, in shapes and order of ``network.parameters()``; zeros where the loss does not depend on one.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> [g.shape for g in loss_gradients(net, torch.ones(3, 1, 2, 2), torch.tensor([0, 1, 0]))]
+        [torch.Size([2, 4]), torch.Size([2])]
+    """
+    with torch.enable_grad():
+        weights = {name: p.detach().requires_grad_() for name, p in network.named_parameters()}
+        # BatchNorm writes into the buffers that it is given: copies, so that the caller's statistics stay.
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        loss = cross_entropy(functional_call(network, {**weights, **buffers}, (images,)), labels)
+        gradients = torch.autograd.grad(
+            loss, list(weights.values()), create_graph=keep_graph, allow_unused=True, materialize_grads=True
+        )
+    return list(gradients)

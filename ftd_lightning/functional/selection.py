@@ -1,0 +1,116 @@
+"""Coresets: the real images of a class that stand for all of it, chosen by their features.
+
+Herding (Welling, ICML 2009) and K-center greedy (Sener and Savarese, ICLR 2018), as the dataset condensation
+literature uses them: class by class, on features of a network trained on the real images.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ftd_lightning.errors import InputError
+
+First = Literal["mean", "random"]
+
+# Differences in float64 exist for this many rows at a time: 8 MB at 2048 features.
+CHUNK = 512
+
+
+def _squared_distances(features: Tensor, point: Tensor) -> Tensor:
+    """(n,) in float64.
+
+    Differences rather than ``|a|^2 - 2 a b + |b|^2``: nothing cancels, and no matrix product rounds to TF32.
+    """
+    parts = [(rows.double() - point).square().sum(dim=1) for rows in features.split(CHUNK)]
+    return torch.cat(parts)
+
+
+def _mean(features: Tensor) -> Tensor:
+    """(d,) in float64."""
+    return torch.stack([rows.double().sum(dim=0) for rows in features.split(CHUNK)]).sum(dim=0) / len(features)
+
+
+def _check(features: Tensor, count: int) -> None:
+    if not 1 <= count <= len(features):
+        raise InputError(f"cannot choose {count} of a class's {len(features)} images: ask for 1 to {len(features)}")
+
+
+@torch.no_grad()
+def herding(features: Tensor, count: int) -> Tensor:
+    """Choose images one by one so that the mean of those chosen stays close to the mean of all.
+
+    With mu the mean row and S the sum of the rows chosen so far, the k-th is the one not yet chosen that minimises
+    ``|| (k mu - S) - f_i ||``. Of equally good ones the first is taken.
+
+    Args:
+        features: (n, d), of one class; any floating dtype and device.
+        count: how many, 1 to n.
+
+    Returns:
+        (count,) int64 rows of ``features`` on its device, in the order chosen; a shorter choice begins the longer one.
+
+    Raises:
+        InputError: for a count that is not in 1 to n.
+
+    Example:
+        >>> herding(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), 2)  # the mean is 3; then 2 * 3 - 2 = 4 is wanted
+        tensor([2, 1])
+    """
+    _check(features, count)
+    mean = _mean(features)
+    chosen: list[Tensor] = []
+    target = torch.zeros_like(mean)
+    taken = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+    for _ in range(count):
+        target = target + mean
+        index = _squared_distances(features, target).masked_fill(taken, torch.inf).argmin()
+        target = target - features[index].double()
+        taken[index] = True
+        chosen.append(index)
+    return torch.stack(chosen)
+
+
+@torch.no_grad()
+def k_center(
+    features: Tensor, count: int, *, first: First = "mean", generator: torch.Generator | None = None
+) -> Tensor:
+    """Choose images one by one, each the one farthest from all that were chosen before (K-center greedy).
+
+    Args:
+        features: (n, d), of one class; any floating dtype and device.
+        count: how many, 1 to n.
+        first: "mean" begins with the image nearest to the mean of all (the authors of DC), "random" with any
+            (DeepCore).
+        generator: draws the first image; needed by "random" alone.
+
+    Returns:
+        (count,) int64 rows of ``features`` on its device, in the order chosen; a shorter choice begins the longer one.
+
+    Raises:
+        InputError: for a count that is not in 1 to n.
+        ValueError: for another ``first``, or "random" without a generator.
+
+    Example:
+        >>> k_center(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), 3)  # the mean is 3
+        tensor([2, 3, 0])
+    """
+    _check(features, count)
+    if first not in get_args(First):
+        raise ValueError(f"first {first!r} is unknown: choose from {list(get_args(First))}")
+    if first == "random":
+        if generator is None:
+            raise ValueError("first='random' needs a generator")
+        index = torch.randint(len(features), (), generator=generator, device=generator.device).to(features.device)
+    else:
+        index = _squared_distances(features, _mean(features)).argmin()
+    chosen = [index]
+    nearest = torch.full((len(features),), torch.inf, dtype=torch.float64, device=features.device)
+    for _ in range(count - 1):
+        nearest = torch.minimum(nearest, _squared_distances(features, features[index].double()))
+        nearest[index] = -torch.inf  # not a second time, even if all others coincide with chosen ones
+        index = nearest.argmax()
+        chosen.append(index)
+    return torch.stack(chosen)
