@@ -1,6 +1,7 @@
 """Real images, teacher trajectories and synthetic sets: what flows between the three phases."""
 
-from ftd_lightning.data.datamodule import DistillationDataModule, random_real_images
+from ftd_lightning.data.coresets import random_real_images
+from ftd_lightning.data.datamodule import DistillationDataModule
 from ftd_lightning.data.datasets import DATASETS, ImageDataset, Images, Request, get_dataset
 from ftd_lightning.data.segments import SegmentBatch, SegmentLoader
 from ftd_lightning.data.synthetic_set import SyntheticSet

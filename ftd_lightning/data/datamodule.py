@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import kornia
 import torch
 from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
 
+from ftd_lightning.data.coresets import BASELINES, random_real_images, teacher_coreset
 from ftd_lightning.data.datasets import check_name, get_dataset
 from ftd_lightning.data.files import fingerprint
 from ftd_lightning.data.images import ImageDataset, Images, Request, sample_per_class, unit_range
@@ -29,15 +30,6 @@ if TYPE_CHECKING:
 CHUNK = 5000  # images transformed at a time: bounds the memory of whitening
 
 
-def random_real_images(train: Images, ipc: int, seed: int) -> Images:
-    """Draw ipc real images of each class, class by class: what distillation starts from, and the baseline it must beat.
-
-    Raises:
-        InputError: if a class has fewer than ipc images.
-    """
-    return train.take(sample_per_class(train.labels, ipc, make_generator(seed, "initial images")))
-
-
 class DistillationDataModule(LightningDataModule):
     """Images of one data set, transformed and held as tensors on the training device.
 
@@ -53,10 +45,11 @@ class DistillationDataModule(LightningDataModule):
         zca: whiten instead of standardising; fitted on the training images that are not held out.
         zca_eps: added to the eigenvalues.
         max_per_class: keep at most so many images of each class, in training and in test; None keeps all.
-        synthetic: train on a synthetic set: its file, "random" (ipc real images of each class) or "real" (all of them).
-            A file brings its own transform, which the test images then go through.
+        synthetic: train on a synthetic set: its file, "real" (all real images), or ipc real images of each class:
+            "random", or chosen by a teacher's features, "herding" and "k-center" (greedy). A file brings its own
+            transform, which the test images then go through.
         ema: use the averaged images of the file.
-        ipc: images per class of "random".
+        ipc: images per class of "random", "herding" and "k-center".
         download: fetch what is missing.
         on_device: "auto" puts images on the GPU where they take at most half of its free memory; "no" reads them from
             host memory through a DataLoader; "yes" insists.
@@ -65,6 +58,8 @@ class DistillationDataModule(LightningDataModule):
         image_size: height and width in pixels that the images are resized to; None: the data set's own.
         test_fraction: share of every class that becomes the test part, in (0, 1), for a "folder" without ``val/``; the
             same images for every seed.
+        trajectories: store of the teachers whose features "herding" and "k-center" take.
+        teacher: which of them.
 
     Attributes:
         train, val, test: ``Images`` (float32, transformed), after ``setup``.
@@ -92,6 +87,8 @@ class DistillationDataModule(LightningDataModule):
         seed: int = 0,
         image_size: int | None = None,
         test_fraction: float = 0.2,
+        trajectories: str | None = None,
+        teacher: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= val_fraction < 1:
@@ -179,19 +176,19 @@ class DistillationDataModule(LightningDataModule):
 
     def _set_file(self) -> str | None:
         synthetic: str | None = self.hparams["synthetic"]
-        return None if synthetic in ("random", "real") else synthetic
+        return None if synthetic in BASELINES else synthetic
 
     def _baseline(self) -> SyntheticSet | None:
         """Real images in the place of synthetic ones."""
-        kind = self.hparams["synthetic"]
+        kind, ipc, seed = (self.hparams[key] for key in ("synthetic", "ipc", "seed"))
         if kind is None:
             return None
-        real = (
-            random_real_images(self.train, self.hparams["ipc"], self.hparams["seed"])
-            if kind == "random"
-            else self.train
-        )
         metadata = {"method": kind, **self.describe()}
+        if kind in ("random", "real"):
+            real = random_real_images(self.train, ipc, seed) if kind == "random" else self.train
+        else:
+            by = {key: self.hparams[key] for key in ("trajectories", "teacher")}
+            real, metadata["chosen_by"] = teacher_coreset(self.train, kind, ipc, described=self.describe(), **by)
         return SyntheticSet(*real, class_names=self.class_names, transform=self.transform, metadata=metadata)
 
     def _check_fits(self, synthetic: SyntheticSet, file: Path) -> None:
@@ -225,7 +222,7 @@ class DistillationDataModule(LightningDataModule):
         path = (
             self.root
             / "whitening"
-            / f"zca_{self.hparams['dataset']}_{data}_{eps}_kornia{kornia.__version__}.safetensors"
+            / f"zca_{self.hparams['dataset']}_{data}_{eps}_kornia{version('kornia')}.safetensors"
         )
         if path.is_file():
             return Whitening.load(path)
@@ -243,7 +240,10 @@ class DistillationDataModule(LightningDataModule):
 
     def _loader(self, images: Images, *, shuffle: bool) -> Iterable[Any]:
         trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        module = trainer.lightning_module if trainer is not None else None
+        # A module whose processes each train networks of their own wants all images in each, in the orders it names.
+        shared = trainer is not None and not getattr(module, "independent_ranks", False)
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None and shared else (0, 1)
         device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
         order = BatchOrder(
             len(images.labels),
@@ -252,6 +252,7 @@ class DistillationDataModule(LightningDataModule):
             seed=self.hparams["seed"],
             rank=rank,
             world_size=world_size,
+            epoch_map=getattr(module, "data_epoch", None),
         )
         place = self.hparams["on_device"]
         if place == "no" or (place == "auto" and not fits_on(device, images.pictures)):

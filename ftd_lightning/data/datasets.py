@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from sklearn.datasets import load_digits
 
 from ftd_lightning.data.cifar import CIFAR10_ROW, CIFAR100_ROW
 from ftd_lightning.data.folder import find_folder
@@ -25,6 +24,8 @@ __all__ = ["DATASETS", "ImageDataset", "Images", "Request", "get_dataset", "samp
 
 def _digits(root: Path, download: bool) -> tuple[Images, Images]:
     """The 1,797 handwritten 8x8 digits that scikit-learn ships (UCI, test part): 1,437 to train, 360 to test."""
+    from sklearn.datasets import load_digits  # not at the top: a second that only the digits are worth
+
     bunch = load_digits()
     images = Images(torch.from_numpy(bunch.images).float().div(16).unsqueeze(1), torch.from_numpy(bunch.target).long())
     # Every fifth image in the order of classes: stratified to within one image, and fixed for good.

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from ftd_lightning.functional.seeding import make_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class BatchOrder(DistributedSampler[Tensor]):
@@ -27,6 +27,8 @@ class BatchOrder(DistributedSampler[Tensor]):
         seed: decides the permutations.
         rank: of this process.
         world_size: number of processes; each gets every world_size-th image, the same number of them.
+        epoch_map: turns an epoch of the fit, which Lightning tells, into the one that decides on the permutation; for
+            processes whose epochs are not each other's. None takes it as it is.
 
     Example:
         >>> [len(index) for index in BatchOrder(5, 2, shuffle=False)]
@@ -34,11 +36,25 @@ class BatchOrder(DistributedSampler[Tensor]):
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch_map: Callable[[int], int] | None = None,
     ) -> None:
         super().__init__(range(num_images), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.num_images = num_images
         self.batch_size = batch_size
+        self.epoch_map = epoch_map
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of another epoch."""
+        super().set_epoch(epoch if self.epoch_map is None else self.epoch_map(epoch))
 
     def __iter__(self) -> Iterator[Tensor]:
         if self.shuffle:

@@ -27,6 +27,7 @@ def estimated_bar(description: str, seconds: float) -> Iterator[None]:
         >>> with estimated_bar("nothing", 0.1):
         ...     pass
     """
+    seconds = max(seconds, 0.1)  # an estimate of a quick job may be 0
     done, began = threading.Event(), time.monotonic()
     layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left"
     bar = tqdm(total=100.0, desc=description, bar_format=layout, disable=seconds < 1)

@@ -96,7 +96,12 @@ class TrajectoryStore:
 
     def teacher_metadata(self, teacher: int) -> dict[str, Any]:
         """Everything one teacher's file says, its seed and accuracies included."""
-        return TensorFile(self.files[teacher], kind=KIND).metadata
+        return self._file(teacher).metadata
+
+    def _file(self, teacher: int) -> TensorFile:
+        if not 0 <= teacher < len(self):
+            raise InputError(f"{self.path}: teacher {teacher} is asked for, 0 to {len(self) - 1} are recorded")
+        return TensorFile(self.files[teacher], kind=KIND)
 
     def segment(self, teacher: int, start_epoch: int, expert_epochs: int) -> Segment:
         """Read the two ends of a segment and nothing else.
@@ -109,19 +114,17 @@ class TrajectoryStore:
         Raises:
             InputError: for what was not recorded, or a file that broke since the store was opened.
         """
-        if not 0 <= teacher < len(self):
-            raise InputError(f"{self.path}: teacher {teacher} is asked for, 0 to {len(self) - 1} are recorded")
         if start_epoch < 0 or expert_epochs < 1 or start_epoch + expert_epochs > self.epochs:
             raise InputError(
                 f"{self.path}: epochs {start_epoch} to {start_epoch + expert_epochs} are asked for, 0 to {self.epochs} "
                 "are recorded"
             )
-        file = TensorFile(self.files[teacher], kind=KIND)
+        file = self._file(teacher)
         return Segment(file[_epoch_name(start_epoch)], file[_epoch_name(start_epoch + expert_epochs)])
 
     def trajectory(self, teacher: int) -> Tensor:
         """Read a whole teacher: (epochs + 1, P)."""
-        file = TensorFile(self.files[teacher], kind=KIND)
+        file = self._file(teacher)
         return torch.stack([file[_epoch_name(epoch)] for epoch in range(self.epochs + 1)])
 
 

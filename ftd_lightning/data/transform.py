@@ -9,7 +9,6 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from kornia.enhance import ZCAWhitening
 
 from ftd_lightning.data.files import TensorFile, fingerprint, write_tensors
 from ftd_lightning.errors import InputError
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from kornia.enhance import ZCAWhitening
     from torch import Tensor
 
 
@@ -76,6 +76,12 @@ class Standardization:
         return {}
 
 
+def _zca(eps: float) -> ZCAWhitening:
+    from kornia.enhance import ZCAWhitening  # not at the top: half a second that only whitened images are worth
+
+    return ZCAWhitening(eps=eps, compute_inv=True)
+
+
 class Whitening:
     """ZCA whitening by kornia, with its inverse.
 
@@ -100,7 +106,7 @@ class Whitening:
             >>> bool(torch.allclose(w.invert(w.apply(x)), x, atol=1e-5))
             True
         """
-        zca = ZCAWhitening(eps=eps, compute_inv=True).fit(pictures)
+        zca = _zca(eps).fit(pictures)
         return cls(zca, fitted_on=fitted_on or fingerprint(pictures))
 
     @staticmethod
@@ -162,7 +168,7 @@ class Whitening:
     @classmethod
     def build(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Whitening:
         """Build from a description and tensors; without "matrix", it is computed from "inverse" in float64."""
-        zca = ZCAWhitening(eps=description["eps"], compute_inv=True)
+        zca = _zca(description["eps"])
         matrix = tensors.get("matrix")
         if matrix is None:
             matrix = torch.linalg.inv(tensors["inverse"].double()).float()

@@ -463,7 +463,7 @@ def test_trainer_gives_each_module_what_it_trains_on(tmp_path, synthetic_file):
     segments = fit(
         AskingForSegments(TrajectoryStore(tmp_path / "teachers")), DistillationDataModule(root=root), tmp_path
     )
-    assert [(batch["iteration"], batch["target"].tolist()) for batch in segments] == [(i, [1.0, 1.0]) for i in range(3)]
+    assert [(b["iteration"], b["target"].tolist()) for (b,) in segments] == [(i, [1.0, 1.0]) for i in range(3)]
 
 
 def test_each_rank_gets_its_share(ready):

@@ -41,6 +41,15 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert drawn(4, 1) != wanted
 
 
+def test_a_map_of_epochs_decides_on_the_order():
+    plain, mapped = (BatchOrder(50, 8, shuffle=True, epoch_map=m) for m in (None, lambda epoch: 10 * epoch + 3))
+    for epoch in range(3):
+        plain.set_epoch(10 * epoch + 3)
+        if epoch:  # the first epoch needs no telling
+            mapped.set_epoch(epoch)
+        assert indices(mapped) == indices(plain)
+
+
 def test_order_is_the_same_when_an_epoch_is_read_again():
     order = BatchOrder(50, 8, shuffle=True)
     assert indices(order) == indices(order)
