@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from ftd_lightning.data.segments import SegmentBatch, SegmentLoader
 from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
+from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.matching import trajectory_matching_loss
+from ftd_lightning.functional.pruning import Rule, keep_mask
 from ftd_lightning.functional.robust import Residual, start_noise
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll, chunked_permutations
@@ -70,6 +72,9 @@ class TrajectoryMatching(Distillation):
         compile: compile both inner step functions: "auto" on CUDA only, where a fit is long enough to repay it. Eager,
             with a line that says so, where compilation is not to be had.
         cuda_graphs: replay the compiled steps as CUDA graphs; for small ipc, where launching kernels takes the time.
+        prune: share of the parameters that the matching loss leaves out ("drop_largest"), or the similarity below which
+            it does ("similarity_below"): parameter pruning, our reading of PP; see ``functional.pruning``. None: none.
+        prune_rule: which of the two.
         robust_residual: compare the student's "displacement" (Eq. 9 as written) or its "endpoint".
 
     Raises:
@@ -102,8 +107,10 @@ class TrajectoryMatching(Distillation):
         robust: float | None = None,
         robust_residual: Residual = "displacement",
         segments_per_step: int = 1,
-        compile: bool | Literal["auto"] = "auto",  # noqa: A002
+        compile: Compile = "auto",  # noqa: A002
         cuda_graphs: bool = False,
+        prune: float | None = None,
+        prune_rule: Rule = "drop_largest",
     ) -> None:
         super().__init__()
         counts = (ipc, syn_steps, syn_batch, iterations_per_epoch, segments_per_step)
@@ -114,6 +121,9 @@ class TrajectoryMatching(Distillation):
             raise InputError(f"step_size_init={step_size_init} must be positive")
         if robust is not None and not 0 <= robust < float("inf"):
             raise InputError(f"robust={robust} must be 0 or a positive number")
+        if prune is not None and not 0 <= prune < 1:
+            raise InputError(f"prune={prune} must lie in [0, 1)")
+        compiles(compile, torch.device("cpu"))  # complains of an unknown setting
         parse_strategy(augment)
         self.save_hyperparameters(ignore=["real", *plain_network(network)])
         self._architecture = network
@@ -190,7 +200,14 @@ class TrajectoryMatching(Distillation):
             unroll=self.hparams["unroll"],
             noise=self._noise(segment),
             residual=self.hparams["robust_residual"],
+            keep=self._keep if self.hparams["prune"] else None,
+            compile=self.hparams["compile"],
+            cuda_graphs=self.hparams["cuda_graphs"],
         )
+
+    def _keep(self, student: Tensor, target: Tensor) -> Tensor:
+        size, rule = self.hparams["prune"], self.hparams["prune_rule"]
+        return keep_mask(student, target, rule=rule, rate=size, epsilon=size)
 
     def _noise(self, segment: SegmentBatch) -> Tensor | None:
         kappa = self.hparams["robust"]
@@ -212,8 +229,9 @@ class TrajectoryMatching(Distillation):
 
     @property
     def method(self) -> str:
-        """Name it by its teachers, "ftd" for flat ones and "mtt" for plain ones, with "+robust" where noise is on."""
-        return ("ftd" if self.store.metadata["rho"] > 0 else "mtt") + ("+robust" if self.hparams["robust"] else "")
+        """Name it by its teachers, "ftd" for flat ones and "mtt" for plain ones, and by "+robust" and "+pp"."""
+        options = [name for name, key in (("robust", "robust"), ("pp", "prune")) if self.hparams[key]]
+        return "+".join(["ftd" if self.store.metadata["rho"] > 0 else "mtt", *options])
 
     def settings(self) -> dict[str, Any]:
         """Leave out where the teachers lay: no property of the set, it would make equal sets unequal files."""
