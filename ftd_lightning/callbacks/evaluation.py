@@ -84,7 +84,7 @@ class EvaluateSynthetic(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure where it is due."""
         assert isinstance(pl_module, Distillation)
-        last = 0 <= trainer.max_steps <= trainer.global_step
+        last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
         if (trainer.current_epoch + 1) % self.every_n_epochs and not last:
             return
         chosen: dict[str, float] = {}
