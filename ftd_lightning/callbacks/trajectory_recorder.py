@@ -17,7 +17,6 @@ from ftd_lightning.modules.teacher import FlatTeacher
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
 
 SNAPSHOT = "snapshot"
 
@@ -27,7 +26,7 @@ class TrajectoryRecorder(Callback):
 
     Until a teacher is done its snapshots lie one by one in ``.unfinished/``, so that neither memory nor checkpoints
     grow with them and a resumed run finds those of before. The teacher's file appears whole, at the end of its last
-    epoch.
+    epoch. Of several processes each writes its own teachers, into one folder that all of them have to see.
 
     Args:
         path: folder of the store; None is ``trajectories`` beside the logs.
@@ -38,11 +37,11 @@ class TrajectoryRecorder(Callback):
     def __init__(self, path: str | None = None, keep_going: bool = True) -> None:
         self._path = None if path is None else Path(path)
         self.keep_going = keep_going
-        self.accuracies: list[float | None] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that holds something else."""
-        self.path = self._path or run_folder(trainer) / "trajectories"
+        # The first rank's: loggers that count versions may have another name on each.
+        self.path = Path(trainer.strategy.broadcast(str(self._path or run_folder(trainer) / "trajectories")))
         if not isinstance(pl_module, FlatTeacher):
             raise InputError(f"TrajectoryRecorder records a FlatTeacher, not a {type(pl_module).__name__}")
         if trainer.is_global_zero and any(self.path.glob("teacher_*.safetensors")):
@@ -58,58 +57,45 @@ class TrajectoryRecorder(Callback):
     def _shared(module: FlatTeacher) -> dict[str, Any]:
         return {key: value for key, value in module.trajectory_metadata().items() if key not in OWN_KEYS}
 
-    def _file(self, epoch: int) -> Path:
-        return self.path / ".unfinished" / f"epoch_{epoch:04d}.safetensors"
+    def _file(self, teacher: int, epoch: int) -> Path:
+        return self.path / ".unfinished" / f"teacher_{teacher:04d}_epoch_{epoch:04d}.safetensors"
 
-    def _snapshot(self, module: FlatTeacher, epoch: int) -> None:
+    def _snapshot(self, module: FlatTeacher, epoch: int, accuracy: float | None = None) -> None:
         # flatten_parameters copies: a view of live weights would make all epochs equal on a CPU run.
         weights = {SNAPSHOT: flatten_parameters(module.network)}  # type: ignore[arg-type]
-        write_tensors(self._file(epoch), weights, kind=SNAPSHOT, metadata={"teacher": module.teacher})
+        # With its accuracy, so that nothing is left to remember: Lightning saves the first rank's callbacks alone.
+        write_tensors(self._file(module.teacher, epoch), weights, kind=SNAPSHOT, metadata={"accuracy": accuracy})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Record the initialisation, which the module has drawn by now."""
         assert isinstance(pl_module, FlatTeacher)
-        if batch_idx == 0 and pl_module.teacher_epoch == 0 and trainer.is_global_zero:
-            self.accuracies = []
+        if batch_idx == 0 and pl_module.teacher_epoch == 0 and pl_module.records_teacher:
             self._snapshot(pl_module, 0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the epoch, and the teacher with its last one."""
         assert isinstance(pl_module, FlatTeacher)
+        # Not behind the question of who records: what is computed here may be a mean over ranks.
         metrics = trainer.callback_metrics
-        value = metrics.get("teacher/val_accuracy", metrics.get("teacher/train_accuracy"))
-        self.accuracies.append(None if value is None else round(float(value), 6))
-        if not trainer.is_global_zero:
+        if not pl_module.records_teacher:
             return
-        epochs = pl_module.teacher_epoch + 1
-        self._snapshot(pl_module, epochs)
+        value = metrics.get("teacher/val_accuracy", metrics.get("teacher/train_accuracy"))
+        teacher, epochs = pl_module.teacher, pl_module.teacher_epoch + 1
+        self._snapshot(pl_module, epochs, None if value is None else round(float(value), 6))
+        if epochs < pl_module.hparams["epochs"]:
+            return
         # A run resumed from a checkpoint before the end of this teacher trains it to the same bits again.
-        written = teacher_file(self.path, pl_module.teacher).exists()
-        if epochs == pl_module.hparams["epochs"] and not written:
-            metadata = {**pl_module.trajectory_metadata(), "accuracies": self.accuracies}
-            write_teacher(self.path, pl_module.teacher, self._unfinished(pl_module.teacher, epochs), metadata)
-
-    def _unfinished(self, teacher: int, epochs: int) -> list[Tensor]:
-        snapshots = []
+        if not teacher_file(self.path, teacher).exists():
+            files = [TensorFile(self._file(teacher, epoch), kind=SNAPSHOT) for epoch in range(epochs + 1)]
+            accuracies = [file.metadata["accuracy"] for file in files[1:]]
+            metadata = {**pl_module.trajectory_metadata(), "accuracies": accuracies}
+            write_teacher(self.path, teacher, [file[SNAPSHOT] for file in files], metadata)
         for epoch in range(epochs + 1):
-            file = TensorFile(self._file(epoch), kind=SNAPSHOT)
-            if file.metadata["teacher"] != teacher:
-                raise InputError(
-                    f"{file.path}: of teacher {file.metadata['teacher']}, not {teacher}; start this run afresh"
-                )
-            snapshots.append(file[SNAPSHOT])
-        return snapshots
+            self._file(teacher, epoch).unlink(missing_ok=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Clear the snapshots of the last teacher. Not sooner: until its checkpoint stands, a kill needs them again."""
+        """Wait for the teachers of all ranks, and clear what other runs may have left of theirs."""
         assert isinstance(pl_module, FlatTeacher)
+        trainer.strategy.barrier()
         if trainer.is_global_zero and trainer.current_epoch % pl_module.hparams["epochs"] == 0:
             shutil.rmtree(self.path / ".unfinished", ignore_errors=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Keep the accuracies of the teacher under way."""
-        return {"accuracies": self.accuracies}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up again."""
-        self.accuracies = list(state_dict["accuracies"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,24 +15,30 @@ from torchmetrics import MeanMetric
 from ftd_lightning.data.files import versions
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
+from ftd_lightning.functional.compiling import compiled
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network, right_answers
+from ftd_lightning.modules.ranks import RankStates, own_share, refuse_split_loaders
 from ftd_lightning.optim import GSAM, frozen_running_statistics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Parallel = Literal["teachers", "data"]
+
 
 class FlatTeacher(LightningModule):
     """Trains many teachers in one fit, one after the other, each from its own seed.
 
-    A Lightning epoch is one epoch of one teacher: epoch e of the fit is epoch ``e % epochs`` of teacher
-    ``e // epochs``.
+    A Lightning epoch is one epoch of one teacher on each rank: epoch e of the fit on rank r of W is epoch
+    ``e % epochs`` of teacher ``e // epochs * W + r``.
     A ``TrajectoryRecorder`` among the trainer's callbacks records them. Works with any datamodule of (images, labels)
     batches and any network whose weights are floating-point parameters.
 
-    Under DDP each batch is split: every rank computes both gradients on its part without synchronisation, and the
-    combined direction is averaged, as the authors of GSAM do.
+    Under DDP every rank trains teachers of its own on all images, and W ranks give the teachers of one process, bit for
+    bit, where the order of batches comes from a ``DistillationDataModule``. With ``parallel="data"`` all ranks train
+    one teacher, and each batch is split: every rank computes both gradients on its part without synchronisation, and
+    the combined direction is averaged, as the authors of GSAM do.
 
     Args:
         network: a name, an import path, a module, or a function that builds one.
@@ -48,9 +54,13 @@ class FlatTeacher(LightningModule):
         augment: DSA strategy; "" for none. One augmented batch serves both passes.
         augment_mode: "single" or "multiple".
         seed: teacher k's initialisation, batches and augmentation follow from (seed, k).
+        parallel: what the processes of a DDP run share: "teachers", each its own; "data", the batches of one teacher.
+
+        compile: compile the network's forward and backward pass: True, False, or "auto": on a GPU only. A resumed run
+            may take another; the last bits of its weights then differ.
 
     Raises:
-        InputError: for counts below 1.
+        InputError: for counts below 1, or another ``parallel``.
     """
 
     def __init__(
@@ -68,27 +78,54 @@ class FlatTeacher(LightningModule):
         augment: str = STRATEGY,
         augment_mode: Mode = "single",
         seed: int = 0,
+        parallel: Parallel = "teachers",
+        compile: bool | Literal["auto"] = "auto",  # noqa: A002
     ) -> None:
         super().__init__()
         if teachers < 1 or epochs < 1:
             raise InputError(f"teachers={teachers} and epochs={epochs} must both be at least 1")
+        if parallel not in get_args(Parallel):
+            raise InputError(f"parallel={parallel!r} is unknown: choose from {list(get_args(Parallel))}")
         parse_strategy(augment)
         # Lightning lets a checkpoint's hyper-parameters overrule the command line; the number of teachers may grow.
-        self.save_hyperparameters(ignore=["teachers", *plain_network(network)])
+        self.save_hyperparameters(ignore=["teachers", "compile", *plain_network(network)])
         self.automatic_optimization = False
         self.teachers = teachers
+        self._compile: bool | Literal["auto"] = compile
         self._architecture = network
         self.network: nn.Module | None = None
+        self._states = RankStates()
+
+    @property
+    def independent_ranks(self) -> bool:
+        """Whether each process trains networks of its own, and its data are all images."""
+        return bool(self.hparams["parallel"] == "teachers")
 
     @property
     def teacher(self) -> int:
-        """Number of the teacher being trained, from 0."""
-        return int(self.current_epoch // self.hparams["epochs"])
+        """Number of the teacher being trained in this process, from 0."""
+        return self.data_epoch(self.current_epoch) // int(self.hparams["epochs"])
 
     @property
     def teacher_epoch(self) -> int:
         """Epoch of that teacher, from 0."""
         return int(self.current_epoch % self.hparams["epochs"])
+
+    @property
+    def records_teacher(self) -> bool:
+        """Whether this process is to record its teacher: one that was asked for, and that no other process records."""
+        return self.teacher < self.teachers if self.independent_ranks else self.global_rank == 0
+
+    def data_epoch(self, epoch: int) -> int:
+        """Give the epoch that decides on batches and augmentation: the fit's own, had one process trained them all.
+
+        Args:
+            epoch: of the fit, on this rank, from 0.
+        """
+        done, teacher_epoch = divmod(epoch, int(self.hparams["epochs"]))
+        if self.independent_ranks and self._trainer is not None:
+            done = done * self.trainer.world_size + self.global_rank
+        return done * int(self.hparams["epochs"]) + teacher_epoch
 
     @property
     def _gsam(self) -> GSAM:
@@ -102,10 +139,16 @@ class FlatTeacher(LightningModule):
         self.fresh = FreshNetworks(self._architecture, self.hparams["network_options"], datamodule)
         if self.network is None:
             self.network = self.fresh.build(self.hparams["seed"], "teacher", 0)
-            # Means of right answers: the metrics for classes want to know how many there are.
-            self.train_accuracy, self.val_accuracy = MeanMetric(), MeanMetric()
+            # Means of right answers: the metrics for classes want to know how many there are. A look for NaN would wait
+            # for the device in every step.
+            mean = partial(MeanMetric, nan_strategy="disable", sync_on_compute=not self.independent_ranks)
+            self.train_loss, self.train_accuracy, self.val_accuracy = mean(), mean(), mean()
+            if self.independent_ranks:
+                self._states.keep(self)
         if stage == "fit":
-            loop, total = self.trainer.fit_loop, self.teachers * self.hparams["epochs"]
+            world_size = self.trainer.world_size if self.independent_ranks else 1
+            rounds = len(own_share(self.teachers, rank=0, world_size=world_size))
+            loop, total = self.trainer.fit_loop, rounds * self.hparams["epochs"]
             if loop.max_epochs is None or loop.max_epochs < 0 or loop.max_epochs > total:
                 loop.max_epochs = total
             elif loop.max_epochs < total and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -128,7 +171,7 @@ class FlatTeacher(LightningModule):
             rho=self.hparams["rho"],
             alpha=self.hparams["alpha"],
             adaptive=self.hparams["adaptive"],
-            reduce=self._average_over_ranks,
+            reduce=None if self.independent_ranks else self._average_over_ranks,
         )
 
     def network_parameters(self) -> list[nn.Parameter]:
@@ -140,6 +183,31 @@ class FlatTeacher(LightningModule):
         """Refuse float16 autocast: its loss scaling knows nothing of the perturbation between the two passes."""
         if str(self.trainer.precision).startswith("16"):
             raise InputError(f"trainer.precision={self.trainer.precision} overflows in GSAM: use 32-true or bf16-mixed")
+        self._states.restore(self)
+        network = self.network
+        assert network is not None
+
+        # A function, for Lightning's own methods (self.log) are not to be compiled with it.
+        def loss_and_logits(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            logits = network(images)
+            return cross_entropy(logits, labels), logits
+
+        self._loss_and_logits = compiled(loss_and_logits, compile=self._compile, device=self.device)
+
+    def on_train_start(self) -> None:
+        """Refuse loaders that give a process a part of the images, where each has a teacher of its own."""
+        if self.independent_ranks:
+            refuse_split_loaders(self.trainer, or_else="--model.parallel data, which splits the batches of one teacher")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the teachers of all ranks."""
+        if self.independent_ranks:
+            self._states.save(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with that of this rank."""
+        if self.independent_ranks:
+            self._states.load(self, checkpoint)
 
     def on_train_epoch_start(self) -> None:
         """Begin a new teacher where the last one ended."""
@@ -152,7 +220,9 @@ class FlatTeacher(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Take one GSAM step on a batch of (images, labels)."""
         images, labels = batch
-        generator = make_generator(self.hparams["seed"], "dsa", self.current_epoch, batch_idx, self.global_rank)
+        part = 0 if self.independent_ranks else self.global_rank
+        epoch = self.data_epoch(self.current_epoch)
+        generator = make_generator(self.hparams["seed"], "dsa", epoch, batch_idx, part)
         images = dsa(images, generator, strategy=self.hparams["augment"], mode=self.hparams["augment_mode"])
         network, gsam = self.network, self._gsam
         assert network is not None
@@ -160,8 +230,7 @@ class FlatTeacher(LightningModule):
 
         def closure() -> Tensor:
             with frozen_running_statistics(network) if gsam.perturbed else nullcontext():
-                logits = network(images)
-            loss = cross_entropy(logits, labels)
+                loss, logits = self._loss_and_logits(images, labels)
             self.manual_backward(loss)
             first.setdefault("logits", logits.detach())
             first.setdefault("loss", loss.detach())
@@ -171,8 +240,9 @@ class FlatTeacher(LightningModule):
         unsynchronised = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         with unsynchronised():
             self.optimizers().step(closure=closure)  # type: ignore[union-attr, call-arg]
-        self.train_accuracy(right_answers(first["logits"], labels))
-        self.log("teacher/train_loss", first["loss"], on_step=False, on_epoch=True, batch_size=len(labels))
+        self.train_loss.update(first["loss"].expand(len(labels)))
+        self.train_accuracy.update(right_answers(first["logits"], labels))
+        self.log("teacher/train_loss", self.train_loss, on_step=False, on_epoch=True)
         self.log("teacher/train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
 
     def _average_over_ranks(self, gradients: list[Tensor]) -> None:
@@ -185,7 +255,7 @@ class FlatTeacher(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure accuracy on held-out images."""
         assert self.network is not None
-        self.val_accuracy(right_answers(self.network(batch[0]), batch[1]))
+        self.val_accuracy.update(right_answers(self.network(batch[0]), batch[1]))
         self.log("teacher/val_accuracy", self.val_accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
     def trajectory_metadata(self) -> dict[str, Any]:

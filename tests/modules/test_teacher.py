@@ -1,12 +1,17 @@
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from fits import SMALL, make_trainer, record, small_data, small_teacher
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftd_lightning import TrajectoryStore
+import ftd_lightning.modules.teacher as teacher_module
+from ftd_lightning import FlatTeacher, TrajectoryStore
 from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.functional import flatten_parameters, load_flat
@@ -109,7 +114,7 @@ def test_a_store_of_other_settings_is_not_mixed_up(tmp_path: Path) -> None:
 def test_teachers_that_diverge_end_the_fit_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match="lower its lr"):
         record(tmp_path, lr=1e38)
-    assert not list(tmp_path.rglob("teacher_*"))
+    assert not list((tmp_path / "trajectories").glob("teacher_*"))
 
 
 def test_half_precision_with_loss_scaling_is_refused(tmp_path: Path) -> None:
@@ -145,6 +150,88 @@ def test_an_object_is_drawn_again_for_every_teacher(tmp_path: Path) -> None:
     store = TrajectoryStore(record(tmp_path, network=network, network_options=None))
     assert not torch.equal(store.trajectory(0)[0], store.trajectory(1)[0])
     assert torch.equal(network[1].weight, before), "the caller's own object is not trained"
+
+
+class Stop(Callback):
+    """Ends a fit in the middle of its sixth epoch, the second of the second teacher."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if (trainer.current_epoch, batch_idx) == (5, 2):
+            raise InterruptedError
+
+
+def test_a_run_stopped_in_mid_teacher_and_resumed_records_the_same_bits(tmp_path: Path) -> None:
+    def fit(folder: Path, *callbacks: Callback, ckpt_path: str | None = None) -> dict[str, bytes]:
+        last = ModelCheckpoint(dirpath=folder, filename="last", enable_version_counter=False)
+        callbacks = (TrajectoryRecorder(str(folder / "store")), last, *callbacks)
+        trainer = make_trainer(folder, enable_checkpointing=True, callbacks=list(callbacks))
+        module = small_teacher(rho=0.1, momentum=0.9, augment="crop_scale", network_options={**SMALL, "norm": "batch"})
+        trainer.fit(module, datamodule=small_data(), ckpt_path=ckpt_path)
+        return {path.name: path.read_bytes() for path in (folder / "store").iterdir()}
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "stopped", Stop())
+    assert torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)["epoch"] == 4
+    assert len(whole) == 2
+    assert fit(tmp_path / "stopped", ckpt_path="last") == whole
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that are read from tensors: each is a wait for the device that computes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, step, validate = [], FlatTeacher.training_step, FlatTeacher.validation_step
+
+    def counted(function, *args):
+        with Reads() as reads:
+            function(*args)
+        counts.append(reads.count)
+
+    monkeypatch.setattr(FlatTeacher, "training_step", lambda self, *args: counted(partial(step, self), *args))
+    monkeypatch.setattr(FlatTeacher, "validation_step", lambda self, *args: counted(partial(validate, self), *args))
+    # "single" draws which operation, from a generator on the CPU: a read, but of no device.
+    module = small_teacher(
+        rho=0.1, momentum=0.9, augment="color_crop_cutout_flip_scale_rotate", augment_mode="multiple"
+    )
+    make_trainer(tmp_path).fit(module, datamodule=small_data())
+    assert len(counts) == 8 * (5 + 1)
+    assert not any(counts)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_compiled_teachers_are_the_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
+    """With another backend than the default, which takes a minute; Dynamo is the same."""
+    monkeypatch.setattr(teacher_module, "compiled", partial(teacher_module.compiled, backend="aot_eager"))
+
+    def trained(compiles: bool):
+        options = {"network_options": {**SMALL, "norm": norm}, "rho": 0.1, "teachers": 1, "epochs": 2}
+        module = small_teacher(compile=compiles, **options)
+        make_trainer(tmp_path).fit(module, datamodule=small_data())
+        return module
+
+    eager, fast = trained(False), trained(True)
+    assert fast._loss_and_logits.compile_seconds > 0
+    assert not fast._loss_and_logits._failed
+    wanted = eager.network.state_dict()
+    for name, value in fast.network.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_settings_are_refused(tmp_path: Path, refused) -> None:
+    with refused("parallel='ranks'", "teachers", "data"):
+        small_teacher(parallel="ranks")
+    with refused("compile='yes'"):
+        make_trainer(tmp_path).fit(small_teacher(compile="yes"), datamodule=small_data())
 
 
 @pytest.mark.parametrize("counts", [{"teachers": 0}, {"epochs": 0}])
