@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check bench clean
+.PHONY: help setup demo test lint types check bench reproduce results clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,19 @@ types: setup  ## check types
 check: lint types test  ## all of these
 
 bench: setup  ## measure speed and memory, side by side, and print ratios
-	$(BIN)/python tests/benchmarks/unroll_memory.py
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.run
+
+DATASET ?= cifar10
+IPC     ?= 10
+METHOD  ?= ftd
+
+reproduce: setup  ## DATASET, IPC, METHOD [TEACHERS ITERATIONS EPOCHS MINUTES ARGS]: one published cell; resumes
+	$(BIN)/python -m ftd_lightning reproduce --dataset $(DATASET) --ipc $(IPC) --method $(METHOD) \
+	  $(if $(TEACHERS),--teachers $(TEACHERS)) $(if $(ITERATIONS),--iterations $(ITERATIONS)) \
+	  $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+results: setup  ## put all records of notebooks/results into the README's table
+	$(BIN)/python -m ftd_lightning.verbs.results_table
 
 clean:  ## remove the virtual environment and what the demo made
 	rm -rf $(VENV) runs/digits build dist *.egg-info
