@@ -34,9 +34,12 @@ def _with_default(given: Any, kind: type, default: Any) -> list[Any]:
 
 # What is no fit: each a module with a main(arguments), imported when it is asked for.
 VERBS = {
+    "compare": "ftd_lightning.verbs.compare",
     "export": "ftd_lightning.verbs.export",
     "import": "ftd_lightning.verbs.import_set",
     "info": "ftd_lightning.verbs.info",
+    "nas": "ftd_lightning.verbs.nas",
+    "reproduce": "ftd_lightning.verbs.reproduce",
     "trajectory-error": "ftd_lightning.verbs.trajectory_error",
 }
 
@@ -106,6 +109,8 @@ def run(args: ArgsType = None) -> FTDCLI:
     """
     # Lightning 2.6 under torch 2.13 and newer; nothing that a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    # That of giving it words, which is how bases come in.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     if args is None or isinstance(args, list):
         args = with_bases(sys.argv[1:] if args is None else args)
     return FTDCLI(

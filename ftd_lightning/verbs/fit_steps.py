@@ -1,0 +1,227 @@
+"""One ``ftd fit`` as a step of a longer job: a child process that may end at any time and is gone on with later."""
+
+from __future__ import annotations
+
+import codecs
+import fcntl
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ftd_lightning.data.files import replacing
+from ftd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+POLL = 0.2  # seconds between two looks at a child
+NOTE = 10.0  # seconds of wall time that a kill of this process may lose
+GRACE = 15.0  # seconds that a child has to end in, once it was asked to
+
+
+class FitError(InputError):
+    """A fit of a job that failed.
+
+    Args:
+        message: for people who see the fit's own words above it.
+        last_words: the last line that the fit wrote to standard error, where it was listened to.
+    """
+
+    def __init__(self, message: str, last_words: str = "") -> None:
+        super().__init__(message)
+        self.last_words = last_words
+
+
+class FitStep(NamedTuple):
+    """One fit of a job.
+
+    Attributes:
+        title: for people.
+        config: its file.
+        folder: where its logs and checkpoints go; two jobs that name the same folder share the fit.
+        words: of the command, after the config.
+        finished: looks at what the fit left on disk.
+        target: how far it goes (teachers, iterations, epochs): a step may be taken further later.
+    """
+
+    title: str
+    config: Path
+    folder: Path
+    words: tuple[str, ...]
+    finished: Callable[[], bool]
+    target: int
+
+    @property
+    def command(self) -> list[str]:
+        """Words after ``ftd``; with a checkpoint there, those of a run that goes on from it."""
+        own_folder = ["--trainer.logger.init_args.save_dir", str(self.folder.parent)]
+        own_folder += ["--trainer.logger.init_args.name", self.folder.name]
+        resumed = ["--ckpt_path", "last"] if self.checkpoint.exists() else []
+        return ["fit", "--config", str(self.config), *self.words, *own_folder, *resumed]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that a resumed run begins with."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+
+class Slice:
+    """The time that one command may take; None is no end.
+
+    Args:
+        minutes: from now.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds that are left, below 0 when it is over."""
+        return float("inf") if self._end is None else self._end - time.monotonic()
+
+
+def device_name() -> str:
+    """Name what computes: the GPU, or the CPU's model and the threads used of it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    model = ""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    model = model or platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}"
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """Read what was noted of a step: "seconds" and "slices" so far, "devices", and "finished": target -> seconds."""
+    empty: dict[str, Any] = {"seconds": 0.0, "slices": 0, "devices": [], "finished": {}}
+    with suppress(OSError, json.JSONDecodeError):
+        empty |= json.loads((folder / "wall_time.json").read_text())
+    return empty
+
+
+def write_notes(folder: Path, notes: dict[str, Any]) -> None:
+    """Note it, atomically."""
+    with replacing(folder / "wall_time.json") as part:
+        part.write_text(json.dumps(notes) + "\n")
+
+
+def is_done(step: FitStep) -> bool:
+    """Whether a step is noted as finished and its files say so too."""
+    targets = [int(target) for target in read_notes(step.folder)["finished"]]
+    return any(target >= step.target for target in targets) and step.finished()
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[int]:
+    """Hold a folder against other commands. The lock is inherited: a child that outlives this process holds it still.
+
+    Raises:
+        InputError: if another process is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: another process is at work there; wait for it, or end it") from error
+        yield lock.fileno()
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.send_signal(signal.SIGTERM)
+    try:
+        child.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+class _Echo:
+    """Hands on what a child writes to standard error as it comes, and keeps its end."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._end = b""
+        self._pipe = child.stderr
+        # A daemon: grandchildren may hold the pipe open when the child is long gone.
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        assert self._pipe is not None
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a bar's signs may be cut in two
+        with self._pipe:
+            while chunk := os.read(self._pipe.fileno(), 1 << 14):
+                self._end = (self._end + chunk)[-4096:]
+                sys.stderr.write(decoder.decode(chunk))
+                sys.stderr.flush()
+
+    def last_line(self) -> str:
+        """Give the last line that is not empty, without the command's name."""
+        self._thread.join(2.0)
+        lines = re.split(r"[\r\n]+", self._end.decode(errors="replace").strip())
+        return lines[-1].removeprefix("ftd: error: ").strip()
+
+
+def run_step(step: FitStep, time_slice: Slice, *, listen: bool = False) -> bool:
+    """Run a step to its end or to that of the time slice, and note the wall time that it took.
+
+    Args:
+        step: the fit.
+        time_slice: how long it may take.
+        listen: hear what it says on standard error, so that the error of a failed fit has its last line.
+
+    Returns:
+        Whether it is finished.
+
+    Raises:
+        FitError: if the fit fails.
+        InputError: if another process is at work in its folder.
+    """
+    notes, began = read_notes(step.folder), time.monotonic()
+    before = step.checkpoint.stat().st_mtime_ns if step.checkpoint.exists() else None
+    notes["slices"] += 1
+    notes["devices"] = sorted({*notes["devices"], device_name()})
+    earlier = noted = notes["seconds"]
+    with _held(step.folder) as lock:
+        command = [sys.executable, "-m", "ftd_lightning", *step.command]
+        child = subprocess.Popen(command, pass_fds=[lock], stderr=subprocess.PIPE if listen else None)
+        echo = _Echo(child) if listen else None
+        try:
+            while child.poll() is None and time_slice.left() > 0:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(POLL)
+                notes["seconds"] = round(earlier + time.monotonic() - began, 1)
+                if notes["seconds"] - noted > NOTE:
+                    noted = notes["seconds"]
+                    write_notes(step.folder, notes)
+        finally:
+            # Asked to end, a fit may well give 0: what counts is whether it ended by itself.
+            by_itself = child.poll() is not None
+            if not by_itself:
+                _end(child)
+            notes["seconds"] = round(earlier + time.monotonic() - began, 1)
+            done = by_itself and child.returncode == 0 and step.finished()
+            if done:
+                notes["finished"][str(step.target)] = notes["seconds"]
+            write_notes(step.folder, notes)
+    if by_itself and not done:
+        reason = f"with exit code {child.returncode}" if child.returncode else "before its work was done"
+        message = f"{step.title}: the fit in {step.folder} ended {reason}; its own words are above"
+        raise FitError(message, echo.last_line() if echo else "")
+    after = step.checkpoint.stat().st_mtime_ns if step.checkpoint.exists() else None
+    if not done and after == before:
+        print(f"{step.title}: no checkpoint was written in this slice; the next one needs more minutes to get on")
+    return done
