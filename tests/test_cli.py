@@ -12,7 +12,8 @@ import yaml
 from ftd_lightning import SyntheticSet, TrajectoryStore, cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-ALL = sorted(CONFIGS.rglob("*.yaml"))
+NO_FITS = ("compare", "cross", "nas", "study")  # those of ftd compare and ftd nas
+ALL = sorted(path for path in CONFIGS.rglob("*.yaml") if path.stem.split("_")[0] not in NO_FITS)
 
 # Small enough to run in seconds; every value on the command line, as anyone would override it.
 QUIET = ["--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
@@ -46,16 +47,27 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
+# By how a config's name begins; the longest counts.
+CLASSES = {
+    "teacher": "FlatTeacher",
+    "evaluate": "SyntheticEvaluation",
+    "distill": "TrajectoryMatching",
+    "distill_cafe": "FeatureAlignment",
+    "distill_dc": "GradientMatching",
+    "distill_dm": "DistributionMatching",
+    "distill_dsa": "GradientMatching",
+}
+
+
 @pytest.mark.parametrize("config", ALL, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_config_parses_and_can_be_printed(config: Path, here: Path, capsys) -> None:
     shown = printed(capsys, "--config", str(config))
     own = yaml.safe_load(config.read_text())
-    kind = "evaluate" if config.parent.name == "evaluate" else config.stem.split("_")[0]
-    assert {"teacher": "FlatTeacher", "distill": "TrajectoryMatching", "evaluate": "SyntheticEvaluation"}[
-        kind
-    ] == shown["model"]["class_path"].rsplit(".", 1)[-1]
+    kind = "evaluate" if config.parent.name == "evaluate" else config.stem
+    prefix = max((name for name in CLASSES if kind.startswith(name)), key=len)
+    assert shown["model"]["class_path"].rsplit(".", 1)[-1] == CLASSES[prefix]
     for part in ("model", "data"):
-        for key, value in own[part]["init_args"].items():
+        for key, value in own.get(part, {}).get("init_args", {}).items():
             assert shown[part]["init_args"][key] == value, key
     if config.parent.name != "base":
         logger = shown["trainer"]["logger"]["init_args"]
@@ -114,6 +126,32 @@ def test_settings_are_the_published_ones(method: str, dataset: str, ipc: int, he
     assert teacher["data"]["init_args"]["batch_size"] == 256
     for key in ("dataset", "zca", "val_fraction", "seed"):
         assert teacher["data"]["init_args"][key] == data[key]
+
+
+# As the authors' code has them: initial images, strategy, lr of the pixels, updates of the images by images per class.
+DSA = "color_crop_cutout_flip_scale_rotate"
+MATCHING = {
+    "dc": ("noise", "", 0.1, {1: 1001, 10: 10010, 50: 50050}),
+    "dsa": ("real", DSA, 0.1, {1: 1001, 10: 10010, 50: 50050}),
+    "dm": ("real", DSA, 1.0, {1: 20001, 10: 20001, 50: 20001}),
+}
+CELLS = [(method, dataset, ipc) for method in MATCHING for dataset in ("cifar10", "cifar100") for ipc in (1, 10, 50)]
+
+
+@pytest.mark.parametrize(("method", "dataset", "ipc"), [*CELLS, *(("dm", "tiny-imagenet", ipc) for ipc in (1, 10))])
+def test_settings_of_class_matching_are_the_published_ones(method, dataset, ipc, here: Path, capsys) -> None:
+    config = printed(capsys, "--config", str(CONFIGS / dataset / f"distill_{method}_ipc{ipc}.yaml"))
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    found = (model["init"], model["augment"], model["lr_images"])
+    assert (*found, trainer["max_steps"]) == (*MATCHING[method][:3], MATCHING[method][3][ipc])
+    keys = ("ipc", "batch_real", "momentum", "lr_network", "augment_mode", "align_corners")
+    assert tuple(model[key] for key in keys) == (ipc, 256, 0.5, 0.01, "single", False)
+    assert (data["dataset"], data["zca"]) == (dataset, False)
+    assert model["network_options"] == {"width": 128, "depth": DEPTH[dataset]}
+    if method != "dm":  # the table of loops is the module's
+        assert (model["outer_loops"], model["inner_epochs"]) == (None, None)
+    evaluation = printed(capsys, "--config", str(CONFIGS / dataset / "evaluate.yaml"))["model"]["init_args"]
+    assert evaluation["network_options"] == model["network_options"]
 
 
 def test_a_config_may_build_on_another(here: Path, capsys) -> None:

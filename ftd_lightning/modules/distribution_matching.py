@@ -1,0 +1,90 @@
+"""DM: synthetic images whose mean embedding is that of real ones (Zhao and Bilen, WACV 2023)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ftd_lightning.functional.augment import STRATEGY, Mode
+from ftd_lightning.functional.distribution_matching import distribution_distance, embed
+from ftd_lightning.modules.class_matching import ClassMatching, batch_norms
+from ftd_lightning.modules.distillation import Init
+from ftd_lightning.modules.networks import Network
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class DistributionMatching(ClassMatching):
+    """Learns a synthetic set by distribution matching (DM).
+
+    In every iteration a new random network, never trained, embeds real and synthetic images of each class, which one
+    siamese augmentation has changed alike; the squared distances of the mean embeddings are summed over classes. A
+    network with BatchNorm sees all classes in one batch.
+
+    Args:
+        network: a name, an import path, a module, or a function that builds one.
+        network_options: for a named network.
+        ipc: synthetic images per class.
+        init: "real" starts from random real images of each class (the published setting), "noise" from a normal.
+        batch_real: real images of a class an iteration.
+        lr_images: learning rate of the pixels; 1 as published (10 for CIFAR-10 at 100 images per class and more).
+        momentum: of the pixels.
+        lr_network: the step size that the set carries for its evaluation; nothing is trained with it here.
+        augment: DSA strategy; "" for none.
+        augment_mode: "single" or "multiple".
+        align_corners: of the augmentation's resampling; false in this line of work.
+        iterations_per_epoch: iterations that make a Lightning epoch; 20,000 iterations as published.
+        seed: decides initial images, networks, real batches and augmentation.
+        real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
+    """
+
+    def __init__(
+        self,
+        network: Network = "convnet",
+        network_options: dict[str, Any] | None = None,
+        ipc: int = 1,
+        init: Init = "real",
+        batch_real: int = 256,
+        lr_images: float = 1.0,
+        momentum: float = 0.5,
+        lr_network: float = 0.01,
+        augment: str = STRATEGY,
+        augment_mode: Mode = "single",
+        align_corners: bool = False,
+        iterations_per_epoch: int = 100,
+        seed: int = 0,
+        real: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.keep(network, real)
+
+    @property
+    def method(self) -> str:
+        """The method's short name."""
+        return "dm"
+
+    def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
+        """Compare mean embeddings of each class on one new network."""
+        iteration = batch["iteration"]
+        network = self.fresh_network(iteration).requires_grad_(False)
+        distances = self._joint_distance if batch_norms(network) else self._distances
+        return self.logged(self.summed(distances(network, self._pairs(iteration))))
+
+    def _pairs(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give synthetic and real images of each class, augmented alike."""
+        for label in range(self.num_classes):
+            synthetic, real = self.synthetic_of(label), self.real_of(label, iteration)
+            yield self.siamese(synthetic, label, iteration), self.siamese(real, label, iteration)
+
+    def _distances(self, network: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        for synthetic, real in pairs:
+            yield distribution_distance(embed(network, synthetic), embed(network, real))
+
+    def _joint_distance(self, network: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """Embed all classes in one batch a side: statistics of a batch of one class would hide what sets it apart."""
+        sides = zip(*pairs, strict=True)
+        synthetic, real = (embed(network, torch.cat(side)).split([len(x) for x in side]) for side in sides)
+        yield torch.stack([distribution_distance(*pair) for pair in zip(synthetic, real, strict=True)]).sum()

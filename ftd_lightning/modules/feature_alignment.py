@@ -1,0 +1,277 @@
+"""CAFE: synthetic images whose features are those of real ones at all depths, and tell classes apart (CVPR 2022)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.augment import Mode
+from ftd_lightning.functional.distribution_matching import feature_levels
+from ftd_lightning.functional.feature_alignment import (
+    Watcher,
+    alignment_loss,
+    class_means,
+    discrimination_loss,
+    level_weights,
+)
+from ftd_lightning.modules.class_matching import ClassMatching, batch_norms
+from ftd_lightning.modules.distillation import Init
+from ftd_lightning.modules.networks import Network, right_answers
+
+Loops = Literal["dynamic", "fixed"]
+
+PUBLISHED_MILESTONES = (1200, 1600, 1800)  # of 2001 rounds
+LEAST = ("rounds", "outer_max", "inner_max", "query", "window")
+
+
+class FeatureAlignment(ClassMatching):
+    """Learns a synthetic set by feature alignment (CAFE: Wang et al., CVPR 2022), with ``augment`` CAFE+DSA.
+
+    An iteration is one update of the images, on the network of the moment. Its loss is the squared distance of real and
+    synthetic class means at all depths, plus ``discrimination`` times the cross entropy of real embeddings that are
+    classified by the synthetic class centres. (The cross entropy of the network's own logits on real images, which CAFE
+    adds, does not depend on the synthetic ones.)
+
+    A *round* is all iterations on one network, which begins random; CAFE counts rounds. Between two iterations of a
+    round, the network's accuracy on ``query`` real training images of each class is measured. If the last ``window``
+    accuracies lie within ``lambda_1``, the round ends (outer loop); else the network is trained on the synthetic set,
+    epoch by epoch, until as many accuracies after an epoch lie further apart than ``lambda_2`` (inner loop).
+
+    The network and the outer loop's accuracies are part of a checkpoint, so a run that was interrupted in mid-round
+    goes on as it would have.
+
+    Convention: query accuracies are of images without augmentation, and decide on the means over all ranks. Networks
+    with BatchNorm see real images of all classes in one batch, as they see the synthetic ones.
+
+    Args:
+        network: a name, an import path, a module, or a function that builds one.
+        network_options: for a named network.
+        ipc: synthetic images per class.
+        init: "real" starts from random real images of each class, "noise" from a normal (the released script).
+        rounds: the fit ends after so many, if the trainer's ``max_steps`` does not end it; 2001 in the released script.
+        loops: "dynamic", as above; "fixed": ``outer_max`` iterations a round, ``inner_max`` epochs between two.
+        outer_max: most iterations of a round. Accuracies alone need not end it: the released script has no such bound.
+        inner_max: most epochs of training between two iterations; likewise.
+        lambda_1: a fraction; 0.04 in the released script.
+        lambda_2: a fraction; 0.03 there.
+        window: accuracies that each loop looks at.
+        query: real images of a class for an accuracy; all, if there are fewer.
+        level_weights: one for each depth, from the shallowest to the embedding; None: 0.1 and, for the last three, 1.
+        discrimination: weight of the cross entropy, which is a sum over real images.
+        batch_real: real images of a class an iteration.
+        lr_images: learning rate of the pixels.
+        lr_milestones: rounds, counted from 0, from which on the learning rate of the pixels is halved once more;
+            None: 1200, 1600 and 1800.
+        momentum: of the pixels.
+        lr_network: learning rate of the network between iterations, and the step size that the set carries.
+        augment: DSA strategy of CAFE+DSA; "" for none, which is CAFE.
+        augment_mode: "single" or "multiple".
+        align_corners: of the augmentation's resampling; false in this line of work.
+        iterations_per_epoch: iterations that make a Lightning epoch.
+        seed: decides initial images, networks, real batches, query images, order of training and augmentation.
+        real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
+
+    Attributes:
+        round: number of the present network, from 0; -1 before there is one.
+        round_steps: iterations that the present round has had.
+
+    Raises:
+        InputError: for counts below 1, other ``loops``, or an unknown augmentation.
+    """
+
+    def __init__(
+        self,
+        network: Network = "convnet",
+        network_options: dict[str, Any] | None = None,
+        ipc: int = 1,
+        init: Init = "noise",
+        rounds: int = 2001,
+        loops: Loops = "dynamic",
+        outer_max: int = 50,
+        inner_max: int = 50,
+        lambda_1: float = 0.04,
+        lambda_2: float = 0.03,
+        window: int = 10,
+        query: int = 128,
+        level_weights: list[float] | None = None,
+        discrimination: float = 0.01,
+        batch_real: int = 256,
+        lr_images: float = 0.1,
+        lr_milestones: list[int] | None = None,
+        momentum: float = 0.5,
+        lr_network: float = 0.01,
+        augment: str = "",
+        augment_mode: Mode = "single",
+        align_corners: bool = False,
+        iterations_per_epoch: int = 100,
+        seed: int = 0,
+        real: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.keep(network, real)
+        for name in LEAST:
+            if self.hparams[name] < 1:
+                raise InputError(f"{name}={self.hparams[name]} must be at least 1")
+        if loops not in get_args(Loops):
+            raise InputError(f"loops={loops!r} is unknown: choose from {list(get_args(Loops))}")
+        self.round, self.round_steps = -1, 0
+        self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
+        self._outer = self._new_outer_watcher()
+        self._saved_round: dict[str, Any] | None = None
+
+    @property
+    def method(self) -> str:
+        """The method's short name: "cafe+dsa" with augmentation, "cafe" without."""
+        return "cafe+dsa" if self.hparams["augment"] else "cafe"
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done."""
+        return self.round >= int(self.hparams["rounds"])
+
+    def on_fit_start(self) -> None:
+        """Bring the real images to the device, and the network that a checkpoint held."""
+        super().on_fit_start()
+        if self._saved_round is not None:
+            state, self._saved_round = self._saved_round, None
+            self.round, self.round_steps = state["round"], state["round_steps"]
+            self._outer.updates = state["updates"]
+            self._outer.accuracies.extend(state["accuracies"])
+            if state["network"] is not None:
+                self._network = [self.fresh_network("resumed")]
+                self._network[0].load_state_dict(state["network"])
+
+    def on_train_start(self) -> None:
+        """End a run at once that had been done."""
+        self.trainer.should_stop = self.trainer.should_stop or self.finished
+
+    def on_train_batch_start(self, batch: dict[str, int], batch_idx: int) -> int | None:
+        """Make the network ready for the iteration: a new one, or the last one after some training.
+
+        What follows upon an update is done before the next one: a checkpoint lies between them, and the last update of
+        a run is not followed by training that nothing uses.
+        """
+        iteration = batch["iteration"]
+        if self.round < 0 or self._leaves_round(iteration):
+            self.round, self.round_steps = self.round + 1, 0
+            if self.finished:
+                self.trainer.should_stop = True
+                self._network = []
+                return -1  # Lightning's word for an epoch that ends here
+            self._network, self._outer = [self.fresh_network(self.round)], self._new_outer_watcher()
+        else:
+            self._inner_loop(iteration)
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
+            group["lr"] = self.lr_of_round(self.round)
+        return None
+
+    def lr_of_round(self, number: int) -> float:
+        """Give the learning rate of the pixels in a round, counted from 0."""
+        milestones = self.hparams["lr_milestones"]
+        halved = sum(number >= milestone for milestone in (PUBLISHED_MILESTONES if milestones is None else milestones))
+        return float(self.hparams["lr_images"] * 0.5**halved)
+
+    def _new_outer_watcher(self) -> Watcher:
+        hparams = self.hparams
+        return Watcher(hparams["lambda_1"], leave="below", maximum=hparams["outer_max"], window=hparams["window"])
+
+    def _leaves_round(self, iteration: int) -> bool:
+        if self.hparams["loops"] == "fixed":
+            return self.round_steps >= int(self.hparams["outer_max"])
+        accuracy = self.query_accuracy(iteration)
+        self.log("matching/query_accuracy", accuracy, prog_bar=True, batch_size=1)
+        return self._outer.update(accuracy)
+
+    def _inner_loop(self, iteration: int) -> None:
+        network, hparams = self._network[0].requires_grad_(True).train(), self.hparams
+        watcher = Watcher(hparams["lambda_2"], leave="above", maximum=hparams["inner_max"], window=hparams["window"])
+        epochs = 0
+        while epochs < hparams["inner_max"]:
+            self.train_on_set(network, 1, iteration, epochs)
+            epochs += 1
+            if hparams["loops"] == "dynamic" and watcher.update(self.query_accuracy(iteration, epochs)):
+                break
+        self.log("matching/inner_epochs", float(epochs), batch_size=1)
+
+    @torch.no_grad()
+    def query_accuracy(self, *keys: int | str) -> float:
+        """Measure the present network on real training images drawn anew, as the mean over classes, in [0, 1].
+
+        Args:
+            keys: what the draw is for.
+        """
+        network = self._network[0].eval()
+        shares = []
+        for label in range(self.num_classes):
+            images = self.real_of(label, "query", *keys, count=self.hparams["query"])
+            shares.append(right_answers(network(images), self.labels.new_full((len(images),), label)).mean())
+        network.train()
+        # All ranks go by one number, or their networks would part.
+        return float(self.trainer.strategy.reduce(torch.stack(shares).mean(), reduce_op="mean"))
+
+    def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
+        """Align features and discriminate classes on the network of the moment."""
+        self.round_steps += 1
+        network = self._network[0].requires_grad_(False)
+        alignment, discrimination = self.losses(network, batch["iteration"])
+        self.log("matching/alignment", alignment.detach(), batch_size=1)
+        self.log("matching/discrimination", discrimination.detach(), batch_size=1)
+        self.log("matching/round", float(self.round), batch_size=1)
+        return self.logged(alignment + self.hparams["discrimination"] * discrimination)
+
+    def losses(self, network: nn.Module, iteration: int) -> tuple[Tensor, Tensor]:
+        """Compute alignment and discrimination, not weighed against each other, differentiable in the images.
+
+        Args:
+            network: whose features are compared.
+            iteration: decides the real images and the augmentation.
+
+        Raises:
+            InputError: for another number of ``level_weights`` than the network has levels.
+        """
+        classes = range(self.num_classes)
+        synthetic = torch.cat([self.siamese(self.synthetic_of(label), label, iteration) for label in classes])
+        levels = feature_levels(network, synthetic)
+        weights = self.hparams["level_weights"]
+        weights = level_weights(len(levels)) if weights is None else weights
+        if len(weights) != len(levels):
+            raise InputError(f"{len(weights)} level_weights are given, but the network has {len(levels)} levels")
+        ours = [class_means(level, counts=[self.hparams["ipc"]] * len(classes)) for level in levels]
+        theirs, embeddings, labels = self._real_features(network, iteration)
+        return alignment_loss(ours, theirs, weights=weights), discrimination_loss(embeddings, labels, ours[-1])
+
+    @torch.no_grad()
+    def _real_features(self, network: nn.Module, iteration: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Give the class means of each level, and the embeddings with their labels, of real images.
+
+        One class at a time: of the shallow levels, which are large, means alone are kept.
+        """
+        classes = range(self.num_classes)
+        batches = [self.siamese(self.real_of(label, iteration), label, iteration) for label in classes]
+        groups = [batches] if batch_norms(network) else [[batch] for batch in batches]
+        means, embeddings = [], []
+        for group in groups:
+            levels = feature_levels(network, torch.cat(group))
+            means.append([class_means(level, counts=[len(batch) for batch in group]) for level in levels])
+            embeddings.append(levels[-1])
+        labels = [self.labels.new_full((len(batch),), label) for label, batch in enumerate(batches)]
+        return [torch.cat(parts) for parts in zip(*means, strict=True)], torch.cat(embeddings), torch.cat(labels)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the network of the moment and how far its round is."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["round"] = {
+            "round": self.round,
+            "round_steps": self.round_steps,
+            "network": self._network[0].state_dict() if self._network else None,
+            "updates": self._outer.updates,
+            "accuracies": list(self._outer.accuracies),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them up again when the fit starts, for the device is known then."""
+        super().on_load_checkpoint(checkpoint)
+        self._saved_round = checkpoint.get("round")

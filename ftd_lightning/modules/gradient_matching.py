@@ -1,0 +1,147 @@
+"""DC and DSA: synthetic images whose gradients in a network's weights point as those of real ones do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.augment import STRATEGY, Mode
+from ftd_lightning.functional.gradient_matching import gradient_distance, loss_gradients
+from ftd_lightning.modules.class_matching import ClassMatching, batch_norms
+from ftd_lightning.modules.distillation import Init
+from ftd_lightning.modules.networks import Network
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# By images per class: updates of the images on one network, and epochs that it is trained for between two of them.
+PUBLISHED_LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+STATISTICS_IMAGES = 16  # real images of each class that BatchNorm's statistics are taken of
+
+
+class GradientMatching(ClassMatching):
+    """Learns a synthetic set by gradient matching: DC (Zhao, Mopuri and Bilen, ICLR 2021) and DSA (ICML 2021).
+
+    An iteration is one update of the images: for each class the gradient of the mean cross entropy on its synthetic
+    images is compared, row by row of the weights, with that on real ones; the distances are summed over classes. Every
+    ``outer_loops`` iterations a new random network is drawn; between two iterations on the same one it is trained on
+    the synthetic set as it then is. DSA differs from DC in its augmentation: one draw for real and synthetic images of
+    a class where gradients are matched, one for each image where the network is trained.
+
+    The network of the moment is part of a checkpoint, so a run that was interrupted in mid-loop goes on as it would
+    have. Where it has BatchNorm, running statistics are updated by 16 real images of each class before every iteration
+    and hold for its gradients on both sides, for a batch of one class has statistics that no other batch has.
+
+    Args:
+        network: a name, an import path, a module, or a function that builds one.
+        network_options: for a named network.
+        ipc: synthetic images per class.
+        init: "real" starts from random real images of each class (DSA as published), "noise" from a normal (DC).
+        outer_loops: T, iterations on one network. None: as published for this ipc (1, 10, 20, 30, 40 or 50).
+        inner_epochs: K, epochs over the synthetic set between two of them. None: likewise.
+        batch_real: real images of a class an iteration.
+        lr_images: learning rate of the pixels.
+        momentum: of the pixels.
+        lr_network: learning rate of the network between iterations, and the step size that the set carries.
+        augment: DSA strategy; "" for none, which is DC.
+        augment_mode: "single" or "multiple".
+        align_corners: of the augmentation's resampling; false in this line of work.
+        iterations_per_epoch: iterations that make a Lightning epoch; as published there are 1001 T iterations.
+        seed: decides initial images, networks, real batches, order of training and augmentation.
+        real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
+
+    Raises:
+        InputError: for counts below 1, an unknown augmentation, or an ipc without published loops that names none.
+    """
+
+    def __init__(
+        self,
+        network: Network = "convnet",
+        network_options: dict[str, Any] | None = None,
+        ipc: int = 1,
+        init: Init = "real",
+        outer_loops: int | None = None,
+        inner_epochs: int | None = None,
+        batch_real: int = 256,
+        lr_images: float = 0.1,
+        momentum: float = 0.5,
+        lr_network: float = 0.01,
+        augment: str = STRATEGY,
+        augment_mode: Mode = "single",
+        align_corners: bool = False,
+        iterations_per_epoch: int = 100,
+        seed: int = 0,
+        real: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.keep(network, real)
+        published = PUBLISHED_LOOPS.get(ipc, (None, None))
+        loops = (outer_loops or published[0], inner_epochs or published[1])
+        for name, given, value in zip(("outer_loops", "inner_epochs"), (outer_loops, inner_epochs), loops, strict=True):
+            if given is not None and given < 1:
+                raise InputError(f"{name}={given} must be at least 1")
+            if value is None:
+                raise InputError(f"ipc={ipc} has no published loops (those are {list(PUBLISHED_LOOPS)}): give {name}")
+        self.outer_loops, self.inner_epochs = (int(value) for value in loops if value)
+        self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
+        self._saved_network: dict[str, Tensor] | None = None
+
+    @property
+    def method(self) -> str:
+        """The method's short name: "dsa" with augmentation, "dc" without."""
+        return "dsa" if self.hparams["augment"] else "dc"
+
+    def settings(self) -> dict[str, Any]:
+        """Name the loops that were run, also where they were left to the table."""
+        return {**super().settings(), "outer_loops": self.outer_loops, "inner_epochs": self.inner_epochs}
+
+    def on_fit_start(self) -> None:
+        """Bring the real images to the device, and the network that a checkpoint held."""
+        super().on_fit_start()
+        if self._saved_network is not None:
+            self._network = [self.fresh_network("resumed")]
+            self._network[0].load_state_dict(self._saved_network)
+            self._saved_network = None
+
+    def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
+        """Compare gradients, class by class, on a new network or on the last one after some training."""
+        iteration = batch["iteration"]
+        loop, outer = divmod(iteration, self.outer_loops)
+        # Trained here and not after the last update: a loop's last network is thus not trained once more for nothing.
+        if outer == 0:
+            self._network = [self.fresh_network(loop)]
+        else:
+            self.train_on_set(self._network[0].train(), self.inner_epochs, iteration)
+        self._fix_statistics(self._network[0], iteration)
+        return self.logged(self.summed(self._distances(self._network[0], iteration)))
+
+    @torch.no_grad()
+    def _fix_statistics(self, network: nn.Module, iteration: int) -> None:
+        norms = batch_norms(network)
+        if not norms:
+            return
+        classes, keys = range(self.num_classes), ("statistics", iteration)
+        network(torch.cat([self.real_of(c, *keys, count=STATISTICS_IMAGES, on_all_ranks=True) for c in classes]))
+        for norm in norms:
+            norm.eval()
+
+    def _distances(self, network: nn.Module, iteration: int) -> Iterator[Tensor]:
+        for label in range(self.num_classes):
+            real = self.siamese(self.real_of(label, iteration), label, iteration)
+            synthetic = self.siamese(self.synthetic_of(label), label, iteration)
+            target = loss_gradients(network, real, self.labels.new_full((len(real),), label))
+            labels = self.labels.new_full((len(synthetic),), label)
+            yield gradient_distance(loss_gradients(network, synthetic, labels, keep_graph=True), target)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the network of the moment."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["network"] = self._network[0].state_dict() if self._network else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again when the fit starts, for the device is known then."""
+        super().on_load_checkpoint(checkpoint)
+        self._saved_network = checkpoint.get("network")

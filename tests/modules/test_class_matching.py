@@ -1,0 +1,166 @@
+import weakref
+
+import pytest
+import torch
+from fits import SMALL, make_trainer, small_data
+from lightning.pytorch import LightningDataModule
+from torch import nn
+
+from ftd_lightning.data import Images
+from ftd_lightning.errors import InputError
+from ftd_lightning.models import ConvNet
+from ftd_lightning.modules import DistributionMatching, GradientMatching
+
+METHODS = [DistributionMatching, GradientMatching]
+# Lightning's, of a fit without held-out images.
+WITHOUT_VAL = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+
+def fitted(folder, method=DistributionMatching, *, steps=1, **options):
+    module = method(**{"network_options": SMALL, "augment": "crop_scale", **options})
+    make_trainer(folder, max_steps=steps).fit(module, datamodule=small_data())
+    return module
+
+
+def pictures_and_labels(classes=3, each=5):
+    labels = torch.arange(classes).repeat(each)
+    return torch.randn(len(labels), 2, 8, 8, generator=torch.Generator().manual_seed(0)), labels
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    return fitted(tmp_path_factory.mktemp("matching"), ipc=3, batch_real=5)
+
+
+def test_losses_are_summed_with_the_gradient_of_their_sum(module) -> None:
+    def losses():
+        for label in range(10):
+            yield (module.synthetic_of(label) * (label + 1)).square().sum()
+
+    total = module.summed(losses())
+    gradient = torch.autograd.grad(3 * total, module.images)[0]
+    joint = sum(losses())
+    torch.testing.assert_close(total, joint, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(3 * joint, module.images)[0], rtol=1e-6, atol=0)
+
+
+def test_one_class_has_a_graph_at_a_time(module) -> None:
+    alive = []
+
+    def losses():
+        for label in range(3):
+            assert not [loss for loss in alive if loss() is not None]
+            loss = module.synthetic_of(label).sum()
+            alive.append(weakref.ref(loss))
+            yield loss
+            del loss
+
+    module.summed(losses())
+    assert len(alive) == 3
+
+
+def test_real_images_are_of_the_class_and_drawn_without_replacement(module) -> None:
+    for label in (0, 7):
+        drawn = module.real_of(label, 1)
+        match = (drawn.flatten(1)[:, None] == module.real.pictures.flatten(1)).all(2)
+        index = match.float().argmax(1)
+        assert match.any(1).all()
+        assert (module.real.labels[index] == label).all()
+        assert len(index.unique()) == 5
+    assert torch.equal(module.real_of(2, 1), module.real_of(2, 1))
+    assert not torch.equal(module.real_of(2, 1), module.real_of(2, 2))
+    assert len(module.real_of(2, 1, count=2)) == 2
+    assert len(module.real_of(2, 1, count=1000)) == int((module.real.labels == 2).sum())
+
+
+def test_ranks_draw_images_of_their_own_unless_told_otherwise(module, monkeypatch) -> None:
+    own, shared = module.real_of(0, 1), module.real_of(0, 1, on_all_ranks=True)
+    monkeypatch.setattr(type(module), "global_rank", 1)
+    assert not torch.equal(module.real_of(0, 1), own)
+    assert torch.equal(module.real_of(0, 1, on_all_ranks=True), shared)
+
+
+def test_images_that_are_augmented_together_are_augmented_alike(module) -> None:
+    one, many = module.images[:1].detach(), module.images[:1].detach().expand(7, -1, -1, -1)
+    shown = [(module.siamese(one, label, 1), module.siamese(many, label, 1)) for label in range(4)]
+    for a, b in shown:
+        torch.testing.assert_close(a.expand_as(b), b)
+    assert not torch.equal(shown[0][0], shown[1][0]), "every class has a draw of its own"
+    assert not torch.equal(shown[0][0], module.siamese(one, 0, 2)), "and every iteration"
+
+
+def test_networks_differ_by_their_keys_alone(module) -> None:
+    a, b, c = (nn.utils.parameters_to_vector(module.fresh_network(key).parameters()) for key in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_training_on_the_set_is_plain_sgd_on_the_present_images(tmp_path) -> None:
+    module = fitted(tmp_path, ipc=2, augment="", lr_network=0.3)
+    network, reference = module.fresh_network("x"), module.fresh_network("x")
+    module.images.grad = None
+    module.train_on_set(network, 3, "x")
+    assert module.images.grad is None
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(reference(module.images.detach()), module.labels)
+        for weight, gradient in zip(
+            reference.parameters(), torch.autograd.grad(loss, reference.parameters()), strict=True
+        ):
+            weight.data -= 0.3 * gradient
+    for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@WITHOUT_VAL
+@pytest.mark.parametrize("method", METHODS)
+def test_own_images_without_a_datamodule(tmp_path, method) -> None:
+    real = pictures_and_labels()
+    module = method(ConvNet(2, 3, 8, width=4, depth=1), real=real, augment="", lr_images=1.0)
+    make_trainer(tmp_path, max_steps=2).fit(module)
+    assert module.images.shape == (3, 2, 8, 8)
+    assert not torch.equal(module.images.detach(), module.initial_images)
+    synthetic = module.synthetic_set()
+    assert synthetic.metadata["dataset"] == "own images"
+    assert float(synthetic.step_size) == pytest.approx(0.01)
+
+
+@WITHOUT_VAL
+@pytest.mark.parametrize("method", METHODS)
+def test_a_datamodule_of_ones_own(tmp_path, method) -> None:
+    class Own(LightningDataModule):
+        in_channels, num_classes, image_size = 2, 3, 8
+
+        def __init__(self, train=None) -> None:
+            super().__init__()
+            self.train = train
+
+        def train_dataloader(self):
+            return self.trainer.lightning_module.iteration_loader()
+
+    for train, real in ((Images(*pictures_and_labels()), None), (None, pictures_and_labels())):
+        module = method(network_options=SMALL, real=real, augment="", lr_images=1.0)
+        make_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(module, datamodule=Own(train))
+        assert not torch.equal(module.images.detach(), module.initial_images)
+        assert module.synthetic_set().metadata["dataset"] == "Own"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ipc": 0}, "ipc=0 must be at least 1"),
+        ({"batch_real": 0}, "batch_real=0 must be at least 1"),
+        ({"iterations_per_epoch": 0}, "iterations_per_epoch=0 must be at least 1"),
+        ({"augment": "flop"}, "no operation 'flop'"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(refused, method, options, message) -> None:
+    with refused(message):
+        method(**options)
+
+
+@WITHOUT_VAL
+@pytest.mark.parametrize("method", METHODS)
+def test_without_real_images_there_is_nothing_to_match(tmp_path, method) -> None:
+    with pytest.raises(InputError, match="give a DistillationDataModule or the argument real"):
+        make_trainer(tmp_path).fit(method(ConvNet(2, 3, 8, width=4, depth=1)))

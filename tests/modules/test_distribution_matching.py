@@ -1,0 +1,100 @@
+import pytest
+import torch
+from fits import SMALL, make_trainer, small_data
+from lightning.pytorch import Callback
+from torch import nn
+
+from ftd_lightning import SyntheticSet
+from ftd_lightning.callbacks import SyntheticSetWriter
+from ftd_lightning.modules import DistributionMatching
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+def dm(folder, *, steps=3, trainer=None, real=None, callbacks=(), **options):
+    module = DistributionMatching(
+        **{"network_options": SMALL, "augment": "", "iterations_per_epoch": 5, **options}, real=real
+    )
+    settings = {"max_steps": steps, "callbacks": list(callbacks), **(trainer or {})}
+    make_trainer(folder, **settings).fit(module, datamodule=small_data())
+    return module
+
+
+@pytest.fixture
+def doubles():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_iterations_are_the_equation_written_out(tmp_path, doubles, norm) -> None:
+    """Squared distances of mean embeddings, classes summed, a network a step, SGD with momentum."""
+    network = {"width": 4, "depth": 1, "norm": norm}
+    seen = Losses()
+    module = dm(tmp_path, ipc=2, callbacks=[seen], network_options=network, trainer={"precision": "64-true"})
+    real = [module.real.pictures[module.real.labels == c] for c in range(10)]
+    images, velocity = module.initial_images.double(), 0.0
+    for iteration in range(3):
+        embed = nn.Sequential(*list(module.fresh.build(0, "network", iteration))[:-1])
+        images.requires_grad_()
+        if norm == "batch":  # statistics of the batch have to be those of all classes
+            ours, theirs = embed(images).view(10, 2, -1), embed(torch.cat(real)).split([len(x) for x in real])
+        else:
+            ours, theirs = [embed(x) for x in images.view(10, 2, 1, 8, 8)], [embed(x) for x in real]
+        loss = sum(((a.sum(0) / 2 - b.sum(0) / len(b)) ** 2).sum() for a, b in zip(ours, theirs, strict=True))
+        assert seen.losses[iteration] == pytest.approx(float(loss.detach()), rel=1e-5)
+        velocity = 0.5 * velocity + torch.autograd.grad(loss, images)[0]
+        images = images.detach() - 1.0 * velocity
+    assert module.images.dtype == torch.float64
+    torch.testing.assert_close(module.images.detach(), images, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_equal_images_stay_equal_under_augmentation(tmp_path, norm) -> None:
+    """One picture a class, real and synthetic: their distance is 0 as long as both are augmented alike."""
+    pictures = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    real = pictures.repeat_interleave(9, dim=0), torch.arange(10).repeat_interleave(9)
+    for strategy in ("crop", "color_crop_cutout_flip_scale_rotate"):
+        seen = Losses()
+        dm(
+            tmp_path,
+            steps=8,
+            real=real,
+            ipc=2,
+            augment=strategy,
+            callbacks=[seen],
+            network_options={**SMALL, "norm": norm},
+        )
+        assert max(seen.losses) < 1e-6
+
+
+def test_the_loss_falls(tmp_path) -> None:
+    seen = Losses()
+    dm(tmp_path, steps=30, augment="crop_scale_rotate", callbacks=[seen])
+    assert sum(seen.losses[-10:]) < 0.8 * sum(seen.losses[:10])
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(tmp_path) -> None:
+    settings = {"augment": "crop_scale_rotate", "batch_real": 5}
+    whole = dm(tmp_path, steps=7, **settings)
+    first = dm(tmp_path, steps=4, **settings)
+    first.trainer.save_checkpoint(tmp_path / "part.ckpt")
+    module = DistributionMatching(network_options=SMALL, iterations_per_epoch=5, **settings)
+    make_trainer(tmp_path, max_steps=7).fit(module, datamodule=small_data(), ckpt_path=tmp_path / "part.ckpt")
+    assert torch.equal(module.images, whole.images)
+    assert not torch.equal(module.images, first.images)
+
+
+def test_the_set_says_what_made_it(tmp_path) -> None:
+    writer = SyntheticSetWriter(str(tmp_path / "set.safetensors"))
+    dm(tmp_path, callbacks=[writer])
+    metadata = SyntheticSet.load(writer.path).metadata
+    assert (metadata["method"], metadata["iterations"], metadata["dataset"]["name"]) == ("dm", 3, "digits")
+    assert metadata["network"]["options"] == SMALL
