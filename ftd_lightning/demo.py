@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageDraw
 
 from ftd_lightning import cli
-from ftd_lightning.callbacks.tensorboard import picture_grid
 from ftd_lightning.data import DistillationDataModule, SyntheticSet
 from ftd_lightning.data.files import replacing, versions
 from ftd_lightning.errors import InputError
+from ftd_lightning.verbs.picture_sheet import set_picture, write_sheet
 
 CONFIGS = Path("configs/digits")
 RUNS = Path("runs/digits")
@@ -66,15 +65,8 @@ def picture(path: Path) -> None:
     data = DistillationDataModule(synthetic="random", ipc=1)
     data.setup()
     assert data.synthetic_set is not None
-    rows = {"initial (real)": data.synthetic_set.pictures(), "MTT": mtt.pictures(), "FTD": ftd.pictures(ema=True)}
-    grids = [picture_grid(pictures, mtt.labels, smallest=64).permute(1, 2, 0) for pictures in rows.values()]
-    margin, height = 96, grids[0].shape[0]
-    sheet = Image.new("RGB", (margin + grids[0].shape[1], height * len(grids)), "white")
-    for index, (name, grid) in enumerate(zip(rows, grids, strict=True)):
-        sheet.paste(Image.fromarray(grid.numpy()), (margin, index * height))
-        ImageDraw.Draw(sheet).text((8, index * height + height // 2 - 6), name, fill="black")
-    with replacing(path) as part:
-        sheet.save(part, format="PNG")
+    initial = set_picture(data.synthetic_set)
+    write_sheet({"initial (real)": initial, "MTT": set_picture(mtt), "FTD": set_picture(ftd, ema=True)}, path)
 
 
 def table(accuracy: dict[str, Any]) -> str:
