@@ -1,0 +1,103 @@
+# %% [markdown]
+# # A first distillation, with pictures
+#
+# 1,294 real digits of 8x8 pixels become ten synthetic ones, one a class. Everything runs on a CPU in about a minute:
+# the settings here are smaller than those of `make demo`, and so are the results.
+
+# %%
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from lightning.pytorch import Trainer
+
+from ftd_lightning import DistillationDataModule, FlatTeacher, SyntheticSet, TrajectoryMatching, TrajectoryStore
+from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter, TrajectoryRecorder
+from ftd_lightning.callbacks.tensorboard import picture_grid
+from ftd_lightning.models import build_network
+from ftd_lightning.modules import train_fresh_networks
+from ftd_lightning.modules.protocol import accuracy
+
+warnings.filterwarnings("ignore")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+torch.set_num_threads(1)  # images this small keep no second thread busy
+folder = Path(tempfile.mkdtemp())
+quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+network = {"network": "convnet", "network_options": {"width": 16, "depth": 2}}
+data = DistillationDataModule(dataset="digits", batch_size=128)
+data.setup()
+len(data.train.labels), len(data.val.labels), len(data.test.labels)
+
+# %% [markdown]
+# ## Teachers
+#
+# Four networks are trained on the real images towards a flat trajectory (GSAM), and their weights are recorded after
+# every epoch.
+
+# %%
+teachers = FlatTeacher(**network, teachers=4, epochs=15, lr=0.05, rho=0.02, augment="crop_scale_rotate")
+recorder = TrajectoryRecorder(str(folder / "teachers"))
+Trainer(max_epochs=-1, callbacks=[recorder], limit_val_batches=0, num_sanity_val_steps=0, **quiet).fit(teachers, data)
+store = TrajectoryStore(folder / "teachers")
+print(f"{len(store)} teachers of {store.epochs} epochs, {store.num_parameters:,} weights each")
+
+# %% [markdown]
+# ## Distillation
+#
+# A student starts from a teacher's weights, takes ten SGD steps on the synthetic images, and should land where the
+# teacher stood two epochs later. The images and the step size are learned through all ten steps.
+
+# %%
+matching = TrajectoryMatching(
+    str(folder / "teachers"),
+    syn_steps=10,
+    expert_epochs=2,
+    max_start_epoch=8,
+    lr_images=30.0,
+    lr_step_size=1e-4,
+    step_size_init=0.05,
+    augment="crop_scale_rotate",
+)
+callbacks = [SyntheticEMA(0.98), SyntheticSetWriter(str(folder / "set.safetensors"))]
+data = DistillationDataModule(dataset="digits")
+Trainer(max_steps=200, callbacks=callbacks, **quiet).fit(matching, data)
+synthetic = SyntheticSet.load(folder / "set.safetensors")
+print(f"learned step size {float(synthetic.step_size):.4f} (it began at 0.05)")
+
+# %%
+rows = {
+    "where they began: real digits": synthetic.transform.invert(matching.initial_images),
+    "distilled": synthetic.pictures(),
+    "distilled, moving average": synthetic.pictures(ema=True),
+}
+figure, axes = plt.subplots(3, 1, figsize=(7, 3), dpi=70)
+for axis, (title, pictures) in zip(axes, rows.items(), strict=True):
+    axis.imshow(picture_grid(pictures.clamp(0, 1), synthetic.labels).permute(1, 2, 0))
+    axis.set_title(title, fontsize=9)
+    axis.axis("off")
+plt.show()
+
+# %% [markdown]
+# ## Evaluation
+#
+# Fresh networks, trained on ten images alone, are measured on the 360 real test images.
+
+
+# %%
+def measure(images, labels, lr):
+    fresh = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        fresh.append(build_network("convnet", 1, 10, 8, width=16, depth=2))
+    train_fresh_networks(fresh, images, labels, epochs=300, lr=lr, strategy="crop_scale_rotate")
+    accuracies = torch.tensor([accuracy(net, *data.test) for net in fresh])
+    return f"{100 * accuracies.mean():.1f} ± {100 * accuracies.std(correction=0):.1f} %"
+
+
+step_size = float(synthetic.step_size)
+print("ten random real digits   ", measure(matching.initial_images, synthetic.labels, step_size))
+print("distilled                ", measure(synthetic.images, synthetic.labels, step_size))
+print("distilled, moving average", measure(synthetic.ema_images, synthetic.labels, step_size))

@@ -1,0 +1,111 @@
+# %% [markdown]
+# # Reading a distilled set
+#
+# A set is one file that says what it is. This notebook makes a small one on whitened digits, and then forgets how: all
+# that follows reads the file alone (and, for the last part, the teachers' store).
+
+# %%
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from lightning.pytorch import Trainer
+
+from ftd_lightning import DistillationDataModule, FlatTeacher, SyntheticSet, TrajectoryMatching, TrajectoryStore
+from ftd_lightning.callbacks import SyntheticSetWriter, TrajectoryRecorder
+from ftd_lightning.callbacks.tensorboard import picture_grid
+from ftd_lightning.models import build_network
+from ftd_lightning.modules import measure_trajectory_error, train_fresh_networks
+from ftd_lightning.modules.protocol import accuracy
+
+warnings.filterwarnings("ignore")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+torch.set_num_threads(1)
+folder = Path(tempfile.mkdtemp())
+quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def whitened():
+    return DistillationDataModule(dataset="digits", root=str(folder), batch_size=128, zca=True)
+
+
+size = {"network": "convnet", "network_options": {"width": 16, "depth": 2}}
+teachers = FlatTeacher(**size, teachers=3, epochs=12, lr=0.05, rho=0.02, augment="crop_scale_rotate")
+recorder = TrajectoryRecorder(str(folder / "teachers"))
+fit = {"limit_val_batches": 0, "num_sanity_val_steps": 0, **quiet}
+Trainer(max_epochs=-1, callbacks=[recorder], **fit).fit(teachers, whitened())
+settings = {"syn_steps": 10, "max_start_epoch": 8, "lr_images": 30.0, "step_size_init": 0.05}
+matching = TrajectoryMatching(str(folder / "teachers"), **settings, augment="crop_scale_rotate")
+Trainer(max_steps=150, callbacks=[SyntheticSetWriter(str(folder / "set.safetensors"))], **quiet).fit(matching, whitened())
+
+# %% [markdown]
+# ## What it says of itself
+
+# %%
+synthetic = SyntheticSet.load(folder / "set.safetensors")
+print(tuple(synthetic.images.shape), "classes", "".join(synthetic.class_names))
+print(f"step size {float(synthetic.step_size):.4f}")
+for key in ("method", "dataset", "network", "augmentation", "teachers", "iterations"):
+    print(f"{key:14}{synthetic.metadata[key]}")
+
+# %% [markdown]
+# ## What networks see, and what people see
+#
+# The networks were trained on whitened images: neighbouring pixels carry no common information any more, which is why the
+# values below look like noise with edges. The set brings the inverse of the whitening, and with it the pictures.
+
+# %%
+values = (synthetic.images - synthetic.images.amin()) / (synthetic.images.amax() - synthetic.images.amin())
+figure, axes = plt.subplots(2, 1, figsize=(7, 2), dpi=70)
+for axis, title, pictures in zip(axes, ("values", "pictures"), (values, synthetic.pictures()), strict=True):
+    axis.imshow(picture_grid(pictures, synthetic.labels).permute(1, 2, 0))
+    axis.set_title(title, fontsize=9)
+    axis.axis("off")
+plt.show()
+print("transform:", synthetic.transform.describe()["kind"])
+
+# %% [markdown]
+# ## Another network
+#
+# The set was distilled for one network. How much of it serves another? The test images go through the set's own
+# transform, which the data module takes from the file.
+
+# %%
+data = DistillationDataModule(dataset="digits", root=str(folder), synthetic=str(folder / "set.safetensors"))
+data.setup()
+others = {
+    "ConvNet, as distilled": {"width": 16, "depth": 2},
+    "ConvNet, wider": {"width": 64, "depth": 2},
+    "ConvNet, no norm": {"width": 16, "depth": 2, "norm": "none"},
+    "ConvNet, max pooling": {"width": 16, "depth": 2, "pooling": "max"},
+}
+for name, options in others.items():
+    fresh = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        fresh.append(build_network("convnet", 1, 10, 8, **options))
+    step_size = float(synthetic.step_size)
+    train_fresh_networks(fresh, synthetic.images, synthetic.labels, epochs=200, lr=step_size, strategy="crop_scale_rotate")
+    measured = torch.tensor([accuracy(net, *data.test) for net in fresh])
+    print(f"{name:24}{100 * measured.mean():.1f} ± {100 * measured.std(correction=0):.1f} %")
+
+# %% [markdown]
+# ## The accumulated trajectory error
+#
+# The paper's question: a student that runs through all segments on the set alone drifts away from the teacher. How far?
+
+# %%
+store = TrajectoryStore(folder / "teachers")
+student = build_network("convnet", 1, 10, 8, width=16, depth=2)
+curves = measure_trajectory_error(synthetic, store, data.test, student, teachers=range(3))
+figure, axis = plt.subplots(figsize=(5, 2.6), dpi=70)
+for label, key in (("running through", "evaluation"), ("started afresh from the teacher", "distillation")):
+    axis.plot(curves[0].epochs, torch.tensor([getattr(curve, key) for curve in curves]).mean(0), marker=".", label=label)
+axis.set(xlabel="teacher epoch", ylabel="loss above the teacher's")
+axis.legend(fontsize=8)
+plt.show()
+epsilon = torch.tensor([curve.epsilon[-1] for curve in curves])
+print(f"accumulated error after {curves[0].epochs[-1]} epochs: {epsilon.mean():.2f} ± {epsilon.std(correction=0):.2f}")
