@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check bench reproduce results clean
+.PHONY: help setup demo test lint types check bench reproduce results notebooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ reproduce: setup  ## DATASET, IPC, METHOD [TEACHERS ITERATIONS EPOCHS MINUTES AR
 
 results: setup  ## put all records of notebooks/results into the README's table
 	$(BIN)/python -m ftd_lightning.verbs.results_table
+
+notebooks: setup  ## make the notebooks from notebooks/scripts and run them
+	$(BIN)/python notebooks/build.py
 
 clean:  ## remove the virtual environment and what the demo made
 	rm -rf $(VENV) runs/digits build dist *.egg-info

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # The modules in an existing Lightning code base
 #
-# Suppose that you have a LightningDataModule, a LightningModule and a way to start a Trainer. This notebook distils your
-# data for your network without touching either, and then trains your module on the result.
+# Suppose that you have a LightningDataModule, a LightningModule and a way to start a Trainer. This notebook distils
+# your data for your network without touching either, and then trains your module on the result.
 
 # %%
 import logging
@@ -65,8 +65,8 @@ class YourModule(LightningModule):
 # import path. The distillation needs real images to start from, since your data module does not hold them as tensors.
 
 # %%
-from ftd_lightning import FlatTeacher, SyntheticSet, TrajectoryMatching  # noqa: E402
-from ftd_lightning.callbacks import SyntheticSetWriter, TrajectoryRecorder  # noqa: E402
+from ftd_lightning import FlatTeacher, SyntheticSet, TrajectoryMatching
+from ftd_lightning.callbacks import SyntheticSetWriter, TrajectoryRecorder
 
 teachers = FlatTeacher(your_network, teachers=3, epochs=15, lr=0.1, rho=0.02, augment="")
 recorder = TrajectoryRecorder(str(folder / "teachers"))
@@ -76,9 +76,9 @@ matching = TrajectoryMatching(
     str(folder / "teachers"),
     your_network,
     ipc=1,
-    syn_steps=10,
+    syn_steps=20,
     max_start_epoch=8,
-    lr_images=10.0,
+    lr_images=3.0,
     step_size_init=0.1,
     augment="",
     real=train,
@@ -114,8 +114,8 @@ print(f"all 1,400 real images:            {100 * train_yours(TensorDataset(*trai
 # The mathematics needs torch alone: the matching loss is an ordinary differentiable function, and GSAM an optimizer.
 
 # %%
-from ftd_lightning.functional import chunked_permutations, flatten_parameters, make_generator  # noqa: E402
-from ftd_lightning.functional import trajectory_matching_loss  # noqa: E402
+from ftd_lightning.functional import chunked_permutations, flatten_parameters, make_generator
+from ftd_lightning.functional import trajectory_matching_loss
 
 net = your_network()
 start = flatten_parameters(net)

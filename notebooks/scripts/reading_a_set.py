@@ -39,7 +39,9 @@ fit = {"limit_val_batches": 0, "num_sanity_val_steps": 0, **quiet}
 Trainer(max_epochs=-1, callbacks=[recorder], **fit).fit(teachers, whitened())
 settings = {"syn_steps": 10, "max_start_epoch": 8, "lr_images": 30.0, "step_size_init": 0.05}
 matching = TrajectoryMatching(str(folder / "teachers"), **settings, augment="crop_scale_rotate")
-Trainer(max_steps=150, callbacks=[SyntheticSetWriter(str(folder / "set.safetensors"))], **quiet).fit(matching, whitened())
+Trainer(max_steps=150, callbacks=[SyntheticSetWriter(str(folder / "set.safetensors"))], **quiet).fit(
+    matching, whitened()
+)
 
 # %% [markdown]
 # ## What it says of itself
@@ -54,8 +56,8 @@ for key in ("method", "dataset", "network", "augmentation", "teachers", "iterati
 # %% [markdown]
 # ## What networks see, and what people see
 #
-# The networks were trained on whitened images: neighbouring pixels carry no common information any more, which is why the
-# values below look like noise with edges. The set brings the inverse of the whitening, and with it the pictures.
+# The networks were trained on whitened images: neighbouring pixels carry no common information any more, which is why
+# the values below look like noise with edges. The set brings the inverse of the whitening, and with it the pictures.
 
 # %%
 values = (synthetic.images - synthetic.images.amin()) / (synthetic.images.amax() - synthetic.images.amin())
@@ -88,7 +90,9 @@ for name, options in others.items():
         torch.manual_seed(seed)
         fresh.append(build_network("convnet", 1, 10, 8, **options))
     step_size = float(synthetic.step_size)
-    train_fresh_networks(fresh, synthetic.images, synthetic.labels, epochs=200, lr=step_size, strategy="crop_scale_rotate")
+    train_fresh_networks(
+        fresh, synthetic.images, synthetic.labels, epochs=200, lr=step_size, strategy="crop_scale_rotate"
+    )
     measured = torch.tensor([accuracy(net, *data.test) for net in fresh])
     print(f"{name:24}{100 * measured.mean():.1f} ± {100 * measured.std(correction=0):.1f} %")
 
@@ -103,7 +107,9 @@ student = build_network("convnet", 1, 10, 8, width=16, depth=2)
 curves = measure_trajectory_error(synthetic, store, data.test, student, teachers=range(3))
 figure, axis = plt.subplots(figsize=(5, 2.6), dpi=70)
 for label, key in (("running through", "evaluation"), ("started afresh from the teacher", "distillation")):
-    axis.plot(curves[0].epochs, torch.tensor([getattr(curve, key) for curve in curves]).mean(0), marker=".", label=label)
+    axis.plot(
+        curves[0].epochs, torch.tensor([getattr(curve, key) for curve in curves]).mean(0), marker=".", label=label
+    )
 axis.set(xlabel="teacher epoch", ylabel="loss above the teacher's")
 axis.legend(fontsize=8)
 plt.show()

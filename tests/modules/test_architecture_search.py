@@ -76,7 +76,8 @@ def test_a_measurement_is_a_function_of_its_seed_and_architecture() -> None:
     settings = {"networks": 2, "epochs": 20, "lr": 0.05, "augment": "crop", "device": torch.device("cpu")}
 
     def measure(one: Architecture, seed: int) -> dict:
-        return {k: v for k, v in measure_architecture(one, data, images, seed=seed, **settings).items() if k != "seconds"}
+        found = measure_architecture(one, data, images, seed=seed, **settings)
+        return {key: value for key, value in found.items() if key != "seconds"}
 
     one = Architecture(1, 8, "relu", "instance", "avg")
     first = measure(one, 0)

@@ -16,9 +16,7 @@ def search(out: Path, *words: str) -> dict:
 
 
 def numbers(results: dict) -> dict:
-    return {
-        name: {side: value["mean"] for side, value in sides.items()} for name, sides in results["measured"].items()
-    }
+    return {name: {side: value["mean"] for side, value in sides.items()} for name, sides in results["measured"].items()}
 
 
 @pytest.fixture(scope="module")
@@ -78,5 +76,5 @@ def test_another_search_does_not_mix_with_it(straight) -> None:
 
 
 def test_without_a_set_there_is_nothing_to_compare(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="give data.synthetic"):
+    with pytest.raises(InputError, match=r"give data\.synthetic"):
         nas.main(["--out", str(tmp_path), "--data.max_per_class", "14"])
