@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ftd_lightning.data.images import Images
@@ -14,6 +15,7 @@ from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatibl
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
 from ftd_lightning.functional.compiling import Compile, compiles
+from ftd_lightning.functional.inner_step import compile_seconds
 from ftd_lightning.functional.matching import trajectory_matching_loss
 from ftd_lightning.functional.pruning import Rule, keep_mask
 from ftd_lightning.functional.robust import Residual, start_noise
@@ -128,6 +130,7 @@ class TrajectoryMatching(Distillation):
         self.save_hyperparameters(ignore=["real", *plain_network(network)])
         self._architecture = network
         self._real = None if real is None else Images(*real)
+        self._compile_seconds = 0.0
         self._augment = partial(dsa, strategy=augment, mode=augment_mode) if augment else None
 
     def setup(self, stage: str) -> None:
@@ -223,7 +226,11 @@ class TrajectoryMatching(Distillation):
             self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the step size."""
+        """Log the step size, and say how long compilation took, where anything was compiled."""
+        seconds = compile_seconds(self._student[0])
+        if seconds > self._compile_seconds:
+            self._compile_seconds = seconds
+            rank_zero_info(f"compiling the inner step took {seconds:.1f} s, which are no part of its speed")
         self.log("matching/step_size", self.step_size.detach(), prog_bar=True, batch_size=1)
         super().on_train_batch_end(outputs, batch, batch_idx)
 

@@ -195,3 +195,12 @@ def test_the_set_carries_what_its_use_needs(tmp_path: Path, trajectories: Path) 
 def test_batchnorm_teachers_can_be_matched(tmp_path: Path) -> None:
     options = {"network_options": {"width": 4, "depth": 1, "norm": "batch"}}
     assert torch.isfinite(distil(tmp_path, record(tmp_path, **options), steps=3).images).all()
+
+
+def test_a_compiled_fit_learns_the_same_and_says_how_long_compiling_took(tmp_path, trajectories, caplog) -> None:
+    eager = distil(tmp_path, trajectories, steps=3, augment="crop_scale")
+    with caplog.at_level("INFO"):
+        compiled = distil(tmp_path, trajectories, steps=3, augment="crop_scale", compile=True)
+    torch.testing.assert_close(compiled.images, eager.images, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(compiled.images, eager.images), "nothing was compiled"
+    assert "compiling the inner step took" in caplog.text
