@@ -127,6 +127,7 @@ class EvaluateSynthetic(Callback):
             seed=derive_seed(*keys),
             strategy=module.hparams["augment"],
             mode=module.hparams["augment_mode"],
+            align_corners=module.hparams.get("align_corners", True),
             progress=f"evaluation of {name} images" if trainer.is_global_zero else None,
             indices=own,
             losses=self._losses,

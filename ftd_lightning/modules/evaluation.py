@@ -57,6 +57,7 @@ class SyntheticEvaluation(LightningModule):
         compile: torch.compile for forward and backward passes: True, False, or "auto": on a GPU only.
         rho: train by SAM with a ball of this radius, each network for itself ("MTT + flat minimum", Sec. 4.3); only
             the gradients change, the schedule stays. 0: plain SGD.
+        align_corners: of the augmentation's resampling; true in trajectory matching, false in DC, DSA, DM and CAFE.
 
     Attributes:
         networks: an ``nn.ModuleList`` of those that this rank trains.
@@ -79,6 +80,7 @@ class SyntheticEvaluation(LightningModule):
         seed: int = 0,
         compile: Compile = "auto",  # noqa: A002
         rho: float = 0.0,
+        align_corners: bool = True,
     ) -> None:
         super().__init__()
         if networks < 1:
@@ -163,6 +165,7 @@ class SyntheticEvaluation(LightningModule):
             seeds=[derive_seed(self.hparams["seed"], "dsa", index, *where) for index in self.own],
             strategy=self.hparams["augment"],
             mode=self.hparams["augment_mode"],
+            align_corners=self.hparams["align_corners"],
             one_graph=str(self.trainer.precision).startswith("16"),
         )
         self.train_loss.update(losses.detach()[: self.counted].expand(len(batch[1]), self.counted))

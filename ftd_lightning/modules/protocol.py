@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 def evaluation_optimizer(
     networks: Iterable[nn.Module], *, lr: float, momentum: float, weight_decay: float, epochs: int
 ) -> tuple[torch.optim.SGD, MultiStepLR]:
-    """Make the protocol's optimizer and its schedule, x0.1 at half way, over the weights of all networks."""
+    """Make the protocol's optimizer and its schedule, x0.1 at half way, over the weights of all networks.
+
+    Convention: one optimizer for all epochs. The public code makes a new one at the drop, which forgets the momentum,
+    runs one epoch more, and drops one later.
+    """
     parameters = [p for network in networks for p in network.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
     return optimizer, MultiStepLR(optimizer, [max(1, epochs // 2)], gamma=0.1)
@@ -71,6 +75,7 @@ def train_fresh_networks(
     weight_decay: float = 5e-4,
     strategy: str = STRATEGY,
     mode: Mode = "single",
+    align_corners: bool = True,
     progress: str | None = None,
     compile: Compile = "auto",  # noqa: A002
     indices: Sequence[int] | None = None,
@@ -90,6 +95,7 @@ def train_fresh_networks(
         weight_decay: of SGD.
         strategy: DSA strategy.
         mode: DSA mode.
+        align_corners: of its resampling.
         progress: what a progress bar says; None for no bar.
         compile: torch.compile for forward and backward passes: True, False, or "auto": on a GPU only.
         indices: numbers of the networks, by which their augmentation is drawn; None counts from 0.
@@ -108,7 +114,8 @@ def train_fresh_networks(
         for step, (x, y) in enumerate(loader):
             seeds = [derive_seed(seed, "dsa", index, epoch, step) for index in indices]
             optimizer.zero_grad()
-            losses(networks, x, y, seeds=seeds, strategy=strategy, mode=mode).sum().backward()  # type: ignore[no-untyped-call]
+            settings = {"strategy": strategy, "mode": mode, "align_corners": align_corners}
+            losses(networks, x, y, seeds=seeds, **settings).sum().backward()  # type: ignore[arg-type, no-untyped-call]
             optimizer.step()
         schedule.step()
 

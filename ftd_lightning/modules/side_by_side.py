@@ -115,6 +115,7 @@ class SideBySide:
         seeds: Sequence[int],
         strategy: str,
         mode: Mode,
+        align_corners: bool = True,
         one_graph: bool = False,
     ) -> Tensor:
         """Give the networks' losses (n,), differentiable in their weights.
@@ -128,11 +129,12 @@ class SideBySide:
             seeds: n, of the augmentations.
             strategy: DSA strategy.
             mode: DSA mode.
+            align_corners: of its resampling.
             one_graph: for float16, whose gradients need the scale that the trainer puts on the loss.
         """
 
         def augmented(seed: int) -> Tensor:
-            return dsa(images, make_generator(seed), strategy=strategy, mode=mode)
+            return dsa(images, make_generator(seed), strategy=strategy, mode=mode, align_corners=align_corners)
 
         if one_graph and self.rho:
             raise InputError("SAM at evaluation (rho) is not to be had in float16: use 32-true or bf16-mixed")

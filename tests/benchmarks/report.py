@@ -101,7 +101,9 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
                 if points:
                     label = f"ipc {ipc}, width {width}: {name}"
                     panel.plot(*zip(*points, strict=True), line, marker=marker, color=f"C{color}", label=label)
-        panel.set(xlabel="inner steps", yscale="log")
+        # A small step may find all the memory it takes among what the process held already.
+        positive = all(min(curve.get_ydata()) > 0 for curve in panel.lines)
+        panel.set(xlabel="inner steps", yscale="log" if positive else "linear")
         panel.grid(visible=True, alpha=0.3)
     panels[0].set(ylabel="memory added by a matching step, MiB")
     panels[1].set(ylabel="time of a matching step, s")
