@@ -85,6 +85,7 @@ class EvaluateSynthetic(Callback):
         """Measure where it is due."""
         assert isinstance(pl_module, Distillation)
         last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        last = last or trainer.current_epoch + 1 == trainer.max_epochs
         if (trainer.current_epoch + 1) % self.every_n_epochs and not last:
             return
         chosen: dict[str, float] = {}

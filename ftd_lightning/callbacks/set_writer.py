@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ftd_lightning.data.files import run_folder
 from ftd_lightning.errors import InputError
@@ -47,4 +48,7 @@ class SyntheticSetWriter(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what there is before the run ends; nothing where it failed before training began."""
         if trainer.global_step > 0:
-            self._write(trainer, pl_module)
+            try:
+                self._write(trainer, pl_module)
+            except InputError as error:  # values that are not finite: the run's own error is the one to tell
+                rank_zero_warn(str(error))

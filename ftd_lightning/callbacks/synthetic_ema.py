@@ -34,12 +34,17 @@ class SyntheticEMA(Callback):
         self.warmup = warmup
         self.average: torch.Tensor | None = None
         self.updates = torch.tensor(0)
+        self._loaded = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the initial images, unless a checkpoint brought an average."""
+        """Start from the images as they are, unless this module's average goes on or a checkpoint brought one."""
         images: torch.Tensor = pl_module.images  # type: ignore[assignment]
-        start = images if self.average is None else self.average
-        self.average = start.detach().to(images.device, copy=True)
+        goes_on = self.average is not None and (self._loaded or pl_module.ema_images is self.average)
+        if not goes_on:  # also after a fit of another module
+            self.average, self.updates = images, torch.tensor(0)
+        self._loaded = False
+        assert self.average is not None
+        self.average = self.average.detach().to(images.device, copy=True)
         pl_module.ema_images = self.average
 
     @torch.no_grad()
@@ -64,3 +69,4 @@ class SyntheticEMA(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
         self.average, self.updates = state_dict["average"], torch.tensor(state_dict["updates"])
+        self._loaded = self.average is not None

@@ -68,7 +68,8 @@ class TensorBoardPictures(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the present images."""
-        last = 0 <= trainer.max_steps <= trainer.global_step
+        last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        last = last or trainer.current_epoch + 1 == trainer.max_epochs
         if last or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._show(trainer, pl_module)
 

@@ -79,7 +79,11 @@ class TrajectoryRecorder(Callback):
         metrics = trainer.callback_metrics
         if not pl_module.records_teacher:
             return
-        value = metrics.get("teacher/val_accuracy", metrics.get("teacher/train_accuracy"))
+        # Metrics stay until they are measured again: those of another epoch, or teacher, are not this one's.
+        every = trainer.check_val_every_n_epoch
+        due = every is not None and (trainer.current_epoch + 1) % every == 0
+        name = "val" if trainer.enable_validation else "train"
+        value = metrics.get(f"teacher/{name}_accuracy") if due or name == "train" else None
         teacher, epochs = pl_module.teacher, pl_module.teacher_epoch + 1
         self._snapshot(pl_module, epochs, None if value is None else round(float(value), 6))
         if epochs < pl_module.hparams["epochs"]:

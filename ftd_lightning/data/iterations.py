@@ -19,7 +19,8 @@ class IterationLoader(ABC, Generic[Batch]):
 
     Lightning saves and restores its state, so that a resumed run goes on with the batch it would have had. It has a
     length because Lightning reads one batch ahead of loaders without, and skips that batch on resume. It reads one
-    ahead by itself, in a thread, while the present iteration runs.
+    ahead by itself, in a thread, while the present iteration runs. A trainer's ``limit_train_batches`` that does not
+    divide the length shifts the epochs, and with them what is done at their end; no iteration is lost.
 
     Args:
         length: iterations that make one Lightning epoch.

@@ -49,7 +49,8 @@ class Compiled:
 
     Args:
         function: what to compile. It takes tensors, and modules and numbers, which become part of the program; it must
-            not write to them, as a call that fails is made again. Called without gradients.
+            not write to them, as a call that fails is made again. Called with gradients on, its backward
+            pass is compiled later, where a failure is no longer caught.
         eager: the same function as it runs fastest uncompiled; ``function``, if not given.
         cuda_graphs: record CUDA graphs, which spares a small network the time to launch its kernels.
         backend: of torch.compile.

@@ -120,9 +120,8 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: _Student, start: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
         weights, path = start.detach().clone(), []
-        for step, batch in enumerate(student.batches):
+        for step, index in enumerate(student.batches):
             path.append(weights)
-            index = batch.to(images.device)
             x = student.augmented(images.detach()[index], step)
             weights = student.step.forward(student.network, weights, x, labels.detach()[index], lr.detach())
         ctx.student = student
@@ -138,7 +137,7 @@ class _Adjoint(torch.autograd.Function):
         grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(lr)
         grad_labels = torch.zeros_like(labels) if soft else None
         for step in reversed(range(len(student.batches))):
-            index = student.batches[step].to(images.device)
+            index = student.batches[step]
             raw = images[index].requires_grad_()
             with torch.enable_grad():
                 x = student.augmented(raw, step)
@@ -211,14 +210,15 @@ def unroll(
     # The full graph is differentiated twice, which a compiled function cannot be.
     compile = compile if method == "adjoint" else False  # noqa: A001
     step_functions = inner_step(network, device=start.device, compile=compile, cuda_graphs=cuda_graphs)
-    student = _Student(network, list(batches), augment, seed, step_functions)
+    # Each index once: a copy from pageable memory makes the host wait, and full batches are one and the same tensor.
+    moved = {id(batch): batch.to(images.device, non_blocking=True) for batch in batches}
+    student = _Student(network, [moved[id(batch)] for batch in batches], augment, seed, step_functions)
     # Without gradients there is no graph to keep, and the adjoint's forward run is the same numbers.
     if method == "adjoint" or not torch.is_grad_enabled():
         weights: Tensor = _Adjoint.apply(student, start, images, labels, step_size)
         return weights
     weights = start if start.requires_grad else start.detach().clone().requires_grad_()
     for step, batch in enumerate(student.batches):
-        index = batch.to(images.device)
-        loss = student_loss(network, weights, student.augmented(images[index], step), labels[index])
+        loss = student_loss(network, weights, student.augmented(images[batch], step), labels[batch])
         weights = weights - step_size * torch.autograd.grad(loss, weights, create_graph=True)[0]
     return weights

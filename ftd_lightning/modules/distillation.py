@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ftd_lightning.data.coresets import random_real_images
 from ftd_lightning.data.files import versions
 from ftd_lightning.data.images import Images
+from ftd_lightning.data.iterations import IterationLoader
 from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.data.transform import Standardization
 from ftd_lightning.errors import DivergenceError, InputError
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch.optim import Optimizer
 
-    from ftd_lightning.data.iterations import IterationLoader
     from ftd_lightning.modules.networks import FreshNetworks
 
 Init = Literal["real", "noise"]
@@ -88,7 +88,7 @@ class Distillation(LightningModule):
             InputError: where there are neither, or too few of a class.
         """
         real = self._real or getattr(getattr(self.trainer, "datamodule", None), "train", None)
-        if real is None:
+        if not isinstance(real, Images):  # another datamodule's "train" may be anything
             raise InputError("distillation starts from real images: give a DistillationDataModule or the argument real")
         ipc, seed = self.hparams["ipc"], self.hparams["seed"]
         start = random_real_images(real, ipc, seed)
@@ -98,6 +98,23 @@ class Distillation(LightningModule):
         self.images = nn.Parameter(pictures.clone())
         self.register_buffer("labels", start.labels.clone())
         self.initial_images = pictures.clone()
+
+    def on_train_start(self) -> None:
+        """Refuse what would make another optimization of it.
+
+        Raises:
+            InputError: for batches that are no iterations of this module, or gradients accumulated over several.
+        """
+        if not isinstance(self.trainer.train_dataloader, IterationLoader):
+            raise InputError(
+                "a distillation iterates over its own loader: let the datamodule's train_dataloader return "
+                "trainer.lightning_module.iteration_loader(), or fit without a datamodule"
+            )
+        if self.trainer.accumulate_grad_batches != 1:
+            raise InputError(
+                "trainer.accumulate_grad_batches must be 1 in a distillation; TrajectoryMatching averages several "
+                "segments with model.segments_per_step"
+            )
 
     def logged(self, loss: Tensor) -> Tensor:
         """Log a loss and hand it on; the images change with it, so what was measured of them is forgotten."""

@@ -196,7 +196,10 @@ class SyntheticEvaluation(LightningModule):
         """Log their accuracy, and remember it beside that on the test images, so that an iterate can be chosen."""
         values = self._log_accuracies("val")
         test = getattr(getattr(self.trainer, "datamodule", None), "test", None)
-        if not isinstance(test, Images) or self.trainer.sanity_checking or self.trainer.state.fn != "fit":
+        if self.trainer.sanity_checking or self.trainer.state.fn != "fit":
+            return
+        self.trained_epochs = self.current_epoch + 1  # a checkpoint may be saved before the epoch's end counts it
+        if not isinstance(test, Images):
             return
         assert self.networks is not None
         own = accuracies(self.networks, *(part.to(self.device) for part in test))

@@ -155,11 +155,15 @@ class FeatureAlignment(ClassMatching):
         a run is not followed by training that nothing uses.
         """
         iteration = batch["iteration"]
-        if self.round < 0 or self._leaves_round(iteration):
-            self.round, self.round_steps = self.round + 1, 0
+        if not self._network or self._leaves_round(iteration):
+            # A run that was done and goes on to more rounds has no network, but the number of its next round.
+            self.round += bool(self._network) or self.round < 0
+            self.round_steps = 0
             if self.finished:
                 self.trainer.should_stop = True
                 self._network = []
+                # Given back: a run that goes on to more rounds begins with it.
+                self.trainer.train_dataloader.iteration = iteration  # type: ignore[union-attr]
                 return -1  # Lightning's word for an epoch that ends here
             self._network, self._outer = [self.fresh_network(self.round)], self._new_outer_watcher()
         else:
@@ -259,6 +263,10 @@ class FeatureAlignment(ClassMatching):
             embeddings.append(levels[-1])
         labels = [self.labels.new_full((len(batch),), label) for label, batch in enumerate(batches)]
         return [torch.cat(parts) for parts in zip(*means, strict=True)], torch.cat(embeddings), torch.cat(labels)
+
+    def description(self) -> dict[str, Any]:
+        """Describe the data and the network, and count the rounds that are done."""
+        return {**super().description(), "rounds": max(self.round, 0)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the network of the moment and how far its round is."""

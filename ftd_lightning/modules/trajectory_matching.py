@@ -179,8 +179,12 @@ class TrajectoryMatching(Distillation):
 
     def training_step(self, batch: list[SegmentBatch], batch_idx: int) -> Tensor:
         """Average the matching losses of this rank's segments."""
-        loss = torch.stack([self._match(segment) for segment in batch]).mean()
-        self.log("matching/start_epoch", sum(s["start_epoch"] for s in batch) / len(batch), batch_size=1)
+        # In full precision whatever the trainer's: the backward run is not under its autocast, and would differentiate
+        # another function.
+        with torch.autocast(self.device.type, enabled=False):
+            loss = torch.stack([self._match(segment) for segment in batch]).mean()
+        start_epoch = torch.tensor(sum(s["start_epoch"] for s in batch) / len(batch))
+        self.log("matching/start_epoch", start_epoch.to(self.device, non_blocking=True), batch_size=1)
         return self.logged(loss)
 
     def _match(self, segment: SegmentBatch) -> Tensor:

@@ -18,7 +18,7 @@ from ftd_lightning.data.files import replacing
 from ftd_lightning.errors import InputError
 from ftd_lightning.verbs.comparison_plan import load
 from ftd_lightning.verbs.comparison_plot import draw_plot, write_pictures
-from ftd_lightning.verbs.comparison_table import gather, markdown, text
+from ftd_lightning.verbs.comparison_table import gather, markdown, state, text
 from ftd_lightning.verbs.fit_steps import FitError, Slice, is_done, run_step
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def advance(job: Comparison, rows: Sequence[Row], time_slice: Slice) -> tuple[di
 
 def report(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
     """Write pictures, plot, ``compare.json`` and ``compare.md`` of what there is."""
-    done = [row for row in job.rows.values() if row.name not in failures and all(map(is_done, job.steps(row)))]
+    done = [row for row in job.rows.values() if state(job, row, failures)["state"] == "done"]
     write_pictures(job, done)
     results = gather(job, failures)
     networks = [name for name in job.networks if name]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,25 +16,15 @@ import yaml
 
 from ftd_lightning.cli import with_bases
 from ftd_lightning.data import SyntheticSet
-from ftd_lightning.data.coresets import BASELINES
 from ftd_lightning.data.trajectory_store import teacher_file
 from ftd_lightning.errors import InputError
+from ftd_lightning.verbs.comparison_checks import check
 from ftd_lightning.verbs.fit_steps import FitStep
 from ftd_lightning.verbs.resolved_configs import NO_SETTING, PHASES, words_by_phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-KEYS = {
-    *("title", "dataset", "ipc", "run", "fits", "threads", "words"),
-    *("teachers", "evaluate", "networks", "rows", "plot"),
-}
-ROW_KEYS = {
-    *("label", "synthetic", "distill", "set", "teachers", "ema", "x", "reference"),
-    *("distill_words", "evaluate", "evaluate_words"),
-}
-SOURCES = ("synthetic", "distill", "set")
-TEACHER_KEYS = {"config", "words", "store"}
 PEAK_MEMORY = "--trainer.callbacks+=ftd_lightning.verbs.peak_memory.PeakMemory"
 COUNTS = ("teachers", "max_steps", "max_epochs", "trajectories", "synthetic", "ema")  # these do decide numbers here
 
@@ -185,9 +174,12 @@ class Comparison:
             saved = _saved(folder)
             if not saved or not file.is_file():
                 return False
-            # A method that counts rounds ends by itself, whatever the number of its iterations.
-            rounds = "rounds" in saved["model"]["init_args"]
-            return rounds or SyntheticSet.load(file).metadata["iterations"] >= saved["trainer"]["max_steps"]
+            made, steps = SyntheticSet.load(file).metadata, saved["trainer"]["max_steps"]
+            rounds = saved["model"]["init_args"].get("rounds")
+            if rounds is None:
+                return bool(made["iterations"] >= steps)
+            # A method that counts rounds ends by itself, if max_steps (-1: none) does not end it before.
+            return made.get("rounds", 0) >= rounds or 0 <= steps <= made["iterations"]
 
         further = ["--model.trajectories", str(store[0])] if store else []
         return FitStep(f"{row.name}: distillation", config, folder, (*words, *further, PEAK_MEMORY), finished, 1)
@@ -229,28 +221,6 @@ class Comparison:
         return [*(step for step in first if step is not None), *evaluations]
 
 
-def _known(where: str, given: Any, keys: set[str]) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise InputError(f"{where}: names no settings")
-    unknown = sorted(str(key) for key in {*given} - keys)
-    if unknown:
-        raise InputError(f"{where}: unknown {', '.join(unknown)}; there are {', '.join(sorted(keys))}")
-    return given
-
-
-def _check_row(where: str, given: dict[str, Any], teachers: dict[str, Any]) -> None:
-    sources = [key for key in SOURCES if key in given]
-    if len(sources) != 1:
-        raise InputError(f"{where}: names {' and '.join(sources) or 'no set'}; give one of {', '.join(SOURCES)}")
-    if given.get("synthetic", "real") not in BASELINES:
-        raise InputError(f"{where}: synthetic is one of {', '.join(BASELINES)}; give a file as set")
-    if "set" in given and not Path(given["set"]).is_file():
-        raise InputError(f"{where}: its set {given['set']} is not there")
-    name = given.get("teachers")
-    if name is not None and name not in teachers:
-        raise InputError(f"{where}: unknown teachers {name}; there are {', '.join(teachers) or 'none'}")
-
-
 def load(file: Path, further: Sequence[str] = (), only: Sequence[str] = ()) -> Comparison:
     """Read a comparison and check all that can be known before the first fit.
 
@@ -265,26 +235,11 @@ def load(file: Path, further: Sequence[str] = (), only: Sequence[str] = ()) -> C
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     try:
-        given = _known(str(file), yaml.safe_load(file.read_text()), KEYS)
+        given = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise InputError(f"{file}: is no YAML: {' '.join(str(error).split())}") from error
-    missing = [key for key in ("dataset", "run", "evaluate", "rows") if not given.get(key)]
-    if missing:
-        raise InputError(f"{file}: lacks {', '.join(missing)}")
-    teachers = given.setdefault("teachers", {}) or {}
-    for name, entry in teachers.items():
-        entry = _known(
-            f"{file}: teachers {name}", entry if isinstance(entry, dict) else {"config": entry}, TEACHER_KEYS
-        )
-        if ("config" in entry) == ("store" in entry):
-            raise InputError(f"{file}: teachers {name}: give either config or store")
-    rows = {}
-    for name, entry in given["rows"].items():
-        where = f"{file}: row {name}"
-        if not re.fullmatch(r"[\w.+-]+", str(name)):
-            raise InputError(f"{where}: names a file too: letters, digits and _ . + - only")
-        _check_row(where, _known(where, entry, ROW_KEYS), teachers)
-        rows[str(name)] = Row(str(name), entry)
+    check(str(file), given)
+    rows = {str(name): Row(str(name), entry) for name, entry in given["rows"].items()}
     unknown = [name for name in only if name not in rows]
     if unknown:
         raise InputError(f"{file}: has no row {', '.join(unknown)}; there are {', '.join(rows)}")

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.data.files import versions
+from ftd_lightning.errors import InputError
 from ftd_lightning.verbs.comparison_plot import COUNTS, plot_points
 from ftd_lightning.verbs.fit_steps import is_done, read_notes
 from ftd_lightning.verbs.peak_memory import FILE
@@ -20,13 +21,22 @@ if TYPE_CHECKING:
     from ftd_lightning.verbs.fit_steps import FitStep
 
 KIND = "comparison"
-NOTES = (
-    "Test accuracy in %: mean ± population standard deviation over networks (how many).",
+ACCURACY = "Test accuracy in %: mean ± population standard deviation over networks (how many)."
+ITERATES = (
     "Last: after the last epoch. Chosen on held-out: at the epoch that held-out training images chose.",
     "Best on test: at the epoch that is best on the test images themselves, which is an upper bound only.",
-    "Seconds are wall time. What several rows share (teachers, a distillation) is done once and shown in each.",
-    "Peak memory: of tensors on the GPU where there is one, else of the whole process.",
 )
+ARCHITECTURES = "A column for each network that the sets were evaluated on: after the last epoch."
+COSTS = (
+    "Seconds are wall time. What several rows share (teachers, a distillation) is done once and shown in each.",
+    "Seconds of a distillation include measuring it on the way (EvaluateSynthetic).",
+    "Peak memory is a distillation's, measuring on the way included: on the GPU of tensors, else of the whole process.",
+)
+
+
+def notes(networks: Sequence[str]) -> list[str]:
+    """Say what the columns are: iterates on one network, or the last ones on several."""
+    return [ACCURACY, *([ARCHITECTURES] if networks else ITERATES), *COSTS]
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -46,6 +56,20 @@ def _accuracy(folder: Path) -> dict[str, Any]:
     return {"last": last, **{key: found.get(key) for key in ("chosen_on_held_out", "best_on_test")}}
 
 
+def state(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str, str]:
+    """Say how far a row is: "state" is "done", "to do" or, with a "reason", "failed".
+
+    A row that was not asked for may lack a config; it is no reason to throw the others' results away.
+    """
+    if row.name in failures:
+        return {"state": "failed", "reason": failures[row.name]}
+    try:
+        done = all(map(is_done, job.steps(row)))
+    except InputError as error:
+        return {"state": "failed", "reason": str(error)}
+    return {"state": "done" if done else "to do"}
+
+
 def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str, Any]:
     """Say what a row gave.
 
@@ -61,11 +85,10 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
     """
     facts: dict[str, Any] = {"name": row.name, "label": row.label}
     facts |= {key: row.given[key] for key in ("x", "reference") if key in row.given}
-    if row.name in failures:
-        return {**facts, "state": "failed", "reason": failures[row.name]}
+    facts |= state(job, row, failures)
+    if facts["state"] != "done":
+        return facts
     steps = job.steps(row)
-    if not all(map(is_done, steps)):
-        return {**facts, "state": "to do"}
     teachers, distill = row.given.get("teachers"), job.distill_step(row)
     evaluations = {network: job.evaluation_step(row, network) for network in job.networks}
     accuracy = {network: _accuracy(step.folder) for network, step in evaluations.items()}
@@ -73,7 +96,6 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
     counts = _read(first.folder / COUNTS)
     return {
         **facts,
-        "state": "done",
         "accuracy": next(iter(accuracy.values())),
         **({"networks": accuracy} if "" not in accuracy else {}),
         "seconds": {
@@ -90,10 +112,22 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
     }
 
 
+def _teachers(job: Comparison) -> dict[str, dict[str, Any]]:
+    """Give the "seconds" of teachers that are done; with a "reason", None, of those that cannot be."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in job.given.get("teachers") or {}:
+        try:
+            step = job.teacher_step(name)
+            if step is not None and is_done(step):
+                found[name] = {"seconds": _seconds([step])}
+        except InputError as error:
+            found[name] = {"seconds": None, "reason": str(error)}
+    return found
+
+
 def gather(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
     """Gather the content of ``compare.json``."""
     rows = [outcome(job, row, failures) for row in job.rows.values()]
-    stores = {name: job.teacher_step(name) for name in job.given.get("teachers") or {}}
     facts = {
         "kind": KIND,
         "title": job.given.get("title", job.file.stem),
@@ -101,7 +135,7 @@ def gather(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
         "dataset": job.given["dataset"],
         "ipc": job.given.get("ipc", 1),
         "rows": rows,
-        "teachers": {n: {"seconds": _seconds([step])} for n, step in stores.items() if step and is_done(step)},
+        "teachers": _teachers(job),
         "device": "; ".join(sorted({name for row in rows for name in row.get("devices", [])})),
         "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -156,9 +190,13 @@ def markdown(results: Mapping[str, Any], networks: Sequence[str] = ()) -> str:
     lines = [[cell.replace("|", "\\|") for cell in line] for line in table(results, networks)]
     lines.insert(1, ["---"] * len(lines[0]))
     rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    teachers = "".join(f"- teachers {n}: {_number(v['seconds'])} s\n" for n, v in results["teachers"].items())
-    notes = "".join(f"- {note}\n" for note in NOTES)
-    return f"# {results['title']}\n\n{rows}\n{teachers}{notes}- {results['device'] or 'nothing is done yet'}\n"
+    said = {
+        n: f"failed: {v['reason']}" if "reason" in v else f"{v['seconds']:.0f} s"
+        for n, v in results["teachers"].items()
+    }
+    teachers = "".join(f"- teachers {name}: {what}\n" for name, what in said.items())
+    below = "".join(f"- {note}\n" for note in notes(networks))
+    return f"# {results['title']}\n\n{rows}\n{teachers}{below}- {results['device'] or 'nothing is done yet'}\n"
 
 
 def text(results: Mapping[str, Any], networks: Sequence[str] = ()) -> str:

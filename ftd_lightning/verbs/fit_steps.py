@@ -92,7 +92,7 @@ class Slice:
 
 
 def device_name() -> str:
-    """Name what computes: the GPU, or the CPU's model and the threads used of it."""
+    """Name what computes a fit: the GPU, or the CPU's model and the threads that a child of this process uses of it."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
     model = ""
@@ -100,7 +100,9 @@ def device_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     model = model or platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
+    # A child goes by the variable as it is now; this process read it when it began.
+    given = re.match(r"\s*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))
+    threads = int(given[1]) if given else torch.get_num_threads()
     return f"{model}, {threads} thread{'s' * (threads > 1)}"
 
 

@@ -24,6 +24,7 @@ PAPER: dict[str, dict[str, dict[int, float]]] = {
     "imagefruit": {"mtt": {1: 26.6, 10: 40.3}, "ftd": {1: 29.1, 10: 44.9}},
     "imagemeow": {"mtt": {1: 30.7, 10: 40.4}, "ftd": {1: 33.8, 10: 43.3}},
 }
+PAPER_DEPTH = {"tiny-imagenet": 4, "imagenette": 5, "imagewoof": 5, "imagefruit": 5, "imagemeow": 5}  # else 3
 PAPER_SIZES = {"teachers": 100, "epochs": 50, "iterations": 5000, "width": 128}
 COLUMNS = (
     "data",
@@ -55,8 +56,12 @@ def row(record: dict[str, Any]) -> list[str]:
     name, part = data["dataset"], data.get("max_per_class")
     published = name in PAPER
     parts = [name, *([f"{part} per class"] if part else [])]
-    usual = options.get("width", PAPER_SIZES["width"]) == PAPER_SIZES["width"]
-    parts += [] if usual else [f"width {options['width']}"]
+    network, width = record["teachers"]["network"].get("name", "?"), options.get("width", PAPER_SIZES["width"])
+    depth = PAPER_DEPTH.get(name, 3)
+    usual = (network, width, options.get("depth", 3)) == ("convnet", PAPER_SIZES["width"], depth)
+    parts += (
+        [] if usual else [f"{network} {' '.join(f'{key} {value}' for key, value in sorted(options.items()))}".strip()]
+    )
     number = None if part or not usual else PAPER.get(name, {}).get(record["method"], {}).get(record["ipc"])
     teachers = _of(record["teachers"]["count"], "teachers", published)
     accuracy = record["accuracy"]

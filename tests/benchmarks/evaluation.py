@@ -18,6 +18,7 @@ from benchmarks.reference import Batches, sample_loader, train_network
 from ftd_lightning.functional import derive_seed, dsa, make_generator, seeded
 from ftd_lightning.models import ConvNet
 from ftd_lightning.modules.protocol import train_fresh_networks
+from ftd_lightning.modules.side_by_side import SideBySide
 
 LR, BATCH = 0.01, 256
 # (images per class, epochs): the protocol's 1,000 epochs are as many times the same.
@@ -46,11 +47,13 @@ def compare(ipc: int, epochs: int, repeats: int, *, networks: int = 5, image_siz
         fresh = [ConvNet(3, 10, image_size, **options).to(DEVICE) for _ in range(networks)]
     labels = torch.arange(10).repeat_interleave(ipc)
     loader = sample_loader(images, labels, batch_size=BATCH)
+    losses = SideBySide("auto", torch.device(DEVICE))  # one for all turns: what it compiles is compiled once
     on_device = images.to(DEVICE), labels.to(DEVICE)
 
     def ours(epochs: int) -> float:
         students = copy.deepcopy(fresh)
-        return timed(lambda: train_fresh_networks(students, *on_device, epochs=epochs, lr=LR, batch_size=BATCH))
+        settings = {"epochs": epochs, "lr": LR, "batch_size": BATCH, "losses": losses}
+        return timed(lambda: train_fresh_networks(students, *on_device, **settings))
 
     def reference(epochs: int) -> float:
         students = copy.deepcopy(fresh)

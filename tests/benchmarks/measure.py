@@ -38,9 +38,9 @@ class Row:
         """ours / reference of every pair."""
         if not (self.ours and self.reference):
             return []
-        # A step can leave the peak where it was: 0 MiB added has no ratio.
+        # A step can leave the peak where it was: 0 MiB added has no ratio, on either side.
         pairs = list(zip(self.ours, self.reference, strict=True))
-        return [o / r for o, r in pairs] if all(r > 0 for _, r in pairs) else []
+        return [o / r for o, r in pairs] if all(min(pair) > 0 for pair in pairs) else []
 
     def summary(self) -> dict[str, Any]:
         """All of it as JSON holds it."""

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 from fits import distil, make_trainer, small_data, small_matching, small_teacher
+from lightning.pytorch import Callback
 
-from ftd_lightning import SyntheticSet
+from ftd_lightning import SyntheticSet, TrajectoryStore
 from ftd_lightning.callbacks import FitProgress, SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.errors import InputError
 
@@ -41,3 +42,26 @@ def test_one_bar_counts_the_whole_fit(tmp_path: Path, capsys: pytest.CaptureFixt
     batches = 2 * 4 * trainer.num_training_batches
     assert f"{batches}/{batches}" in shown
     assert "teacher 2/2" in shown
+
+
+def test_an_epoch_without_validation_has_no_accuracy(tmp_path: Path) -> None:
+    """Those that the trainer still shows are another epoch's, or teacher's."""
+    recorder = TrajectoryRecorder(str(tmp_path / "store"))
+    make_trainer(tmp_path, callbacks=[recorder], check_val_every_n_epoch=2).fit(
+        small_teacher(), datamodule=small_data()
+    )
+    for teacher in range(2):
+        found = TrajectoryStore(tmp_path / "store").teacher_metadata(teacher)["accuracies"]
+        assert [value is None for value in found] == [True, False, True, False]
+
+
+def test_the_run_s_own_error_is_the_one_that_comes_out(tmp_path: Path, trajectories: Path) -> None:
+    class Break(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            pl_module.images.data.fill_(float("nan"))
+            raise RuntimeError("the real reason")
+
+    writer = SyntheticSetWriter(str(tmp_path / "set.safetensors"))
+    with pytest.raises(RuntimeError, match="the real reason"), pytest.warns(UserWarning, match="not written"):
+        distil(tmp_path, trajectories, callbacks=[Break(), writer])
+    assert not writer.path.exists()

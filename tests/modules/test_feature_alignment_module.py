@@ -162,6 +162,27 @@ def test_fixed_loops_measure_nothing(tmp_path):
     assert epochs_between(module) == [0, 2, 2, 2, 0, 2]
 
 
+# Rounds of three iterations end in mid-epoch or, at 3 an epoch, with it.
+@pytest.mark.parametrize("per_epoch", [3, 4, 5, 6])
+@pytest.mark.parametrize("ended_by", [{"loops": "fixed", "outer_max": 3}, {"outer_max": 3, "lambda_1": 0.0}])
+def test_a_run_that_was_done_goes_on_to_more_rounds(per_epoch, ended_by, tmp_path):
+    options = {**ended_by, "inner_max": 1, "window": 2, "iterations_per_epoch": per_epoch, "batch_real": 2, "query": 2}
+    options["callbacks"] = [ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)]
+    align(tmp_path, steps=100, rounds=2, **options)
+    further = align(tmp_path, kind=Counted, steps=100, rounds=4, ckpt_path=tmp_path / "last.ckpt", **options)
+    assert further.rounds == [2, 2, 2, 3, 3, 3]
+    whole = align(tmp_path, kind=Counted, steps=100, rounds=4, **options)
+    assert whole.rounds == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert further.images.equal(whole.images)
+    assert whole.description()["rounds"] == further.description()["rounds"] == 4
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(2, 0), (4, 1), (100, 2)])
+def test_a_set_says_how_many_rounds_are_done(steps, rounds, tmp_path):
+    module = align(tmp_path, steps=steps, rounds=2, loops="fixed", outer_max=3, inner_max=1)
+    assert module.synthetic_set().metadata["rounds"] == rounds
+
+
 @pytest.mark.parametrize("per_epoch", [3, 4])
 def test_the_fit_ends_with_its_last_round_and_stays_at_its_end(per_epoch, tmp_path):
     options = {"loops": "fixed", "outer_max": 3, "inner_max": 1, "rounds": 2, "iterations_per_epoch": per_epoch}

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 from fits import distil, make_trainer, record, small_data, small_matching
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
 
 from ftd_lightning import SyntheticSet, TrajectoryStore
 from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter
@@ -204,3 +205,22 @@ def test_a_compiled_fit_learns_the_same_and_says_how_long_compiling_took(tmp_pat
     torch.testing.assert_close(compiled.images, eager.images, rtol=1e-3, atol=1e-4)
     assert not torch.equal(compiled.images, eager.images), "nothing was compiled"
     assert "compiling the inner step took" in caplog.text
+
+
+def test_what_would_make_another_optimization_of_it_is_refused(tmp_path, trajectories, refused) -> None:
+    with refused("accumulate_grad_batches must be 1", "segments_per_step"):
+        distil(tmp_path, trajectories, trainer={"accumulate_grad_batches": 2})
+
+    class Own(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4).long()))
+
+    real = (torch.rand(20, 1, 8, 8), torch.arange(10).repeat(2))
+    with refused("iterates over its own loader", "iteration_loader()"):
+        distil(tmp_path, trajectories, real=real, network="convnet", data=Own())
+
+
+def test_autocast_changes_nothing(tmp_path: Path, trajectories: Path) -> None:
+    plain = distil(tmp_path, trajectories, steps=2)
+    mixed = distil(tmp_path, trajectories, steps=2, trainer={"precision": "bf16-mixed"})
+    assert torch.equal(plain.images, mixed.images)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ftd_lightning import SyntheticSet, cli
 from ftd_lightning.callbacks import SyntheticSetWriter
-from ftd_lightning.verbs import comparison_plan, comparison_table, fit_steps
+from ftd_lightning.verbs import compare, comparison_plan, comparison_table, fit_steps
 from ftd_lightning.verbs.comparison_plot import plot_points
 from ftd_lightning.verbs.fit_steps import Slice, read_notes
 from ftd_lightning.verbs.peak_memory import PeakMemory
@@ -228,11 +228,102 @@ def test_a_plot_takes_rows_that_are_done_by_rising_x() -> None:
         ({"teachers": {"mtt": {"words": []}}}, "give either config or store"),
         ({"row": {}}, "unknown row"),
         ({"dataset": None}, "lacks dataset"),
+        ({"rows": ["random"]}, "rows is no mapping"),
+        ({"networks": ["convnet"]}, "networks is no mapping"),
+        ({"networks": []}, "networks is no mapping"),
+        ({"teachers": "mtt"}, "teachers is no mapping"),
+        ({"plot": {"y": "rho"}}, "plot names no x"),
+        ({"plot": "rho"}, "plot names no x"),
+        ({"rows": {"a": {"synthetic": "random", "x": "5e-3"}}}, "row a: x='5e-3' is no number"),
+        ({"rows": {"a": {"synthetic": "random", "x": True}}}, "row a: x=True is no number"),
+        ({"rows": {"a": {"synthetic": "random", "x": float("nan")}}}, "row a: x=nan is no number"),
+        ({"rows": {"a": {"synthetic": "herding"}}}, "row a: herding goes by the features of a teacher"),
+        ({"rows": {"a": {"synthetic": "k-center"}}}, "row a: k-center goes by the features of a teacher"),
     ],
 )
 def test_bad_input_is_one_line(here: Path, refused, changes: dict, said: str) -> None:
     with refused(said):
         comparison_plan.load(write(here / "small.yaml", **changes))
+
+
+def test_rows_that_were_not_asked_for_may_lack_configs(here: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compare, "advance", lambda *given: ({}, True))
+    rows = {"random": {"synthetic": "random"}, "gone": {"distill": "gone.yaml"}}
+    rows["pupil"] = {"synthetic": "herding", "teachers": "away"}
+    file = write(here / "small.yaml", rows=rows, teachers={"away": "away.yaml"})
+    cli.main(["compare", "--config", str(file), "--only", "random"])
+    results = json.loads(Path("runs/small/compare.json").read_text())
+    assert [row["state"] for row in results["rows"]] == ["to do", "failed", "failed"]
+    assert "gone.yaml: no such config" in results["rows"][1]["reason"]
+    assert "away.yaml: no such config" in results["rows"][2]["reason"]
+    assert results["teachers"]["away"]["seconds"] is None
+    written = Path("runs/small/compare.md").read_text()
+    assert "- teachers away: failed: " in written
+    assert "| gone | failed: " in written
+
+
+@pytest.mark.parametrize(
+    ("rounds", "iterations", "max_steps", "finished"),
+    [(4, 9, 100, True), (3, 9, 100, False), (3, 100, 100, True), (3, 9, -1, False), (None, 9, 100, False)],
+)
+def test_a_method_that_counts_rounds_is_finished_by_either(
+    rounds, iterations, max_steps, finished, here: Path, trajectories: Path
+) -> None:
+    distil(here, trajectories, steps=1, callbacks=[SyntheticSetWriter()])
+    synthetic = SyntheticSet.load("set.safetensors")
+    synthetic.metadata |= {"iterations": iterations} | ({} if rounds is None else {"rounds": rounds})
+    row = {"distill": str(ROOT / "configs" / "digits" / "distill_cafe_ipc1.yaml")}
+    job = comparison_plan.load(write(here / "small.yaml", rows={"cafe": row}))
+    step = job.distill_step(job.rows["cafe"])
+    step.folder.mkdir(parents=True)
+    synthetic.save(step.folder / "set.safetensors")
+    saved = {"model": {"init_args": {"rounds": 4}}, "trainer": {"max_steps": max_steps}}
+    (step.folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert step.finished() is finished
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is named without threads")
+def test_threads_are_those_of_the_children(here: Path, monkeypatch) -> None:
+    names = []
+    monkeypatch.setattr(compare, "advance", lambda *given: (names.append(fit_steps.device_name()) or {}, True))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    other = torch.get_num_threads() + 3
+    for threads in (other, 1):
+        cli.main(["compare", "--config", str(write(here / "small.yaml", threads=threads)), "--only", "random"])
+    assert names[0].endswith(f", {other} threads")
+    assert names[1].endswith(", 1 thread")
+    assert fit_steps.device_name().endswith(f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}")
+    monkeypatch.setenv("OMP_NUM_THREADS", f"{other},2")
+    assert fit_steps.device_name() == names[0], "of the outermost level"
+
+
+def test_notes_are_of_the_columns_that_there_are() -> None:
+    results = {"title": "t", "rows": [], "teachers": {}, "device": ""}
+    one, several = comparison_table.markdown(results), comparison_table.markdown(results, ["convnet", "alexnet"])
+    for words, where in (
+        ("Best on test: ", [one]),
+        ("Chosen on held-out: ", [one]),
+        ("A column for each network", [several]),
+        ("Seconds of a distillation include measuring it on the way (EvaluateSynthetic)", [one, several]),
+        ("measuring on the way included", [one, several]),
+    ):
+        assert [said for said in (one, several) if words in said] == where
+
+
+PUBLISHED = {
+    "dc": ["--model.augment", "", "--trainer.max_epochs", 300],
+    "cafe": ["--model.augment", "", "--trainer.max_epochs", 600],
+    **{name: ["--model.align_corners", False] for name in ("dsa", "dm", "cafe+dsa")},
+}
+
+
+@pytest.mark.parametrize("name", ["cifar10/compare_ipc10", "cifar10/cross_architecture_ipc50", "digits/compare"])
+def test_methods_without_teachers_are_evaluated_as_published(name: str) -> None:
+    rows = comparison_plan.load(ROOT / "configs" / f"{name}.yaml").rows
+    found = {method: rows[method].given["evaluate_words"] for method in PUBLISHED if method in rows}
+    assert {"dc", "cafe"} <= set(found)
+    end = 2 if name.startswith("digits") else None  # where all rows train for as long
+    assert found == {method: PUBLISHED[method][:end] for method in found}
 
 
 def test_bad_words_are_refused(here: Path, refused, capsys) -> None:

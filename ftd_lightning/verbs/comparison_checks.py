@@ -1,0 +1,85 @@
+"""What the YAML file of a comparison may hold: all that can be known of it without reading a config."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from ftd_lightning.data.coresets import BASELINES
+from ftd_lightning.errors import InputError
+
+KEYS = {
+    *("title", "dataset", "ipc", "run", "fits", "threads", "words"),
+    *("teachers", "evaluate", "networks", "rows", "plot"),
+}
+ROW_KEYS = {
+    *("label", "synthetic", "distill", "set", "teachers", "ema", "x", "reference"),
+    *("distill_words", "evaluate", "evaluate_words"),
+}
+SOURCES = ("synthetic", "distill", "set")
+TEACHER_KEYS = {"config", "words", "store"}
+BY_FEATURES = ("herding", "k-center")
+MAPPINGS = ("rows", "networks", "teachers")
+
+
+def _known(where: str, given: Any, keys: set[str]) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise InputError(f"{where}: names no settings")
+    unknown = sorted(str(key) for key in {*given} - keys)
+    if unknown:
+        raise InputError(f"{where}: unknown {', '.join(unknown)}; there are {', '.join(sorted(keys))}")
+    return given
+
+
+def _check_row(where: str, given: dict[str, Any], teachers: dict[str, Any]) -> None:
+    sources = [key for key in SOURCES if key in given]
+    if len(sources) != 1:
+        raise InputError(f"{where}: names {' and '.join(sources) or 'no set'}; give one of {', '.join(SOURCES)}")
+    if given.get("synthetic", "real") not in BASELINES:
+        raise InputError(f"{where}: synthetic is one of {', '.join(BASELINES)}; give a file as set")
+    if "set" in given and not Path(given["set"]).is_file():
+        raise InputError(f"{where}: its set {given['set']} is not there")
+    name = given.get("teachers")
+    if name is not None and name not in teachers:
+        raise InputError(f"{where}: unknown teachers {name}; there are {', '.join(teachers) or 'none'}")
+    if given.get("synthetic") in BY_FEATURES and name is None:
+        raise InputError(f"{where}: {given['synthetic']} goes by the features of a teacher; give its teachers")
+    x = given.get("x", 0)
+    if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
+        hint = " (YAML reads 5e-3 as a word; write 5.0e-3)" if isinstance(x, str) else ""
+        raise InputError(f"{where}: x={x!r} is no number{hint}")
+
+
+def check(file: str, given: Any) -> None:
+    """Check what was read of a comparison's file.
+
+    Args:
+        file: its name, for errors.
+        given: what YAML read.
+
+    Raises:
+        InputError: for a key, a row or teachers that are not known, or values of another kind.
+    """
+    _known(file, given, KEYS)
+    missing = [key for key in ("dataset", "run", "evaluate", "rows") if not given.get(key)]
+    if missing:
+        raise InputError(f"{file}: lacks {', '.join(missing)}")
+    for key in MAPPINGS:
+        if not isinstance(given.get(key) or {}, dict) or given.get(key) == []:
+            raise InputError(f"{file}: {key} is no mapping of names")
+    if "plot" in given and (not isinstance(given["plot"], dict) or "x" not in given["plot"]):
+        raise InputError(f"{file}: plot names no x, which is the name of its axis: plot: {{x: rho}}")
+    teachers = given.get("teachers") or {}
+    for name, entry in teachers.items():
+        entry = _known(
+            f"{file}: teachers {name}", entry if isinstance(entry, dict) else {"config": entry}, TEACHER_KEYS
+        )
+        if ("config" in entry) == ("store" in entry):
+            raise InputError(f"{file}: teachers {name}: give either config or store")
+    for name, entry in given["rows"].items():
+        where = f"{file}: row {name}"
+        if not re.fullmatch(r"[\w.+-]+", str(name)):
+            raise InputError(f"{where}: names a file too: letters, digits and _ . + - only")
+        _check_row(where, _known(where, entry, ROW_KEYS), teachers)
