@@ -38,6 +38,9 @@ def build(script: Path) -> Path:
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     for cell in notebook.cells:
         cell.metadata = {}  # times of execution
+        warned = [output.text for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+        if warned:  # a warning names folders of the machine, and tells a reader nothing
+            raise ValueError(f"{script.stem}: a cell wrote to standard error: {warned[0]}")
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     text = nbformat.writes(notebook) + "\n"
     if len(text) > LARGEST:

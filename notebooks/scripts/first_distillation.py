@@ -8,6 +8,9 @@
 import logging
 import tempfile
 import warnings
+
+warnings.filterwarnings("ignore")  # before the imports that warn
+
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,7 +24,6 @@ from ftd_lightning.models import build_network
 from ftd_lightning.modules import train_fresh_networks
 from ftd_lightning.modules.protocol import accuracy
 
-warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # images this small keep no second thread busy
 folder = Path(tempfile.mkdtemp())

@@ -8,6 +8,9 @@
 import logging
 import tempfile
 import warnings
+
+warnings.filterwarnings("ignore")  # before the imports that warn
+
 from pathlib import Path
 
 import torch
@@ -15,7 +18,6 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
-warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 folder = Path(tempfile.mkdtemp())

@@ -207,17 +207,20 @@ def test_a_compiled_fit_learns_the_same_and_says_how_long_compiling_took(tmp_pat
     assert "compiling the inner step took" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_what_would_make_another_optimization_of_it_is_refused(tmp_path, trajectories, refused) -> None:
     with refused("accumulate_grad_batches must be 1", "segments_per_step"):
         distil(tmp_path, trajectories, trainer={"accumulate_grad_batches": 2})
 
     class Own(LightningDataModule):
+        in_channels, num_classes, image_size = 1, 10, 8
+
         def train_dataloader(self):
             return DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4).long()))
 
     real = (torch.rand(20, 1, 8, 8), torch.arange(10).repeat(2))
     with refused("iterates over its own loader", "iteration_loader()"):
-        distil(tmp_path, trajectories, real=real, network="convnet", data=Own())
+        distil(tmp_path, trajectories, real=real, data=Own())
 
 
 def test_autocast_changes_nothing(tmp_path: Path, trajectories: Path) -> None:
