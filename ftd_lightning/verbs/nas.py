@@ -195,7 +195,7 @@ class Search:
             "correlation": rank_correlations(proxy, real),
             "minutes": {side: round(minutes, 2) for side, minutes in spent.items()},
             "compared": len(both),
-            "of": len(search_space()),
+            "of": len(search_space(self.settings["depths"], self.settings["widths"])),
             "epochs": self.epochs,
             "measured_on": "test images, by which both rankings and the choices below are made",
             "chosen": {"architecture": best, "real": both[best]["real"]["mean"], "best": max(real)},

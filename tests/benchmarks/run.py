@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import evaluation, matching, report, startup, store, teacher
+from benchmarks.measure import Result
 
 PARTS = {
     "teacher": teacher.run,
@@ -41,12 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.compile and not matching.can_compile():
         parser.error("--compile: trajectory_matching_loss of this version takes no compile")
     scale_name = "quick" if options.quick else "full" if options.full else "normal"
-    results = {}
+    settings = {"parts": options.parts, "scale": scale_name, "repeats": options.repeats, "compile": options.compile}
+    results: dict[str, Result] = {}
     for part in options.parts:
         began = time.perf_counter()
         results[part] = PARTS[part](scale_name, options.repeats, compiled=options.compile)
+        report.write(options.output, results, settings)  # as far as it has come: the next part may take long
         print(f"{part}: measured in {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    settings = {"parts": options.parts, "scale": scale_name, "repeats": options.repeats, "compile": options.compile}
     print(report.write(options.output, results, settings))
 
 

@@ -203,7 +203,7 @@ def write_for_ever(number, pipe):
 number = 0
 write(number)
 interrupted = 0
-for attempt in range(10 * wanted):
+for attempt in range(40 * wanted):  # a loaded machine lets many a kill come between two writes
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -239,7 +239,7 @@ else:
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and fork are there on Unix only")
 def test_kill_in_the_middle_of_a_write_leaves_a_whole_file_and_nothing_that_piles_up(tmp_path):
     command = [sys.executable, "-c", KILLED_WRITERS, tmp_path / "weights.safetensors", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
 
 

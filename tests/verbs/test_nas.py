@@ -28,7 +28,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 def test_a_search_ends_in_correlations_a_table_and_a_plot(straight) -> None:
     folder, results = straight
     assert set(results["correlation"]) == {"top 5", "all"}
-    assert (results["compared"], results["of"], results["epochs"]) == (6, 720, {"proxy": 4, "real": 1})
+    assert (results["compared"], results["of"], results["epochs"]) == (6, 45, {"proxy": 4, "real": 1})
     assert results["chosen"]["architecture"] in results["measured"]
     assert "| synthetic set | 6 |" in (folder / "nas.md").read_text()
     assert (folder / "nas.png").read_bytes().startswith(b"\x89PNG")

@@ -139,7 +139,7 @@ def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, ca
     path.with_name(f"{path.stem}_2.json").unlink()
     (row,) = map(results_table.row, results_table.read_records(Path("notebooks/results")))
     mean = 100 * found["accuracy"]["raw"]["last"]["mean"]
-    assert row[:5] == ["digits, 14 per class, width 4", "1", "FTD", "2 x 100", "4"]
+    assert row[:5] == ["digits, 14 per class, convnet depth 1 width 4", "1", "FTD", "2 x 100", "4"]
     assert f"{mean:.1f}" in row[6]
     assert row[-1] == "-"
 
