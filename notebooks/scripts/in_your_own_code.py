@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
+torch.manual_seed(0)  # your DataLoader shuffles by the global generator
 folder = Path(tempfile.mkdtemp())
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -119,6 +120,7 @@ print(f"all 1,400 real images:            {100 * train_yours(TensorDataset(*trai
 from ftd_lightning.functional import chunked_permutations, flatten_parameters, make_generator
 from ftd_lightning.functional import trajectory_matching_loss
 
+torch.manual_seed(0)
 net = your_network()
 start = flatten_parameters(net)
 target = start + 0.01 * torch.randn_like(start)
