@@ -45,7 +45,7 @@ reproduce: setup  ## DATASET, IPC, METHOD [TEACHERS ITERATIONS EPOCHS MINUTES AR
 	  $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 results: setup  ## put all records of notebooks/results into the README's table
-	$(BIN)/python -m ftd_lightning.verbs.results_table
+	$(BIN)/python -m ftd_lightning.studies.results_table
 
 notebooks: setup  ## make the notebooks from notebooks/scripts and run them
 	$(BIN)/python notebooks/build.py

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ftd_lightning import cli
+from ftd_lightning import lightning_cli
 from ftd_lightning.data import DistillationDataModule, SyntheticSet
 from ftd_lightning.data.files import replacing, versions
 from ftd_lightning.errors import InputError
-from ftd_lightning.verbs.picture_sheet import set_picture, write_sheet
+from ftd_lightning.studies.picture_sheet import set_picture, write_sheet
 
 CONFIGS = Path("configs/digits")
 RUNS = Path("runs/digits")
@@ -95,7 +95,7 @@ def main() -> None:
         print(f"\n[{number}/{len(STEPS)}] {step.title}\n      ftd {' '.join(command)}", flush=True)
         began = time.perf_counter()
         begun = (RUNS / step.run / "checkpoints" / "last.ckpt").exists()
-        cli.run([*command, "--ckpt_path", "last"] if begun else command)
+        lightning_cli.run([*command, "--ckpt_path", "last"] if begun else command)
         seconds[step.title] = round(time.perf_counter() - began, 1)
     accuracy: dict[str, Any] = {}
     for name in ROWS:

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback
 from ftd_lightning.data.loader import BatchOrder, TensorLoader
 from ftd_lightning.functional import flatten_parameters, seeded
 from ftd_lightning.models import ConvNet
-from ftd_lightning.modules.networks import FreshNetworks
-from ftd_lightning.modules.protocol import train_fresh_networks
+from ftd_lightning.training.evaluation_protocol import train_fresh_networks
+from ftd_lightning.training.fresh_networks import FreshNetworks
 
 TINY = {"width": 4, "depth": 2}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from ftd_lightning import SyntheticSet, TrajectoryStore, cli
+from ftd_lightning import SyntheticSet, TrajectoryStore, cli, lightning_cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NO_FITS = ("compare", "cross", "nas", "study")  # those of ftd compare and ftd nas
@@ -30,8 +30,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def fit(config: str, *arguments: str) -> cli.FTDCLI:
-    return cli.run(["fit", "--config", str(CONFIGS / config), *QUIET, *arguments])
+def fit(config: str, *arguments: str) -> lightning_cli.FTDCLI:
+    return lightning_cli.run(["fit", "--config", str(CONFIGS / config), *QUIET, *arguments])
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

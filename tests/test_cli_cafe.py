@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ftd_lightning import SyntheticSet, cli
+from ftd_lightning import SyntheticSet, cli, lightning_cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DSA = "color_crop_cutout_flip_scale_rotate"
@@ -72,7 +72,7 @@ def test_the_digits_run(method: str, here: Path) -> None:
     quiet = ["--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
     measured = ["--trainer.callbacks=SyntheticSetWriter", "--trainer.limit_val_batches=0"]
     config = CONFIGS / "digits" / f"distill_{method}_ipc1.yaml"
-    run = cli.run(["fit", "--config", str(config), *small, *quiet, *measured])
+    run = lightning_cli.run(["fit", "--config", str(config), *small, *quiet, *measured])
     found = SyntheticSet.load(here / "runs" / "digits" / f"distill_{method}_ipc1" / "set.safetensors")
     assert run.model.round == 2
     assert found.images.shape == (10, 1, 8, 8)

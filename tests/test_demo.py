@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ftd_lightning import cli, demo
+from ftd_lightning import demo, lightning_cli
 from ftd_lightning.errors import InputError
 
 SHORT = {
@@ -27,14 +27,14 @@ def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "configs").symlink_to(Path(__file__).resolve().parents[1] / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["demo"])
-    run, order = cli.run, []
+    run, order = lightning_cli.run, []
 
     def run_short(args):
         config = Path(args[2]).stem
         order.append(config)
         return run([*args, *SHORT[config], "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"])
 
-    monkeypatch.setattr(cli, "run", run_short)
+    monkeypatch.setattr(lightning_cli, "run", run_short)
     return order
 
 

@@ -14,10 +14,10 @@ from ftd_lightning.data.files import replacing, run_folder
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.seeding import derive_seed
-from ftd_lightning.modules.distillation import Distillation
-from ftd_lightning.modules.protocol import accuracies, from_all_ranks, mean_and_std, train_fresh_networks
-from ftd_lightning.modules.ranks import own_share
-from ftd_lightning.modules.side_by_side import SideBySide
+from ftd_lightning.training.distillation import Distillation
+from ftd_lightning.training.evaluation_protocol import accuracies, from_all_ranks, mean_and_std, train_fresh_networks
+from ftd_lightning.training.ranks import own_share
+from ftd_lightning.training.side_by_side import SideBySide
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
-from ftd_lightning.modules.distillation import Distillation
 from ftd_lightning.modules.teacher import FlatTeacher
+from ftd_lightning.training.distillation import Distillation
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

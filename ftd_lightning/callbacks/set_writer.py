@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ftd_lightning.data.files import run_folder
 from ftd_lightning.errors import InputError
-from ftd_lightning.modules.distillation import Distillation
+from ftd_lightning.training.distillation import Distillation
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

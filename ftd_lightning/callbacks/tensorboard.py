@@ -9,8 +9,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.utils import make_grid
 
-from ftd_lightning.modules.distillation import Distillation
 from ftd_lightning.modules.evaluation import SyntheticEvaluation
+from ftd_lightning.training.distillation import Distillation
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ftd_lightning.functional.augment import STRATEGY, Mode
 from ftd_lightning.functional.distribution_matching import distribution_distance, embed
-from ftd_lightning.modules.class_matching import ClassMatching, batch_norms
-from ftd_lightning.modules.distillation import Init
-from ftd_lightning.modules.networks import Network
+from ftd_lightning.training.class_matching import ClassMatching, batch_norms
+from ftd_lightning.training.distillation import Init
+from ftd_lightning.training.fresh_networks import Network
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

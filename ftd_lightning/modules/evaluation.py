@@ -20,8 +20,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Mode, parse_strategy
 from ftd_lightning.functional.compiling import Compile
 from ftd_lightning.functional.seeding import derive_seed
-from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network, plain_settings, right_answers
-from ftd_lightning.modules.protocol import (
+from ftd_lightning.training.evaluation_protocol import (
     accuracies,
     choose_iterates,
     evaluation_optimizer,
@@ -29,8 +28,9 @@ from ftd_lightning.modules.protocol import (
     markdown_table,
     mean_and_std,
 )
-from ftd_lightning.modules.ranks import RankStates, own_share, refuse_split_loaders, without_gradient_sync
-from ftd_lightning.modules.side_by_side import SideBySide
+from ftd_lightning.training.fresh_networks import FreshNetworks, Network, plain_network, plain_settings, right_answers
+from ftd_lightning.training.ranks import RankStates, own_share, refuse_split_loaders, without_gradient_sync
+from ftd_lightning.training.side_by_side import SideBySide
 
 DEFAULT_LR = 0.01  # of this line's code, for sets that bring no step size
 

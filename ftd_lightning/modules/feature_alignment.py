@@ -17,9 +17,9 @@ from ftd_lightning.functional.feature_alignment import (
     discrimination_loss,
     level_weights,
 )
-from ftd_lightning.modules.class_matching import ClassMatching, batch_norms
-from ftd_lightning.modules.distillation import Init
-from ftd_lightning.modules.networks import Network, right_answers
+from ftd_lightning.training.class_matching import ClassMatching, batch_norms
+from ftd_lightning.training.distillation import Init
+from ftd_lightning.training.fresh_networks import Network, right_answers
 
 Loops = Literal["dynamic", "fixed"]
 

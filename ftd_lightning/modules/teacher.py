@@ -17,9 +17,9 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
 from ftd_lightning.functional.compiling import compiled
 from ftd_lightning.functional.seeding import derive_seed, make_generator
-from ftd_lightning.modules.networks import FreshNetworks, Network, plain_network, right_answers
-from ftd_lightning.modules.ranks import RankStates, own_share, refuse_split_loaders
 from ftd_lightning.optim import GSAM, frozen_running_statistics
+from ftd_lightning.training.fresh_networks import FreshNetworks, Network, plain_network, right_answers
+from ftd_lightning.training.ranks import RankStates, own_share, refuse_split_loaders
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -21,8 +21,8 @@ from ftd_lightning.functional.pruning import Rule, keep_mask
 from ftd_lightning.functional.robust import Residual, start_noise
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll, chunked_permutations
-from ftd_lightning.modules.distillation import Distillation, Init
-from ftd_lightning.modules.networks import Network, plain_network, student_networks
+from ftd_lightning.training.distillation import Distillation, Init
+from ftd_lightning.training.fresh_networks import Network, plain_network, student_networks
 
 if TYPE_CHECKING:
     from lightning.pytorch.core.optimizer import LightningOptimizer

@@ -21,8 +21,9 @@ from ftd_lightning import DistillationDataModule, FlatTeacher, SyntheticSet, Tra
 from ftd_lightning.callbacks import SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.callbacks.tensorboard import picture_grid
 from ftd_lightning.models import build_network
-from ftd_lightning.modules import measure_trajectory_error, train_fresh_networks
-from ftd_lightning.modules.protocol import accuracy
+from ftd_lightning.studies.trajectory_error import measure_trajectory_error
+from ftd_lightning.training import train_fresh_networks
+from ftd_lightning.training.evaluation_protocol import accuracy
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)

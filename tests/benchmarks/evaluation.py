@@ -17,8 +17,8 @@ from benchmarks.measure import DEVICE, Result, Row, in_turns, timed
 from benchmarks.reference import Batches, sample_loader, train_network
 from ftd_lightning.functional import derive_seed, dsa, make_generator, seeded
 from ftd_lightning.models import ConvNet
-from ftd_lightning.modules.protocol import train_fresh_networks
-from ftd_lightning.modules.side_by_side import SideBySide
+from ftd_lightning.training.evaluation_protocol import train_fresh_networks
+from ftd_lightning.training.side_by_side import SideBySide
 
 LR, BATCH = 0.01, 256
 # (images per class, epochs): the protocol's 1,000 epochs are as many times the same.

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from ftd_lightning import SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA
 from ftd_lightning.errors import InputError
-from ftd_lightning.modules import FreshNetworks
+from ftd_lightning.training import FreshNetworks
 
 
 def test_raw_and_averaged_images_are_measured_on_networks_of_their_own(tmp_path, trajectories, monkeypatch) -> None:

@@ -12,7 +12,7 @@ from ftd_lightning import SyntheticEvaluation, SyntheticSet
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import flatten_parameters, seeded
 from ftd_lightning.models import ConvNet
-from ftd_lightning.modules.protocol import accuracy, mean_and_std, train_fresh_networks
+from ftd_lightning.training.evaluation_protocol import accuracy, mean_and_std, train_fresh_networks
 
 
 def fresh(seed: int = 0) -> ConvNet:

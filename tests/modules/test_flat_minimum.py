@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from ftd_lightning import SyntheticEvaluation
 from ftd_lightning.functional import dsa, flatten_parameters, load_flat, make_generator
 from ftd_lightning.models import ConvNet
-from ftd_lightning.modules.side_by_side import SideBySide
+from ftd_lightning.training.side_by_side import SideBySide
 
 CPU = torch.device("cpu")
 

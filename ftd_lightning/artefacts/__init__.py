@@ -1,0 +1,1 @@
+"""Commands that read and convert stores and sets: ``ftd info``, ``ftd export``, ``ftd import``."""

@@ -1,0 +1,202 @@
+"""``ftd export``: a synthetic set as PNGs in class folders, with metadata and a card, for the eye and other tools."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import unicodedata
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from ftd_lightning.artefacts.info import Description, describe_set
+from ftd_lightning.callbacks.tensorboard import picture_grid
+from ftd_lightning.data import SyntheticSet
+from ftd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+# Folder names that Hugging Face datasets would take for a split, alone or beside one of "-._ 0-9".
+SPLITS = re.compile(
+    r"(?<![a-z])(training|train|validation|valid|val|dev|testing|test|evaluation|eval)(?![a-z])", re.IGNORECASE
+)
+PREVIEW = (
+    "The 8-bit PNGs are a preview, rounded and clipped to what a picture can hold; the tensors in `set.safetensors` "
+    "are the truth: train and compare on those."
+)
+
+
+def folder_names(class_names: Sequence[str]) -> list[str]:
+    """Turn class names into names of folders that any file system takes and that sort in the order of the classes.
+
+    Letters lose their accents and whatever is no ASCII letter, digit, dot or dash becomes "_". Where such names would
+    not differ or not sort in label order, all get the label in front, so that ImageFolder numbers them by label.
+
+    Args:
+        class_names: K names, in label order.
+
+    Example:
+        >>> folder_names(["ant", "bee/wasp"]), folder_names(["wasp", "Käfer"])
+        (['ant', 'bee_wasp'], ['0_wasp', '1_Kafer'])
+        >>> folder_names(["test", "train"])  # else taken for splits
+        ['testclass', 'trainclass']
+    """
+    names = []
+    for name in class_names:
+        plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._")[:80] or "class"
+        names.append(SPLITS.sub(r"\1class", plain))
+    distinct = len({name.lower() for name in names}) == len(names)
+    if distinct and names == sorted(names):
+        return names
+    digits = len(str(len(names) - 1))
+    return [f"{label:0{digits}d}_{name}" for label, name in enumerate(names)]
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder beside ``folder`` to fill; on a clean exit it becomes ``folder``, else it is removed.
+
+    Raises:
+        InputError: if ``folder`` is there and not empty, or no folder.
+    """
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder.name}: is there already and not an empty folder; name another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+    part.mkdir()
+    try:
+        yield part
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_png(picture: Tensor, path: Path) -> None:
+    """Write a picture (C, H, W) uint8, C being 1 or 3."""
+    array = picture.squeeze(0) if len(picture) == 1 else picture.permute(1, 2, 0)
+    Image.fromarray(array.contiguous().numpy()).save(path, format="PNG")
+
+
+def _front_matter(count: int) -> list[str]:
+    """Give the card's header, as Hugging Face reads it."""
+    size = "n<1K" if count < 1000 else "1K<n<10K" if count < 10_000 else "10K<n<100K"
+    lines = ["---", "license: unknown", "task_categories:", "- image-classification", "size_categories:", f"- {size}"]
+    lines += ["tags:", "- dataset-distillation", "- synthetic"]
+    # Without this, a class called "train" would be the only one read, and the grid taken for an image without a label.
+    lines += ["configs:", "- config_name: default", "  data_files:", "  - split: train", "    path:"]
+    return [*lines, '    - "metadata.jsonl"', '    - "*/*.png"', "---", ""]
+
+
+def card(synthetic: SyntheticSet, description: Description, class_names: Sequence[str], *, ema: bool) -> str:
+    """Write the card: what the set is, how it looks, how good it is as far as that was stored, how to read it."""
+
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("<", "&lt;")
+
+    def code(*lines: str) -> list[str]:
+        return ["```python", *lines, "```", ""]
+
+    rows = dict(description.rows)
+    scores = [f"{word}: {cell(rows.pop(word))}" for word in ("scores", "chosen on") if word in rows]
+    present = set((synthetic.labels if synthetic.labels.ndim == 1 else synthetic.labels.argmax(1)).tolist())
+    lines = _front_matter(len(synthetic.images))
+    lines += [f"# Synthetic images distilled from {cell(rows['data set'].split(' (')[0])}", ""]
+    learned = ", moving averages of the learned ones" if ema else ""
+    lines += [f"{len(synthetic.images)} images of {len(class_names)} classes{learned}. {PREVIEW}", ""]
+    lines += ["![A column for each class](grid.png)", "", "## Scores", ""]
+    lines += [*(f"- {score}" for score in scores), ""] if scores else ["None were stored with this set.", ""]
+    lines += ["## Settings", "", "| | |", "|---|---|"]
+    lines += [f"| {word} | {cell(text)} |" for word, text in rows.items()]
+    lines += ["", "All settings: `ftd info --json set.safetensors`.", "", "## Reading it", "", "The tensors:", ""]
+    lines += code(
+        "from ftd_lightning import SyntheticSet",
+        "",
+        'synthetic = SyntheticSet.load("set.safetensors")',
+        f"dataset = synthetic.dataset({'ema=True' if ema else ''})  # what networks see, and labels",
+        "synthetic.step_size, synthetic.transform  # learning rate; what real images have to go through",
+    )
+    lines += ["The preview:", ""]
+    lines += code(
+        "from torchvision.datasets import ImageFolder",
+        "",
+        'ImageFolder(".")',
+        "",
+        "from datasets import load_dataset",
+        "",
+        'load_dataset(".", split="train")',
+    )
+    lines += ["`metadata.jsonl` gives the label, the class and the row of the tensors for each picture."]
+    if present != set(range(len(class_names))):
+        lines += ["Some classes have no images: ImageFolder counts folders, so only `metadata.jsonl` has the labels."]
+    if synthetic.labels.ndim == 2:
+        lines += ["Labels are soft: a picture lies in the folder of its most probable class, `probabilities` has all."]
+    return "\n".join(lines) + "\n"
+
+
+def export(path: Path, folder: Path, *, ema: bool = False) -> int:
+    """Write a set's pictures, ``metadata.jsonl``, ``grid.png``, the card and a copy of the set into a new folder.
+
+    Args:
+        path: the synthetic set.
+        folder: must not be there, or be empty. It appears whole or not at all.
+        ema: pictures of the averaged images instead of the last ones.
+
+    Returns:
+        The number of pictures.
+
+    Raises:
+        InputError: for a broken set, one without averaged images if these are asked for, images that no PNG can hold,
+            or a folder that is taken.
+    """
+    description, synthetic = describe_set(path), SyntheticSet.load(path)
+    pictures, labels = synthetic.pictures(ema=ema), synthetic.labels
+    if pictures.shape[1] not in (1, 3):
+        raise InputError(f"{path}: images have {pictures.shape[1]} channels, a PNG takes 1 or 3")
+    classes = (labels if labels.ndim == 1 else labels.argmax(1)).tolist()
+    known = synthetic.class_names
+    class_names = [*known, *map(str, range(len(known), max(classes) + 1))]
+    folders = folder_names(class_names)
+    digits = len(str(max(classes.count(label) for label in set(classes)) - 1))
+    counts = dict.fromkeys(classes, 0)
+    pixels = (pictures * 255).round().to(torch.uint8)
+    with new_folder(folder) as part:
+        lines = []
+        for index, label in enumerate(classes):
+            name = f"{folders[label]}/{counts[label]:0{digits}d}.png"
+            counts[label] += 1
+            (part / name).parent.mkdir(exist_ok=True)
+            write_png(pixels[index], part / name)
+            line: dict[str, Any] = {"file_name": name, "label": label, "class": class_names[label], "index": index}
+            lines.append(line | ({"probabilities": labels[index].tolist()} if labels.ndim == 2 else {}))
+        (part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_png(picture_grid(pictures, labels), part / "grid.png")
+        (part / "README.md").write_text(card(synthetic, description, class_names, ema=ema), encoding="utf-8")
+        shutil.copyfile(path, part / "set.safetensors")
+    return len(classes)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``ftd export``."""
+    parser = argparse.ArgumentParser(
+        prog="ftd export",
+        description="Write a set's images, whitening or standardisation undone, as PNGs in class folders.",
+    )
+    parser.add_argument("set", type=Path, metavar="SET", help="a synthetic set, e.g. set.safetensors")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--ema", action="store_true", help="the averaged images instead of the last ones")
+    given = parser.parse_args(arguments)
+    count = export(given.set, given.folder, ema=given.ema)
+    print(f"{given.folder}: {count} pictures, metadata.jsonl, grid.png, README.md, set.safetensors")

@@ -1,0 +1,220 @@
+"""What a comparison gave: a row for each method, as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from ftd_lightning.callbacks.peak_memory import FILE
+from ftd_lightning.data.files import versions
+from ftd_lightning.errors import InputError
+from ftd_lightning.studies.comparison_plot import COUNTS, plot_points
+from ftd_lightning.studies.fit_steps import is_done, read_notes
+from ftd_lightning.studies.reproduction_record import without_machine_paths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from ftd_lightning.studies.comparison_plan import Comparison, Row
+    from ftd_lightning.studies.fit_steps import FitStep
+
+KIND = "comparison"
+ACCURACY = "Test accuracy in %: mean ± population standard deviation over networks (how many)."
+ITERATES = (
+    "Last: after the last epoch. Chosen on held-out: at the epoch that held-out training images chose.",
+    "Best on test: at the epoch that is best on the test images themselves, which is an upper bound only.",
+)
+ARCHITECTURES = "A column for each network that the sets were evaluated on: after the last epoch."
+COSTS = (
+    "Seconds are wall time. What several rows share (teachers, a distillation) is done once and shown in each.",
+    "Seconds of a distillation include measuring it on the way (EvaluateSynthetic).",
+    "Peak memory is a distillation's, measuring on the way included: on the GPU of tensors, else of the whole process.",
+)
+
+
+def notes(networks: Sequence[str]) -> list[str]:
+    """Say what the columns are: iterates on one network, or the last ones on several."""
+    return [ACCURACY, *([ARCHITECTURES] if networks else ITERATES), *COSTS]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
+
+
+def _seconds(steps: Iterable[FitStep | None]) -> float | None:
+    """Wall time of fits that are done; None where there is none to do."""
+    there = [step for step in steps if step is not None]
+    return round(sum(read_notes(step.folder)["seconds"] for step in there), 1) if there else None
+
+
+def _accuracy(folder: Path) -> dict[str, Any]:
+    found = _read(folder / "evaluation.json")
+    last = next(iter(found["accuracy"].values()))
+    return {"last": last, **{key: found.get(key) for key in ("chosen_on_held_out", "best_on_test")}}
+
+
+def state(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str, str]:
+    """Say how far a row is: "state" is "done", "to do" or, with a "reason", "failed".
+
+    A row that was not asked for may lack a config; it is no reason to throw the others' results away.
+    """
+    if row.name in failures:
+        return {"state": "failed", "reason": failures[row.name]}
+    try:
+        done = all(map(is_done, job.steps(row)))
+    except InputError as error:
+        return {"state": "failed", "reason": str(error)}
+    return {"state": "done" if done else "to do"}
+
+
+def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str, Any]:
+    """Say what a row gave.
+
+    Args:
+        job: the comparison.
+        row: one of it.
+        failures: reasons by name of row.
+
+    Returns:
+        "state" is "done", "failed" (with a "reason") or "to do". "accuracy" holds "last", "chosen_on_held_out" and
+        "best_on_test", fractions, on the first network; "networks" the same of each where several are named. "share" is
+        that of the training images, held-out ones included.
+    """
+    facts: dict[str, Any] = {"name": row.name, "label": row.label}
+    facts |= {key: row.given[key] for key in ("x", "reference") if key in row.given}
+    facts |= state(job, row, failures)
+    if facts["state"] != "done":
+        return facts
+    steps = job.steps(row)
+    teachers, distill = row.given.get("teachers"), job.distill_step(row)
+    evaluations = {network: job.evaluation_step(row, network) for network in job.networks}
+    accuracy = {network: _accuracy(step.folder) for network, step in evaluations.items()}
+    first = next(iter(evaluations.values()))
+    counts = _read(first.folder / COUNTS)
+    return {
+        **facts,
+        "accuracy": next(iter(accuracy.values())),
+        **({"networks": accuracy} if "" not in accuracy else {}),
+        "seconds": {
+            "teachers": _seconds([job.teacher_step(teachers) if teachers is not None else None]),
+            "distillation": _seconds([distill]),
+            "evaluation": _seconds(evaluations.values()),
+        },
+        "peak_memory_MiB": _read(distill.folder / FILE) if distill else None,
+        "images": counts.get("images"),
+        "share": counts["images"] / counts["training_images"] if counts else None,
+        "seeds": _read(first.folder / "evaluation.json")["seeds"],
+        "folders": [str(step.folder) for step in steps],
+        "devices": sorted({name for step in steps for name in read_notes(step.folder)["devices"]}),
+    }
+
+
+def _teachers(job: Comparison) -> dict[str, dict[str, Any]]:
+    """Give the "seconds" of teachers that are done; with a "reason", None, of those that cannot be."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in job.given.get("teachers") or {}:
+        try:
+            step = job.teacher_step(name)
+            if step is not None and is_done(step):
+                found[name] = {"seconds": _seconds([step])}
+        except InputError as error:
+            found[name] = {"seconds": None, "reason": str(error)}
+    return found
+
+
+def gather(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
+    """Gather the content of ``compare.json``."""
+    rows = [outcome(job, row, failures) for row in job.rows.values()]
+    facts = {
+        "kind": KIND,
+        "title": job.given.get("title", job.file.stem),
+        "config": str(job.file),
+        "dataset": job.given["dataset"],
+        "ipc": job.given.get("ipc", 1),
+        "rows": rows,
+        "teachers": _teachers(job),
+        "device": "; ".join(sorted({name for row in rows for name in row.get("devices", [])})),
+        "versions": versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    if "plot" in job.given:
+        facts["plot"] = {"x": job.given["plot"]["x"], **plot_points(rows)}
+    cleaned: dict[str, Any] = without_machine_paths(facts)
+    return cleaned
+
+
+def _per_cent(value: Mapping[str, Any] | None) -> str:
+    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f} ({value['n']})" if value else "-"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _cells(row: dict[str, Any], networks: Sequence[str]) -> list[str]:
+    measured = max(len(networks), 3)
+    if row["state"] != "done":
+        said = "to do" if row["state"] == "to do" else f"failed: {row['reason']}"
+        return [row["label"], said, *["-"] * (measured + 5)]
+    kinds = row["accuracy"].values()
+    accuracy = [_per_cent(row["networks"][name]["last"]) for name in networks] or [_per_cent(kind) for kind in kinds]
+    seconds, peak = row["seconds"], row["peak_memory_MiB"] or {}
+    cells = [row["label"], *accuracy, *(_number(seconds[key]) for key in ("teachers", "distillation", "evaluation"))]
+    share = "-" if row["share"] is None else f"{100 * row['share']:.3g} %"
+    return [*cells, _number(peak.get("device", peak.get("process"))), _number(row["images"]), share]
+
+
+def columns(networks: Sequence[str]) -> list[str]:
+    """Name the columns: accuracies of one network, or the last iterates of several."""
+    kinds = ["last", "chosen on held-out", "best on test (upper bound)"]
+    rest = ["teachers, s", "distillation, s", "evaluation, s", "peak, MiB", "images", "share"]
+    return ["method", *(networks or kinds), *rest]
+
+
+def table(results: Mapping[str, Any], networks: Sequence[str] = ()) -> list[list[str]]:
+    """Lay results out as lines of cells, the names of the columns first.
+
+    Args:
+        results: the content of ``compare.json``.
+        networks: names of those that the sets were evaluated on, where there are several.
+    """
+    head = columns(networks)
+    return [head, *(_cells(row, networks)[: len(head)] for row in results["rows"])]
+
+
+def markdown(results: Mapping[str, Any], networks: Sequence[str] = ()) -> str:
+    """Write the content of ``compare.md``."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in table(results, networks)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    said = {
+        n: f"failed: {v['reason']}" if "reason" in v else f"{v['seconds']:.0f} s"
+        for n, v in results["teachers"].items()
+    }
+    teachers = "".join(f"- teachers {name}: {what}\n" for name, what in said.items())
+    below = "".join(f"- {note}\n" for note in notes(networks))
+    return f"# {results['title']}\n\n{rows}\n{teachers}{below}- {results['device'] or 'nothing is done yet'}\n"
+
+
+def text(results: Mapping[str, Any], networks: Sequence[str] = ()) -> str:
+    """Lay the same out for a terminal; what a row failed of takes the rest of its line.
+
+    Example:
+        >>> row = {"label": "DC", "state": "failed", "reason": "no such config"}
+        >>> print(text({"rows": [row]}).splitlines()[-1])
+        DC      failed: no such config
+    """
+    lines = table(results, networks)
+    said = [row["state"] != "done" for row in results["rows"]]
+    plain = [line for line, short in zip(lines, [False, *said], strict=True) if not short]
+    widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
+    widths[0] = max(len(line[0]) for line in lines)
+    shown = []
+    for line, short in zip(lines, [False, *said], strict=True):
+        cells = line[:2] if short else line
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
+        shown.append("  ".join(padded).rstrip())
+    return "\n".join(shown)

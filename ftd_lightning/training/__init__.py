@@ -1,0 +1,6 @@
+"""What several LightningModules share: base classes, the evaluation protocol, ranks, fresh networks, finite steps."""
+
+from ftd_lightning.training.evaluation_protocol import train_fresh_networks
+from ftd_lightning.training.fresh_networks import FreshNetworks
+
+__all__ = ["FreshNetworks", "train_fresh_networks"]

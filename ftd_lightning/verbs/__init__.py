@@ -1,1 +1,0 @@
-"""The commands beside Lightning's verbs: what reads, converts and measures artefacts."""

@@ -1,0 +1,262 @@
+"""``ftd import``: sets of public code come in whole and checked, and no code that a file carries runs."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ftd_lightning import DistillationDataModule, SyntheticSet, cli
+from ftd_lightning.artefacts.import_set import in_order_of, read_tensor
+from ftd_lightning.data import Whitening
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with ten digits' images and labels, as released: written by torch.save."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.nn.Parameter(random(10, 1, 8, 8) * 4 - 2), "images.pt")
+    torch.save(torch.arange(10), "labels.pt")
+    return tmp_path
+
+
+FILES = ["images.pt", "labels.pt", "out/set.safetensors", "--dataset", "digits"]
+WORDS = [*FILES, "--step-size", "0.02", "--standardized"]
+NEW = [word.replace("out/", "other/") for word in WORDS]
+
+
+def imported(*arguments: str) -> SyntheticSet:
+    Path("out/set.safetensors").unlink(missing_ok=True)
+    cli.main(["import", *arguments])
+    return SyntheticSet.load("out/set.safetensors")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run what has to end with exit code 1, one line and nothing written; give the line."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["import", *arguments])
+    shown = capsys.readouterr()
+    assert (stop.value.code, shown.out, len(shown.err.splitlines())) == (1, "", 1)
+    assert shown.err.startswith("ftd: error: ")
+    assert sorted(Path().rglob("*")) == before
+    return shown.err
+
+
+def test_standardised_images_come_in_as_they_are(here: Path, capsys) -> None:
+    synthetic = imported(*WORDS)
+    assert "out/set.safetensors: 10 images" in capsys.readouterr().out
+    assert torch.equal(synthetic.images, random(10, 1, 8, 8) * 4 - 2)
+    assert not synthetic.images.requires_grad
+    assert torch.equal(synthetic.labels, torch.arange(10))
+    assert float(synthetic.step_size) == pytest.approx(0.02)
+    assert synthetic.ema_images is None
+    assert synthetic.class_names == [str(digit) for digit in range(10)]
+    data = DistillationDataModule("digits", val_fraction=0)
+    assert synthetic.transform.describe() == data.transform.describe()
+    assert synthetic.metadata["method"] == "imported"
+    assert synthetic.metadata["dataset"] == data.describe()["dataset"]
+    source = {"images": "images.pt", "labels": "labels.pt", "read_as": "standardized"}
+    assert synthetic.metadata["imported"] == source
+    assert "torch" in synthetic.metadata["versions"]
+
+
+def test_pictures_are_standardised(here: Path) -> None:
+    pictures = random(10, 1, 8, 8)
+    torch.save(pictures, "images.pt")
+    synthetic = imported(*FILES, "--step-size", "none", "--pictures")
+    assert synthetic.step_size is None
+    assert torch.allclose(synthetic.pictures(), pictures, atol=1e-6)
+    assert torch.allclose(synthetic.images, synthetic.transform.apply(pictures))
+    torch.save((pictures * 255).to(torch.uint8), "images.pt")
+    assert torch.equal(
+        imported(*FILES, "--step-size", "none", "--pictures").pictures().mul(255).round(), (pictures * 255).floor()
+    )
+
+
+def test_whitened_images_bring_the_whitening_of_the_whole_training_set(here: Path) -> None:
+    pictures = random(10, 1, 8, 8)
+    data = DistillationDataModule("digits", root="elsewhere", zca=True, zca_eps=0.2, val_fraction=0)
+    data.prepare_data()
+    data.setup()
+    torch.save(data.transform.apply(pictures), "images.pt")
+    arguments = [*FILES, "--whitened", "--zca-eps", "0.2", "--root", "cache", "--step-size", "1e-2"]
+    synthetic = imported(*arguments)
+    assert isinstance(synthetic.transform, Whitening)
+    assert synthetic.transform.describe() == data.transform.describe()
+    assert torch.allclose(synthetic.pictures(), pictures, atol=1e-3)
+    assert len(list(Path("cache/whitening").iterdir())) == 1
+    # Evaluation takes it: the test images go through its transform.
+    evaluated = DistillationDataModule("digits", synthetic="out/set.safetensors")
+    evaluated.prepare_data()
+    evaluated.setup()
+    assert evaluated.transform.describe() == data.transform.describe()
+
+
+def test_colour_images_of_32_pixels(here: Path) -> None:
+    """CIFAR-10 itself need not be there: its mean and std are in the table."""
+    torch.save(random(20, 3, 32, 32).double() * 2 - 1, "images.pt")
+    torch.save(torch.arange(20).int() % 10, "labels.pt")
+    files = ["images.pt", "labels.pt", "out/set.safetensors", "--dataset", "cifar10"]
+    synthetic = imported(*files, "--standardized", "--step-size", "0.01")
+    assert (synthetic.images.dtype, synthetic.labels.dtype) == (torch.float32, torch.int64)
+    assert synthetic.class_names[:2] == ["airplane", "automobile"]
+    assert synthetic.images.shape == (20, 3, 32, 32)
+
+
+def test_numpy_and_safetensors_files(here: Path) -> None:
+    images = random(10, 1, 8, 8)
+    np.save("images.npy", images.numpy().astype(">f8"))  # the byte order that torch has not
+    save_file({"anything": torch.arange(10)}, "labels.safetensors")
+    save_file({"lr": torch.tensor([0.5])}, "lr.safetensors")
+    files = ["images.npy", "labels.safetensors", "out/set.safetensors", "--dataset", "digits", "--standardized"]
+    synthetic = imported(*files, "--step-size", "lr.safetensors")
+    assert torch.equal(synthetic.images, images)
+    assert torch.equal(synthetic.labels, torch.arange(10))
+    assert float(synthetic.step_size) == 0.5
+
+
+def test_files_of_torch_before_zip_archives(here: Path) -> None:
+    torch.save(random(2, 3), "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_tensor(Path("old.pt")), random(2, 3))
+
+
+def test_soft_labels_are_probabilities_or_scores(here: Path, capsys) -> None:
+    scores = random(10, 10) * 6 - 3
+    torch.save(scores.softmax(1), "labels.pt")
+    assert torch.allclose(imported(*WORDS).labels, scores.softmax(1))
+    capsys.readouterr()
+    torch.save(scores, "labels.pt")
+    assert "--logits" in refusal(capsys, *NEW)
+    synthetic = imported(*WORDS, "--logits")
+    assert torch.allclose(synthetic.labels, scores.softmax(1))
+    assert synthetic.metadata["imported"]["logits"] is True
+
+
+def test_classes_in_another_order_are_renumbered(here: Path, capsys) -> None:
+    backwards = [str(digit) for digit in reversed(range(10))]
+    assert imported(*WORDS, "--class-names", *backwards).labels.tolist() == list(reversed(range(10)))
+    capsys.readouterr()
+    assert "check 'ten'" in refusal(capsys, *NEW, "--class-names", "ten", *backwards[1:])
+    soft = torch.tensor([[0.5, 0.3, 0.2]])
+    assert torch.equal(in_order_of(soft, ["b", "c", "a"], ["a", "b", "c"]), torch.tensor([[0.2, 0.5, 0.3]]))
+
+
+def test_what_such_sets_do_not_say_is_asked_for(here: Path, capsys) -> None:
+    line = refusal(capsys, *FILES, "--standardized")
+    for word in ("do not carry", "--step-size", "--step-size none"):
+        assert word in line
+    line = refusal(capsys, *FILES, "--step-size", "0.01")
+    for word in ("--whitened", "--standardized", "--pictures"):
+        assert word in line
+    for value in ("0", "-1", "nan", "inf"):
+        assert "above 0" in refusal(capsys, *FILES, "--standardized", "--step-size", value)
+    assert "above 0" in refusal(capsys, *WORDS, "--zca-eps", "0")
+    assert "neither a number" in refusal(capsys, *FILES, "--standardized", "--step-size", "much")
+    assert "one number" in refusal(capsys, *FILES, "--standardized", "--step-size", "labels.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("images.pt", torch.zeros(10, 3, 8, 8), ["images.pt", "(10, 3, 8, 8)", "(N, 1, 8, 8)"]),
+        ("images.pt", torch.zeros(10, 64), ["(10, 64)"]),
+        ("images.pt", torch.zeros(0, 1, 8, 8), ["(0, 1, 8, 8)"]),
+        ("images.pt", torch.full((10, 1, 8, 8), torch.nan), ["not finite"]),
+        ("images.pt", torch.zeros(10, 1, 8, 8).long(), ["torch.int64"]),
+        ("images.pt", torch.zeros(10, 1, 8, 8, dtype=torch.complex64), ["torch.complex64"]),
+        ("images.pt", torch.zeros(3, device="meta"), ["dense numbers are needed"]),
+        ("labels.pt", torch.arange(9), ["labels.pt", "(9,)", "10 images"]),
+        ("labels.pt", torch.arange(10) + 1, ["from 1 to 10", "0 to 9"]),
+        ("labels.pt", torch.arange(10) - 1, ["from -1 to 8"]),
+        ("labels.pt", torch.arange(10).float(), ["torch.float32", "integers"]),
+        ("labels.pt", torch.zeros(10, 9), ["(10, 9)"]),
+        ("labels.pt", torch.eye(10).long(), ["torch.int64"]),
+        ("labels.pt", torch.full((10, 10), 0.2), ["sum 1"]),
+        ("labels.pt", {"labels": torch.arange(10)}, ["holds a dict"]),
+    ],
+)
+def test_tensors_that_do_not_fit_are_one_line(here: Path, capsys, name: str, tensor: object, words: list[str]) -> None:
+    torch.save(tensor, name)
+    line = refusal(capsys, *WORDS)
+    for word in words:
+        assert word in line
+
+
+def test_pictures_out_of_range_are_refused(here: Path, capsys) -> None:
+    line = refusal(capsys, *FILES, "--step-size", "0.01", "--pictures")
+    assert "no pictures in [0, 1]" in line
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_pickled_code_does_not_run(here: Path, capsys) -> None:
+    torch.save(Malicious(), "images.pt")
+    assert "would run code" in refusal(capsys, *WORDS)
+    torch.save(Malicious(), "images.pt", _use_new_zipfile_serialization=False)
+    assert "would run code" in refusal(capsys, *WORDS)
+    Path("images.pt").write_bytes(pickle.dumps(Malicious()))
+    assert "would run code" in refusal(capsys, *WORDS)
+    np.save("images.npy", np.array([Malicious()], dtype=object), allow_pickle=True)
+    assert "not one plain array" in refusal(capsys, "images.npy", *WORDS[1:])
+    assert not Path("pwned").exists()
+    # The same file does run it where that is allowed, so the test tests something.
+    pickle.loads(Path("images.pt").read_bytes())
+    assert Path("pwned").exists()
+
+
+def test_foreign_and_broken_files_are_one_line(here: Path, capsys) -> None:
+    whole = Path("images.pt").read_bytes()
+    for content in (b"", b"not at all", whole[:-200], whole[:50], b"\x80\x05"):
+        Path("images.pt").write_bytes(content)
+        assert "images.pt: not a plain tensor" in refusal(capsys, *WORDS)
+    for name in ("images.npy", "images.safetensors"):
+        for content in (b"", b"not at all"):
+            Path(name).write_bytes(content)
+            assert name in refusal(capsys, name, *WORDS[1:])
+    np.savez("images.npz", a=np.zeros(3))
+    Path("images.npz").rename("images.npy")
+    assert "not one plain array" in refusal(capsys, "images.npy", *WORDS[1:])
+    np.save("images.npy", np.array(["a", "b"]))
+    assert "not one plain array" in refusal(capsys, "images.npy", *WORDS[1:])
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, "images.safetensors")
+    assert "holds 2 tensors" in refusal(capsys, "images.safetensors", *WORDS[1:])
+    assert "nowhere.pt: no such file" in refusal(capsys, "nowhere.pt", *WORDS[1:])
+
+
+def test_a_set_that_is_there_is_not_written_over(here: Path, capsys) -> None:
+    imported(*WORDS)
+    capsys.readouterr()
+    assert "is there already" in refusal(capsys, *WORDS)
+
+
+def test_wrong_words(here: Path, capsys) -> None:
+    assert "did you mean 'digits'" in refusal(capsys, *[word.replace("digits", "digit") for word in WORDS])
+    for arguments in ([], WORDS[:3], [*WORDS, "--whitened"], [*WORDS, "--zca-eps", "small"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["import", *arguments])
+        assert stop.value.code == 2
+        assert "usage: ftd import" in capsys.readouterr().err
+
+
+def test_an_imported_set_is_known_to_info_and_export(here: Path, capsys) -> None:
+    imported(*WORDS)
+    capsys.readouterr()
+    cli.main(["info", "out/set.safetensors"])
+    shown = capsys.readouterr().out
+    assert "imported" in shown
+    assert "labels labels.pt, read_as standardized" in shown
+    cli.main(["export", "out/set.safetensors", "pictures"])
+    assert len(list(Path("pictures").glob("*/*.png"))) == 10

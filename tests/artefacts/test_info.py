@@ -1,0 +1,173 @@
+"""``ftd info``: what it says of each artefact, and of what is none."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ftd_lightning import SyntheticSet, TrajectoryStore, cli
+from ftd_lightning.artefacts.info import describe, phrase
+from ftd_lightning.data import Standardization, Whitening
+from ftd_lightning.data.files import write_tensors
+
+METADATA = {
+    "method": "ftd",
+    "iterations": 12,
+    "skipped_steps": 1,
+    "dataset": {"name": "cifar10", "val_fraction": 0.1, "max_per_class": None, "seed": 0},
+    "network": {"name": "convnet", "options": {"width": 8}, "in_channels": 3},
+    "augmentation": {"strategy": "color,crop", "mode": "single"},
+    "teachers": {"count": 3, "rho": 0.01, "alpha": 0.3, "adaptive": False},
+    "settings": {"lr_images": 100.0},
+    "scores": {"raw": {"mean": 0.5, "std": 0.01, "n": 5}},
+    "versions": {"torch": "2"},
+}
+
+
+def colour_set(**changes) -> SyntheticSet:
+    images = torch.linspace(-2, 3, 4 * 3 * 32 * 32).view(4, 3, 32, 32)
+    fields = {
+        "images": images,
+        "labels": torch.tensor([0, 0, 1, 1]),
+        "step_size": torch.tensor(0.0123),
+        "ema_images": images,
+        "class_names": ["ant", "bee"],
+        "transform": Standardization([0.5] * 3, [0.25] * 3),
+        "metadata": METADATA,
+    }
+    return SyntheticSet(**{**fields, **changes})
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    cli.main(["info", *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def rows(text: str) -> dict[str, str]:
+    """The lines after the first, each a word and what is said of it, two spaces apart."""
+    return dict(line.strip().split("  ", 1) for line in text.splitlines()[1:])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run what has to end with exit code 1 and one line; give the line."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info", *map(str, arguments)])
+    shown = capsys.readouterr()
+    assert (stop.value.code, shown.out, len(shown.err.splitlines())) == (1, "", 1)
+    assert shown.err.startswith("ftd: error: ")
+    return shown.err
+
+
+def test_a_set_in_about_ten_lines(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "set.safetensors"
+    colour_set().save(path)
+    text = said(capsys, path)
+    assert text.splitlines()[0] == f"{path}: synthetic set"
+    assert 10 <= len(text.splitlines()) <= 15
+    found = {word: what.strip() for word, what in rows(text).items()}
+    assert found["method"] == "ftd, 12 iterations, 1 skipped"
+    assert found["data set"] == "cifar10 (seed 0, val_fraction 0.1)"
+    assert found["images"] == "4 of 3 x 32 x 32, 2 a class; with EMA images"
+    assert found["values"] == "-2 to 3, as networks see them"
+    assert found["classes"] == "2: ant, bee"
+    assert found["labels"] == "hard"
+    assert found["step size"] == "0.0123"
+    assert found["transform"] == "standardised, mean 0.5 0.5 0.5, std 0.25 0.25 0.25"
+    assert found["network"] == "convnet (width 8, in_channels 3)"
+    assert found["teachers"] == "adaptive no, alpha 0.3, count 3, rho 0.01"
+    assert found["scores"] == "raw 50.0 ± 1.0 % (5 networks)"
+    assert found["versions"] == "torch 2"
+
+
+def test_a_whitened_soft_set_that_says_little_of_itself(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "set.safetensors"
+    whitening = Whitening.fit(torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    soft = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
+    SyntheticSet(torch.zeros(3, 1, 8, 8), soft, class_names=["0", "1"], transform=whitening).save(path)
+    found = {word: what.strip() for word, what in rows(said(capsys, path)).items()}
+    assert found["method"] == "unknown"
+    assert found["images"] == "3 of 1 x 8 x 8, 1 to 2 a class; no EMA images"
+    assert found["labels"] == "soft, probabilities"
+    assert found["step size"].startswith("none")
+    assert found["transform"].startswith("ZCA whitening, eps 0.1")
+
+
+def test_a_set_as_json(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "set.safetensors"
+    colour_set().save(path)
+    found = json.loads(said(capsys, path, "--json"))
+    assert (found["path"], found["kind"]) == (str(path), "synthetic_set")
+    assert found["images"] == [4, 3, 32, 32]
+    assert (found["labels"], found["per_class"], found["ema"]) == ("hard", [2, 2], True)
+    assert found["step_size"] == pytest.approx(0.0123)
+    assert (found["values"]["min"], found["values"]["max"]) == (-2, 3)
+    for key, value in METADATA.items():
+        assert found["metadata"][key] == value
+    assert found["metadata"]["transform"]["kind"] == "standardization"
+    assert found["metadata"]["class_names"] == ["ant", "bee"]
+
+
+def test_a_store(trajectories: Path, capsys) -> None:
+    text = said(capsys, trajectories)
+    assert text.splitlines()[0] == f"{trajectories}: trajectory store"
+    assert len(text.splitlines()) <= 13
+    found = {word: what.strip() for word, what in rows(text).items()}
+    store = TrajectoryStore(trajectories)
+    assert found["teachers"] == f"2 of 4 epochs, {store.num_parameters:,} weights each"
+    assert found["optimizer"] == "SGD, lr 0.1, momentum 0, weight_decay 0, batch_size 32"
+    assert found["flatness"].startswith("rho 0, ")
+    assert found["data set"].startswith("digits (")
+    assert found["network"].startswith("convnet (depth 1, width 4")
+    assert "% (" in found["accuracy"]
+    facts = json.loads(said(capsys, trajectories, "--json"))
+    assert (facts["kind"], facts["teachers"], facts["epochs"]) == ("trajectory_store", 2, 4)
+    assert facts["metadata"] == store.metadata
+    assert [one["teacher"] for one in facts["each"]] == [0, 1]
+    assert len(facts["each"][0]["accuracies"]) == 4
+    assert facts["bytes"] == sum(file.stat().st_size for file in trajectories.glob("*.safetensors"))
+
+
+def test_one_teacher_and_a_whitening(trajectories: Path, tmp_path: Path, capsys) -> None:
+    text = said(capsys, trajectories / "teacher_0001.safetensors")
+    assert text.splitlines()[0].endswith("teacher_0001.safetensors: teacher")
+    assert rows(text)["teacher"].strip().startswith("number 1, seed ")
+    Whitening.fit(torch.rand(40, 1, 4, 4)).save(tmp_path / "zca.safetensors")
+    text = said(capsys, tmp_path / "zca.safetensors")
+    assert rows(text)["transform"].strip() == "ZCA whitening, eps 0.1, 16 values an image"
+
+
+def test_what_is_none_of_these_is_refused(tmp_path: Path, capsys) -> None:
+    assert "no such file" in refusal(capsys, tmp_path / "nowhere")
+    assert "no teachers here" in refusal(capsys, tmp_path)
+    path = tmp_path / "file.safetensors"
+    colour_set().save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    assert "truncated" in refusal(capsys, path)
+    path.write_text("not at all")
+    assert "not a safetensors file" in refusal(capsys, path)
+    save_file({"images": torch.zeros(2)}, path)
+    assert "another program" in refusal(capsys, path)
+    write_tensors(path, {"a": torch.zeros(2)}, kind="tea_pot", metadata={})
+    assert "is a tea pot" in refusal(capsys, path)
+
+
+def test_wrong_words_end_with_exit_code_2(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info"])
+    assert stop.value.code == 2
+    assert "usage: ftd info" in capsys.readouterr().err
+
+
+def test_describing_builds_no_whitening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inverting the matrix of 32-pixel images takes seconds, of larger ones minutes."""
+    path = tmp_path / "set.safetensors"
+    whitening = Whitening.fit(torch.rand(40, 1, 8, 8))
+    SyntheticSet(torch.zeros(3, 1, 8, 8), torch.arange(3), transform=whitening).save(path)
+    monkeypatch.setattr(Whitening, "build", None)
+    assert describe(path).facts["per_class"] == [1, 1, 1]
+
+
+def test_line_breaks_in_metadata_stay_in_one_line() -> None:
+    assert phrase({"a": ["b\nc", 1.0, True]}) == "a b c 1 yes"

@@ -1,0 +1,364 @@
+"""``ftd compare``: rows, what they share, what a stop and a failure leave, and what is written."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from fits import distil
+from PIL import Image
+
+from ftd_lightning import SyntheticSet, cli
+from ftd_lightning.callbacks import SyntheticSetWriter
+from ftd_lightning.callbacks.peak_memory import PeakMemory
+from ftd_lightning.studies import compare, comparison_plan, comparison_table, fit_steps
+from ftd_lightning.studies.comparison_plot import plot_points
+from ftd_lightning.studies.fit_steps import Slice, read_notes
+
+ROOT = Path(__file__).resolve().parents[2]
+CALLBACKS = """[
+  {class_path: SyntheticSetWriter},
+  {class_path: lightning.pytorch.callbacks.ModelCheckpoint,
+   init_args: {save_last: true, save_top_k: 1, every_n_epochs: 1, save_on_train_epoch_end: true}}]"""
+SMALL = [
+    *("--data.max_per_class", 14, "--data.batch_size", 32, "--trainer.accelerator", "cpu"),
+    *("--trainer.enable_model_summary", False, "--trainer.enable_progress_bar", False),
+    *("--distill.model.iterations_per_epoch", 2, "--distill.model.syn_steps", 2, "--distill.model.expert_epochs", 1),
+    *("--distill.model.max_start_epoch", 3, "--distill.trainer.max_steps", 40),
+    *("--distill.trainer.callbacks", CALLBACKS),
+    *("--evaluate.model.network_options", {"width": 4, "depth": 1}, "--evaluate.model.networks", 2),
+    *("--evaluate.trainer.max_epochs", 4, "--evaluate.trainer.check_val_every_n_epoch", 2),
+]
+
+
+def write(path: Path, **changes) -> Path:
+    """Write a comparison of rows that share an evaluation and teachers; None takes a key away."""
+    config = ROOT / "configs" / "digits"
+    mtt = {"distill": str(config / "distill_mtt_ipc1.yaml"), "teachers": "mtt"}
+    content = {
+        "title": "small",
+        "dataset": "digits",
+        "run": "runs/small",
+        "teachers": {"mtt": str(config / "teacher_mtt.yaml"), "ftd": str(config / "teacher_ftd.yaml")},
+        "evaluate": str(config / "evaluate.yaml"),
+        "rows": {
+            "mtt": {"label": "MTT", **mtt, "x": 0.2},
+            "mtt+wide": {**mtt, "evaluate_words": ["--model.networks", 3]},
+            "random": {"synthetic": "random", "x": 0.1},
+        },
+        **changes,
+    }
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
+    )
+    return path
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, monkeypatch, capsys) -> None:
+    commands, start = [], subprocess.Popen
+
+    def noted(command, **options):
+        commands.extend([command] if "ftd_lightning" in command else [])
+        return start(command, **options)
+
+    monkeypatch.setattr(fit_steps.subprocess, "Popen", noted)
+    distill = str(ROOT / "configs" / "digits" / "distill_mtt_ipc1.yaml")
+    mtt = {"distill": distill, "teachers": "mtt"}
+    rows = {
+        "broken": {**mtt, "distill_words": ["--model.prune_by", "guess"]},
+        "mtt": {"label": "MTT", **mtt, "x": 0.2},
+        "random": {"synthetic": "random", "x": 0.1},
+        "whole": {"synthetic": "real", "reference": True},
+    }
+    teachers = {"mtt": {"store": str(trajectories)}}
+    study = write(here / "study.yaml", words=SMALL, teachers=teachers, rows=rows, plot={"x": "value"})
+    command = ["compare", "--config", str(study)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slice, "left", lambda self: -1 if list(Path("runs").rglob("last.ckpt")) else 1)
+        cli.main([*command, "--only", "mtt", "--minutes=9"])
+    assert capsys.readouterr().out.splitlines()[-1] == "not done: run the same command again"
+    assert len(commands) == 1
+    assert {row["state"] for row in json.loads(Path("runs/small/compare.json").read_text())["rows"]} == {"to do"}
+
+    commands.clear()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command)
+    assert stop.value.code == 1
+    assert [words[-2:] == ["--ckpt_path", "last"] for words in commands] == [False, True, False, False, False]
+    results = json.loads(Path("runs/small/compare.json").read_text())
+    assert (results["title"], results["dataset"], results["ipc"]) == ("small", "digits", 1)
+    found = {row["name"]: row for row in results["rows"]}
+    assert [row["state"] for row in results["rows"]] == ["failed", "done", "done", "done"]
+    assert "prune_by" in found["broken"]["reason"]
+    assert "\n" not in found["broken"]["reason"]
+
+    folder = next(path for path in map(Path, found["mtt"]["folders"]) if path.name.startswith("distill"))
+    assert read_notes(folder)["slices"] == 2
+    assert SyntheticSet.load(folder / "set.safetensors").metadata["iterations"] == 40
+    seconds = found["mtt"]["seconds"]
+    assert seconds["teachers"] is None, "nobody timed a store that was given"
+    assert seconds["distillation"] == read_notes(folder)["seconds"] > 0
+    assert seconds["evaluation"] > 0
+    assert found["mtt"]["peak_memory_MiB"]["process"] > 50
+    for name in ("mtt", "random", "whole"):
+        accuracy = found[name]["accuracy"]
+        assert set(accuracy) == {"last", "chosen_on_held_out", "best_on_test"}
+        assert all(set(value) == {"mean", "std", "n"} and value["n"] == 2 for value in accuracy.values())
+        assert accuracy["best_on_test"]["mean"] >= max(accuracy["last"]["mean"], accuracy["chosen_on_held_out"]["mean"])
+    assert found["mtt"]["seeds"] == found["random"]["seeds"] == found["whole"]["seeds"]
+    images = {name: (row.get("images"), row.get("share")) for name, row in found.items()}
+    assert images == {"broken": (None, None), "mtt": (10, 1 / 14), "random": (10, 1 / 14), "whole": (130, 13 / 14)}
+
+    assert results["plot"]["x"] == "value"
+    assert [(point["x"], point["label"]) for point in results["plot"]["points"]] == [(0.1, "random"), (0.2, "MTT")]
+    assert [line["label"] for line in results["plot"]["references"]] == ["whole"]
+    assert np.asarray(Image.open("runs/small/study.png")).shape == (480, 660, 4)
+    pictures = {name: np.asarray(Image.open(f"runs/small/{name}.png")) for name in ("mtt", "random", "whole")}
+    assert not np.array_equal(pictures["mtt"], pictures["random"])
+    assert not Path("runs/small/broken.png").exists()
+    sheet = np.asarray(Image.open("runs/small/images.png"))
+    assert sheet.shape == (2 * 68, 96 + 2 + 10 * 66, 3)
+    assert np.array_equal(sheet[68:, 96:], pictures["random"])
+
+    lines = Path("runs/small/compare.md").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("| MTT |"))
+    mean = 100 * found["mtt"]["accuracy"]["last"]["mean"]
+    assert f"| {mean:.1f} ± " in line
+    assert line.endswith("| 10 | 7.14 % |")
+    assert any(line.startswith("| broken | failed: broken: distillation: ") for line in lines)
+    shown = capsys.readouterr().out
+    assert "MTT     " in shown
+    assert "best on test (upper bound)" in shown
+    assert str(here) not in Path("runs/small/compare.json").read_text()
+
+    commands.clear()
+    cli.main([*command, "--only", "mtt", "random", "whole"])
+    assert commands == [], "what is done is not done again"
+
+
+def steps(file: Path, row: str, *further: str) -> list[Path]:
+    job = comparison_plan.load(file, further)
+    return [step.folder for step in job.steps(job.rows[row])]
+
+
+def test_rows_share_what_is_the_same(here: Path) -> None:
+    file = write(here / "small.yaml", fits="runs/fits")
+    mtt, wide = steps(file, "mtt"), steps(file, "mtt+wide")
+    assert [folder.name.rsplit("_", 1)[0] for folder in mtt] == ["teacher_mtt", "distill_mtt_ipc1", "evaluate"]
+    assert mtt[:2] == wide[:2]
+    assert mtt[2] != wide[2]
+    other = write(here / "other.yaml", run="runs/other", fits="runs/fits", title=None)
+    assert steps(other, "mtt") == mtt
+    assert steps(file, "mtt", "--data.root", "/elsewhere", "--trainer.accelerator=cpu") == mtt
+    # What teachers start a distillation counts, and so on; what comes after does not.
+    for word, same in (("--teacher.model.epochs=9", 0), ("--distill.model.ipc=2", 1), ("--evaluate.model.seed=1", 2)):
+        found = steps(file, "mtt", word)
+        assert [a == b for a, b in zip(found, mtt, strict=True)] == [True] * same + [False] * (3 - same)
+    job = comparison_plan.load(file)
+    _, distill, evaluation = job.steps(job.rows["mtt"])
+    assert distill.words[-3:-1] == ("--model.trajectories", str(mtt[0] / "trajectories"))
+    assert evaluation.words[-2:] == ("--data.synthetic", str(mtt[1] / "set.safetensors"))
+
+
+def test_a_changed_config_begins_anew_but_a_comment_does_not(here: Path) -> None:
+    (here / "base.yaml").write_text("model: {class_path: SyntheticEvaluation}\n")
+    (here / "mine.yaml").write_text("base: base.yaml\ndata: {class_path: DistillationDataModule}\n")
+    file = write(here / "small.yaml", evaluate="mine.yaml")
+    before = steps(file, "random")
+    (here / "mine.yaml").write_text("# said\nbase: base.yaml\ndata: {class_path: DistillationDataModule}\n")
+    assert steps(file, "random") == before
+    (here / "base.yaml").write_text("model: {class_path: SyntheticEvaluation, init_args: {lr: 0.5}}\n")
+    assert steps(file, "random") != before
+
+
+def test_sets_as_files_on_several_networks(here: Path, trajectories: Path) -> None:
+    distil(here, trajectories, steps=1, callbacks=[SyntheticSetWriter()])
+    networks = {"convnet": [], "alexnet": ["--model.network", "alexnet", "--model.network_options", {}]}
+    file = write(here / "s.yaml", networks=networks, rows={"mine": {"set": "set.safetensors", "ema": True}})
+    job = comparison_plan.load(file)
+    first, second = job.steps(job.rows["mine"])
+    assert first.words[2:4] == ("--data.ema", "true")
+    assert second.words[4:8] == ("--model.network", "alexnet", "--model.network_options", "{}")
+    assert first.folder != second.folder
+    synthetic = SyntheticSet.load("set.safetensors")
+    synthetic.images += 1
+    synthetic.save("set.safetensors")
+    assert job.steps(job.rows["mine"])[0].folder != first.folder, "another set in the same file"
+
+    value = {"mean": 0.5, "std": 0.01, "n": 2}
+    row = {"label": "mine", "state": "done", "accuracy": {}, "networks": {n: {"last": value} for n in networks}}
+    row |= {"seconds": dict.fromkeys(["teachers", "distillation", "evaluation"]), "peak_memory_MiB": None}
+    head, line = comparison_table.table({"rows": [{**row, "images": 10, "share": 0.01}]}, list(networks))
+    assert head[:3] == ["method", "convnet", "alexnet"]
+    assert line == ["mine", "50.0 ± 1.0 (2)", "50.0 ± 1.0 (2)", "-", "-", "-", "-", "10", "1 %"]
+
+
+def test_a_plot_takes_rows_that_are_done_by_rising_x() -> None:
+    last = {"accuracy": {"last": {"mean": 0.5, "std": 0.1, "n": 5}}, "state": "done"}
+    rows = [{"label": str(x), "x": x, **last} for x in (0.1, 0.005, 0.03)]
+    rows += [{"label": "to come", "x": 0.01, "state": "to do"}, {"label": "MTT", "reference": True, **last}]
+    found = plot_points(rows)
+    assert [point["x"] for point in found["points"]] == [0.005, 0.03, 0.1]
+    assert found["references"] == [{"label": "MTT", "mean": 0.5, "std": 0.1}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"evaluate": "nowhere.yaml"}, "nowhere.yaml: no such config"),
+        ({"rows": {"a": {"distill": "gone.yaml"}}}, "gone.yaml: no such config"),
+        ({"rows": {"a": {"synthetic": "best"}}}, "synthetic is one of"),
+        ({"rows": {"a": {"synthetic": "random", "distill": "b"}}}, "synthetic and distill"),
+        ({"rows": {"a": {"ema": True}}}, "names no set"),
+        ({"rows": {"a": {"set": "gone.safetensors"}}}, "gone.safetensors is not there"),
+        ({"rows": {"a": {"synthetic": "k-center", "teachers": "dtf"}}}, "unknown teachers dtf; there are mtt, ftd"),
+        ({"rows": {"a": {"synthetic": "random", "epochs": 3}}}, "row a: unknown epochs"),
+        ({"rows": {"a/b": {"synthetic": "random"}}}, "names a file too"),
+        ({"teachers": {"mtt": {"words": []}}}, "give either config or store"),
+        ({"row": {}}, "unknown row"),
+        ({"dataset": None}, "lacks dataset"),
+        ({"rows": ["random"]}, "rows is no mapping"),
+        ({"networks": ["convnet"]}, "networks is no mapping"),
+        ({"networks": []}, "networks is no mapping"),
+        ({"teachers": "mtt"}, "teachers is no mapping"),
+        ({"plot": {"y": "rho"}}, "plot names no x"),
+        ({"plot": "rho"}, "plot names no x"),
+        ({"rows": {"a": {"synthetic": "random", "x": "5e-3"}}}, "row a: x='5e-3' is no number"),
+        ({"rows": {"a": {"synthetic": "random", "x": True}}}, "row a: x=True is no number"),
+        ({"rows": {"a": {"synthetic": "random", "x": float("nan")}}}, "row a: x=nan is no number"),
+        ({"rows": {"a": {"synthetic": "herding"}}}, "row a: herding goes by the features of a teacher"),
+        ({"rows": {"a": {"synthetic": "k-center"}}}, "row a: k-center goes by the features of a teacher"),
+    ],
+)
+def test_bad_input_is_one_line(here: Path, refused, changes: dict, said: str) -> None:
+    with refused(said):
+        comparison_plan.load(write(here / "small.yaml", **changes))
+
+
+def test_rows_that_were_not_asked_for_may_lack_configs(here: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compare, "advance", lambda *given: ({}, True))
+    rows = {"random": {"synthetic": "random"}, "gone": {"distill": "gone.yaml"}}
+    rows["pupil"] = {"synthetic": "herding", "teachers": "away"}
+    file = write(here / "small.yaml", rows=rows, teachers={"away": "away.yaml"})
+    cli.main(["compare", "--config", str(file), "--only", "random"])
+    results = json.loads(Path("runs/small/compare.json").read_text())
+    assert [row["state"] for row in results["rows"]] == ["to do", "failed", "failed"]
+    assert "gone.yaml: no such config" in results["rows"][1]["reason"]
+    assert "away.yaml: no such config" in results["rows"][2]["reason"]
+    assert results["teachers"]["away"]["seconds"] is None
+    written = Path("runs/small/compare.md").read_text()
+    assert "- teachers away: failed: " in written
+    assert "| gone | failed: " in written
+
+
+@pytest.mark.parametrize(
+    ("rounds", "iterations", "max_steps", "finished"),
+    [(4, 9, 100, True), (3, 9, 100, False), (3, 100, 100, True), (3, 9, -1, False), (None, 9, 100, False)],
+)
+def test_a_method_that_counts_rounds_is_finished_by_either(
+    rounds, iterations, max_steps, finished, here: Path, trajectories: Path
+) -> None:
+    distil(here, trajectories, steps=1, callbacks=[SyntheticSetWriter()])
+    synthetic = SyntheticSet.load("set.safetensors")
+    synthetic.metadata |= {"iterations": iterations} | ({} if rounds is None else {"rounds": rounds})
+    row = {"distill": str(ROOT / "configs" / "digits" / "distill_cafe_ipc1.yaml")}
+    job = comparison_plan.load(write(here / "small.yaml", rows={"cafe": row}))
+    step = job.distill_step(job.rows["cafe"])
+    step.folder.mkdir(parents=True)
+    synthetic.save(step.folder / "set.safetensors")
+    saved = {"model": {"init_args": {"rounds": 4}}, "trainer": {"max_steps": max_steps}}
+    (step.folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert step.finished() is finished
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is named without threads")
+def test_threads_are_those_of_the_children(here: Path, monkeypatch) -> None:
+    names = []
+    monkeypatch.setattr(compare, "advance", lambda *given: (names.append(fit_steps.device_name()) or {}, True))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    other = torch.get_num_threads() + 3
+    for threads in (other, 1):
+        cli.main(["compare", "--config", str(write(here / "small.yaml", threads=threads)), "--only", "random"])
+    assert names[0].endswith(f", {other} threads")
+    assert names[1].endswith(", 1 thread")
+    assert fit_steps.device_name().endswith(f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}")
+    monkeypatch.setenv("OMP_NUM_THREADS", f"{other},2")
+    assert fit_steps.device_name() == names[0], "of the outermost level"
+
+
+def test_notes_are_of_the_columns_that_there_are() -> None:
+    results = {"title": "t", "rows": [], "teachers": {}, "device": ""}
+    one, several = comparison_table.markdown(results), comparison_table.markdown(results, ["convnet", "alexnet"])
+    for words, where in (
+        ("Best on test: ", [one]),
+        ("Chosen on held-out: ", [one]),
+        ("A column for each network", [several]),
+        ("Seconds of a distillation include measuring it on the way (EvaluateSynthetic)", [one, several]),
+        ("measuring on the way included", [one, several]),
+    ):
+        assert [said for said in (one, several) if words in said] == where
+
+
+PUBLISHED = {
+    "dc": ["--model.augment", "", "--trainer.max_epochs", 300],
+    "cafe": ["--model.augment", "", "--trainer.max_epochs", 600],
+    **{name: ["--model.align_corners", False] for name in ("dsa", "dm", "cafe+dsa")},
+}
+
+
+@pytest.mark.parametrize("name", ["cifar10/compare_ipc10", "cifar10/cross_architecture_ipc50", "digits/compare"])
+def test_methods_without_teachers_are_evaluated_as_published(name: str) -> None:
+    rows = comparison_plan.load(ROOT / "configs" / f"{name}.yaml").rows
+    found = {method: rows[method].given["evaluate_words"] for method in PUBLISHED if method in rows}
+    assert {"dc", "cafe"} <= set(found)
+    end = 2 if name.startswith("digits") else None  # where all rows train for as long
+    assert found == {method: PUBLISHED[method][:end] for method in found}
+
+
+def test_bad_words_are_refused(here: Path, refused, capsys) -> None:
+    file = write(here / "small.yaml")
+    with refused("has no row dcc; there are mtt, mtt+wide, random"):
+        comparison_plan.load(file, only=["dcc"])
+    with refused("gone.yaml: no such file"):
+        comparison_plan.load(here / "gone.yaml")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "--config", str(file), "--minute", "3"])
+    assert stop.value.code == 2
+    assert "--minute" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+SHIPPED = sorted(path for name in ("compare", "cross", "study") for path in (ROOT / "configs").rglob(f"{name}_*.yaml"))
+SHIPPED.append(ROOT / "configs" / "digits" / "compare.yaml")
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_comparisons_name_configs_that_are_there(file: Path) -> None:
+    job = comparison_plan.load(file)
+    assert job.given["dataset"] == file.parent.name
+    stem = file.stem if file.stem != "compare" else "compare_ipc1"
+    assert job.folder == Path("runs") / file.parent.name / stem
+    values = [row.given["x"] for row in job.rows.values() if "x" in row.given]
+    assert values == sorted(values)
+    assert bool(values) == ("plot" in job.given)
+
+
+def test_peak_memory_keeps_the_highest(here: Path, trajectories: Path) -> None:
+    (here / "peak_memory.json").write_text('{"process": 1e9}')
+    distil(here, trajectories, steps=1, callbacks=[PeakMemory()])
+    assert json.loads((here / "peak_memory.json").read_text()) == {"process": 1e9}
+    (here / "peak_memory.json").unlink()
+    held = torch.ones(1 << 22)
+    distil(here, trajectories, steps=1, callbacks=[PeakMemory()])
+    assert json.loads((here / "peak_memory.json").read_text())["process"] > held.nbytes / (1 << 20)

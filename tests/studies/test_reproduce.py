@@ -1,0 +1,264 @@
+"""``ftd reproduce`` as people type it, its record, and the table that is made of records."""
+
+import fcntl
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from fits import record
+
+from ftd_lightning import SyntheticSet, TrajectoryStore, cli
+from ftd_lightning.studies import fit_steps, reproduce, results_table
+from ftd_lightning.studies.fit_steps import FitStep, Slice, is_done, read_notes, run_step
+from ftd_lightning.studies.reproduction_record import without_machine_paths
+
+ROOT = Path(__file__).resolve().parents[2]
+CALLBACKS = """[
+  {class_path: EvaluateSynthetic, init_args: {every_n_epochs: 1, networks: 1, epochs: 2}},
+  {class_path: SyntheticSetWriter},
+  {class_path: SyntheticEMA, init_args: {decay: 0.5}},
+  {class_path: lightning.pytorch.callbacks.ModelCheckpoint,
+   init_args: {save_last: true, save_top_k: 1, every_n_epochs: 1, save_on_train_epoch_end: true}}]"""
+SMALL = [
+    *("--data.max_per_class=14", "--data.batch_size=16", "--trainer.accelerator=cpu"),
+    *("--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false"),
+    *("--teacher.model.network_options={width: 4, depth: 1}", "--teacher.model.epochs", "100"),
+    *(
+        "--distill.model.iterations_per_epoch=2",
+        "--distill.model.syn_steps=2",
+        f"--distill.trainer.callbacks={CALLBACKS}",
+    ),
+    *("--evaluate.model.network_options={width: 4, depth: 1}", "--evaluate.model.networks=2"),
+]
+COMMAND = ["--dataset=digits", "--ipc", "1", "--method", "ftd", "--teachers", "2", "--iterations", "4", "--epochs", "3"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with the project's configs."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that has to fail with exit code 1; give its line."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", *arguments])
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("ftd: error: ")
+    return line
+
+
+def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, capsys) -> None:
+    commands = []
+    start = subprocess.Popen
+
+    def noted(command, **options):
+        commands.extend([command] if "ftd_lightning" in command else [])
+        return start(command, **options)
+
+    monkeypatch.setattr(fit_steps.subprocess, "Popen", noted)
+
+    def over(self):
+        return -1 if list(Path("runs").rglob("last.ckpt")) else 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slice, "left", over)
+        cli.main(["reproduce", *COMMAND, "--minutes=9", *SMALL])
+    assert capsys.readouterr().out.splitlines()[-1] == "not done: run the same command again"
+    assert len(commands) == 1
+    assert "--ckpt_path" not in commands[0]
+    assert not list(Path().rglob("teacher_0001.safetensors")), "ended in the middle of the teachers"
+    assert not Path("notebooks").exists()
+
+    root = here / "data"
+    cli.main(["reproduce", *COMMAND, *SMALL, f"--data.root={root}"])
+    assert commands[1][-2:] == ["--ckpt_path", "last"]
+    assert not any("--ckpt_path" in command for command in commands[2:])
+    (folder,) = Path("runs/digits").glob("reproduce_*")
+    assert folder.name.startswith("reproduce_ftd_ipc1_2teachers_4iterations_evaluated3epochs_")
+    (teachers,) = Path("runs/digits").glob("teacher_ftd*")
+    assert read_notes(teachers)["slices"] == 2
+    assert teachers.name != "teacher_ftd", "not where the config's own teachers go"
+    assert SyntheticSet.load(folder / "distill" / "set.safetensors").metadata["iterations"] == 4
+
+    (path,) = Path("notebooks/results").iterdir()
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1].startswith(f"done: {path}")
+    assert path.name.startswith("digits_ftd_ipc1_2teachers_")
+    text = path.read_text()
+    assert str(here) not in text
+    found = json.loads(text)
+    assert found["command"].startswith(
+        "make reproduce DATASET=digits IPC=1 METHOD=ftd TEACHERS=2 ITERATIONS=4 EPOCHS=3 "
+    )
+    assert "--teacher.model.epochs 100" in found["command"]
+    assert "minutes" not in found["command"]
+    assert (found["dataset"], found["ipc"], found["method"], found["iterations"]) == ("digits", 1, "ftd", 4)
+    assert found["evaluation_epochs"] == 3
+    assert found["config"] == {"teachers": 8, "iterations": 500, "epochs": 1000}
+    assert (found["teachers"]["count"], found["teachers"]["epochs"], found["teachers"]["accuracy"]["n"]) == (2, 100, 2)
+    store = TrajectoryStore(folder / "trajectories")
+    last = [store.teacher_metadata(k)["accuracies"][-1] for k in range(2)]
+    assert found["teachers"]["accuracy"]["mean"] == pytest.approx(sum(last) / 2)
+    assert set(found["accuracy"]) == {"raw", "ema"}
+    for images in ("raw", "ema"):
+        assert set(found["accuracy"][images]) == {"last", "chosen_on_held_out", "best_on_test"}
+        evaluation = json.loads((folder / f"evaluate_{images}_last" / "evaluation.json").read_text())
+        assert found["accuracy"][images]["last"] == evaluation["accuracy"]["ftd"]
+        measured = json.loads((folder / "distill" / "evaluations.json").read_text())
+        on_test = [entry["mean"] for entry in measured if (entry["images"], entry["part"]) == (images, "test")]
+        assert found["accuracy"][images]["best_on_test"]["mean"] == max(on_test)
+        assert found["accuracy"][images]["last"]["n"] == found["accuracy"][images]["chosen_on_held_out"]["n"] == 2
+    assert found["seconds"]["teachers"] == read_notes(teachers)["seconds"]
+    assert all(found["seconds"][phase] > 0 for phase in ("teachers", "distillation", "evaluations"))
+    assert "thread" in found["device"]
+    assert len(found["seeds"]["evaluation"]) == 2
+    assert found["settings"]["teacher"]["model"]["init_args"]["rho"] == 0.02
+    assert found["settings"]["distill"]["data"]["init_args"]["max_per_class"] == 14
+    assert {"ftd_lightning", "torch", "torchvision", "lightning", "kornia", "python"} <= set(found["versions"])
+    assert len(found["date"]) == 10
+
+    done = len(commands)
+    cli.main(["reproduce", *COMMAND, *SMALL])
+    assert len(commands) == done, "what is done is not done again"
+    assert [path] == list(Path("notebooks/results").iterdir())
+    assert path.read_text() == text
+    path.rename(path.with_name("moved.json"))
+    (folder / "record.txt").write_text("elsewhere.json\n")
+    path.write_text("another's")
+    cli.main(["reproduce", *COMMAND, *SMALL])
+    assert path.read_text() == "another's"
+    assert json.loads(path.with_name(f"{path.stem}_2.json").read_text())["accuracy"] == found["accuracy"]
+
+    path.unlink()
+    path.with_name(f"{path.stem}_2.json").unlink()
+    (row,) = map(results_table.row, results_table.read_records(Path("notebooks/results")))
+    mean = 100 * found["accuracy"]["raw"]["last"]["mean"]
+    assert row[:5] == ["digits, 14 per class, convnet depth 1 width 4", "1", "FTD", "2 x 100", "4"]
+    assert f"{mean:.1f}" in row[6]
+    assert row[-1] == "-"
+
+
+def test_runs_that_want_the_same_teachers_share_them(here: Path) -> None:
+    def job(*words):
+        return reproduce.plan(["--dataset=digits", "--ipc=1", *words])
+
+    plain, fewer, iterations = job("--method=ftd"), job("--method=ftd", "--teachers=3"), job("--iterations=7")
+    assert plain.teacher_folder == fewer.teacher_folder == iterations.teacher_folder == Path("runs/digits/teacher_ftd")
+    assert len({plain.folder, fewer.folder, iterations.folder}) == 3
+    assert (plain.teachers, fewer.teachers, iterations.iterations) == (8, 3, 7)
+    assert job("--method=mtt").teacher_folder == Path("runs/digits/teacher_mtt")
+    elsewhere, other = job("--data.root=/elsewhere", "--data.num_workers", "2"), job("--teacher.model.rho=0.5")
+    assert (elsewhere.folder, elsewhere.teacher_folder) == (plain.folder, plain.teacher_folder)
+    assert other.folder != plain.folder
+    assert other.teacher_folder != plain.teacher_folder
+    matching = job("--distill.model.syn_steps=3")
+    assert matching.folder != plain.folder
+    assert matching.teacher_folder == plain.teacher_folder
+
+
+def test_a_store_that_holds_more_lends_as_many_as_are_wanted(here: Path) -> None:
+    words = ["--dataset=digits", "--ipc=1", "--method=mtt", "--data.max_per_class=14", "--data.batch_size=32"]
+    words += ["--teacher.model.epochs=4", "--teacher.model.lr=0.1", "--teacher.model.augment="]
+    words += ["--teacher.model.network_options={width: 4, depth: 1}"]
+    job = reproduce.plan([*words, "--teachers=1"])
+    store = record(here)
+    job.teacher_folder.mkdir(parents=True)
+    store.rename(job.teacher_folder / "trajectories")
+    assert job.teacher_step().finished()
+    job.link_teachers()
+    job.link_teachers()
+    assert len(TrajectoryStore(job.folder / "trajectories")) == 1
+    assert not reproduce.plan([*words, "--teachers=3"]).teacher_step().finished()
+
+
+def test_teachers_of_other_settings_and_changed_configs_are_refused(here: Path, refused) -> None:
+    job = reproduce.plan(["--dataset=digits", "--ipc=1", "--method=mtt"])
+    job.teacher_folder.mkdir(parents=True)
+    record(here).rename(job.teacher_folder / "trajectories")
+    with refused("its teachers have epochs 4, 30 is asked for"):
+        job.link_teachers()
+    job.check_settings()
+    job.check_settings()
+    job.settings["distill"]["model"]["init_args"]["syn_steps"] += 1
+    with refused(job.folder, "distill.model.syn_steps"):
+        job.check_settings()
+
+
+def test_a_folder_has_one_process_at_a_time_and_a_failed_fit_is_named(here: Path, refused) -> None:
+    step = FitStep("a step", Path("nowhere.yaml"), here / "run", (), lambda: True, 1)
+    with refused("a step", "exit code 2"):
+        run_step(step, Slice(None))
+    assert not is_done(step)
+    with (here / "run" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with refused(here / "run", "another process is at work there"):
+            run_step(step, Slice(None))
+
+
+def test_bad_input_is_one_line(here: Path, capsys) -> None:
+    assert "configs/digits/distill_ftd_ipc7.yaml: no such config here" in refusal(
+        capsys, "--dataset=digits", "--ipc=7", "--method=ftd"
+    )
+    assert "has no teachers" in refusal(capsys, "--dataset=digits", "--ipc=1", "--method=dm")
+    line = refusal(capsys, "--dataset=digit")
+    assert "configs/digit/" in line
+    assert "cifar10" in line
+    assert "--teachers 0" in refusal(capsys, "--dataset=digits", "--ipc=1", "--teachers=0")
+    for words in (["--teacher", "3"], ["--dataset=digits", "--ipc=1", "--model.epoch=3"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["reproduce", *words])
+        assert stop.value.code == 2
+    assert not Path("runs").exists()
+
+
+def some_record(**changes) -> dict:
+    value = {"mean": 0.5, "std": 0.0123, "n": 5}
+    full = {"last": value, "chosen_on_held_out": {**value, "mean": 0.48}, "best_on_test": {**value, "mean": 0.51}}
+    return {
+        "kind": "reproduction",
+        "dataset": "cifar10",
+        "ipc": 10,
+        "method": "ftd",
+        "teachers": {"count": 4, "epochs": 50, "network": {"name": "convnet", "options": {"width": 128, "depth": 3}}},
+        "iterations": 5000,
+        "device": "a GPU",
+        "settings": {"distill": {"data": {"init_args": {"dataset": "cifar10", "max_per_class": None}}}},
+        "accuracy": {"raw": full, "ema": dict.fromkeys(full)},
+        **changes,
+    }
+
+
+def test_the_table_says_what_is_less_than_published(tmp_path: Path, refused) -> None:
+    row = dict(zip(results_table.COLUMNS, results_table.row(some_record()), strict=True))
+    assert (row["teachers x epochs"], row["iterations"], row["paper"]) == ("4 of 100 x 50", "5000", "66.6")
+    assert row["last, raw / EMA"] == "50.0 ± 1.2 (5) / -"
+    assert row["best on test (upper bound), raw / EMA"] == "51.0 ± 1.2 (5) / -"
+    part = {"distill": {"data": {"init_args": {"dataset": "cifar10", "max_per_class": 500}}}}
+    row = dict(zip(results_table.COLUMNS, results_table.row(some_record(settings=part, iterations=300)), strict=True))
+    assert (row["data"], row["iterations"], row["paper"]) == ("cifar10, 500 per class", "300 of 5000", "-")
+
+    for name, ipc in (("b", 10), ("a", 1)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(some_record(ipc=ipc)))
+    lines = results_table.table(results_table.read_records(tmp_path)).splitlines()
+    assert len(lines) == 4
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["46.8", "66.6"]
+    (tmp_path / "c.json").write_text("{}")
+    with refused(tmp_path / "c.json", "a record of ftd reproduce"):
+        results_table.read_records(tmp_path)
+    with refused("README has no"):
+        results_table.with_table("nothing", [])
+
+
+def test_the_readme_shows_all_records() -> None:
+    """``make results`` writes it."""
+    readme = (ROOT / "README.md").read_text()
+    records = results_table.read_records(ROOT / "notebooks" / "results")
+    assert results_table.with_table(readme, records) == readme
+    assert not [r for r in records if without_machine_paths(r) != r], "no record holds a path of a machine"
+    assert os.path.expanduser("~") not in json.dumps(records)
