@@ -1,10 +1,13 @@
-"""The ``ftd`` command: LightningCLI's verbs, and those of this library beside them."""
+"""The ``ftd`` command: LightningCLI's verbs, and this library's commands beside them."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.lightning_cli import run
@@ -12,36 +15,113 @@ from ftd_lightning.lightning_cli import run
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# What is no fit: each a module with a main(arguments), imported when it is asked for.
-VERBS = {
-    "compare": "ftd_lightning.studies.compare",
-    "export": "ftd_lightning.artefacts.export",
-    "import": "ftd_lightning.artefacts.import_set",
-    "info": "ftd_lightning.artefacts.info",
-    "nas": "ftd_lightning.studies.nas",
-    "reproduce": "ftd_lightning.studies.reproduce",
-    "trajectory-error": "ftd_lightning.studies.trajectory_error_command",
+
+class Command(NamedTuple):
+    """One command.
+
+    Attributes:
+        summary: a line for ``ftd --help``.
+        module: whose ``main(arguments)`` runs it, imported when needed; None for a verb of LightningCLI.
+    """
+
+    summary: str
+    module: str | None = None
+
+
+COMMANDS = {
+    "fit": Command("train teachers, distil them into a set, or train networks on a set: what the config's module does"),
+    "validate": Command("measure a checkpoint on the held-out training images"),
+    "test": Command("measure a checkpoint on the test images"),
+    "predict": Command("run a checkpoint's predict step"),
+    "compare": Command(
+        "run several methods or values of a setting, and tabulate them", "ftd_lightning.studies.compare"
+    ),
+    "export": Command("write a set as PNGs in class folders, with a card", "ftd_lightning.artefacts.export"),
+    "import": Command("make a set of a file of images and one of labels", "ftd_lightning.artefacts.import_set"),
+    "info": Command("describe a set, a store, a teacher or a whitening", "ftd_lightning.artefacts.info"),
+    "nas": Command("rank architectures by training them on a set", "ftd_lightning.studies.nas"),
+    "reproduce": Command("run one cell of the published tables and record it", "ftd_lightning.studies.reproduce"),
+    "trajectory-error": Command(
+        "measure how far a student on a set drifts from its teachers", "ftd_lightning.studies.trajectory_error_command"
+    ),
 }
 
 
+def help_text() -> str:
+    """Format what ``ftd --help`` prints.
+
+    Example:
+        >>> print(help_text().splitlines()[0])
+        usage: ftd [--debug] COMMAND [ARGUMENT ...]
+    """
+    width = max(map(len, COMMANDS))
+
+    def lines(*, lightning: bool) -> list[str]:
+        chosen = {name: command for name, command in COMMANDS.items() if (command.module is None) == lightning}
+        return [f"  {name:<{width}}  {command.summary}" for name, command in chosen.items()]
+
+    return "\n".join(
+        [
+            "usage: ftd [--debug] COMMAND [ARGUMENT ...]",
+            "",
+            "Dataset distillation by trajectory matching.",
+            "",
+            "Verbs of LightningCLI, configured by --config FILE (-c), --model.*, --data.* and --trainer.*:",
+            *lines(lightning=True),
+            "",
+            "Commands on sets, stores and many fits:",
+            *lines(lightning=False),
+            "",
+            "ftd COMMAND --help explains a command. Options before it:",
+            f"  {'--debug':<{width}}  show the traceback of an error that is otherwise one line",
+            f"  {'--version':<{width}}  print the version",
+        ]
+    )
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command as a program: a mistake in the input is one line on standard error and exit code 1."""
-    words = list(sys.argv[1:] if args is None else args)
+    """Run a command as a program: a mistake in the input is one line on standard error and exit code 1.
+
+    Args:
+        args: what follows ``ftd``; None takes it from the process. ``--debug`` before the command raises such mistakes
+            with their traceback.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    verb = next((index for index, argument in enumerate(arguments) if argument in COMMANDS), len(arguments))
+    options = arguments[:verb]
+    debug = "--debug" in options
+    options = [option for option in options if option != "--debug"]
     try:
-        if words and words[0] in VERBS:
-            importlib.import_module(VERBS[words[0]]).main(words[1:])
-        else:
-            run(None if args is None else words)
+        _dispatch([*options, *arguments[verb:]])
     except Exception as error:
-        known = _known_error(error)
+        known = None if debug else _known_error(error)
         if known is None:
             raise
-        print(f"ftd: error: {known}", file=sys.stderr)
+        print(f"ftd: error: {' '.join(str(known).split())}", file=sys.stderr)
         sys.exit(1)
 
 
+def _dispatch(arguments: list[str]) -> None:
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
+        print(help_text())
+    elif first in COMMANDS and (module := COMMANDS[first].module) is not None:
+        importlib.import_module(module).main(arguments[1:])
+    elif first in COMMANDS or first.startswith("-") or not first:
+        run(arguments)
+    else:
+        near = difflib.get_close_matches(first, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "ftd --help lists the commands"
+        print(f"ftd: error: unknown command {first!r}: {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
 def _known_error(error: BaseException | None) -> BaseException | None:
-    """Find an error of ours behind the one that came out: the parser wraps what constructors raise."""
-    while error is not None and not isinstance(error, (InputError, DivergenceError)):
-        error = error.__cause__ or error.__context__
+    """Find the error that a user can mend behind the one that was raised.
+
+    Only explicit causes are followed: the parser raises its own error *from* that of a constructor, whereas an error
+    raised while another is handled is a bug.
+    """
+    while error is not None and not isinstance(error, (InputError, DivergenceError, MisconfigurationException)):
+        error = error.__cause__
     return error

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ftd_lightning.functional.augment import Augmentation
+
 Part = Literal["train", "val", "test"]
 
 
@@ -119,6 +121,17 @@ class DataSource(Protocol):
 
 
 @runtime_checkable
+class Stateful(Protocol):
+    """A loader whose position is part of a checkpoint; Lightning asks for the same two methods."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a position over; the next iteration starts there."""
+
+
+@runtime_checkable
 class BringsBatches(Protocol):
     """A module that brings its own training batches, as a distillation does."""
 
@@ -177,7 +190,10 @@ class TrainsTeachers(Protocol):
         """Return the network whose parameters make the trajectory."""
 
     def trajectory_metadata(self) -> dict[str, Any]:
-        """Return what the store records of the current teacher beside its weights."""
+        """Return what the store records of the current teacher beside its weights and its data."""
+
+    def data_description(self) -> DataDescription | None:
+        """Describe the training data; None where the datamodule does not."""
 
 
 class LearnedSet(Protocol):
@@ -185,6 +201,7 @@ class LearnedSet(Protocol):
 
     images: Tensor
     labels: Tensor
+    step_size: Tensor | None
     ema_images: Tensor | None
     metadata: dict[str, Any]
 
@@ -213,6 +230,12 @@ class LearnsSet(Protocol):
 
     def record_scores(self, scores: dict[str, dict[str, float | int]]) -> None:
         """Add measured accuracies to the metadata of the current set; forgotten with the next step."""
+
+    def evaluation_network(self, *seed: int | str) -> nn.Module:
+        """Build a fresh network of the architecture that the set is made for, on the CPU; equal seeds, equal weights."""
+
+    def augmentation(self) -> Augmentation:
+        """Return the augmentation that the set is trained with."""
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""GSAM as a torch optimizer around another one."""
+"""GSAM as a torch optimizer that wraps another one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ftd_lightning.functional.batch_norm import batch_norms
 from ftd_lightning.functional.gsam import gsam_direction, gsam_perturbation
 
 if TYPE_CHECKING:
@@ -19,11 +20,18 @@ if TYPE_CHECKING:
 
 @contextmanager
 def frozen_running_statistics(network: nn.Module) -> Iterator[None]:
-    """Keep BatchNorm's running statistics still inside a ``with`` block; batches are normalised as in training.
+    """Freeze BatchNorm's running statistics inside a ``with`` block; batches are normalised as in training.
 
-    For the second pass of GSAM: statistics at the perturbed weights belong to no network that is ever used.
+    Used in the second pass of GSAM: statistics at the perturbed weights belong to no network that is ever used.
+
+    Example:
+        >>> network = nn.BatchNorm1d(2)
+        >>> with frozen_running_statistics(network):
+        ...     _ = network(torch.ones(4, 2))
+        >>> network.running_mean
+        tensor([0., 0.])
     """
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [norm for norm in batch_norms(network) if norm.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -37,21 +45,23 @@ class GSAM(Optimizer):
     """Gap-guided sharpness-aware minimisation (Zhuang et al., ICLR 2022), the solver of Eq. 12-13.
 
     One step runs the closure twice: at the weights, and at the worst point of a ball of radius rho around them. The
-    weights are put back bit for bit (from copies, not by subtraction), and the base optimizer steps along
-    ``g_p - alpha * orthogonal(g, g_p)``. rho 0 runs the closure once and is the base optimizer; alpha 0 is SAM.
-
-    During the second run :attr:`perturbed` is true, so that a closure may wrap itself in
-    :func:`frozen_running_statistics`.
+    weights are restored bit for bit (from copies, not by subtraction), and the base optimizer steps along
+    ``g_p - alpha * orthogonal(g, g_p)``. With rho 0 the closure runs once, and the step is that of the base optimizer;
+    alpha 0 is SAM.
 
     Args:
-        params: what torch optimizers take. One ball holds all groups: rho, alpha and adaptive are the first one's.
-        base_optimizer: an optimizer over the same parameters, or a callable that makes one of ``params``
+        params: what torch optimizers take. There is one ball for all groups: rho, alpha and adaptive are those of the
+            first group.
+        base_optimizer: an optimizer over the same parameters, or a callable that builds one from ``params``
             (``torch.optim.SGD``, ``functools.partial(torch.optim.SGD, lr=0.01)``).
         rho: radius of the ball, >= 0.
         alpha: weight of the orthogonal part, >= 0.
-        adaptive: the ASAM ball instead of the plain one.
-        reduce: called on the list of final gradients, in place, before the base optimizer steps. For data parallel
-            training with both passes unsynchronised: average here, and all ranks take the same step.
+        adaptive: use the ASAM ball instead of the plain one.
+        reduce: called with the list of final gradients, to change them in place before the base optimizer steps. In
+            data-parallel training without synchronisation of either pass, average here: all ranks take the same step.
+
+    Attributes:
+        perturbed: True during the second run, so that a closure can use :func:`frozen_running_statistics` then.
 
     Raises:
         ValueError: for a negative rho or alpha, or a base optimizer over other parameters.
@@ -79,17 +89,17 @@ class GSAM(Optimizer):
     ) -> None:
         if rho < 0 or alpha < 0:
             raise ValueError(f"rho and alpha must not be negative, got rho={rho}, alpha={alpha}")
-        params = list(params)  # type: ignore[assignment]  # may be an iterator, and is read twice
+        params = list(params)  # type: ignore[assignment]  # an iterator could not be read twice
         base = base_optimizer if isinstance(base_optimizer, Optimizer) else base_optimizer(params)
         super().__init__(params, {"rho": rho, "alpha": alpha, "adaptive": adaptive, **base.defaults})
-        ours = {id(p) for group in self.param_groups for p in group["params"]}
-        if ours != {id(p) for group in base.param_groups for p in group["params"]}:
-            raise ValueError("base_optimizer holds other parameters than params")
+        wrapped = {id(p) for group in base.param_groups for p in group["params"]}
+        if wrapped != {id(p) for group in self.param_groups for p in group["params"]}:
+            raise ValueError("base_optimizer has other parameters than params")
         for group in base.param_groups:
             for key, value in {"rho": rho, "alpha": alpha, "adaptive": adaptive}.items():
                 group.setdefault(key, value)
         self.base_optimizer = base
-        # One set of groups and one state serve both, so that a learning-rate scheduler or a checkpoint of either fits.
+        # Both share groups and state, so that learning-rate schedulers and checkpoints of either work for the other.
         self.param_groups = base.param_groups
         self.state = base.state
         self.reduce = reduce
@@ -100,10 +110,10 @@ class GSAM(Optimizer):
         """Take one GSAM step.
 
         Args:
-            closure: runs forward and backward and returns the loss. Gradients are cleared before each run.
+            closure: runs forward and backward and returns the loss. Gradients are zeroed before each run.
 
         Returns:
-            What the closure's first run returned: the loss at the weights.
+            The result of the closure's first run: the loss at the weights.
 
         Raises:
             ValueError: without a closure.
@@ -149,7 +159,7 @@ class GSAM(Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and the base optimizer's state."""
+        """Load parameter groups and the base optimizer's state."""
         super().load_state_dict(state_dict)
         self.base_optimizer.param_groups = self.param_groups
         self.base_optimizer.state = self.state

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
 import unicodedata
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 -- the command line reads signatures when it runs
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from PIL import Image
 
 from ftd_lightning.artefacts.info import Description, describe_set
 from ftd_lightning.callbacks.tensorboard import picture_grid
+from ftd_lightning.command_line import parse_command
 from ftd_lightning.data import SyntheticSet
 from ftd_lightning.errors import InputError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# Folder names that Hugging Face datasets would take for a split, alone or beside one of "-._ 0-9".
+# Folder names that Hugging Face datasets would take for a split, alone or next to one of "-._ 0-9".
 SPLITS = re.compile(
     r"(?<![a-z])(training|train|validation|valid|val|dev|testing|test|evaluation|eval)(?![a-z])", re.IGNORECASE
 )
@@ -35,10 +35,11 @@ PREVIEW = (
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
-    """Turn class names into names of folders that any file system takes and that sort in the order of the classes.
+    """Turn class names into folder names that are valid on any file system and sort in label order.
 
-    Letters lose their accents and whatever is no ASCII letter, digit, dot or dash becomes "_". Where such names would
-    not differ or not sort in label order, all get the label in front, so that ImageFolder numbers them by label.
+    Letters lose their accents, and anything but an ASCII letter, digit, dot or dash becomes "_". Where the names would
+    not be distinct or not sort in label order, all are prefixed with the label, so that ImageFolder numbers them by
+    label.
 
     Args:
         class_names: K names, in label order.
@@ -46,7 +47,7 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     Example:
         >>> folder_names(["ant", "bee/wasp"]), folder_names(["wasp", "Käfer"])
         (['ant', 'bee_wasp'], ['0_wasp', '1_Kafer'])
-        >>> folder_names(["test", "train"])  # else taken for splits
+        >>> folder_names(["test", "train"])  # would be taken for splits
         ['testclass', 'trainclass']
     """
     names = []
@@ -63,10 +64,10 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder beside ``folder`` to fill; on a clean exit it becomes ``folder``, else it is removed.
+    """Yield a folder beside ``folder`` to fill; on a clean exit it becomes ``folder``, otherwise it is removed.
 
     Raises:
-        InputError: if ``folder`` is there and not empty, or no folder.
+        InputError: if ``folder`` exists and is not an empty folder.
     """
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -91,17 +92,17 @@ def write_png(picture: Tensor, path: Path) -> None:
 
 
 def _front_matter(count: int) -> list[str]:
-    """Give the card's header, as Hugging Face reads it."""
+    """Return the card's header, as Hugging Face reads it."""
     size = "n<1K" if count < 1000 else "1K<n<10K" if count < 10_000 else "10K<n<100K"
     lines = ["---", "license: unknown", "task_categories:", "- image-classification", "size_categories:", f"- {size}"]
     lines += ["tags:", "- dataset-distillation", "- synthetic"]
-    # Without this, a class called "train" would be the only one read, and the grid taken for an image without a label.
+    # Without this, only a class called "train" would be read, and the grid taken for an image without a label.
     lines += ["configs:", "- config_name: default", "  data_files:", "  - split: train", "    path:"]
     return [*lines, '    - "metadata.jsonl"', '    - "*/*.png"', "---", ""]
 
 
 def card(synthetic: SyntheticSet, description: Description, class_names: Sequence[str], *, ema: bool) -> str:
-    """Write the card: what the set is, how it looks, how good it is as far as that was stored, how to read it."""
+    """Write the card: what the set is, a picture of it, its recorded scores, how to read it."""
 
     def cell(text: str) -> str:
         return text.replace("|", "\\|").replace("<", "&lt;")
@@ -110,23 +111,23 @@ def card(synthetic: SyntheticSet, description: Description, class_names: Sequenc
         return ["```python", *lines, "```", ""]
 
     rows = dict(description.rows)
-    scores = [f"{word}: {cell(rows.pop(word))}" for word in ("scores", "chosen on") if word in rows]
+    scores = [f"{name}: {cell(rows.pop(name))}" for name in ("scores", "chosen on") if name in rows]
     present = set((synthetic.labels if synthetic.labels.ndim == 1 else synthetic.labels.argmax(1)).tolist())
     lines = _front_matter(len(synthetic.images))
     lines += [f"# Synthetic images distilled from {cell(rows['data set'].split(' (')[0])}", ""]
     learned = ", moving averages of the learned ones" if ema else ""
     lines += [f"{len(synthetic.images)} images of {len(class_names)} classes{learned}. {PREVIEW}", ""]
-    lines += ["![A column for each class](grid.png)", "", "## Scores", ""]
-    lines += [*(f"- {score}" for score in scores), ""] if scores else ["None were stored with this set.", ""]
+    lines += ["![One column per class](grid.png)", "", "## Scores", ""]
+    lines += [*(f"- {score}" for score in scores), ""] if scores else ["None are recorded in this set.", ""]
     lines += ["## Settings", "", "| | |", "|---|---|"]
-    lines += [f"| {word} | {cell(text)} |" for word, text in rows.items()]
+    lines += [f"| {name} | {cell(text)} |" for name, text in rows.items()]
     lines += ["", "All settings: `ftd info --json set.safetensors`.", "", "## Reading it", "", "The tensors:", ""]
     lines += code(
         "from ftd_lightning import SyntheticSet",
         "",
         'synthetic = SyntheticSet.load("set.safetensors")',
         f"dataset = synthetic.dataset({'ema=True' if ema else ''})  # what networks see, and labels",
-        "synthetic.step_size, synthetic.transform  # learning rate; what real images have to go through",
+        "synthetic.step_size, synthetic.transform  # learning rate; transform for real images",
     )
     lines += ["The preview:", ""]
     lines += code(
@@ -138,33 +139,39 @@ def card(synthetic: SyntheticSet, description: Description, class_names: Sequenc
         "",
         'load_dataset(".", split="train")',
     )
-    lines += ["`metadata.jsonl` gives the label, the class and the row of the tensors for each picture."]
+    lines += ["`metadata.jsonl` lists each picture's label, class and index into the tensors."]
     if present != set(range(len(class_names))):
-        lines += ["Some classes have no images: ImageFolder counts folders, so only `metadata.jsonl` has the labels."]
+        lines += [
+            "Some classes have no images. ImageFolder numbers folders, so only `metadata.jsonl` has the right labels."
+        ]
     if synthetic.labels.ndim == 2:
-        lines += ["Labels are soft: a picture lies in the folder of its most probable class, `probabilities` has all."]
+        lines += [
+            "Labels are soft: a picture is in the folder of its most probable class; `probabilities` lists them all."
+        ]
     return "\n".join(lines) + "\n"
 
 
 def export(path: Path, folder: Path, *, ema: bool = False) -> int:
-    """Write a set's pictures, ``metadata.jsonl``, ``grid.png``, the card and a copy of the set into a new folder.
+    """Write a set's images, whitening or standardisation undone, as PNGs in class folders.
+
+    The folder also contains metadata.jsonl, grid.png, a card (README.md) and a copy of the set.
 
     Args:
-        path: the synthetic set.
-        folder: must not be there, or be empty. It appears whole or not at all.
-        ema: pictures of the averaged images instead of the last ones.
+        path: a synthetic set, e.g. set.safetensors.
+        folder: a new or empty folder; it appears whole or not at all.
+        ema: the averaged images instead of the last ones.
 
     Returns:
         The number of pictures.
 
     Raises:
-        InputError: for a broken set, one without averaged images if these are asked for, images that no PNG can hold,
-            or a folder that is taken.
+        InputError: for a broken set, one without averaged images if these are asked for, images that a PNG cannot
+            hold, or a folder that is not empty.
     """
     description, synthetic = describe_set(path), SyntheticSet.load(path)
     pictures, labels = synthetic.pictures(ema=ema), synthetic.labels
     if pictures.shape[1] not in (1, 3):
-        raise InputError(f"{path}: images have {pictures.shape[1]} channels, a PNG takes 1 or 3")
+        raise InputError(f"{path}: images have {pictures.shape[1]} channels, but a PNG holds 1 or 3")
     classes = (labels if labels.ndim == 1 else labels.argmax(1)).tolist()
     known = synthetic.class_names
     class_names = [*known, *map(str, range(len(known), max(classes) + 1))]
@@ -190,13 +197,6 @@ def export(path: Path, folder: Path, *, ema: bool = False) -> int:
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd export``."""
-    parser = argparse.ArgumentParser(
-        prog="ftd export",
-        description="Write a set's images, whitening or standardisation undone, as PNGs in class folders.",
-    )
-    parser.add_argument("set", type=Path, metavar="SET", help="a synthetic set, e.g. set.safetensors")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--ema", action="store_true", help="the averaged images instead of the last ones")
-    given = parser.parse_args(arguments)
-    count = export(given.set, given.folder, ema=given.ema)
-    print(f"{given.folder}: {count} pictures, metadata.jsonl, grid.png, README.md, set.safetensors")
+    parsed = parse_command(export, "export", arguments)
+    count = export(**parsed)
+    print(f"{parsed['folder']}: {count} pictures, metadata.jsonl, grid.png, README.md, set.safetensors")

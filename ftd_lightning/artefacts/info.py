@@ -1,16 +1,16 @@
-"""``ftd info``: says what an artefact of this library is, in about ten lines or as JSON."""
+"""``ftd info``: describe a file of this library in about ten lines, or as JSON."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from json import JSONDecodeError, dumps, loads
+from pathlib import Path  # noqa: TC003 -- the command line reads signatures when it runs
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ftd_lightning.data import synthetic_set, trajectory_store
+from ftd_lightning.command_line import parse_command
+from ftd_lightning.data import store_data, synthetic_set, trajectory_store
 from ftd_lightning.data.files import KEY, TensorFile
 from ftd_lightning.data.trajectory_store import TrajectoryStore
 from ftd_lightning.errors import InputError
@@ -24,8 +24,8 @@ class Description(NamedTuple):
 
     Attributes:
         kind: e.g. "synthetic set".
-        rows: a word and what to say of it, for people.
-        facts: the same and more, for programs; plain JSON.
+        rows: (name, text) pairs for people.
+        facts: the same and more for programs, as JSON holds it.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class Description(NamedTuple):
 
 
 def phrase(value: Any) -> str:
-    """Put a JSON value into words.
+    """Format a JSON value for people.
 
     Example:
         >>> phrase({"rho": 0.01, "adaptive": False, "alpha": None})
@@ -50,7 +50,7 @@ def phrase(value: Any) -> str:
 
 
 def _named(value: Any) -> str:
-    """Put a data set or a network into words: its name, and in brackets what else is known."""
+    """Format a data set or a network: its name, and what else is known in brackets."""
     if not isinstance(value, dict):
         return phrase(value)
     rest = {key: item for key, item in value.items() if key not in ("name", "shapes") and item not in (None, {}, "")}
@@ -60,7 +60,7 @@ def _named(value: Any) -> str:
 
 def _transform(description: Mapping[str, Any] | None) -> str:
     if description is None:
-        return "unknown: the images came from a datamodule that does not say"
+        return "unknown: the images came from a datamodule that does not describe it"
     if description.get("kind") == "zca":
         return f"ZCA whitening, eps {phrase(description['eps'])}; its inverse is in the set"
     if description.get("kind") == "standardization":
@@ -69,7 +69,7 @@ def _transform(description: Mapping[str, Any] | None) -> str:
 
 
 def _scores(scores: Any) -> str:
-    """Put scores into words; accuracies are given in per cent."""
+    """Format scores; accuracies in per cent."""
     if not isinstance(scores, dict):
         return phrase(scores)
     parts = []
@@ -82,13 +82,13 @@ def _scores(scores: Any) -> str:
 
 
 def _stored(metadata: Mapping[str, Any], *keys: str) -> list[tuple[str, str]]:
-    """Give a row for each key that is there."""
-    words = {"network": _named, "scores": _scores, "chosen_on": _scores}
-    return [(key.replace("_", " "), words.get(key, phrase)(metadata[key])) for key in keys if key in metadata]
+    """Return a row for each key that is recorded."""
+    formats = {"network": _named, "scores": _scores, "chosen_on": _scores}
+    return [(key.replace("_", " "), formats.get(key, phrase)(metadata[key])) for key in keys if key in metadata]
 
 
 def describe_set(path: Path) -> Description:
-    """Describe a synthetic set. Its whitening is not built for that, so this takes no time at any resolution.
+    """Describe a synthetic set, without building its whitening.
 
     Raises:
         InputError: for a file that is missing, broken or something else.
@@ -119,7 +119,7 @@ def describe_set(path: Path) -> Description:
     rows = [
         ("method", method),
         ("data set", _named(metadata.get("dataset", "unknown"))),
-        ("images", f"{len(images)} of {shape}, {per_class} a class; {'with' if ema else 'no'} EMA images"),
+        ("images", f"{len(images)} of {shape}, {per_class} per class; {'with' if ema else 'no'} EMA images"),
         ("values", f"{low:.4g} to {high:.4g}, as networks see them"),
         ("classes", f"{len(counts)}: {phrase(', '.join(map(str, names[:10])))}{', ...' if len(names) > 10 else ''}"),
         ("labels", "soft, probabilities" if soft else "hard"),
@@ -131,7 +131,7 @@ def describe_set(path: Path) -> Description:
 
 
 def _training(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Say how teachers were trained."""
+    """Describe how teachers were trained."""
     settings = {key: metadata[key] for key in ("lr", "momentum", "weight_decay", "batch_size") if key in metadata}
     flatness = {key: metadata[key] for key in ("rho", "alpha", "adaptive") if key in metadata}
     rows = [("optimizer", f"{phrase(metadata.get('optimizer', 'unknown'))}, {phrase(settings)}".rstrip(", "))]
@@ -143,7 +143,7 @@ def _training(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _last(accuracies: Sequence[float | None]) -> list[float]:
-    """Give the last accuracy, or nothing where none was measured."""
+    """Return the last accuracy; an empty list where none was measured."""
     return [accuracies[-1]] if accuracies and accuracies[-1] is not None else []
 
 
@@ -164,7 +164,7 @@ def describe_store(path: Path) -> Description:
     each = [store.teacher_metadata(index) for index in range(len(store))]
     last = [value for one in each for value in _last(one.get("accuracies", []))]
     size = sum(file.stat().st_size for file in store.files)
-    kinds = {json.dumps(one.get("versions"), sort_keys=True) for one in each}
+    kinds = {dumps(one.get("versions"), sort_keys=True) for one in each}
     facts = {
         "teachers": len(store),
         "epochs": store.epochs,
@@ -207,29 +207,42 @@ def describe_whitening(path: Path) -> Description:
     file = TensorFile(path, kind="whitening")
     values, transform = file.numel("mean"), file.metadata["transform"]
     rows = [
-        ("transform", f"ZCA whitening, eps {phrase(transform['eps'])}, {values} values an image"),
+        ("transform", f"ZCA whitening, eps {phrase(transform['eps'])}, {values} values per image"),
         ("fitted on", f"images of fingerprint {transform['fitted_on']}"),
     ]
     return Description("whitening", rows, {"values": values, "metadata": file.metadata})
 
 
+def describe_store_data(path: Path) -> Description:
+    """Describe what a store keeps of the images that its teachers were trained on."""
+    metadata = TensorFile(path, kind=store_data.KIND).metadata
+    rows = [
+        ("data set", _named(metadata["dataset"])),
+        ("images", phrase(metadata["shape"])),
+        ("classes", phrase(", ".join(map(str, metadata["class_names"])))),
+        ("transform", _transform(metadata["transform"])),
+    ]
+    return Description("trajectory data", rows, {"metadata": metadata})
+
+
 FILES = {
     synthetic_set.KIND: describe_set,
     trajectory_store.KIND: describe_teacher,
+    store_data.KIND: describe_store_data,
     "whitening": describe_whitening,
 }
 
 
 def _kind(path: Path) -> str:
-    """Read what kind of file it is."""
+    """Read the kind of a file."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            header = loads((file.metadata() or {}).get(KEY, "{}"))
+    except (SafetensorError, OSError, JSONDecodeError) as error:
         raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
     kind: str | None = header.get("kind")
     if kind is None:
-        raise InputError(f"{path}: another program wrote this safetensors file; ftd import may be able to read it")
+        raise InputError(f"{path}: a safetensors file of another program; ftd import may be able to read it")
     return kind
 
 
@@ -240,7 +253,7 @@ def describe(path: Path) -> Description:
         path: a synthetic set, a trajectory store, one teacher's file, or a whitening.
 
     Raises:
-        InputError: for what is missing, broken, or none of these.
+        InputError: for a file that is missing, broken, or none of these.
     """
     if path.is_dir():
         return describe_store(path)
@@ -252,18 +265,25 @@ def describe(path: Path) -> Description:
     return FILES[kind](path)
 
 
+def info(path: Path, *, json: bool = False) -> None:
+    """Describe a synthetic set, a trajectory store, a teacher or a whitening.
+
+    Args:
+        path: its file, or the folder of a store.
+        json: print everything that is known, as JSON.
+    """
+    description = describe(path)
+    if json:
+        kind = description.kind.replace(" ", "_")
+        facts = {"path": str(path), "kind": kind, **description.facts}
+        print(dumps(facts, indent=2, ensure_ascii=False))
+        return
+    print(f"{path}: {description.kind}")
+    width = max(len(name) for name, _ in description.rows)
+    for name, text in description.rows:
+        print(f"  {name:<{width}}  {text}")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd info``."""
-    parser = argparse.ArgumentParser(prog="ftd info", description="Say what a synthetic set or a trajectory store is.")
-    parser.add_argument("path", type=Path, metavar="FILE|STORE", help="a set, a store's folder, a teacher, a whitening")
-    parser.add_argument("--json", action="store_true", help="print everything that is known, as JSON")
-    given = parser.parse_args(arguments)
-    description = describe(given.path)
-    if given.json:
-        kind = description.kind.replace(" ", "_")
-        print(json.dumps({"path": str(given.path), "kind": kind, **description.facts}, indent=2, ensure_ascii=False))
-        return
-    print(f"{given.path}: {description.kind}")
-    width = max(len(word) for word, _ in description.rows)
-    for word, text in description.rows:
-        print(f"  {word:<{width}}  {text}")
+    info(**parse_command(info, "info", arguments))

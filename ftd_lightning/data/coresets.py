@@ -1,12 +1,13 @@
-"""Real images in the place of synthetic ones: what distillation starts from, and the baselines that it must beat."""
+"""Real images in the place of synthetic ones: what distillation starts from, and the baselines to beat."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from ftd_lightning.data.images import Images, sample_per_class
+from ftd_lightning.data.images import sample_per_class
 from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.distribution_matching import embed
@@ -18,14 +19,17 @@ from ftd_lightning.models import build_network
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from ftd_lightning.contracts import Images
 
 BASELINES = ("random", "herding", "k-center", "real")
-CHUNK = 1000  # images embedded at a time
+IMAGES_PER_PASS = 1000  # bounds the memory of a forward pass
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def random_real_images(train: Images, ipc: int, seed: int) -> Images:
-    """Draw ipc real images of each class, class by class: what distillation starts from, and the baseline it must beat.
+    """Draw ipc real images of each class, class by class: what distillation starts from, and the baseline to beat.
 
     Raises:
         InputError: if a class has fewer than ipc images.
@@ -46,6 +50,7 @@ def coreset(train: Images, kind: str, ipc: int, features: Tensor) -> Images:
         InputError: if a class has fewer than ipc images.
 
     Example:
+        >>> from ftd_lightning.contracts import Images
         >>> images = Images(torch.zeros(4, 1, 1, 1), torch.tensor([0, 1, 0, 0]))
         >>> coreset(images, "herding", 1, torch.tensor([[0.0], [5.0], [4.0], [3.0]])).labels
         tensor([0, 1])
@@ -56,28 +61,56 @@ def coreset(train: Images, kind: str, ipc: int, features: Tensor) -> Images:
 
 
 def teacher_network(store: TrajectoryStore, teacher: int) -> nn.Module:
-    """Build a recorded teacher as it was after its last epoch, in evaluation mode.
+    """Build a recorded teacher with its weights after its last epoch, in evaluation mode.
+
+    Trajectories hold no running statistics; see :func:`estimate_running_statistics`.
 
     Raises:
-        InputError: where the store knows no name for its network.
+        InputError: where the store's network has no name to build it by.
     """
     network = store.metadata["network"]
-    if "options" not in network:
+    if "options" not in network or store.shape is None:
         raise InputError(f"{store.path}: its network {network['name']} has no short name, so it cannot be built here")
-    shape = {key: network[key] for key in ("in_channels", "num_classes", "image_size")}
-    built = build_network(network["name"], **shape, **network["options"]).eval()
-    load_flat(built, store.trajectory(teacher)[-1])
+    built = build_network(network["name"], **store.shape._asdict(), **network["options"]).eval()
+    load_flat(built, store.trained(teacher))
     return built
+
+
+@torch.no_grad()
+def estimate_running_statistics(network: nn.Module, images: Tensor) -> None:
+    """Set the running statistics of BatchNorm layers to averages over images, in place.
+
+    Each batch counts the same (a cumulative average instead of an exponential one). Batches are drawn at random,
+    because images are often sorted by class, and statistics within a class are narrower.
+
+    Args:
+        network: left in evaluation mode; without BatchNorm nothing else is done.
+        images: (N, C, H, W) on the network's device.
+    """
+    norms = [part for part in network.eval().modules() if isinstance(part, NORMS) and part.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    order = torch.randperm(len(images), generator=make_generator("running statistics")).to(images.device)
+    for index in order.tensor_split(-(-len(images) // IMAGES_PER_PASS)):  # equal parts: no remainder of one image
+        network(images[index])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 @torch.no_grad()
 def teacher_coreset(
     train: Images, kind: str, ipc: int, *, trajectories: str | None, teacher: int, described: Mapping[str, Any]
 ) -> tuple[Images, dict[str, Any]]:
-    """Choose real images by the features of a teacher, and say which.
+    """Choose real images by the features of a teacher; also return what describes the choice.
 
-    Which network's features the published coreset numbers stand on is not known. Here it is the last epoch of a
-    teacher, on images that are not augmented. Both rules are deterministic: a spread over several choices is one over
+    Which network's features the published coreset numbers rest on is not known. Here it is a teacher after its last
+    epoch, on images that are not augmented. Both rules are deterministic: a spread over several choices is one over
     teachers.
 
     Args:
@@ -86,15 +119,16 @@ def teacher_coreset(
         ipc: images per class.
         trajectories: folder of the trajectory store.
         teacher: number of the teacher, from 0.
-        described: what the teachers have to have been trained on.
+        described: metadata of the images that the teachers must have been trained on.
 
     Raises:
-        InputError: without teachers, or for those of other images.
+        InputError: without teachers, or for teachers of other images.
     """
     if trajectories is None:
         raise InputError(f"synthetic={kind!r} chooses by a teacher's features: give their store as data.trajectories")
     store = TrajectoryStore(trajectories)
     check_compatible(store, described)
     network = teacher_network(store, teacher)
-    features = torch.cat([embed(network, chunk) for chunk in train.pictures.split(CHUNK)])
+    estimate_running_statistics(network, train.images)
+    features = torch.cat([embed(network, chunk) for chunk in train.images.split(IMAGES_PER_PASS)])
     return coreset(train, kind, ipc, features), {"teacher": teacher, "network": store.metadata["network"]}

@@ -5,10 +5,13 @@ One metadata key holds JSON: safetensors keeps several in no fixed order, which 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import platform
+import secrets
+import sys
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,17 +19,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 import ftd_lightning
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
 KEY = "ftd_lightning"
+# As the safetensors format abbreviates them, in the order in which its own writer sorts tensors: wide ones first.
+DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def run_folder(trainer: Any) -> Path:
@@ -40,17 +55,18 @@ def run_folder(trainer: Any) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Name the versions that a result depends on."""
+    """Name what the last bits of a result depend on: versions, and the precision of float32 matrix products."""
     return {
         "ftd_lightning": ftd_lightning.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": version("lightning"),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 
 
 def fingerprint(*tensors: Tensor) -> str:
-    """Hash the values of tensors, shapes and types included.
+    """Hash the values, shapes and dtypes of tensors.
 
     Example:
         >>> fingerprint(torch.zeros(2)) == fingerprint(torch.zeros(2)) != fingerprint(torch.zeros(3))
@@ -59,15 +75,31 @@ def fingerprint(*tensors: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        digest.update(_raw(tensor.detach().cpu().contiguous()))
     return digest.hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied; numpy does not know all dtypes of torch."""
+    raw: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return raw
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name beside ``path`` to write to; on a clean exit it goes to disk and takes the place of ``path``."""
+    """Give a name beside ``path`` to write to; on a clean exit it goes to disk and takes the place of ``path``.
+
+    Every writer gets a name of its own, so concurrent writers of one file do not disturb each other: the last one to
+    finish wins, and readers see a whole file at any time. What writers of this machine left behind when they were
+    killed is deleted.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    prefix = f".{path.name}.{_machine()}-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*.part"):
+        writer = left.name.removeprefix(prefix).partition("-")[0]
+        if writer.isdecimal() and not _is_running(int(writer)):
+            left.unlink(missing_ok=True)
+    part = path.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield part
         with part.open("rb+") as file:
@@ -77,22 +109,107 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def _machine() -> str:
+    """Name the machine, and the container where process numbers are the container's own, in 8 hex digits."""
+    try:
+        processes = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        processes = 0
+    return hashlib.blake2b(f"{platform.node()} {processes}".encode(), digest_size=4).hexdigest()
+
+
+def _is_running(process: int) -> bool:
+    if sys.platform == "win32":  # os.kill ends the process there, whatever the signal
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, kind: str, metadata: Mapping[str, Any]) -> None:
     """Write tensors and metadata to one file, atomically.
 
     Args:
         path: the file; its folder is made.
-        tensors: copied to the CPU and made contiguous.
+        tensors: on any device, of any layout in memory.
         kind: what the file is, e.g. "synthetic_set".
         metadata: anything that JSON holds.
     """
-    # Copies: the format refuses two names for one memory. The bytes are written here, for safetensors' own writer makes
-    # a file of its own beside the target, which a kill leaves behind, and which only its owner may read.
-    layout = torch.contiguous_format
-    ready = {name: tensor.detach().cpu().clone(memory_format=layout) for name, tensor in tensors.items()}
-    header = json.dumps({**metadata, "kind": kind, "format": 1}, sort_keys=True)
-    with replacing(path) as part:
-        part.write_bytes(save(ready, metadata={KEY: header}))
+    ranks = list(DTYPES)
+    names = sorted(tensors, key=lambda name: (ranks.index(tensors[name].dtype), name))
+    layout = [(name, tensors[name].dtype, tensors[name].shape) for name in names]
+    write_in_turn(path, layout, (tensors[name] for name in names), kind=kind, metadata=metadata)
+
+
+def write_in_turn(
+    path: Path,
+    layout: Sequence[tuple[str, torch.dtype, torch.Size]],
+    tensors: Iterable[Tensor],
+    *,
+    kind: str,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write tensors to one file, atomically, one after the other: none is kept in memory.
+
+    safetensors' own writer needs them all at once, and makes a file of its own beside the target, which a kill leaves
+    behind and only its owner may read. The format: the header's length as 8 bytes, the header as JSON, the values.
+
+    Args:
+        path: the file; its folder is made.
+        layout: name, dtype and shape of each tensor, wide dtypes first, so that all are aligned.
+        tensors: as many, in that order; an error while one is made leaves the old file as it was.
+        kind: what the file is, e.g. "synthetic_set".
+        metadata: anything that JSON holds.
+
+    Raises:
+        ValueError: if a tensor does not have the dtype or shape that was announced.
+    """
+    described = json.dumps({**metadata, "kind": kind, "format": 1}, sort_keys=True)
+    header: dict[str, Any] = {"__metadata__": {KEY: described}}
+    end = 0
+    for name, dtype, shape in layout:
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as part, part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        remaining = iter(tensors)
+        for name, dtype, shape in layout:
+            tensor = next(remaining).detach().cpu().contiguous()
+            if (tensor.dtype, tensor.shape) != (dtype, shape):
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {dtype} {tuple(shape)}"
+                )
+            file.write(_raw(tensor))
+            del tensor  # before the next one is read
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _open(path: Path) -> Any:
+    """Open a safetensors file of which header and values belong together.
+
+    safetensors opens the path once for each, and a writer may replace the file in between.
+    """
+    while True:
+        before = _version(path)
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError, RuntimeError):
+            if _version(path) == before:
+                raise
+        else:
+            if _version(path) == before:
+                return file
 
 
 class TensorFile:
@@ -100,7 +217,7 @@ class TensorFile:
 
     Args:
         path: the file.
-        kind: what it has to be.
+        kind: what the file must be, e.g. "synthetic_set".
 
     Raises:
         InputError: for a file that is missing, truncated, or not of this library and kind.
@@ -111,9 +228,9 @@ class TensorFile:
         if not path.is_file():
             raise InputError(f"{path}: no such file")
         try:
-            self._file = safe_open(path, framework="pt")
+            self._file = _open(path)
             header = json.loads((self._file.metadata() or {}).get(KEY, "{}"))
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        except (SafetensorError, OSError, RuntimeError, json.JSONDecodeError) as error:
             raise InputError(f"{path}: truncated, or not a safetensors file ({error}); make it again") from error
         if header.get("kind") != kind:
             found = header.get("kind", "a file that another program wrote")
@@ -137,3 +254,7 @@ class TensorFile:
         if name not in self.names:
             raise InputError(f"{self.path}: has no tensor {name!r}; make it again")
         return int(torch.Size(self._file.get_slice(name).get_shape()).numel())
+
+    def with_prefix(self, prefix: str) -> dict[str, Tensor]:
+        """Read all tensors whose names begin with a prefix; the keys lack it."""
+        return {name.removeprefix(prefix): self[name] for name in sorted(self.names) if name.startswith(prefix)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator
 
 if TYPE_CHECKING:
@@ -17,18 +18,23 @@ if TYPE_CHECKING:
 class BatchOrder(DistributedSampler[Tensor]):
     """Index tensors of an epoch's batches, a function of (seed, epoch) and split over ranks.
 
-    A DistributedSampler so that Lightning, which gives every other sampler one of those on top, leaves it alone, and
-    tells it the epoch.
+    A DistributedSampler because Lightning wraps any other sampler in one, and calls ``set_epoch`` of these.
 
     Args:
         num_images: N.
-        batch_size: images a batch, on each rank; the last one may be smaller.
-        shuffle: a new permutation every epoch, else the order as it is.
+        batch_size: images per batch, on each rank; the last batch may be smaller.
+        shuffle: a new permutation every epoch, else the given order.
         seed: decides the permutations.
         rank: of this process.
         world_size: number of processes; each gets every world_size-th image, the same number of them.
-        epoch_map: turns an epoch of the fit, which Lightning tells, into the one that decides on the permutation; for
-            processes whose epochs are not each other's. None takes it as it is.
+        epoch_map: maps the epoch of the fit, which Lightning sets, to the one that decides the permutation; None is the
+            identity.
+
+    Attributes:
+        first_batch: the next iteration begins with this batch of its epoch, later ones with the first.
+
+    Raises:
+        InputError: for fewer images than processes.
 
     Example:
         >>> [len(index) for index in BatchOrder(5, 2, shuffle=False)]
@@ -46,14 +52,17 @@ class BatchOrder(DistributedSampler[Tensor]):
         world_size: int = 1,
         epoch_map: Callable[[int], int] | None = None,
     ) -> None:
+        if num_images < world_size:
+            raise InputError(f"{num_images} images cannot be split over {world_size} processes: use fewer devices")
         super().__init__(range(num_images), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.num_images = num_images
         self.batch_size = batch_size
         self.epoch_map = epoch_map
+        self.first_batch = 0
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of another epoch."""
+        """Choose the epoch whose order is next."""
         super().set_epoch(epoch if self.epoch_map is None else self.epoch_map(epoch))
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -63,13 +72,45 @@ class BatchOrder(DistributedSampler[Tensor]):
             order = torch.arange(self.num_images)
         # Equal shares: a rank with one batch more would wait for the others for ever.
         share = order[self.rank :: self.num_replicas][: self.num_images // self.num_replicas]
-        return iter(share.split(self.batch_size))
+        first, self.first_batch = self.first_batch, 0
+        return iter(share.split(self.batch_size)[first:])
 
     def __len__(self) -> int:
         return -(-(self.num_images // self.num_replicas) // self.batch_size)
 
 
-class TensorLoader:
+class ResumableLoader:
+    """What loaders share that resume within an epoch: how many batches of the present epoch they have yielded."""
+
+    _batch = 0
+    _resumes = _epoch_ended = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of batches of the present epoch that were yielded."""
+        return {"batch": self._batch, **({"epoch_ended": True} if self._epoch_ended else {})}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state: the next iteration yields what is left of its epoch.
+
+        Args:
+            state_dict: from :meth:`state_dict`. A whole epoch means that the next one begins; with "epoch_ended" it
+                does only after an iteration that yields nothing.
+        """
+        self._batch = state_dict["batch"]
+        self._epoch_ended = state_dict.get("epoch_ended", False)
+        self._resumes = True
+
+    def _begin_epoch(self, length: int) -> int:
+        """Return the first batch of the iteration that begins."""
+        if self._epoch_ended:
+            self._batch = length
+        elif not self._resumes or self._batch >= length:
+            self._batch = 0
+        self._resumes = self._epoch_ended = False
+        return self._batch
+
+
+class TensorLoader(ResumableLoader):
     """(images, labels) batches by indexing tensors that already lie on the training device.
 
     No collation and no copy between host and device; 50,000 CIFAR images take 614 MB in float32.
@@ -95,8 +136,10 @@ class TensorLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.sampler.first_batch = self._begin_epoch(len(self))
         for index in self.sampler:
             index = index.to(self.images.device, non_blocking=True)
+            self._batch += 1
             yield self.images[index], self.labels[index]
 
 
@@ -111,10 +154,22 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
         return self.images[index], self.labels[index]
 
 
-def host_loader(images: Tensor, labels: Tensor, order: BatchOrder, *, num_workers: int = 0) -> DataLoader[Tensor]:
-    """Make an ordinary DataLoader over tensors in host memory, for images that do not fit on the device.
+class HostLoader(ResumableLoader, DataLoader[Any]):
+    """A DataLoader that resumes within an epoch, because its sampler is a :class:`BatchOrder`."""
 
-    Same batches in the same order as :class:`TensorLoader`.
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator: workers read ahead only once the first batch is asked for, when the epoch is known. What they
+        # have read ahead does not count.
+        cast("BatchOrder", self.sampler).first_batch = self._begin_epoch(len(self))
+        for batch in super().__iter__():
+            self._batch += 1
+            yield batch
+
+
+def host_loader(images: Tensor, labels: Tensor, order: BatchOrder, *, num_workers: int = 0) -> HostLoader:
+    """Make a DataLoader over tensors in host memory, for images that do not fit on the device.
+
+    Its batches are those of :class:`TensorLoader`, in the same order.
 
     Args:
         images: (N, C, H, W), on the CPU.
@@ -123,7 +178,7 @@ def host_loader(images: Tensor, labels: Tensor, order: BatchOrder, *, num_worker
         num_workers: processes that read ahead.
     """
     pin = torch.cuda.is_available()
-    return DataLoader(
+    return HostLoader(
         _Batches(images, labels),  # type: ignore[arg-type]
         sampler=order,  # type: ignore[arg-type]
         batch_size=None,

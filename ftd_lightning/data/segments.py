@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch
 
@@ -27,20 +27,45 @@ class SegmentBatch(TypedDict):
     target: Tensor
 
 
+class StartWindow(Protocol):
+    """Decides which epochs of the teachers segments may start at."""
+
+    def epochs(self, iteration: int) -> range:
+        """Return the start epochs of an iteration, at least one; all are below the loader's ``max_start_epoch``."""
+
+
+class FixedWindow:
+    """The same start epochs throughout, as in MTT and FTD: {0 .. max_start_epoch - 1}.
+
+    Example:
+        >>> FixedWindow(3).epochs(iteration=100)
+        range(0, 3)
+    """
+
+    def __init__(self, max_start_epoch: int) -> None:
+        self._epochs = range(max_start_epoch)
+
+    def epochs(self, iteration: int) -> range:
+        """Return all start epochs."""
+        return self._epochs
+
+
 class SegmentLoader(IterationLoader[list[SegmentBatch]]):
     """An iterable over teacher segments; what it yields is a function of (seed, iteration, slot).
 
-    A step of W ranks with s segments each has W * s slots, dealt out in order. So W ranks with one segment each see
-    what one process with W segments a step sees.
+    A step of W ranks with s segments each has W * s slots, dealt out in order, so W ranks with one segment each see
+    what one process with W segments per step sees.
 
     Args:
         store: the teachers.
         expert_epochs: m.
-        max_start_epoch: the start epoch is uniform in {0 .. max_start_epoch - 1}.
+        max_start_epoch: start epochs are below it.
         length: iterations that make one Lightning epoch.
         seed: decides the segments.
         rank: of this process; each rank draws segments of its own.
-        segments: s, segments a step on each rank.
+        segments: s, segments per step on each rank.
+        start: the first iteration.
+        window: the start epoch is uniform in its epochs; None is ``FixedWindow(max_start_epoch)``.
 
     Raises:
         InputError: if a segment could reach beyond what was recorded.
@@ -56,6 +81,8 @@ class SegmentLoader(IterationLoader[list[SegmentBatch]]):
         seed: int = 0,
         rank: int = 0,
         segments: int = 1,
+        start: int = 0,
+        window: StartWindow | None = None,
     ) -> None:
         last = max_start_epoch - 1 + expert_epochs
         if min(expert_epochs, max_start_epoch, length, segments) < 1:
@@ -66,10 +93,10 @@ class SegmentLoader(IterationLoader[list[SegmentBatch]]):
                 f"{store.path}: max_start_epoch={max_start_epoch} with expert_epochs={expert_epochs} reaches epoch "
                 f"{last}, but {store.epochs} were recorded; lower one of them or record longer teachers"
             )
-        super().__init__(length)
+        super().__init__(length, start=start)
         self.store = store
         self.expert_epochs = expert_epochs
-        self.max_start_epoch = max_start_epoch
+        self.window: StartWindow = window or FixedWindow(max_start_epoch)
         self.seed = seed
         self.slots = range(rank * segments, (rank + 1) * segments)
 
@@ -81,7 +108,8 @@ class SegmentLoader(IterationLoader[list[SegmentBatch]]):
         """Read one segment of an iteration."""
         generator = make_generator(self.seed, "segment", iteration, slot)
         teacher = int(torch.randint(len(self.store), (1,), generator=generator))
-        start_epoch = int(torch.randint(self.max_start_epoch, (1,), generator=generator))
+        epochs = self.window.epochs(iteration)
+        start_epoch = epochs[int(torch.randint(len(epochs), (1,), generator=generator))]
         ends = self.store.segment(teacher, start_epoch, self.expert_epochs)
         # From pinned memory Lightning's copy to the GPU does not wait.
         start, target = (end.pin_memory() if torch.cuda.is_available() else end for end in ends)

@@ -1,4 +1,4 @@
-"""The synthetic set: what distillation makes and everything it takes to use it, in one safetensors file."""
+"""The synthetic set: what distillation learns and everything needed to use it, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ import torch
 from torch.utils.data import TensorDataset
 
 from ftd_lightning.data.files import TensorFile, write_tensors
-from ftd_lightning.data.transform import ImageTransform, Standardization, load_transform
+from ftd_lightning.data.transform import Standardization, load_transform
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ftd_lightning.contracts import ImageTransform
+
 KIND = "synthetic_set"
+PREFIX = "transform."  # of the names of the transform's tensors
+
+
+def _own(header: dict[str, Any]) -> dict[str, Any]:
+    """Drop what fields of a set hold, and what only files have."""
+    return {key: value for key, value in header.items() if key not in ("kind", "format", "class_names", "transform")}
 
 
 def _identity() -> ImageTransform:
@@ -36,8 +44,9 @@ class SyntheticSet:
         ema_images: (N, C, H, W), their moving average; None where none was kept.
         class_names: K names, in label order.
         transform: maps pictures in [0, 1] to such images, and back.
-        metadata: data set, augmentation, network, method, settings, versions; whatever JSON holds. Where ``scores`` is
-            there, it maps what was measured, e.g. "raw", to {"mean", "std", "n"}: accuracies of n networks, fractions.
+        metadata: data set, augmentation, network, method, settings, versions; whatever JSON holds. "scores", where the
+            set was evaluated, maps what was evaluated, e.g. "raw", to {"mean", "std", "n"}: the accuracy of n networks,
+            as a fraction.
     """
 
     images: Tensor
@@ -62,7 +71,7 @@ class SyntheticSet:
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise InputError(f"{path}: not written, {name} holds values that are not finite; lower the pixels' lr")
-        tensors |= {f"transform.{name}": tensor for name, tensor in self.transform.tensors().items()}
+        tensors |= {f"{PREFIX}{name}": tensor for name, tensor in self.transform.tensors().items()}
         metadata = {**self.metadata, "class_names": self.class_names, "transform": self.transform.describe()}
         write_tensors(Path(path), tensors, kind=KIND, metadata=metadata)
 
@@ -81,32 +90,38 @@ class SyntheticSet:
             torch.Size([2, 1, 4, 4])
         """
         file = TensorFile(Path(path), kind=KIND)
-        prefix = "transform."
-        parts = {name.removeprefix(prefix): file[name] for name in file.names if name.startswith(prefix)}
-        metadata = {key: value for key, value in file.metadata.items() if key not in ("kind", "format")}
         return cls(
             images=file["images"],
             labels=file["labels"],
             step_size=file["step_size"] if "step_size" in file.names else None,
             ema_images=file["ema_images"] if "ema_images" in file.names else None,
-            class_names=metadata.pop("class_names"),
-            transform=load_transform(metadata.pop("transform"), parts),
-            metadata=metadata,
+            class_names=file.metadata["class_names"],
+            transform=load_transform(file.metadata["transform"], file.with_prefix(PREFIX)),
+            metadata=_own(file.metadata),
         )
 
-    def dataset(self, *, ema: bool = False) -> TensorDataset:
-        """Give (image, label) pairs for an ordinary DataLoader.
-
-        Args:
-            ema: the averaged images instead of the last ones.
+    @staticmethod
+    def read_metadata(path: str | Path) -> dict[str, Any]:
+        """Return the ``metadata`` of a set without reading any of its tensors.
 
         Raises:
-            InputError: if averaged images are asked for and there are none.
+            InputError: as for :meth:`load`.
+        """
+        return _own(TensorFile(Path(path), kind=KIND).metadata)
+
+    def dataset(self, *, ema: bool = False) -> TensorDataset:
+        """Return (image, label) pairs for an ordinary DataLoader.
+
+        Args:
+            ema: take the averaged images instead of the last ones.
+
+        Raises:
+            InputError: if averaged images are asked for and none were kept.
         """
         return TensorDataset(self.chosen(ema=ema), self.labels)
 
     def chosen(self, *, ema: bool) -> Tensor:
-        """Give the averaged images or the last ones, (N, C, H, W)."""
+        """Return the averaged images or the last ones, (N, C, H, W)."""
         if not ema:
             return self.images
         if self.ema_images is None:

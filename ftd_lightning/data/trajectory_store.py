@@ -1,14 +1,18 @@
-"""The trajectory store: a folder with one safetensors file a teacher and one tensor an epoch."""
+"""The trajectory store: a folder with one safetensors file per teacher, and in it one tensor per epoch."""
 
 from __future__ import annotations
 
-import itertools
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ftd_lightning.data.files import TensorFile, write_tensors
+from ftd_lightning.contracts import ImageShape
+from ftd_lightning.data.files import TensorFile, fingerprint, write_in_turn
+from ftd_lightning.data.store_data import read_store_data, store_data_file
+from ftd_lightning.data.teacher_metadata import OWN_KEYS, differences
+from ftd_lightning.data.transform import Standardization
 from ftd_lightning.errors import DivergenceError, InputError
 
 if TYPE_CHECKING:
@@ -16,13 +20,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ftd_lightning.contracts import DataDescription, ImageTransform
+
 KIND = "teacher_trajectory"
-# What every teacher of a store shares; the rest (seed, accuracies) is each one's own.
-OWN_KEYS = ("teacher", "seed", "accuracies", "versions", "kind", "format")
 
 
 class Segment(NamedTuple):
-    """Where a teacher stood at the start of a segment and m epochs later: theta*_t and theta*_{t+m}, (P,) each."""
+    """The weights of a teacher at the start of a segment and m epochs later: theta*_t and theta*_{t+m}, (P,) each."""
 
     start: Tensor
     target: Tensor
@@ -46,12 +50,15 @@ class TrajectoryStore:
     ``network.parameters()``.
 
     Args:
-        path: the folder. Each ``teacher_NNNN.safetensors`` in it holds ``epoch_0000`` .. ``epoch_EEEE``, (P,) each.
+        path: the folder. Each ``teacher_NNNN.safetensors`` in it holds ``epoch_0000`` .. ``epoch_EEEE``, (P,) each;
+            ``data.safetensors`` describes the images that they were trained on.
 
     Attributes:
         path: the folder.
         files: the teachers' files, in order.
-        metadata: what all teachers share: network, data set, transform, optimizer, rho, alpha, adaptive, epochs.
+        lengths: number of epochs of each teacher, the initialisation not counted.
+        metadata: what all teachers share: network, data set, transform, optimizer, rho, alpha, adaptive; and
+            "parameters", the number of weights P.
 
     Raises:
         InputError: for a folder that is missing or empty, a truncated or foreign file, or teachers that do not belong
@@ -65,19 +72,22 @@ class TrajectoryStore:
             raise InputError(
                 f"{self.path}: no teachers here; record some first (ftd fit with FlatTeacher and a TrajectoryRecorder)"
             )
-        self.metadata = self._shared(TensorFile(self.files[0], kind=KIND))
+        self.lengths: list[int] = []
+        self.metadata = self._open(self.files[0])
         for file in self.files[1:]:
-            other = self._shared(TensorFile(file, kind=KIND))
-            different = sorted(key for key in {*self.metadata, *other} if other.get(key) != self.metadata.get(key))
+            different = differences(self.metadata, self._open(file), whole=True)
             if different:
                 raise InputError(
                     f"{file}: differs from {self.files[0].name} in {', '.join(different)}; keep such teachers apart"
                 )
 
-    @staticmethod
-    def _shared(file: TensorFile) -> dict[str, Any]:
-        if _epoch_name(file.metadata.get("epochs", -1)) not in file.names:
-            raise InputError(f"{file.path}: does not hold the epochs that it names; record this teacher again")
+    def _open(self, path: Path) -> dict[str, Any]:
+        """Note the length of a teacher, and return what it should share with the others."""
+        file = TensorFile(path, kind=KIND)
+        epochs = file.metadata.get("epochs", -1)
+        if _epoch_name(epochs) not in file.names:
+            raise InputError(f"{path}: does not hold the epochs that it names; record this teacher again")
+        self.lengths.append(epochs)
         shared = {key: value for key, value in file.metadata.items() if key not in OWN_KEYS}
         return {**shared, "parameters": file.numel(_epoch_name(0))}
 
@@ -86,16 +96,53 @@ class TrajectoryStore:
 
     @property
     def epochs(self) -> int:
-        """Epochs recorded of every teacher, the initialisation not counted."""
-        return int(self.metadata["epochs"])
+        """Epochs that all teachers have, the initialisation not counted: those of the shortest one."""
+        return min(self.lengths)
 
     @property
     def num_parameters(self) -> int:
-        """P."""
+        """P, the number of weights."""
         return int(self.metadata["parameters"])
 
+    @cached_property
+    def data(self) -> DataDescription | None:
+        """Description of the images that the teachers were trained on; None where the store has none.
+
+        Raises:
+            InputError: if it is not that of these teachers.
+        """
+        found = read_store_data(self.path)
+        if found is not None and differences(self.metadata, {"transform": found.transform.describe()}):
+            raise InputError(f"{store_data_file(self.path)}: has another transform than the teachers; delete this file")
+        return found
+
+    @property
+    def transform(self) -> ImageTransform | None:
+        """From pictures to the images that the teachers saw; None for a whitening that version 0.1 did not keep."""
+        if self.data is not None:
+            return self.data.transform
+        recorded = self.metadata.get("transform") or {}
+        if recorded.get("kind") == "standardization":
+            return Standardization(recorded["mean"], recorded["std"])
+        return None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in label order; None where they were not recorded."""
+        return None if self.data is None else self.data.class_names
+
+    @property
+    def shape(self) -> ImageShape | None:
+        """Channels, classes and size of the images; None where neither data nor a named network tell."""
+        if self.data is not None:
+            return self.data.shape
+        network = self.metadata.get("network")
+        if not isinstance(network, dict) or not set(ImageShape._fields) <= network.keys():
+            return None
+        return ImageShape(**{key: network[key] for key in ImageShape._fields})
+
     def teacher_metadata(self, teacher: int) -> dict[str, Any]:
-        """Everything one teacher's file says, its seed and accuracies included."""
+        """Return all that one teacher's file records, its seed and accuracies included."""
         return self._file(teacher).metadata
 
     def _file(self, teacher: int) -> TensorFile:
@@ -122,10 +169,14 @@ class TrajectoryStore:
         file = self._file(teacher)
         return Segment(file[_epoch_name(start_epoch)], file[_epoch_name(start_epoch + expert_epochs)])
 
+    def trained(self, teacher: int) -> Tensor:
+        """Read the weights of a teacher after its last epoch: (P,)."""
+        return self._file(teacher)[_epoch_name(self.lengths[teacher])]
+
     def trajectory(self, teacher: int) -> Tensor:
-        """Read a whole teacher: (epochs + 1, P)."""
+        """Read a whole teacher: (E + 1, P) for the E epochs that it has."""
         file = self._file(teacher)
-        return torch.stack([file[_epoch_name(epoch)] for epoch in range(self.epochs + 1)])
+        return torch.stack([file[_epoch_name(epoch)] for epoch in range(self.lengths[teacher] + 1)])
 
 
 def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor], metadata: Mapping[str, Any]) -> Path:
@@ -134,30 +185,40 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
     Args:
         folder: of the store; made where it is missing.
         teacher: its number.
-        snapshots: weights at initialisation and after every epoch, (P,) each.
-        metadata: what the store says of it; "epochs" and "teacher" are added.
+        snapshots: weights at initialisation and after every epoch, (P,) each. One of them is in memory at a time, if
+            the sequence reads or computes each when it is asked for.
+        metadata: what the store records of the teacher; "epochs" and "teacher" are added.
 
     Returns:
         The file.
 
     Raises:
-        DivergenceError: if an epoch is not finite, or equal to the one before: such a trajectory matches nothing.
+        DivergenceError: if an epoch is not finite, or equal to the one before: such a trajectory matches nothing. No
+            file is written.
     """
-    for epoch, (before, after) in enumerate(itertools.pairwise(snapshots)):
-        if torch.equal(before, after):
+    hashes: list[str] = []
+
+    def checked(epoch: int) -> Tensor:
+        weights = snapshots[epoch].detach().cpu().contiguous()
+        if not bool(torch.isfinite(weights).all()):
+            raise DivergenceError(f"teacher {teacher} diverged, its weights are not finite; lower its lr")
+        hashes.append(fingerprint(weights))  # takes less memory than the epoch before
+        if epoch and hashes[epoch] == hashes[epoch - 1]:
             raise DivergenceError(
-                f"teacher {teacher}: epochs {epoch} and {epoch + 1} left the same weights; raise its lr"
+                f"teacher {teacher}: epochs {epoch - 1} and {epoch} left the same weights; raise its lr"
             )
-    if not all(bool(torch.isfinite(s).all()) for s in snapshots):
-        raise DivergenceError(f"teacher {teacher} diverged, its weights are not finite; lower its lr")
-    path = teacher_file(folder, teacher)
-    tensors = {_epoch_name(epoch): snapshot for epoch, snapshot in enumerate(snapshots)}
-    write_tensors(path, tensors, kind=KIND, metadata={**metadata, "teacher": teacher, "epochs": len(snapshots) - 1})
+        return weights
+
+    path, epochs = teacher_file(folder, teacher), len(snapshots) - 1
+    dtype, shape = snapshots[0].dtype, snapshots[0].shape
+    layout = [(_epoch_name(epoch), dtype, shape) for epoch in range(epochs + 1)]
+    recorded = {**metadata, "teacher": teacher, "epochs": epochs}
+    write_in_turn(path, layout, map(checked, range(epochs + 1)), kind=KIND, metadata=recorded)
     return path
 
 
 def check_compatible(store: TrajectoryStore, wanted: Mapping[str, Any]) -> None:
-    """Refuse teachers of another network, data set or transform than the distillation asks for.
+    """Refuse teachers of another network, data set or transform than a distillation asks for.
 
     Args:
         store: the teachers.
@@ -166,9 +227,8 @@ def check_compatible(store: TrajectoryStore, wanted: Mapping[str, Any]) -> None:
     Raises:
         InputError: naming the first difference.
     """
-    for key, value in wanted.items():
-        if store.metadata.get(key) != value:
-            raise InputError(
-                f"{store.path}: its teachers have {key} {store.metadata.get(key)}, but {value} is asked for; "
-                "change the setting or record other teachers"
-            )
+    for key in differences(store.metadata, wanted):
+        raise InputError(
+            f"{store.path}: its teachers have {key} {store.metadata.get(key)}, but {wanted[key]} is asked for; "
+            "change the setting or record other teachers"
+        )

@@ -1,15 +1,15 @@
-"""What images go through before a network sees them, and the way back: standardisation or ZCA whitening.
+"""From pictures to the images that networks see, and back: standardisation or ZCA whitening.
 
-Convention: pictures are float32 in [0, 1], (N, C, H, W); transformed images lie around 0 and have no fixed range.
+Convention: pictures are float32 in [0, 1], (N, C, H, W); images lie around 0 and have no fixed range.
 """
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ftd_lightning.contracts import ImageTransform as ImageTransform  # noqa: TC001
 from ftd_lightning.data.files import TensorFile, fingerprint, write_tensors
 from ftd_lightning.errors import InputError
 
@@ -17,24 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from kornia.enhance import ZCAWhitening
     from torch import Tensor
-
-
-class ImageTransform(Protocol):
-    """An invertible map of images that a file can carry."""
-
-    def apply(self, pictures: Tensor) -> Tensor:
-        """Map pictures to what networks see."""
-
-    def invert(self, images: Tensor) -> Tensor:
-        """Map what networks see to pictures; values may lie outside [0, 1]."""
-
-    def describe(self) -> dict[str, Any]:
-        """Say what it is and was made from; equal descriptions mean the same map."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Give what :func:`load_transform` needs to build it again."""
 
 
 class Standardization:
@@ -72,27 +55,29 @@ class Standardization:
         return {"kind": "standardization", "mean": self.mean, "std": self.std}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Nothing: the description says it all."""
+        """Return nothing: the description has all constants."""
         return {}
 
 
-def _zca(eps: float) -> ZCAWhitening:
-    from kornia.enhance import ZCAWhitening  # not at the top: half a second that only whitened images are worth
-
-    return ZCAWhitening(eps=eps, compute_inv=True)
-
-
 class Whitening:
-    """ZCA whitening by kornia, with its inverse.
+    """ZCA whitening, fitted by kornia: ``(x - mean) W`` of flattened pictures, and its inverse.
 
     Args:
-        zca: fitted, with its inverse computed.
-        fitted_on: fingerprint of the images that it was fitted on.
+        mean: (1, D) with D = C * H * W, of the pictures that it was fitted on.
+        inverse: (D, D), the inverse of W.
+        eps: was added to the eigenvalues of the covariance.
+        fitted_on: fingerprint of those pictures.
+        matrix: W; None computes it from the inverse, in float64, when it is first needed.
     """
 
-    def __init__(self, zca: ZCAWhitening, *, fitted_on: str) -> None:
-        self.zca = zca
+    def __init__(
+        self, mean: Tensor, inverse: Tensor, *, eps: float, fitted_on: str, matrix: Tensor | None = None
+    ) -> None:
+        self.mean = mean
+        self.inverse = inverse
+        self.eps = eps
         self.fitted_on = fitted_on
+        self._matrix = matrix
 
     @classmethod
     def fit(cls, pictures: Tensor, *, eps: float = 0.1, fitted_on: str | None = None) -> Whitening:
@@ -106,53 +91,44 @@ class Whitening:
             >>> bool(torch.allclose(w.invert(w.apply(x)), x, atol=1e-5))
             True
         """
-        zca = _zca(eps).fit(pictures)
-        return cls(zca, fitted_on=fitted_on or fingerprint(pictures))
+        from kornia.enhance import ZCAWhitening  # takes half a second to import, which few runs need
 
-    @staticmethod
-    def estimate_seconds(values: int, *, probe: int = 768) -> float:
-        """Guess how long a fit takes on this machine: the decomposition's cost grows with the cube of the values.
+        zca = ZCAWhitening(eps=eps, compute_inv=True).fit(pictures)
+        return cls(
+            zca.mean_vector,
+            zca.transform_inv,
+            eps=eps,
+            fitted_on=fitted_on or fingerprint(pictures),
+            matrix=zca.transform_matrix,
+        )
 
-        Args:
-            values: C * H * W of an image.
-            probe: size of a decomposition that is timed for it; smaller images take under a second. Much smaller probes
-                tell nothing: on a busy machine their time is that of waking threads.
-
-        Example:
-            >>> Whitening.estimate_seconds(64)
-            0.0
-        """
-        if values <= probe:
-            return 0.0
-        square = torch.randn(probe, probe, generator=torch.Generator().manual_seed(0))
-        times = []
-        for _ in range(2):  # the first call loads libraries
-            began = time.perf_counter()
-            torch.linalg.svd(square @ square.T)
-            times.append(time.perf_counter() - began)
-        return min(times) * (values / probe) ** 3
+    @property
+    def matrix(self) -> Tensor:
+        """W, (D, D) float32."""
+        if self._matrix is None:  # seconds, at D = 3072
+            self._matrix = torch.linalg.inv(self.inverse.double()).float()
+        return self._matrix
 
     def apply(self, pictures: Tensor) -> Tensor:
-        """Whiten."""
-        whitened: Tensor = self.zca.to(pictures.device)(pictures)
-        return whitened
+        """``(x - mean) W``."""
+        rows = pictures.flatten(1) - self.mean.to(pictures)
+        return (rows @ self.matrix.to(pictures)).view_as(pictures)
 
     def invert(self, images: Tensor) -> Tensor:
-        """Undo the whitening."""
-        pictures: Tensor = self.zca.to(images.device).inverse_transform(images)
-        return pictures
+        """``y W^-1 + mean``."""
+        return (images.flatten(1) @ self.inverse.to(images) + self.mean.to(images)).view_as(images)
 
     def describe(self) -> dict[str, Any]:
-        """Name eps and the images that it was fitted on; the matrices follow from them."""
-        return {"kind": "zca", "eps": self.zca.eps, "fitted_on": self.fitted_on}
+        """Name eps and the pictures that it was fitted on; the matrices follow from them."""
+        return {"kind": "zca", "eps": self.eps, "fitted_on": self.fitted_on}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give mean (1, D) and inverse (D, D); the whitening matrix is the inverse of that, so one of them travels."""
-        return {"mean": self.zca.mean_vector, "inverse": self.zca.transform_inv}
+        """Return "mean" (1, D) and "inverse" (D, D), from which W follows: one matrix travels instead of two."""
+        return {"mean": self.mean, "inverse": self.inverse}
 
     def save(self, path: Path) -> None:
         """Write mean and both matrices to a file."""
-        tensors = {**self.tensors(), "matrix": self.zca.transform_matrix}
+        tensors = {**self.tensors(), "matrix": self.matrix}
         write_tensors(path, tensors, kind="whitening", metadata={"transform": self.describe()})
 
     @classmethod
@@ -167,22 +143,21 @@ class Whitening:
 
     @classmethod
     def build(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Whitening:
-        """Build from a description and tensors; without "matrix", it is computed from "inverse" in float64."""
-        zca = _zca(description["eps"])
-        matrix = tensors.get("matrix")
-        if matrix is None:
-            matrix = torch.linalg.inv(tensors["inverse"].double()).float()
-        zca.load_state_dict(
-            {"mean_vector": tensors["mean"], "transform_matrix": matrix, "transform_inv": tensors["inverse"]}
+        """Build from a description and tensors; "matrix" may be missing."""
+        return cls(
+            tensors["mean"],
+            tensors["inverse"],
+            eps=description["eps"],
+            fitted_on=description["fitted_on"],
+            matrix=tensors.get("matrix"),
         )
-        return cls(zca, fitted_on=description["fitted_on"])
 
 
 def load_transform(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ImageTransform:
-    """Build a transform again from what ``describe()`` and ``tensors()`` gave.
+    """Build a transform again from what its ``describe()`` and ``tensors()`` returned.
 
     Raises:
-        InputError: for a kind that is not there.
+        InputError: for an unknown kind.
 
     Example:
         >>> t = Standardization([0.5], [0.25])

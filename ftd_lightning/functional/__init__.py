@@ -1,6 +1,7 @@
 """Tensors in, tensors out: the mathematics of trajectory matching, on torch alone."""
 
-from ftd_lightning.functional.augment import dsa
+from ftd_lightning.functional.augment import Augmentation, dsa
+from ftd_lightning.functional.batch_norm import batch_norms
 from ftd_lightning.functional.compiling import compiled
 from ftd_lightning.functional.distribution_matching import distribution_distance, embed, feature_levels
 from ftd_lightning.functional.feature_alignment import (
@@ -12,10 +13,11 @@ from ftd_lightning.functional.feature_alignment import (
 )
 from ftd_lightning.functional.gradient_matching import gradient_distance, loss_gradients
 from ftd_lightning.functional.gsam import gsam_direction, gsam_perturbation
-from ftd_lightning.functional.inner_step import compile_seconds
+from ftd_lightning.functional.inner_step import compile_seconds, draws_random_numbers
 from ftd_lightning.functional.matching import normalized_distance, trajectory_matching_loss
-from ftd_lightning.functional.pruning import keep_mask, pruned_distance
-from ftd_lightning.functional.robust import start_noise
+from ftd_lightning.functional.pruning import DropLargest, KeepSimilar, pruned_distance
+from ftd_lightning.functional.robust import RobustStart, start_noise
+from ftd_lightning.functional.rules import MatchingRule
 from ftd_lightning.functional.seeding import derive_seed, make_generator, seeded
 from ftd_lightning.functional.selection import herding, k_center
 from ftd_lightning.functional.trajectory_error import (
@@ -27,9 +29,15 @@ from ftd_lightning.functional.trajectory_error import (
 from ftd_lightning.functional.unroll import chunked_permutations, flatten_parameters, load_flat, unroll
 
 __all__ = [
+    "Augmentation",
+    "DropLargest",
+    "KeepSimilar",
+    "MatchingRule",
+    "RobustStart",
     "Watcher",
     "accumulated_error",
     "alignment_loss",
+    "batch_norms",
     "chunked_permutations",
     "class_means",
     "compile_seconds",
@@ -37,6 +45,7 @@ __all__ = [
     "derive_seed",
     "discrimination_loss",
     "distribution_distance",
+    "draws_random_numbers",
     "dsa",
     "embed",
     "feature_levels",
@@ -47,7 +56,6 @@ __all__ = [
     "herding",
     "initialization_error",
     "k_center",
-    "keep_mask",
     "level_weights",
     "load_flat",
     "loss_gradients",

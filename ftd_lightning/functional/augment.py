@@ -1,16 +1,17 @@
 """DSA, the differentiable siamese augmentation (Zhao and Bilen, ICML 2021), on whole batches.
 
-Convention: images are normalised or whitened, so values lie around 0 and are never clamped; 0 fills what an operation
-uncovers. Every image has parameters of its own, unless the call is siamese: then one set serves the whole batch, and
-its draws do not depend on the batch's size, so that a generator in the same state does the same to another batch. All
+Convention: images are standardised or whitened, so values lie around 0 and are never clamped; 0 fills what an operation
+uncovers. Parameters are drawn per image, unless the call is siamese: then one set of them serves the whole batch, and
+the draws do not depend on the batch size, so that a generator in the same state does the same to another batch. All
 draws come from the generator, in a fixed order, whatever the device of the images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,23 +23,29 @@ Mode = Literal["single", "multiple"]
 Operation = Callable[..., Tensor]
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
+SAMPLED = ("scale", "rotate")  # the operations that sample between pixels
 
 
 def _uniform(images: Tensor, generator: torch.Generator, *shape: int, siamese: bool) -> Tensor:
-    """U in [0, 1), float32 draws for every dtype so that float64 checks see the augmentation that float32 runs see."""
+    """Draw from [0, 1), (N, *shape), or (1, *shape) if siamese.
+
+    Draws are float32 for every dtype, so that float64 checks see the augmentation that float32 runs see.
+    """
     u = torch.rand(1 if siamese else len(images), *shape, generator=generator, device=generator.device)
     return u.to(images.device, images.dtype, non_blocking=True)
 
 
-def _integers(images: Tensor, generator: torch.Generator, low: int, high: int, *, siamese: bool) -> Tensor:
-    """(2, N) integers in {low .. high}, (2, 1) if siamese: one for each of the two axes."""
+def _integers(images: Tensor, generator: torch.Generator, high: int, *, axis: int, siamese: bool) -> Tensor:
+    """Draw from {0 .. high} for the vertical (0) or horizontal (1) axis, (N,), or (1,) if siamese."""
+    # One row of the two is used. Drawing just that one would leave the generator in another state, and so change the
+    # augmentations, and thereby the teachers and sets, that a seed has produced since version 0.1.0.
     shape = (2, 1 if siamese else len(images))
-    draws = torch.randint(low, high + 1, shape, generator=generator, device=generator.device)
-    return draws.to(images.device, non_blocking=True)
+    draws = torch.randint(high + 1, shape, generator=generator, device=generator.device)
+    return draws[axis].to(images.device, non_blocking=True)
 
 
 def flip(images: Tensor, generator: torch.Generator, *, probability: float = 0.5, siamese: bool = False) -> Tensor:
-    """Mirror each image left to right with a probability in [0, 1].
+    """Mirror each image horizontally with a probability in [0, 1].
 
     Example:
         >>> flip(torch.tensor([[[[1.0, 2.0]]]]), torch.Generator(), probability=1.0)
@@ -49,7 +56,13 @@ def flip(images: Tensor, generator: torch.Generator, *, probability: float = 0.5
 
 
 def _warp(images: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], *, align_corners: bool) -> Tensor:
-    """Sample at a linear map of the centred coordinates; bilinear, zero padding."""
+    """Sample the images at linearly mapped, centred coordinates; bilinear, with zero padding.
+
+    Args:
+        images: (N, C, H, W).
+        rows: the entries of the 2 x 2 matrix, row by row, each (N,) or (1,).
+        align_corners: as in ``torch.nn.functional.grid_sample``.
+    """
     zero = torch.zeros_like(rows[0])
     theta = torch.stack([rows[0], rows[1], zero, rows[2], rows[3], zero], dim=1).view(-1, 2, 3)
     grid = affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=align_corners)
@@ -64,7 +77,7 @@ def scale(
     siamese: bool = False,
     align_corners: bool = True,
 ) -> Tensor:
-    """Stretch each axis by a factor of its own, uniform in (1/ratio, ratio).
+    """Scale the sampling coordinates of each axis by its own factor, uniform in (1/ratio, ratio).
 
     Example:
         >>> scale(torch.ones(2, 1, 4, 4), torch.Generator()).shape
@@ -84,7 +97,7 @@ def rotate(
     siamese: bool = False,
     align_corners: bool = True,
 ) -> Tensor:
-    """Turn each image by an angle uniform in (-degrees, degrees).
+    """Rotate each image by an angle uniform in (-degrees, degrees).
 
     Example:
         >>> rotate(torch.ones(2, 1, 4, 4), torch.Generator()).shape
@@ -104,17 +117,17 @@ def crop(images: Tensor, generator: torch.Generator, *, ratio: float = 0.125, si
     count, channels, height, width = images.shape
     reach_y, reach_x = int(height * ratio + 0.5), int(width * ratio + 0.5)
     padded = pad(images, (reach_x, reach_x, reach_y, reach_y))
-    shift_y = _integers(images, generator, 0, 2 * reach_y, siamese=siamese)[0]
-    shift_x = _integers(images, generator, 0, 2 * reach_x, siamese=siamese)[1]
+    shift_y = _integers(images, generator, 2 * reach_y, axis=0, siamese=siamese)
+    shift_x = _integers(images, generator, 2 * reach_x, axis=1, siamese=siamese)
     rows = (shift_y[:, None] + torch.arange(height, device=images.device))[:, None, :, None]
     columns = (shift_x[:, None] + torch.arange(width, device=images.device))[:, None, None, :]
-    # Two gathers: no index repeats within one, so the backward scatter has one summand a place and is deterministic.
+    # No index repeats within either gather, so their backward scatter adds one term per pixel and is deterministic.
     strips = padded.gather(2, rows.expand(count, channels, height, padded.shape[3]))
     return strips.gather(3, columns.expand(count, channels, height, width))
 
 
 def cutout(images: Tensor, generator: torch.Generator, *, ratio: float = 0.5, siamese: bool = False) -> Tensor:
-    """Fill a square of side int(size * ratio + 0.5) with 0; its centre is uniform, what sticks out is cut off.
+    """Set a square of side int(size * ratio + 0.5), clipped at the border, to 0; its centre is uniform.
 
     Example:
         >>> float(cutout(torch.ones(1, 1, 4, 4), torch.Generator(), ratio=2.0).sum())
@@ -124,8 +137,8 @@ def cutout(images: Tensor, generator: torch.Generator, *, ratio: float = 0.5, si
     for axis in (2, 3):
         size = images.shape[axis]
         side = int(size * ratio + 0.5)
-        # An even side has its middle between two pixels and one more place to stand.
-        centre = _integers(images, generator, 0, size - side % 2, siamese=siamese)[axis - 2]
+        # The centre of an even side lies between two pixels, and has one more possible position.
+        centre = _integers(images, generator, size - side % 2, axis=axis - 2, siamese=siamese)
         offset = torch.arange(size, device=images.device) - (centre - side // 2)[:, None]
         span = (offset >= 0) & (offset < side)
         inside = inside & (span[:, None, :, None] if axis == 2 else span[:, None, None, :])
@@ -170,7 +183,7 @@ def parse_strategy(strategy: str) -> list[str]:
     """Split a strategy such as "color_crop_flip" into its operations.
 
     Raises:
-        InputError: (a ValueError) for an operation that is not there.
+        InputError: (a ValueError) for an unknown operation.
 
     Example:
         >>> parse_strategy("flip_scale")
@@ -181,6 +194,11 @@ def parse_strategy(strategy: str) -> list[str]:
     if unknown:
         raise InputError(f"DSA has no operation {unknown[0]!r}: choose from {list(OPERATIONS)}")
     return names
+
+
+def _require_mode(mode: str) -> None:
+    if mode not in get_args(Mode):
+        raise InputError(f"DSA mode {mode!r} is unknown: choose from {list(get_args(Mode))}")
 
 
 def dsa(
@@ -195,20 +213,20 @@ def dsa(
     """Augment a batch differentiably: a pure function of the images and the generator's state.
 
     Args:
-        images: (N, C, H, W), normalised or whitened, any floating dtype and device.
-        generator: moved on by the draws; on the CPU, no step of it waits for a device.
-        strategy: operations joined by "_"; "" leaves the images as they are.
+        images: (N, C, H, W), standardised or whitened, any floating dtype and device.
+        generator: advanced by the draws; with a CPU generator nothing waits for a device.
+        strategy: operations joined by "_"; "" returns the images unchanged.
         mode: "single" draws one operation for the whole batch; "multiple" applies all, in the strategy's order.
-        siamese: give all images the same parameters. Real and synthetic images of a matching step (DSA, DM, CAFE) are
-            then augmented alike by generators in the same state, however many of each there are.
-        align_corners: whether scale and rotate turn about pixel centres from corner to corner (MTT, FTD) or count
-            pixels as squares (False: DC, DSA, DM, CAFE).
+        siamese: use the same parameters for all images. Real and synthetic images of a matching step (DSA, DM, CAFE)
+            are then augmented alike by generators in the same state, however many of each there are.
+        align_corners: whether scale and rotate place the corners of the coordinate system at the centres of the
+            outermost pixels (MTT, FTD) or at their outer edges (False: DC, DSA, DM, CAFE).
 
     Returns:
         (N, C, H, W), same dtype and device.
 
     Raises:
-        ValueError: for an unknown operation or mode.
+        InputError: (a ValueError) for an unknown operation or mode.
 
     Example:
         >>> x = torch.randn(4, 3, 8, 8)
@@ -219,17 +237,116 @@ def dsa(
         >>> bool(a[0].allclose(b[0]))
         True
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"DSA mode {mode!r} is unknown: choose from {list(get_args(Mode))}")
+    _require_mode(mode)
     names = parse_strategy(strategy)
     if mode == "single" and names:
         names = [names[int(torch.randint(len(names), (1,), generator=generator, device=generator.device))]]
     # Below float32 the sampling grid and the draws are too coarse: bfloat16's 8 bits are half a pixel at 128 px.
     result = images.to(torch.promote_types(images.dtype, torch.float32))
     for name in names:
-        # Only what is asked for: an operation that was added to OPERATIONS need not know of it.
+        # Only options that differ from the defaults, so that an operation added to OPERATIONS need not take them.
         options = {"siamese": True} if siamese else {}
-        if not align_corners and name in ("scale", "rotate"):
+        if not align_corners and name in SAMPLED:
             options["align_corners"] = False
         result = OPERATIONS[name](result, generator, **options)
     return result.to(images.dtype)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """DSA with its settings chosen: a callable ``(images, generator) -> images``, see :func:`dsa`.
+
+    Args:
+        strategy: operations joined by "_"; "" is no augmentation, and the only one that is false.
+        mode: "single" draws one operation per batch; "multiple" applies all.
+        align_corners: convention of scale and rotate; see :func:`dsa`.
+
+    Raises:
+        InputError: (a ValueError) for an unknown operation or mode.
+
+    Example:
+        >>> flip = Augmentation("flip", mode="multiple")
+        >>> flip(torch.zeros(2, 3, 8, 8), torch.Generator()).shape
+        torch.Size([2, 3, 8, 8])
+        >>> bool(flip), bool(Augmentation(""))
+        (True, False)
+    """
+
+    strategy: str = STRATEGY
+    mode: Mode = "single"
+    align_corners: bool = True
+
+    def __post_init__(self) -> None:
+        parse_strategy(self.strategy)
+        _require_mode(self.mode)
+
+    def __call__(self, images: Tensor, generator: torch.Generator, *, siamese: bool = False) -> Tensor:
+        """Augment a batch, (N, C, H, W); see :func:`dsa`."""
+        return dsa(images, generator, siamese=siamese, **asdict(self))
+
+    def __bool__(self) -> bool:
+        return bool(parse_strategy(self.strategy))
+
+    @classmethod
+    def of(cls, value: Augmentation | Mapping[str, Any] | str, *, align_corners: bool = True) -> Augmentation:
+        """Build an augmentation from what configurations and files contain.
+
+        Args:
+            value: an augmentation, which is returned as it is; its fields as a mapping; or a strategy.
+            align_corners: the default for a mapping or strategy that does not specify it.
+
+        Raises:
+            InputError: (a ValueError) for an unknown field, operation or mode, or a value of another type.
+
+        Example:
+            >>> Augmentation.of({"strategy": "crop_flip", "mode": "multiple"}, align_corners=False)
+            Augmentation(strategy='crop_flip', mode='multiple', align_corners=False)
+        """
+        if isinstance(value, Augmentation):
+            return value
+        settings = {"strategy": value} if isinstance(value, str) else value
+        if not isinstance(settings, Mapping):
+            raise InputError(
+                f'augment={value!r} must be a strategy ("" for none) or a mapping such as {{"strategy": ""}}'
+            )
+        names = [field.name for field in fields(cls)]
+        unknown = [key for key in settings if key not in names]
+        if unknown:
+            raise InputError(f"augment has no field {unknown[0]!r}: choose from {names}")
+        return cls(**{"align_corners": align_corners, **settings})
+
+    def plain(self) -> dict[str, Any]:
+        """Return all fields as plain values, from which :meth:`of` builds the same augmentation.
+
+        Example:
+            >>> Augmentation("flip").plain()
+            {'strategy': 'flip', 'mode': 'single', 'align_corners': True}
+        """
+        return asdict(self)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what stores and sets record: ``align_corners`` only where it is False.
+
+        Descriptions in files of version 0.1.0 lack the field, and must compare equal.
+
+        Example:
+            >>> Augmentation("flip").describe()
+            {'strategy': 'flip', 'mode': 'single'}
+        """
+        settings = self.plain()
+        if self.align_corners:
+            del settings["align_corners"]
+        return settings
+
+    def deterministic_on(self, device: torch.device) -> bool:
+        """Return whether the gradient in the images is deterministic on a device.
+
+        The backward pass of ``grid_sample``, with which scale and rotate sample, is not on CUDA, where
+        ``torch.use_deterministic_algorithms(True)`` makes it an error.
+
+        Example:
+            >>> cuda = torch.device("cuda")
+            >>> Augmentation().deterministic_on(cuda), Augmentation("crop_flip").deterministic_on(cuda)
+            (False, True)
+        """
+        return device.type != "cuda" or not any(name in SAMPLED for name in parse_strategy(self.strategy))

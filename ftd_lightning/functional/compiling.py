@@ -1,4 +1,4 @@
-"""torch.compile as a convenience that a run never depends on: where it cannot be had, the eager function goes on."""
+"""torch.compile as an optimisation that no run depends on: where compilation fails, the eager function is used."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from ftd_lightning.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Compile = bool | Literal["auto"]
+# "auto" compiles on a GPU only; "cuda_graphs" compiles, and on a GPU also replays CUDA graphs, which spares small
+# networks the time to launch their kernels.
+Compile = bool | Literal["auto", "cuda_graphs"]
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def compiles(compile: Compile, device: torch.device) -> bool:  # noqa: A002
-    """Settle "auto": compile for a GPU, not for the CPU, where it takes longer than a small run gains by it.
+    """Return whether to compile. "auto" does not for a CPU, where compiling costs a small run more than it saves.
 
     Args:
-        compile: True, False or "auto".
+        compile: True, False, "auto" or "cuda_graphs".
         device: where the function's tensors are.
 
     Raises:
@@ -36,27 +38,29 @@ def compiles(compile: Compile, device: torch.device) -> bool:  # noqa: A002
     """
     if compile == "auto":
         return device.type == "cuda"
+    if compile == "cuda_graphs":
+        return True
     if not isinstance(compile, bool):
-        raise InputError(f"compile={compile!r} is unknown: choose from ['auto', True, False]")
+        raise InputError(f"compile={compile!r} is unknown: choose from ['auto', 'cuda_graphs', True, False]")
     return compile
 
 
 class Compiled:
     """A pure function that is compiled for each new shape of its arguments, and run eagerly where that fails.
 
-    The first failure is told in one warning, and no further shape is tried; those that work stay compiled. An error
-    that the eager function has too is raised as the eager function raises it.
+    The first failure causes one warning, and no further shapes are compiled; those that work stay compiled. An error
+    that the eager function raises too is raised as the eager function raises it.
 
     Args:
         function: what to compile. It takes tensors, and modules and numbers, which become part of the program; it must
-            not write to them, as a call that fails is made again. Called with gradients on, its backward
-            pass is compiled later, where a failure is no longer caught.
-        eager: the same function as it runs fastest uncompiled; ``function``, if not given.
-        cuda_graphs: record CUDA graphs, which spares a small network the time to launch its kernels.
+            not write to them, because a call that fails is repeated. If it is called with gradients enabled, its
+            backward pass is compiled later, where a failure is not caught.
+        eager: the same function as it runs fastest uncompiled; ``function`` by default.
+        cuda_graphs: record and replay CUDA graphs.
         backend: of torch.compile.
 
     Attributes:
-        compile_seconds: what the first calls of all shapes took, compilation included.
+        compile_seconds: what the first call of each shape took in total, compilation included.
 
     Example:
         >>> double = Compiled(lambda x: 2 * x, backend="eager")
@@ -82,29 +86,29 @@ class Compiled:
         self._failed = False
 
     def __call__(self, *args: Any) -> Any:
-        """Run compiled if that is possible, else eagerly."""
-        # Not the tensors and modules themselves: they would be kept alive.
+        """Run the compiled function if possible, else the eager one."""
+        # Not the tensors and modules themselves, which the key would keep alive.
         key = tuple((a.shape, a.dtype) if isinstance(a, Tensor) else a for a in args if not isinstance(a, nn.Module))
         if self._failed and key not in self._works:
             return self._eager(*args)
         began = time.perf_counter()
         try:
             result = self._compiled(*args)
-        # Whatever it is: Dynamo, the backend and the C++ or Triton compiler raise errors of many kinds.
+        # Any exception: Dynamo, the backend and the C++ or Triton compiler raise errors of many kinds.
         except Exception as error:
-            # In words: the error itself would keep alive the tensors of the frames that it came through.
+            # As text: the exception would keep alive the tensors of the frames in its traceback.
             reason = _reason(error)
         else:
             if key not in self._works:
                 self._works.add(key)
                 self.compile_seconds += time.perf_counter() - began
             return result
-        # Out of the except block, so that an error of the function's own comes without the compiler's in its train.
+        # Outside the except block, so that an error of the function itself is not chained to the compiler's.
         result = self._eager(*args)
         self.compile_seconds += time.perf_counter() - began
         self._failed = True
         self._works.discard(key)
-        _tell(reason)
+        _warn_once(reason)
         return result
 
     def _compiled(self, *args: Any) -> Any:
@@ -116,8 +120,8 @@ class Compiled:
         if not self._cuda_graphs:
             return self._run(*args)
         torch.compiler.cudagraph_mark_step_begin()
-        # The next replay writes over what this one gave.
-        return torch.utils._pytree.tree_map_only(Tensor, torch.clone, self._run(*args))
+        # The next replay overwrites the results of this one.
+        return _cloned(self._run(*args))
 
 
 def compiled(
@@ -126,17 +130,15 @@ def compiled(
     compile: Compile = "auto",  # noqa: A002
     device: torch.device,
     eager: Callable[..., Any] | None = None,
-    cuda_graphs: bool = False,
     backend: str | Callable[..., Any] = "inductor",
 ) -> Callable[..., Any]:
-    """Compile a pure function if asked to, with a way back.
+    """Compile a pure function if asked to; where compilation fails, it runs eagerly.
 
     Args:
         function: see :class:`Compiled`.
-        compile: True, False, or "auto": on a GPU only.
+        compile: True, False, "auto" (on a GPU only) or "cuda_graphs" (CUDA graphs too, on a GPU).
         device: where the function's tensors are.
-        eager: what to run where nothing is compiled; ``function``, if not given.
-        cuda_graphs: record CUDA graphs, on a GPU only.
+        eager: what to run where nothing is compiled; ``function`` by default.
         backend: of torch.compile.
 
     Returns:
@@ -151,14 +153,15 @@ def compiled(
     """
     if not compiles(compile, device):
         return eager or function
-    return Compiled(function, eager=eager, cuda_graphs=cuda_graphs and device.type == "cuda", backend=backend)
+    cuda_graphs = compile == "cuda_graphs" and device.type == "cuda"
+    return Compiled(function, eager=eager, cuda_graphs=cuda_graphs, backend=backend)
 
 
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a function with a code object of its own.
+    """Copy a function together with its code object.
 
-    Dynamo keeps what it compiled, and counts recompilations, by code object: networks that shared one would use up one
-    another's limit, and what was compiled for a network would outlive it.
+    Dynamo caches programs and counts recompilations per code object: networks that shared one would use up each other's
+    limit, and what was compiled for a network would outlive it.
     """
     if not isinstance(function, FunctionType):
         return function
@@ -173,14 +176,22 @@ def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
+def _cloned(result: Any) -> Any:
+    """Clone the tensors of a result: a tensor, or a tuple or list of tensors and plain values."""
+    if isinstance(result, tuple | list):
+        entries = [_cloned(entry) for entry in result]
+        return entries if isinstance(result, list) else tuple(entries)
+    return result.clone() if isinstance(result, Tensor) else result
+
+
 def _reason(error: Exception) -> str:
-    # A backend's error comes wrapped in one of Dynamo's whose first line says only which backend it was.
+    # Dynamo wraps a backend's error in one of its own, whose first line only names the backend.
     error = getattr(error, "inner_exception", error)
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0].strip()}"
 
 
-def _tell(reason: str) -> None:
-    if reason not in _told:  # every network has two functions that fail alike
-        _told.add(reason)
-        warnings.warn(f"torch.compile failed, going on in eager mode: {reason}", stacklevel=4)
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:  # both functions of a network fail for the same reason
+        _warned.add(reason)
+        warnings.warn(f"torch.compile failed, continuing in eager mode: {reason}", stacklevel=4)

@@ -23,12 +23,12 @@ ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.GELU, nn.S
 def distribution_distance(synthetic: Tensor, real: Tensor) -> Tensor:
     """Measure the squared distance of two mean embeddings, those of one class (DM).
 
-    ``|| mean_i real_i - mean_j synthetic_j ||^2``, summed over the features and not averaged: learning rates of the
-    images are stated for that.
+    ``|| mean_i real_i - mean_j synthetic_j ||^2``, summed over the features and not averaged: published learning rates
+    of the images refer to the sum.
 
     Args:
         synthetic: embeddings (n, D).
-        real: embeddings (m, D); m may be another number. Detached by the caller if nothing is to flow there.
+        real: embeddings (m, D); m may differ from n. The caller detaches them where they need no gradient.
 
     Returns:
         A scalar, differentiable in both; classes add up.
@@ -44,10 +44,10 @@ def distribution_distance(synthetic: Tensor, real: Tensor) -> Tensor:
 def _watch(
     network: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None, watch: Callable[[nn.Module], Any]
 ) -> None:
-    """Run a network with the hooks that ``watch`` sets on its modules (a handle, or None), and take them off again."""
+    """Run a network with the hooks that ``watch`` registers on its modules (a handle, or None), then remove them."""
     handles = [handle for module in network.modules() if (handle := watch(module)) is not None]
     try:
-        # Weights that are not given are the network's own. Buffers are copies: its running statistics stay.
+        # Without weights the network's own are used. Buffers are copies, so that running statistics do not change.
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         functional_call(network, {**buffers, **(weights or {})}, (images,))
     finally:
@@ -58,16 +58,16 @@ def _watch(
 def _require_linear(network: nn.Module, inputs: list[Tensor]) -> Tensor:
     if not inputs:
         raise InputError(
-            f"{type(network).__name__} runs no nn.Linear: its embedding is what goes into the last one, so it needs one"
+            f"{type(network).__name__} runs no nn.Linear, but the embedding is the input of the last one: add one"
         )
     return inputs[-1].flatten(1)
 
 
 def embed(network: nn.Module, images: Tensor, *, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Give what goes into a network's last linear layer: its embedding of the images.
+    """Return the input of a network's last linear layer: its embedding of the images.
 
-    Convention: "last" is the ``nn.Linear`` that runs last, wherever it stands in the network. The network is taken in
-    the mode it is in; it and its running statistics do not change.
+    Convention: "last" is the ``nn.Linear`` that runs last, wherever it is defined in the network. The network is taken
+    in the mode it is in; it and its running statistics do not change.
 
     Args:
         network: any module from (N, C, H, W) to logits (N, K) that ends in an ``nn.Linear``.
@@ -78,7 +78,8 @@ def embed(network: nn.Module, images: Tensor, *, weights: Mapping[str, Tensor] |
         (N, D), differentiable in images and weights; D is 2048 for the ConvNet of depth 3 at 32 px.
 
     Raises:
-        InputError: for a network that runs no ``nn.Linear``. Hooks do not reach into a compiled one: give the original.
+        InputError: for a network that runs no ``nn.Linear``. Hooks do not reach into a compiled network: pass the
+            original.
 
     Example:
         >>> import torch
@@ -98,14 +99,14 @@ def embed(network: nn.Module, images: Tensor, *, weights: Mapping[str, Tensor] |
 
 
 def feature_levels(network: nn.Module, images: Tensor, *, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-    """Give the features of all depths that CAFE aligns (Wang et al., CVPR 2022).
+    """Return the features of all depths that CAFE aligns (Wang et al., CVPR 2022).
 
-    Of a ConvNet of depth L: f_1 .. f_L, the activation of each block before its pooling; f_{L+1}, what the last pooling
-    leaves; and f_{L+2}, the same numbers flattened: the embedding. CAFE aligns both, i.e. gives the last level twice
-    its weight.
+    For a ConvNet of depth L: f_1 .. f_L, the activation of each block before its pooling; f_{L+1}, the output of the
+    last pooling; and f_{L+2}, the same numbers flattened: the embedding. CAFE aligns both, which doubles the weight of
+    the last level.
 
     Convention: levels are outputs of modules among ``ACTIVATIONS`` in the order in which they run (activations written
-    as functions, as behind the shortcuts of ResNet18 here, are no levels), then the input of the last ``nn.Flatten``
+    as functions, as after the shortcuts of ResNet18 here, are not levels), then the input of the last ``nn.Flatten``
     (without one: of the last ``nn.Linear``), then the embedding. Mode and statistics as for :func:`embed`.
 
     Args:

@@ -26,10 +26,10 @@ def class_means(features: Tensor, *, counts: Sequence[int]) -> Tensor:
 
     Args:
         features: (N, ...), grouped by class: those of class 0 first.
-        counts: how many there are of each class, each at least 1, N together.
+        counts: number of features of each class, each at least 1; their sum is N.
 
     Returns:
-        (C, ...).
+        (C, ...), one mean per class.
 
     Raises:
         ValueError: for counts that do not add up to N, or a class without features.
@@ -45,13 +45,13 @@ def class_means(features: Tensor, *, counts: Sequence[int]) -> Tensor:
 
 
 def level_weights(levels: int) -> list[float]:
-    """Give CAFE's weights of the levels: 1 for the last three, 0.1 for those before.
+    """Return CAFE's weights of the levels: 1 for the last three, 0.1 for those before.
 
-    Convention: for the five levels of depth 3 these are the released script's. It has no other depth; that the shallow
-    ones get the small weight there too is our extension.
+    Convention: for the five levels of depth 3 these are those of the released script. It supports no other depth; the
+    small weight of further shallow levels is our extension.
 
     Args:
-        levels: how many ``feature_levels`` gave.
+        levels: number of levels that ``feature_levels`` returned.
 
     Example:
         >>> level_weights(5)
@@ -65,8 +65,8 @@ def alignment_loss(synthetic: Sequence[Tensor], real: Sequence[Tensor], *, weigh
 
     Args:
         synthetic: the class means of each level, (C, ...).
-        real: the same of real images; detached by the caller if nothing is to flow there.
-        weights: w_l, one a level; see :func:`level_weights`.
+        real: the same of real images; the caller detaches them where they need no gradient.
+        weights: w_l, one per level; see :func:`level_weights`.
 
     Returns:
         A scalar, differentiable in both.
@@ -81,18 +81,18 @@ def alignment_loss(synthetic: Sequence[Tensor], real: Sequence[Tensor], *, weigh
     """
     if not len(synthetic) == len(real) == len(weights):
         raise ValueError(f"{len(synthetic)} synthetic and {len(real)} real levels, but {len(weights)} weights")
-    terms = [w * (theirs - ours).square().sum() for w, ours, theirs in zip(weights, synthetic, real, strict=True)]
+    terms = [w * (r - s).square().sum() for w, s, r in zip(weights, synthetic, real, strict=True)]
     return torch.stack(terms).sum()
 
 
 def discrimination_loss(real: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
     """Classify real features by their inner products with the synthetic class centres.
 
-    ``sum_i CE((<real_i, centre_c>)_c, y_i)``: a sum over the real images, so its size grows with their number; CAFE
-    weighs it by 0.01, which is the caller's to do.
+    ``sum_i CE((<real_i, centre_c>)_c, y_i)``: a sum over the real images, so its size grows with their number. CAFE
+    weights it by 0.01, which is left to the caller.
 
     Args:
-        real: embeddings of real images, (N, D); detached by the caller if nothing is to flow there.
+        real: embeddings of real images, (N, D); the caller detaches them where they need no gradient.
         labels: their classes, (N,) int64.
         centres: mean embeddings of the synthetic images of each class, (C, D).
 
@@ -111,20 +111,20 @@ class Watcher:
     """Decides when to leave a loop of CAFE, from the spread of the last accuracies.
 
     The outer loop (image steps) is left once accuracies settle: max - min *below* lambda_1 = 0.04. The inner one
-    (epochs on the synthetic set) is left once they have moved: max - min *above* lambda_2 = 0.03. Nothing makes either
+    (epochs on the synthetic set) is left once they have moved: max - min *above* lambda_2 = 0.03. Neither is certain to
     happen, so a maximum ends the loop in any case.
 
-    Convention: one watcher for one loop; a loop that is entered again takes a new one. Accuracies are the plain values
-    of each check (the released script carries a tenth of the value before into the next, for 10 classes).
+    Convention: one watcher per loop; a loop that is entered again needs a new one. Accuracies are the plain values
+    of each check (the released script adds a tenth of the previous value to the next, with 10 classes).
 
     Args:
         threshold: lambda, a fraction.
         leave: "below" (outer loop) or "above" (inner loop).
         maximum: number of updates after which to leave whatever the accuracies.
-        window: how many accuracies are looked at; none is judged before there are as many.
+        window: number of accuracies that are compared; with fewer, the loop continues.
 
     Raises:
-        ValueError: for another ``leave``, or a maximum or window below 1.
+        ValueError: for an unknown ``leave``, or a maximum or window below 1.
 
     Example:
         >>> watcher = Watcher(0.05, leave="below", maximum=100, window=3)
@@ -142,7 +142,7 @@ class Watcher:
         self.updates = 0
 
     def update(self, accuracy: float) -> bool:
-        """Take the next accuracy, a fraction, and tell whether to leave the loop."""
+        """Record the next accuracy, a fraction, and return whether to leave the loop."""
         self.updates += 1
         self.accuracies.append(accuracy)
         if self.updates >= self.maximum:

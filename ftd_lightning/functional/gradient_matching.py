@@ -1,6 +1,6 @@
 """Gradient matching (DC: Zhao, Mopuri and Bilen, ICLR 2021; DSA: Zhao and Bilen, ICML 2021).
 
-For each class c, with g the gradient of the mean cross entropy in all weights of one and the same network::
+For each class c, with g the gradient of the mean cross entropy in all weights of the same network::
 
     D(g(synthetic images of c), g(real images of c))     summed over classes, minimised in the synthetic images
 """
@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-EPSILON = 1e-6  # DC's; in the denominator, so that rows without a gradient count 1 instead of nan
+EPSILON = 1e-6  # DC's; added to the denominator, so that rows without a gradient contribute 1 instead of nan
 
 
 def gradient_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
@@ -25,14 +25,14 @@ def gradient_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> Te
 
     ``D = sum_tensors sum_rows (1 - <a, b> / (||a|| ||b|| + 1e-6))``, neither averaged nor weighted by layer.
 
-    Convention: a row is all that belongs to one output: of a convolution's (O, I, kh, kw) one of O rows of I kh kw
-    numbers, of a linear layer's (O, I) one of O, of a layer norm's (C, h, w) one of C. Tensors of one axis (biases,
-    weights of other norms) contribute nothing. With R rows D lies in [0, 2 R]; R is 394 for the ConvNet of depth 3 with
-    10 classes. The cosine knows no size: a gradient and its multiples are at distance 0.
+    Convention: a row is the weights of one output: of a convolution's (O, I, kh, kw) one of O rows of I kh kw numbers,
+    of a linear layer's (O, I) one of O, of a layer norm's (C, h, w) one of C. Tensors of one axis (biases, weights of
+    other norms) contribute nothing. With R rows D lies in [0, 2 R]; R is 394 for the ConvNet of depth 3 with 10
+    classes. The cosine ignores magnitude: a gradient and its positive multiples are at distance 0.
 
     Args:
-        synthetic: one gradient a weight tensor, as :func:`loss_gradients` gives them.
-        real: the same tensors' gradients on real images; detached by the caller if nothing is to flow there.
+        synthetic: one gradient per weight tensor, as :func:`loss_gradients` returns them.
+        real: the same tensors' gradients on real images; the caller detaches them where they need no gradient.
 
     Returns:
         A scalar, differentiable in both.
@@ -48,9 +48,9 @@ def gradient_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> Te
     if shapes != others:
         raise ValueError(f"the gradients belong to different weights: shapes {shapes} and {others}")
     distance = synthetic[0].new_zeros(())
-    for ours, theirs in zip(synthetic, real, strict=True):
-        if ours.ndim >= 2:
-            a, b = ours.flatten(1), theirs.flatten(1)
+    for of_synthetic, of_real in zip(synthetic, real, strict=True):
+        if of_synthetic.ndim >= 2:
+            a, b = of_synthetic.flatten(1), of_real.flatten(1)
             norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
             distance = distance + (1 - (a * b).sum(dim=1) / (norms + EPSILON)).sum()
     return distance
@@ -59,17 +59,18 @@ def gradient_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> Te
 def loss_gradients(network: nn.Module, images: Tensor, labels: Tensor, *, keep_graph: bool = False) -> list[Tensor]:
     """Differentiate the mean cross entropy of a batch in all of a network's weights.
 
-    Convention: the network is taken at its weights and in the mode it is in; neither it nor its running statistics
+    Convention: the network is taken at its own weights and in the mode it is in; neither it nor its running statistics
     change, and no ``.grad`` is written. Frozen weights are differentiated like others.
 
     Args:
         network: from (N, C, H, W) to logits (N, K).
         images: (N, C, H, W).
         labels: (N,) int64 classes, or (N, K) probabilities.
-        keep_graph: make the result differentiable in ``images`` (the synthetic side); False gives detached tensors.
+        keep_graph: make the result differentiable in ``images`` (the synthetic side); False returns detached tensors.
 
     Returns:
-        A tensor each, in shapes and order of ``network.parameters()``; zeros where the loss does not depend on one.
+        One tensor per parameter, in shapes and order of ``network.parameters()``; zeros for parameters that the loss
+        does not depend on.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -78,7 +79,7 @@ def loss_gradients(network: nn.Module, images: Tensor, labels: Tensor, *, keep_g
     """
     with torch.enable_grad():
         weights = {name: p.detach().requires_grad_() for name, p in network.named_parameters()}
-        # BatchNorm writes into the buffers that it is given: copies, so that the caller's statistics stay.
+        # BatchNorm updates the buffers that it is passed: copies, so that the caller's statistics do not change.
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         loss = cross_entropy(functional_call(network, {**weights, **buffers}, (images,)), labels)
         gradients = torch.autograd.grad(

@@ -25,7 +25,7 @@ def gsam_perturbation(
 
     Args:
         parameters: the weights w, any shapes.
-        gradients: g, the gradient of the loss at w, one tensor of the same shape for each weight.
+        gradients: g, the gradient of the loss at w, one tensor of the same shape per weight tensor.
         rho: radius of the ball, >= 0.
         adaptive: measure the ball relative to each weight's size.
 
@@ -42,8 +42,8 @@ def gsam_perturbation(
         directions = [w.abs() * s for w, s in zip(parameters, scaled, strict=True)]
     else:
         scaled = directions = list(gradients)
-    # Squares of gradients below 1e-22 vanish in float32: in units of the largest entry the norm is at least 1. The
-    # guards turn 0/0 into 0.
+    # Squares of gradients below 1e-22 vanish in float32; in units of the largest entry the norm is at least 1. The
+    # clamps turn 0/0 into 0.
     largest = torch.stack([s.abs().max() for s in scaled]).max()
     unit = largest.clamp_min(torch.finfo(largest.dtype).tiny)
     relative = [s / unit for s in scaled]
@@ -54,7 +54,7 @@ def gsam_perturbation(
 def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Tensor], *, alpha: float) -> list[Tensor]:
     """Combine both gradients: ``g_p - alpha * (the part of g orthogonal to g_p)``.
 
-    alpha 0 is SAM. The paper writes ``L + alpha * S`` (Eq. 13) and solves it with GSAM; its alpha is this one.
+    alpha 0 is SAM. The paper minimises ``L + alpha * S`` (Eq. 13) with GSAM; its alpha is this one.
 
     Args:
         gradients: g at the weights.
@@ -62,7 +62,7 @@ def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Te
         alpha: weight of the surrogate gap's gradient, >= 0.
 
     Returns:
-        The gradient to hand to the base optimizer, in the same shapes.
+        The gradient for the base optimizer, in the same shapes.
 
     Example:
         >>> g, g_p = [torch.tensor([1.0, 1.0])], [torch.tensor([2.0, 0.0])]

@@ -3,9 +3,9 @@
 With ``g = grad_theta loss(theta, x)`` and ``lam`` the outer loss's gradient in the weights after the step, the step is
 ``theta - lr * g``, and its adjoint needs ``s = <g, lam>``: ``lam - lr * ds/dtheta``, ``ds/dx`` and ``ds/dy``.
 
-Images come augmented, so that what is drawn among augmentations is no part of the compiled program. A compiled
-function cannot be differentiated twice; compiling the whole of each function, with the derivatives that ``torch.func``
-takes inside it, asks for no derivative from outside.
+Images are already augmented, so that the compiled program does not depend on which augmentation is drawn. A compiled
+function cannot be differentiated twice; here each function is compiled whole, with the derivatives that ``torch.func``
+takes inside it, and is never differentiated from outside.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class InnerStep(NamedTuple):
     adjoint: Callable[..., Adjoint]
 
 
-# By network, as compiling takes longer than many steps; held weakly, and what is kept does not hold the network.
+# By network, because compiling takes longer than many steps. Networks are held weakly, and no value refers to its key.
 _compiled: WeakKeyDictionary[nn.Module, dict[Any, InnerStep]] = WeakKeyDictionary()
 
 
 def named_views(network: nn.Module, flat: Tensor) -> dict[str, Tensor]:
-    """Cut a vector of weights into views of the shapes of a network's parameters.
+    """Split a vector of weights into views with the names and shapes of a network's parameters.
 
     Args:
-        network: has the names and shapes; not changed.
+        network: defines names and shapes; not changed.
         flat: (P,), in the order of ``network.parameters()``.
 
     Raises:
@@ -67,11 +67,45 @@ def student_loss(network: nn.Module, weights: Tensor, images: Tensor, labels: Te
         >>> round(float(student_loss(nn.Linear(1, 2), torch.zeros(4), torch.ones(1, 1), torch.tensor([0]))), 3)
         0.693
     """
-    # Buffers are given as copies: BatchNorm writes its running statistics into what it is given, and those of
-    # the caller's network are not ours to move. In training mode the loss does not depend on them.
+    return cross_entropy(_logits(network, weights, images), labels)
+
+
+def _logits(network: nn.Module, weights: Tensor, images: Tensor) -> Tensor:
+    # BatchNorm updates the running statistics that it is passed: copies, so that those of the caller's network do not
+    # change. In training mode the logits do not depend on them.
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    logits = functional_call(network, {**named_views(network, weights), **buffers}, (images,))
-    return cross_entropy(logits, labels)
+    logits: Tensor = functional_call(network, {**named_views(network, weights), **buffers}, (images,))
+    return logits
+
+
+@torch.no_grad()
+def draws_random_numbers(network: nn.Module, images: Tensor, *, weights: Tensor | None = None) -> bool:
+    """Run a network and return whether it drew from torch's global generators, as dropout and drop path do.
+
+    Convention: the network is taken in the mode it is in. Its buffers and the states of the generators, that of the CPU
+    and, for images on a GPU, that of the GPU, are left as they were.
+
+    Args:
+        network: any module that takes the images.
+        images: (N, C, H, W); a few are enough.
+        weights: (P,), to use instead of the network's own.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> draws_random_numbers(network, torch.ones(1, 2)), draws_random_numbers(network.eval(), torch.ones(1, 2))
+        (True, False)
+    """
+    if weights is None:
+        weights = torch.cat([p.reshape(-1) for p in network.parameters()])
+    gpu = images.device if images.device.type == "cuda" else None
+    before = _generator_states(gpu)
+    with torch.random.fork_rng(devices=[] if gpu is None else [gpu]):
+        _logits(network, weights, images)
+        return any(not state.equal(old) for state, old in zip(_generator_states(gpu), before, strict=True))
+
+
+def _generator_states(gpu: torch.device | None) -> list[Tensor]:
+    return [torch.get_rng_state(), *([] if gpu is None else [torch.cuda.get_rng_state(gpu)])]
 
 
 def _forward(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
@@ -89,12 +123,12 @@ def _adjoint(
         loss = student_loss(network, inputs[0], inputs[1], inputs[2] if soft else labels)
         gradient = torch.autograd.grad(loss, inputs[0], create_graph=True)[0]
         s = torch.dot(gradient, adjoint)
-        # An input that the gradient does not depend on has None for an entry, i.e. zero.
+        # Zeros for an input that the gradient does not depend on.
         parts = torch.autograd.grad(s, inputs, allow_unused=True, materialize_grads=True)
     return s.detach(), adjoint - lr * parts[0], parts[1], parts[2] if soft else None
 
 
-# The same two for the compiler; in eager mode torch.func takes a quarter longer than torch.autograd.
+# The same two functions for the compiler; in eager mode torch.func takes a quarter longer than torch.autograd.
 
 
 def _forward_func(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
@@ -120,20 +154,18 @@ def inner_step(
     *,
     device: torch.device,
     compile: Compile = "auto",  # noqa: A002
-    cuda_graphs: bool = False,
 ) -> InnerStep:
-    """Give the step of a network and its adjoint; compiled ones are those of earlier calls.
+    """Return the step of a network and its adjoint; those that earlier calls compiled are used again.
 
     Args:
         network: the architecture.
         device: where the step's tensors are.
-        compile: True, False, or "auto": on a GPU only.
-        cuda_graphs: record CUDA graphs, if compiled and on a GPU.
+        compile: see ``compiling.Compile``.
 
     Returns:
-        ``forward(network, weights, images, labels, lr)`` gives the next weights, (P,);
-        ``adjoint(network, weights, images, labels, lam, lr, soft)`` gives ``s``, the adjoint of ``weights``, ds/dx, and
-        ds/dy if ``soft``, else None. Both are to be called without gradients.
+        ``forward(network, weights, images, labels, lr)`` returns the next weights, (P,);
+        ``adjoint(network, weights, images, labels, lam, lr, soft)`` returns ``s``, the adjoint of ``weights``, ds/dx,
+        and ds/dy if ``soft``, else None. Call both with gradients disabled.
 
     Raises:
         InputError: for an unknown setting of ``compile``.
@@ -146,18 +178,18 @@ def inner_step(
     """
     if not compiles(compile, device):
         return InnerStep(_forward, _adjoint)
-    kept = _compiled.setdefault(network, {})
-    key = (device, cuda_graphs)
-    if key not in kept:
-        build = partial(compiled, compile=True, device=device, cuda_graphs=cuda_graphs)
-        kept[key] = InnerStep(build(_forward_func, eager=_forward), build(_adjoint_func, eager=_adjoint))
-    return kept[key]
+    steps = _compiled.setdefault(network, {})
+    key = (device, compile == "cuda_graphs")
+    if key not in steps:
+        build = partial(compiled, compile=compile, device=device)
+        steps[key] = InnerStep(build(_forward_func, eager=_forward), build(_adjoint_func, eager=_adjoint))
+    return steps[key]
 
 
 def compile_seconds(network: nn.Module) -> float:
-    """Seconds that the first calls of a network's compiled steps took, compilation included; 0 if none is compiled.
+    """Return the seconds that the first calls of a network's compiled steps took; 0 where nothing was compiled.
 
-    To be shown, and left out of a throughput.
+    They include compilation, and so do not belong in a throughput.
 
     Example:
         >>> compile_seconds(nn.Linear(1, 2))

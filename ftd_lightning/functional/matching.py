@@ -1,29 +1,29 @@
-"""The matching loss (Eq. 4-5): how far the student lands from where the teacher went."""
+"""The matching loss (Eq. 4-5): how far the student ends from the teacher's target."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from ftd_lightning.functional.pruning import pruned_distance
-from ftd_lightning.functional.robust import compared_end
+from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.functional.unroll import unroll as unroll_student
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
 
     from ftd_lightning.functional.compiling import Compile
-    from ftd_lightning.functional.robust import Residual
+    from ftd_lightning.functional.rules import MatchingRule
     from ftd_lightning.functional.unroll import Augment, Unroll
 
 
 def normalized_distance(student: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """Divide the student's squared distance from the target by the teacher's own squared distance.
+    """Divide the student's squared distance from the target by the teacher's squared displacement.
 
     ``||theta_n - theta*_{t+m}||^2 / ||theta*_t - theta*_{t+m}||^2``, summed over all parameters.
 
-    Convention: 1 is a student that did not move, 0 one that arrived. Equal ``start`` and ``target`` give inf or nan.
+    Convention: 1 for a student that did not move, 0 for one that arrived; inf or nan if ``start`` equals ``target``.
 
     Args:
         student: theta_n, (P,).
@@ -53,39 +53,32 @@ def trajectory_matching_loss(
     augment: Augment | None = None,
     seed: int = 0,
     unroll: Unroll = "adjoint",
-    noise: Tensor | None = None,
-    residual: Residual = "displacement",
-    keep: Callable[[Tensor, Tensor], Tensor] | None = None,
+    rules: Sequence[MatchingRule] = (),
     compile: Compile = "auto",  # noqa: A002
-    cuda_graphs: bool = False,
 ) -> Tensor:
-    """Unroll a student from the teacher's weights on the synthetic set and measure where it lands (Eq. 4-5).
+    """Unroll a student from the teacher's weights on the synthetic set and measure where it ends (Eq. 4-5).
 
     Args:
         network: the architecture; its own weights and buffers are neither used nor changed.
         start: theta*_t, (P,), in the order of ``network.parameters()``.
         target: theta*_{t+m}, (P,).
-        images: (N, C, H, W), normalised or whitened as the teachers saw theirs.
+        images: (N, C, H, W), standardised or whitened as those of the teachers.
         labels: (N,) int64 classes, or (N, K) probabilities.
         step_size: the inner learning rate, a scalar tensor > 0.
         batches: one index tensor into ``images`` per inner step; n is their number. See ``chunked_permutations``.
-        augment: ``augment(batch, generator) -> batch``, differentiable and random only through the generator.
-        seed: decides what the generators draw; inner step i always gets the same.
-        unroll: "adjoint" (exact gradient, memory of one step) or "graph" (the whole graph kept).
-        noise: eps of Eq. 9 (robust learning), (P,): the student starts at ``start + noise``, and the distance is
-            divided by the teacher's own all the same. See ``start_noise``.
-        residual: with noise, whether the student's displacement or its end point is compared; see ``compared_end``.
-        keep: ``keep(theta_n, theta*_{t+m}) -> (P,) bool``, the parameters that the distance is taken over: a
-            ``keep_mask`` with its rule chosen (parameter pruning); None takes all.
-        compile: whether "adjoint" compiles its steps: True, False, or "auto": on a GPU only; see ``unroll``.
-        cuda_graphs: record CUDA graphs of compiled steps, on a GPU.
+        augment: ``augment(batch, generator) -> batch``, differentiable and random only through the generator; see
+            ``Augmentation``.
+        seed: decides what the generators draw; inner step i always draws the same.
+        unroll: "adjoint" (exact gradient, memory of one step) or "graph" (keeps the graph of all steps).
+        rules: variants of the loss, applied in order, e.g. ``RobustStart`` or ``DropLargest``; see ``MatchingRule``.
+        compile: whether "adjoint" compiles its steps; see ``unroll``.
 
     Returns:
         A scalar, differentiable in ``images`` and ``step_size`` (and in ``start`` and soft ``labels``).
 
     Raises:
-        ValueError: for weights of another network, labels that do not fit the images, a network with active dropout, or
-            an unknown unrolling, residual or setting of ``compile``.
+        ValueError: for weights of another network, labels that do not fit the images, a network that draws random
+            numbers, or an unknown ``unroll`` or ``compile``.
 
     Example:
         >>> import torch
@@ -100,10 +93,12 @@ def trajectory_matching_loss(
     """
     if target.shape != start.shape:
         raise ValueError(f"the target has shape {tuple(target.shape)}, the start {tuple(start.shape)}")
-    begin = start if noise is None else start + noise
+    begins = [start]
+    for rule in rules:
+        begins.append(rule.begin(begins[-1], target, make_generator(seed, rule.name)))
     student = unroll_student(
         network,
-        begin,
+        begins[-1],
         images,
         labels,
         step_size,
@@ -112,10 +107,13 @@ def trajectory_matching_loss(
         seed=seed,
         method=unroll,
         compile=compile,
-        cuda_graphs=cuda_graphs,
     )
-    if noise is not None:
-        student = compared_end(student, noise, residual=residual)
-    if keep is None:
+    for rule, before, begin in zip(rules, begins, begins[1:], strict=False):
+        student = rule.compared(student, begin - before)
+    masks = [mask for rule in rules if (mask := rule.keep(student.detach(), start, target)) is not None]
+    if not masks:
         return normalized_distance(student, start, target)
-    return pruned_distance(student, start, target, keep(student.detach(), target))
+    kept = masks[0]
+    for mask in masks[1:]:
+        kept = kept & mask
+    return pruned_distance(student, start, target, kept)

@@ -1,90 +1,109 @@
-"""Parameter pruning in the matching loss: our reading of PP, after the definition of DPD.
+"""Parameter pruning: matching rules that leave parameters which are hard to match out of the matching loss.
 
-PP (Li, Togo, Ogawa and Haseyama, "Dataset Distillation Using Parameter Pruning", IEICE Trans. 2024) leaves parameters
-that are hard to match out of the matching loss, but no source states its similarity measure or threshold. DPD (Cao et
-al., ACML 2025, Eq. 3-9) writes such a rule down, and that is the definition followed here::
+PP (Li, Togo, Ogawa and Haseyama, "Dataset Distillation Using Parameter Pruning", IEICE Trans. 2024) states neither its
+similarity measure nor its threshold. DPD (Cao et al., ACML 2025, Eq. 3-9) writes such a rule down, and that is the
+definition of the loss here::
 
-    d_j = |theta_n,j - theta*_{t+m},j|;   K = all but the floor(P * rate) parameters of largest d_j
     loss = sum_{j in K} (theta_n - theta*_{t+m})_j^2 / sum_{j in K} (theta*_t - theta*_{t+m})_j^2
+
+over the set K of the parameters that are kept. K is computed anew for every loss and is not differentiated.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-Rule = Literal["drop_largest", "similarity_below"]
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.rules import MatchingRule
 
 
-@torch.no_grad()
-def keep_mask(
-    student: Tensor,
-    target: Tensor,
-    start: Tensor | None = None,
-    *,
-    rule: Rule,
-    rate: float = 0.0,
-    epsilon: float = 0.0,
-) -> Tensor:
-    """Tell which parameters stay in the matching loss (our reading of PP).
+@dataclass(frozen=True)
+class DropLargest(MatchingRule):
+    """Parameter pruning as DPD defines it (Cao et al., ACML 2025, Eq. 3-9): drop the largest differences.
 
-    "drop_largest" is DPD's rule: without the ``floor(P * rate)`` of largest ``|student - target|``; their rate is 0.1.
-    "similarity_below" is another reading of PP: without those whose similarity
-    ``min(|s|, |t|) / max(|s|, |t|)``, 0 where s and t differ in sign and 1 where both are 0, lies below ``epsilon``.
+    K is all but the ``floor(P * rate)`` parameters with the largest ``|theta_n - theta*_{t+m}|``.
 
-    Convention: the mask is drawn up anew for every loss and is not differentiated. Of equally large differences at the
-    cut, which ones go is not said, only how many.
+    Convention: where several differences are equal at the cut, their number is defined, but not which of them are kept.
 
     Args:
-        student: theta_n, (P,).
-        target: theta*_{t+m}, (P,).
-        start: theta*_t, (P,): compare the displacements from it rather than the weights themselves by similarity;
-            differences, and so "drop_largest", do not depend on it.
-        rule: which of the two.
-        rate: fraction dropped by "drop_largest", in [0, 1).
-        epsilon: threshold of "similarity_below", in [0, 1].
-
-    Returns:
-        (P,) bool, True for what is kept; all True at rate 0 or epsilon 0.
+        rate: fraction of the parameters to drop, in [0, 1); DPD's is 0.1.
 
     Raises:
-        ValueError: for another rule, or a rate or epsilon out of range.
+        InputError: (a ValueError) for a rate out of range.
 
     Example:
         >>> student, target = torch.tensor([1.0, -2.0, 3.0, 0.0]), torch.tensor([2.0, 2.0, 3.5, 0.0])
-        >>> keep_mask(student, target, rule="drop_largest", rate=0.25)
+        >>> DropLargest(rate=0.25).keep(student, torch.zeros(4), target)
         tensor([ True, False,  True,  True])
-        >>> keep_mask(student, target, rule="similarity_below", epsilon=0.6)
+    """
+
+    rate: float
+
+    name: ClassVar[str] = "pp"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise InputError(f"rate={self.rate} of parameter pruning must lie in [0, 1)")
+
+    @torch.no_grad()
+    def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor:
+        """Return which parameters are kept, (P,) bool."""
+        dropped = (student - target).abs().topk(int(student.numel() * self.rate), sorted=False).indices
+        return torch.ones_like(student, dtype=torch.bool).index_fill_(0, dropped, False)
+
+
+@dataclass(frozen=True)
+class KeepSimilar(MatchingRule):
+    """Another reading of PP (Li et al., IEICE Trans. 2024): keep the parameters that are similar to the teacher's.
+
+    K is the parameters of similarity at least epsilon. With s = theta_n and t = theta*_{t+m}, the similarity is
+    ``min(|s|, |t|) / max(|s|, |t|)``, but 0 where s and t differ in sign and 1 where both are 0.
+
+    Args:
+        epsilon: least similarity, in [0, 1].
+
+    Raises:
+        InputError: (a ValueError) for an epsilon out of range.
+
+    Example:
+        >>> student, target = torch.tensor([1.0, -2.0, 3.0, 0.0]), torch.tensor([2.0, 2.0, 3.5, 0.0])
+        >>> KeepSimilar(epsilon=0.6).keep(student, torch.zeros(4), target)
         tensor([False, False,  True,  True])
     """
-    if rule not in get_args(Rule):
-        raise ValueError(f"pruning rule {rule!r} is unknown: choose from {list(get_args(Rule))}")
-    if not (0 <= rate < 1 and 0 <= epsilon <= 1):
-        raise ValueError(f"rate={rate} must lie in [0, 1) and epsilon={epsilon} in [0, 1]")
-    if rule == "drop_largest":
-        dropped = (student - target).abs().topk(int(student.numel() * rate), sorted=False).indices
-        return torch.ones_like(student, dtype=torch.bool).index_fill_(0, dropped, False)
-    s, t = (student, target) if start is None else (student - start, target - start)
-    smaller, larger = torch.minimum(s.abs(), t.abs()), torch.maximum(s.abs(), t.abs())
-    similarity = torch.where(larger > 0, smaller / larger, 1.0).masked_fill(s.sign() * t.sign() < 0, 0.0)
-    return similarity >= epsilon
+
+    epsilon: float
+
+    name: ClassVar[str] = "pp"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon <= 1:
+            raise InputError(f"epsilon={self.epsilon} of parameter pruning must lie in [0, 1]")
+
+    @torch.no_grad()
+    def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor:
+        """Return which parameters are kept, (P,) bool."""
+        smaller, larger = torch.minimum(student.abs(), target.abs()), torch.maximum(student.abs(), target.abs())
+        similarity = torch.where(larger > 0, smaller / larger, 1.0)
+        return similarity.masked_fill(student.sign() * target.sign() < 0, 0.0) >= self.epsilon
 
 
 def pruned_distance(student: Tensor, start: Tensor, target: Tensor, keep: Tensor) -> Tensor:
-    """Measure the normalized distance over the parameters that are kept (our reading of PP; DPD's loss).
+    """Measure the normalized distance over the parameters that are kept (the loss of DPD).
 
     ``sum_K (theta_n - theta*_{t+m})^2 / sum_K (theta*_t - theta*_{t+m})^2``: one mask for numerator and denominator.
 
     Convention: with nothing dropped this is ``normalized_distance``, bit for bit. If the teacher did not move any of
-    the kept parameters, the denominator is its movement in all of them.
+    the kept parameters, the denominator is its displacement in all of them.
 
     Args:
         student: theta_n, (P,).
         start: theta*_t, (P,).
         target: theta*_{t+m}, (P,).
-        keep: (P,) bool; see :func:`keep_mask`.
+        keep: (P,) bool, e.g. from ``DropLargest.keep``.
 
     Returns:
         A scalar, differentiable in the weights.
@@ -94,7 +113,7 @@ def pruned_distance(student: Tensor, start: Tensor, target: Tensor, keep: Tensor
         >>> pruned_distance(student, start, target, torch.tensor([True, False]))
         tensor(0.2500)
     """
-    # Zeros in the places of what is dropped, instead of shorter vectors: no wait for their length, same order of sums.
+    # Zeros in place of what is dropped, instead of shorter vectors: no synchronisation, and the same order of sums.
     movement = (start - target).square()
     kept = torch.where(keep, movement, 0.0).sum()
     denominator = torch.where(kept > 0, kept, movement.sum())

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.rules import MatchingRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,10 +18,10 @@ Residual = Literal["displacement", "endpoint"]
 
 
 def start_noise(start: Tensor, target: Tensor, generator: torch.Generator, *, kappa: float) -> Tensor:
-    """Draw the noise of Eq. 9, eps ~ N(0, sigma^2 I), in proportion to what the teacher does in the segment.
+    """Draw the noise of Eq. 9, eps ~ N(0, sigma^2 I), in proportion to the teacher's displacement in the segment.
 
-    ``sigma = kappa * ||theta*_0 - theta*_m|| / sqrt(P)``, so that ``||eps||`` is about kappa times the teacher's own
-    displacement, whatever the network's size and however far training has come. The paper does not say its sigma.
+    ``sigma = kappa * ||theta*_0 - theta*_m|| / sqrt(P)``, so that ``||eps||`` is about kappa times the teacher's
+    displacement, whatever the size of the network and however far training has advanced. The paper gives no sigma.
 
     Convention: isotropic over all P weights; those of normalisation layers, near 1 and 0, get as much as any.
 
@@ -40,28 +44,45 @@ def start_noise(start: Tensor, target: Tensor, generator: torch.Generator, *, ka
     return sigma * eps.to(start.device, start.dtype)
 
 
-def compared_end(student: Tensor, noise: Tensor, *, residual: Residual) -> Tensor:
-    """Give what of a student that started beside the teacher is compared with the teacher's target.
+@dataclass(frozen=True)
+class RobustStart(MatchingRule):
+    """Robust learning of the FTD paper (Du et al., CVPR 2023, Eq. 9): the student starts beside the teacher.
 
-    "displacement" is Eq. 9 as written, ``A(theta*_0 + eps) - A_T(theta*_0)``: the noise is no part of what the student
-    did, so the residual is ``theta_n - eps - theta*_m``. "endpoint" asks the student to arrive, i.e. to undo the noise
-    on its way: ``theta_n - theta*_m``.
+    It starts at ``theta*_0 + eps``; see :func:`start_noise`. With "displacement", Eq. 9 as written,
+    ``A(theta*_0 + eps) - A_T(theta*_0)``, the noise is not part of what the student did, so the residual is
+    ``theta_n - eps - theta*_m``. "endpoint" asks the student to arrive, i.e. to undo the noise on its way:
+    ``theta_n - theta*_m``. The distance is normalised by the teacher's displacement in either case.
 
     Args:
-        student: theta_n, (P,), of a student that started at ``theta*_0 + noise``.
-        noise: eps, (P,).
-        residual: which of the two.
-
-    Returns:
-        (P,), to be compared with theta*_m.
+        kappa: size of the noise relative to the teacher's displacement, >= 0 and finite.
+        residual: "displacement" or "endpoint".
 
     Raises:
-        ValueError: for another ``residual``.
+        InputError: (a ValueError) for a kappa out of range or an unknown residual.
 
     Example:
-        >>> compared_end(torch.ones(2), torch.tensor([0.25, 0.0]), residual="displacement")
-        tensor([0.7500, 1.0000])
+        >>> start, target = torch.zeros(4), torch.ones(4)
+        >>> rule = RobustStart(kappa=0.1)
+        >>> noise = rule.begin(start, target, torch.Generator().manual_seed(0)) - start
+        >>> bool(rule.compared(target + noise, noise).allclose(target))
+        True
     """
-    if residual not in get_args(Residual):
-        raise ValueError(f"residual {residual!r} is unknown: choose from {list(get_args(Residual))}")
-    return student - noise if residual == "displacement" else student
+
+    kappa: float
+    residual: Residual = "displacement"
+
+    name: ClassVar[str] = "robust"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kappa < math.inf:
+            raise InputError(f"kappa={self.kappa} of robust learning must be 0 or a positive number")
+        if self.residual not in get_args(Residual):
+            raise InputError(f"residual={self.residual!r} is unknown: choose from {list(get_args(Residual))}")
+
+    def begin(self, start: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        """Return theta*_0 + eps, (P,)."""
+        return start + start_noise(start, target, generator, kappa=self.kappa)
+
+    def compared(self, student: Tensor, noise: Tensor) -> Tensor:
+        """Return ``theta_n - eps`` ("displacement") or ``theta_n`` ("endpoint"), (P,)."""
+        return student - noise if self.residual == "displacement" else student

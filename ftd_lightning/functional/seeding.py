@@ -1,4 +1,4 @@
-"""Randomness that is a function of what it is for, so that a resumed run draws what the first one drew."""
+"""Seeds derived from what the randomness is for, so that a resumed run draws what an uninterrupted one draws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def derive_seed(*keys: int | str) -> int:
-    """Hash a path of keys to a seed; the same keys give the same seed on every machine and in every version.
+    """Hash a sequence of keys to a seed; the same keys give the same seed on every machine and in every version.
 
     Args:
         keys: what the randomness is for, e.g. ``(seed, "dsa", iteration, rank)``.
@@ -34,8 +34,8 @@ def derive_seed(*keys: int | str) -> int:
 def make_generator(*keys: int | str) -> torch.Generator:
     """Build a CPU generator seeded by :func:`derive_seed`.
 
-    Convention: always on the CPU, so that a choice among augmentations costs no device synchronisation and a GPU run
-    draws the same augmentations as a CPU run.
+    Convention: always on the CPU, so that choosing an augmentation needs no device synchronisation and a GPU run draws
+    the same augmentations as a CPU run.
 
     Example:
         >>> bool(torch.rand(3, generator=make_generator(0)).equal(torch.rand(3, generator=make_generator(0))))
@@ -46,9 +46,9 @@ def make_generator(*keys: int | str) -> torch.Generator:
 
 @contextmanager
 def seeded(*keys: int | str) -> Iterator[None]:
-    """Seed torch's global CPU generator inside a ``with`` block and put its state back afterwards.
+    """Seed torch's global CPU generator inside a ``with`` block and restore its state afterwards.
 
-    For code that draws from the global generator and takes no other: the initialisation of a network.
+    Meant for code that draws from the global generator and takes no other, such as the initialisation of a network.
 
     Example:
         >>> with seeded(0, "net"):

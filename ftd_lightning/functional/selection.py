@@ -1,4 +1,4 @@
-"""Coresets: the real images of a class that stand for all of it, chosen by their features.
+"""Coresets: real images chosen to represent their class, by their features.
 
 Herding (Welling, ICML 2009) and K-center greedy (Sener and Savarese, ICLR 2018), as the dataset condensation
 literature uses them: class by class, on features of a network trained on the real images.
@@ -15,22 +15,22 @@ from ftd_lightning.errors import InputError
 
 First = Literal["mean", "random"]
 
-# Differences in float64 exist for this many rows at a time: 8 MB at 2048 features.
-CHUNK = 512
+# Rows per block of float64 differences: 8 MB at 2048 features.
+ROWS_PER_BLOCK = 512
 
 
 def _squared_distances(features: Tensor, point: Tensor) -> Tensor:
-    """(n,) in float64.
+    """Compute the squared distance of each row from a point, (n,) in float64.
 
-    Differences rather than ``|a|^2 - 2 a b + |b|^2``: nothing cancels, and no matrix product rounds to TF32.
+    By differences rather than ``|a|^2 - 2 a b + |b|^2``: nothing cancels, and no matrix product rounds to TF32.
     """
-    parts = [(rows.double() - point).square().sum(dim=1) for rows in features.split(CHUNK)]
+    parts = [(rows.double() - point).square().sum(dim=1) for rows in features.split(ROWS_PER_BLOCK)]
     return torch.cat(parts)
 
 
 def _mean(features: Tensor) -> Tensor:
-    """(d,) in float64."""
-    return torch.stack([rows.double().sum(dim=0) for rows in features.split(CHUNK)]).sum(dim=0) / len(features)
+    """Average the rows, (d,) in float64."""
+    return torch.stack([rows.double().sum(dim=0) for rows in features.split(ROWS_PER_BLOCK)]).sum(dim=0) / len(features)
 
 
 def _check(features: Tensor, count: int) -> None:
@@ -43,20 +43,20 @@ def herding(features: Tensor, count: int) -> Tensor:
     """Choose images one by one so that the mean of those chosen stays close to the mean of all.
 
     With mu the mean row and S the sum of the rows chosen so far, the k-th is the one not yet chosen that minimises
-    ``|| (k mu - S) - f_i ||``. Of equally good ones the first is taken.
+    ``|| (k mu - S) - f_i ||``. Among equally good rows the first is chosen.
 
     Args:
         features: (n, d), of one class; any floating dtype and device.
-        count: how many, 1 to n.
+        count: number of images to choose, 1 to n.
 
     Returns:
-        (count,) int64 rows of ``features`` on its device, in the order chosen; a shorter choice begins the longer one.
+        (count,) int64 row indices on the device of ``features``, in the order chosen; a smaller count gives a prefix.
 
     Raises:
-        InputError: for a count that is not in 1 to n.
+        InputError: for a count outside 1 to n.
 
     Example:
-        >>> herding(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), 2)  # the mean is 3; then 2 * 3 - 2 = 4 is wanted
+        >>> herding(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), 2)  # the mean is 3; the next target is 2 * 3 - 2 = 4
         tensor([2, 1])
     """
     _check(features, count)
@@ -81,17 +81,17 @@ def k_center(
 
     Args:
         features: (n, d), of one class; any floating dtype and device.
-        count: how many, 1 to n.
-        first: "mean" begins with the image nearest to the mean of all (the authors of DC), "random" with any
+        count: number of images to choose, 1 to n.
+        first: "mean" starts with the image nearest to the mean of all (the authors of DC), "random" with a random one
             (DeepCore).
-        generator: draws the first image; needed by "random" alone.
+        generator: draws the first image; needed for "random" only.
 
     Returns:
-        (count,) int64 rows of ``features`` on its device, in the order chosen; a shorter choice begins the longer one.
+        (count,) int64 row indices on the device of ``features``, in the order chosen; a smaller count gives a prefix.
 
     Raises:
-        InputError: for a count that is not in 1 to n.
-        ValueError: for another ``first``, or "random" without a generator.
+        InputError: for a count outside 1 to n.
+        ValueError: for an unknown ``first``, or "random" without a generator.
 
     Example:
         >>> k_center(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), 3)  # the mean is 3
@@ -110,7 +110,7 @@ def k_center(
     nearest = torch.full((len(features),), torch.inf, dtype=torch.float64, device=features.device)
     for _ in range(count - 1):
         nearest = torch.minimum(nearest, _squared_distances(features, features[index].double()))
-        nearest[index] = -torch.inf  # not a second time, even if all others coincide with chosen ones
+        nearest[index] = -torch.inf  # never chosen again, even if all others coincide with chosen ones
         index = nearest.argmax()
         chosen.append(index)
     return torch.stack(chosen)

@@ -1,4 +1,4 @@
-"""The accumulated trajectory error (Sec. 3.2): what a student does that never returns to its teacher's path.
+"""The accumulated trajectory error (Sec. 3.2), of a student that is never put back on its teacher's trajectory.
 
 With ``A(theta)`` the change of the weights over n steps on the synthetic set, ``theta*_{t,0} .. theta*_{t,m}`` the
 teacher's segment t (``theta*_{t,m} = theta*_{t+1,0}``) and ``theta_{t,0} .. theta_{t,n}`` the student's::
@@ -8,10 +8,10 @@ teacher's segment t (``theta*_{t,m} = theta*_{t+1,0}``) and ``theta_{t,0} .. the
     epsilon_t     = theta_{t,n} - theta*_{t,m}                                accumulated error
     epsilon_{t+1} = epsilon_t + I_t + delta_{t+1}                             Eq. 8
 
-Convention: segments count from 0, ``epsilon_0 = delta_0``, and delta and epsilon bear the number of the segment at
-whose *end* they are read: Eq. 6 writes the start of segment t as ``theta*_{t-1,m}``, which is ``theta*_{t,0}``. I_t
-is the odd one: it arises in segment t + 1, which starts at ``theta*_{t,m}``. Eq. 7 writes ``theta*_{t,0}`` there, the
-derivation of Eq. 8 ``theta*_{t,m}``; only the latter is where epsilon_t belongs and makes Eq. 8 hold.
+Convention: segments count from 0, ``epsilon_0 = delta_0``, and delta and epsilon have the number of the segment at
+whose *end* they are measured: Eq. 6 writes the start of segment t as ``theta*_{t-1,m}``, which is ``theta*_{t,0}``. I_t
+is the exception: it arises in segment t + 1, which starts at ``theta*_{t,m}``. Eq. 7 has ``theta*_{t,0}`` there, the
+derivation of Eq. 8 ``theta*_{t,m}``; epsilon_t refers to the latter, and only with it does Eq. 8 hold.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Advance = Callable[[Tensor, int], Tensor]
 
 
 class SegmentError(NamedTuple):
-    """One segment t, all entries (P,).
+    """The errors of one segment t, all entries (P,).
 
-    Convention: ``initialization`` is what entered in this segment, I_{t-1}, so that with the ``accumulated`` of the
-    segment before (zero before the first) ``accumulated = before + initialization + matching``.
+    Convention: ``initialization`` is the error that arises in this segment, I_{t-1}, so that, with the ``accumulated``
+    of the previous segment (zero before the first), ``accumulated = previous + initialization + matching``.
 
     Attributes:
         start: theta*_{t,0}.
-        student: theta_{t,n}, of the student that came all the way from epoch 0 ("evaluation").
+        student: theta_{t,n}, of the student that has trained since epoch 0 ("evaluation").
         fresh: the end of a student that started at theta*_{t,0} ("distillation").
         target: theta*_{t,m}.
         accumulated: epsilon_t.
@@ -58,10 +58,10 @@ def matching_error(advance: Advance, start: Tensor, target: Tensor, *, segment: 
 
     Args:
         advance: ``advance(weights, segment) -> weights``, n steps on the synthetic set; a function of its arguments
-            alone, so that whatever is random in it is the same for all students of a segment.
+            only, so that all students of a segment see the same random draws.
         start: theta*_{t,0}, (P,).
         target: theta*_{t,m}, (P,).
-        segment: t, handed to ``advance``.
+        segment: t, passed to ``advance``.
 
     Returns:
         delta_t, (P,).
@@ -75,13 +75,13 @@ def matching_error(advance: Advance, start: Tensor, target: Tensor, *, segment: 
 
 
 def initialization_error(advance: Advance, start: Tensor, error: Tensor, *, segment: int) -> Tensor:
-    """Measure how much otherwise a student moves because it does not start where the teacher stands (Eq. 7).
+    """Measure how a student's displacement changes because it does not start at the teacher's weights (Eq. 7).
 
     Args:
         advance: as for :func:`matching_error`.
         start: theta*_{t,m}, (P,).
         error: epsilon_t, (P,).
-        segment: t + 1, the one that starts there; handed to ``advance``.
+        segment: t + 1, the one that starts there; passed to ``advance``.
 
     Returns:
         I_t, (P,); zero for a zero error.
@@ -96,14 +96,14 @@ def initialization_error(advance: Advance, start: Tensor, error: Tensor, *, segm
 
 
 def accumulated_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Subtract the teacher's weights at the end of a segment from the student's, that of epoch 0 on.
+    """Subtract the teacher's weights at the end of a segment from those of the student trained since epoch 0.
 
     Args:
         student: theta_{t,n}, (P,), or a whole trajectory (T, P).
-        teacher: theta*_{t,m}, in the same shape.
+        teacher: theta*_{t,m}, same shape.
 
     Returns:
-        epsilon_t, in that shape.
+        epsilon_t, same shape.
 
     Example:
         >>> import torch
@@ -114,20 +114,20 @@ def accumulated_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def trajectory_errors(advance: Advance, teacher: Iterable[Tensor]) -> Iterator[SegmentError]:
-    """Run one student along a teacher, and at every segment a fresh one beside it.
+    """Train one student along a teacher's trajectory, and in every segment a fresh one for comparison.
 
-    Segments come one by one and nothing of those before is kept but the student, so memory does not grow with the
-    trajectory. Each segment costs two runs of ``advance`` (the first one run, for both students are the same there).
+    Segments are read one by one and only the student is kept, so memory does not grow with the trajectory. Each segment
+    takes two runs of ``advance`` (the first one run, because both students are the same there).
 
     Args:
         advance: as for :func:`matching_error`; called with segments 0, 1, ...
-        teacher: its weights (P,) at the ends of segments: theta*_{0,0}, theta*_{0,m} = theta*_{1,0}, theta*_{1,m}, ...
+        teacher: weights (P,) at the ends of segments: theta*_{0,0}, theta*_{0,m} = theta*_{1,0}, theta*_{1,m}, ...
 
     Yields:
-        A :class:`SegmentError` for each pair of neighbours.
+        A :class:`SegmentError` per segment.
 
     Example:
-        A teacher that walks 1 a segment, and students that walk as far as they already are:
+        A teacher that moves by 1 per segment, and students that double their weight:
 
         >>> import torch
         >>> teacher = [torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])]
@@ -137,7 +137,7 @@ def trajectory_errors(advance: Advance, teacher: Iterable[Tensor]) -> Iterator[S
     student: Tensor | None = None
     for segment, (start, target) in enumerate(itertools.pairwise(teacher)):
         fresh = advance(start, segment)
-        before = start if student is None else student
+        previous = start if student is None else student
         student = fresh if student is None else advance(student, segment)
         yield SegmentError(
             start=start,
@@ -145,6 +145,6 @@ def trajectory_errors(advance: Advance, teacher: Iterable[Tensor]) -> Iterator[S
             fresh=fresh,
             target=target,
             accumulated=accumulated_error(student, target),
-            initialization=(student - before) - (fresh - start),
+            initialization=(student - previous) - (fresh - start),
             matching=(fresh - start) - (target - start),
         )

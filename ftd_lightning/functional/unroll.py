@@ -3,24 +3,32 @@
 With ``g_i = grad_theta loss(theta_i, x_i)`` and ``theta_{i+1} = theta_i - lr * g_i``, going backwards from
 ``lam_n = dL/dtheta_n``::
 
-    s         = <g_i(theta_i, x_i), lam_{i+1}>       one step's graph, built and dropped
+    s         = <g_i(theta_i, x_i), lam_{i+1}>       the graph of one step, built and freed
     dL/dlr   += -s
     dL/dx_i  += -lr * ds/dx_i
     lam_i     = lam_{i+1} - lr * ds/dtheta_i         a Hessian-vector product
 
-The forward run keeps the weights of each step and nothing else, so activation memory is that of one step, whatever n.
+The adjoint stores only the weights at each inner step, so activation memory is that of one step, whatever n.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ftd_lightning.functional.inner_step import InnerStep, inner_step, named_views, student_loss
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.inner_step import (
+    InnerStep,
+    draws_random_numbers,
+    inner_step,
+    named_views,
+    student_loss,
+)
 from ftd_lightning.functional.seeding import make_generator
 
 if TYPE_CHECKING:
@@ -30,6 +38,11 @@ if TYPE_CHECKING:
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Unroll = Literal["adjoint", "graph"]
+
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+# The modes (of all modules) in which a network was seen to be a function of its weights.
+_functions: WeakKeyDictionary[nn.Module, set[tuple[bool, ...]]] = WeakKeyDictionary()
 
 
 def flatten_parameters(network: nn.Module) -> Tensor:
@@ -42,7 +55,7 @@ def flatten_parameters(network: nn.Module) -> Tensor:
         >>> flatten_parameters(nn.Linear(2, 3)).shape
         torch.Size([9])
     """
-    # cat copies even for a single tensor, so that a snapshot never is a view of live weights.
+    # cat copies even a single tensor, so that a snapshot is never a view of live weights.
     return torch.cat([p.detach().reshape(-1) for p in network.parameters()])
 
 
@@ -69,14 +82,14 @@ def load_flat(network: nn.Module, flat: Tensor) -> None:
 def chunked_permutations(
     num_images: int, num_steps: int, generator: torch.Generator, *, batch_size: int | None = None
 ) -> list[Tensor]:
-    """Draw the mini-batches of the inner steps: a random permutation cut into chunks, drawn anew when used up.
+    """Draw the mini-batches of the inner steps: a random permutation split into chunks, drawn anew when used up.
 
     Args:
         num_images: N, size of the synthetic set.
         num_steps: n, number of inner steps.
         generator: decides the permutations; a CPU generator.
-        batch_size: images a step; None or >= N means all of them at every step. The last chunk of a permutation is
-            smaller where N is no multiple of it.
+        batch_size: images per step; None or >= N means all of them at every step. The last chunk of a permutation is
+            smaller where N is not a multiple of it.
 
     Returns:
         n int64 index tensors.
@@ -101,7 +114,7 @@ def chunked_permutations(
 
 
 class _Student(NamedTuple):
-    """What every inner step shares."""
+    """What all inner steps have in common."""
 
     network: nn.Module
     batches: Sequence[Tensor]
@@ -110,7 +123,7 @@ class _Student(NamedTuple):
     step: InnerStep
 
     def augmented(self, images: Tensor, step: int) -> Tensor:
-        """Augment the mini-batch of a step; the same step draws the same again."""
+        """Augment the mini-batch of a step; a repeated step draws the same augmentation."""
         return images if self.augment is None else self.augment(images, make_generator(self.seed, "inner", step))
 
 
@@ -125,7 +138,7 @@ class _Adjoint(torch.autograd.Function):
             x = student.augmented(images.detach()[index], step)
             weights = student.step.forward(student.network, weights, x, labels.detach()[index], lr.detach())
         ctx.student = student
-        # Saved through autograd: a synthetic set changed in place before backward is an error, no wrong gradient.
+        # Saved through autograd, so that a set changed in place before backward is an error, not a wrong gradient.
         ctx.save_for_backward(images, labels, lr, *path)
         return weights
 
@@ -145,7 +158,7 @@ class _Adjoint(torch.autograd.Function):
                 student.network, path[step], x.detach(), labels[index], adjoint, lr, soft
             )
             grad_lr -= s
-            # The augmentation is differentiated once, out here. One that ignores its images gives no gradient.
+            # The augmentation is differentiated once, here. One that ignores its images has no gradient.
             if x.requires_grad:
                 (in_raw,) = torch.autograd.grad(x, raw, in_x, allow_unused=True, materialize_grads=True)
                 grad_images.index_add_(0, index, -lr * in_raw)
@@ -166,7 +179,6 @@ def unroll(
     seed: int = 0,
     method: Unroll = "adjoint",
     compile: Compile = "auto",  # noqa: A002
-    cuda_graphs: bool = False,
 ) -> Tensor:
     """Train a student for n plain SGD steps on the synthetic set, differentiably (A[grad L_S, n] of Eq. 5).
 
@@ -177,22 +189,23 @@ def unroll(
         labels: (N,) int64 classes, or (N, K) probabilities.
         step_size: scalar tensor.
         batches: n index tensors into ``images``.
-        augment: ``augment(batch, generator) -> batch``; called twice a step by "adjoint", with equal generators.
+        augment: ``augment(batch, generator) -> batch``; "adjoint" calls it twice per step, with equal generators.
         seed: decides what the generators draw.
-        method: "adjoint" or "graph"; both give the same numbers, up to rounding.
-        compile: whether "adjoint" compiles its steps: True, False, or "auto": on a GPU only. Done once a network and
-            shape of the mini-batch; where it fails, one warning says so and the steps run eagerly.
-        cuda_graphs: record CUDA graphs of compiled steps, on a GPU.
+        method: "adjoint" or "graph"; results are the same up to rounding.
+        compile: whether "adjoint" compiles its steps: True, False, "auto" (on a GPU only), or "cuda_graphs" (also
+            replays CUDA graphs on a GPU). Compilation happens once per network and shape of the mini-batch; if it
+            fails, there is one warning and the steps run eagerly.
 
     Returns:
         theta_n, (P,), differentiable in start, images, step_size and soft labels ("adjoint": once).
 
     Raises:
-        ValueError: for weights of another network, labels that do not fit the images, an unknown method or setting, or
-            a network with active dropout, whose second run would draw another mask.
+        ValueError: for weights of another network, labels that do not fit the images, or an unknown method or setting.
+        InputError: (a ValueError) for a network that draws random numbers: dropout, drop path. The adjoint repeats each
+            step and would draw other numbers. The first call for a network and mode runs the network once to see.
 
-    Convention: the network is taken in the mode it is in; training mode is what students are in. Call it outside
-    autocast: the backward run is not under it, and would differentiate another function.
+    Convention: the network is taken in the mode it is in; students are in training mode. Call it outside autocast: the
+    backward pass would not be under it, and would differentiate another function.
 
     Example:
         >>> net, lr = nn.Linear(1, 2, bias=False), torch.tensor(1.0)
@@ -204,16 +217,15 @@ def unroll(
     if len(labels) != len(images):
         raise ValueError(f"{len(images)} images but {len(labels)} labels")
     named_views(network, start)
-    for name, module in network.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise ValueError(f"dropout {name!r} is active: a student must be a function of its weights; set p to 0")
     # The full graph is differentiated twice, which a compiled function cannot be.
     compile = compile if method == "adjoint" else False  # noqa: A001
-    step_functions = inner_step(network, device=start.device, compile=compile, cuda_graphs=cuda_graphs)
+    step_functions = inner_step(network, device=start.device, compile=compile)
     # Each index once: a copy from pageable memory makes the host wait, and full batches are one and the same tensor.
     moved = {id(batch): batch.to(images.device, non_blocking=True) for batch in batches}
     student = _Student(network, [moved[id(batch)] for batch in batches], augment, seed, step_functions)
-    # Without gradients there is no graph to keep, and the adjoint's forward run is the same numbers.
+    if batches:
+        _require_function(network, start, images, student.batches[0])
+    # Without gradients there is no graph to keep, and the adjoint's forward pass computes the same numbers.
     if method == "adjoint" or not torch.is_grad_enabled():
         weights: Tensor = _Adjoint.apply(student, start, images, labels, step_size)
         return weights
@@ -222,3 +234,19 @@ def unroll(
         loss = student_loss(network, weights, student.augmented(images[batch], step), labels[batch])
         weights = weights - step_size * torch.autograd.grad(loss, weights, create_graph=True)[0]
     return weights
+
+
+def _require_function(network: nn.Module, weights: Tensor, images: Tensor, index: Tensor) -> None:
+    """Refuse a network that draws random numbers; once per network and mode, on the first mini-batch."""
+    for name, module in network.named_modules():
+        if isinstance(module, DROPOUT) and module.training and module.p > 0:
+            raise InputError(f"dropout {name!r} is active: a student must be a function of its weights; set p to 0")
+    mode = tuple(module.training for module in network.modules())
+    seen = _functions.setdefault(network, set())
+    if mode not in seen:
+        if draws_random_numbers(network, images.detach()[index], weights=weights.detach()):
+            raise InputError(
+                f"{type(network).__name__} draws random numbers (dropout, drop path): a student must be a function of "
+                "its weights; switch that off"
+            )
+        seen.add(mode)

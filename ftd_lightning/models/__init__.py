@@ -1,29 +1,19 @@
-"""Networks of the paper, a dict of their constructors, and anyone's own by class path."""
+"""Networks of the paper, a dict of their constructors, and anyone's own by import path."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.alexnet import AlexNet
 from ftd_lightning.models.convnet import ConvNet
-from ftd_lightning.models.resnet import ResNet18, resnet18_ap
+from ftd_lightning.models.description import describe_network, parameter_shapes, same_network
+from ftd_lightning.models.registry import NETWORKS, build_network, find_network
+from ftd_lightning.models.resnet import ResNet18
 from ftd_lightning.models.vgg import VGG11
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "convnet": ConvNet,
-    "alexnet": AlexNet,
-    "vgg11": VGG11,
-    "resnet18": ResNet18,
-    "resnet18_ap": resnet18_ap,
-}
 
 __all__ = [
     "NETWORKS",
@@ -32,61 +22,12 @@ __all__ = [
     "ConvNet",
     "ResNet18",
     "build_network",
+    "describe_network",
     "find_network",
+    "parameter_shapes",
     "reset_parameters",
+    "same_network",
 ]
-
-
-def build_network(name: str, in_channels: int, num_classes: int, image_size: int, **options: Any) -> nn.Module:
-    """Build a network by name.
-
-    Args:
-        name: a key of ``NETWORKS``, or the import path of a class or function that takes the same arguments.
-        in_channels: C of the images.
-        num_classes: K, length of the logits.
-        image_size: height and width of the images in pixels.
-        options: further arguments of that network.
-
-    Returns:
-        An ``nn.Module`` from (N, C, H, W) to logits (N, K).
-
-    Raises:
-        InputError: for an unknown name (the nearest ones are offered) or options that the network does not take.
-
-    Example:
-        >>> sum(p.numel() for p in build_network("convnet", 3, 10, 32).parameters())
-        320010
-    """
-    try:
-        return find_network(name)(in_channels, num_classes, image_size, **options)
-    except TypeError as error:
-        raise InputError(f"network {name!r}: {error}") from error
-
-
-def find_network(name: str) -> Callable[..., nn.Module]:
-    """Look a network's constructor up.
-
-    Args:
-        name: a key of ``NETWORKS``, or an import path.
-
-    Raises:
-        InputError: for an unknown name or a path that cannot be imported.
-
-    Example:
-        >>> find_network("convnet").__name__
-        'ConvNet'
-    """
-    if name in NETWORKS:
-        return NETWORKS[name]
-    module, _, attribute = name.rpartition(".")
-    if not module:
-        near = difflib.get_close_matches(name.lower(), NETWORKS, n=3, cutoff=0.6) or sorted(NETWORKS)
-        raise InputError(f"unknown network {name!r}: did you mean {' or '.join(map(repr, near))}?")
-    try:
-        constructor: Callable[..., nn.Module] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"network {name!r} cannot be imported: {error}") from error
-    return constructor
 
 
 def reset_parameters(network: nn.Module) -> None:

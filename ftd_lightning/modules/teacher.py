@@ -7,41 +7,50 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
+from ftd_lightning.callbacks.trajectory_recorder import TrajectoryRecorder
+from ftd_lightning.contracts import BatchPlan, DataDescription, TeacherProgress
 from ftd_lightning.data.files import versions
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.augment import STRATEGY, Mode, dsa, parse_strategy
-from ftd_lightning.functional.compiling import compiled
+from ftd_lightning.functional.augment import Augmentation
+from ftd_lightning.functional.compiling import Compile, compiled, compiles
+from ftd_lightning.functional.inner_step import draws_random_numbers
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.optim import GSAM, frozen_running_statistics
-from ftd_lightning.training.fresh_networks import FreshNetworks, Network, plain_network, right_answers
+from ftd_lightning.training.fresh_networks import FreshNetworks, Network, refuse_object, right_answers
+from ftd_lightning.training.phase_module import PhaseModule
+from ftd_lightning.training.plain_arguments import not_plain, plain
 from ftd_lightning.training.ranks import RankStates, own_share, refuse_split_loaders
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from collections.abc import Mapping
+
+    from torch import Tensor
 
 Parallel = Literal["teachers", "data"]
 
 
-class FlatTeacher(LightningModule):
+class FlatTeacher(PhaseModule):
     """Trains many teachers in one fit, one after the other, each from its own seed.
 
     A Lightning epoch is one epoch of one teacher on each rank: epoch e of the fit on rank r of W is epoch
-    ``e % epochs`` of teacher ``e // epochs * W + r``.
-    A ``TrajectoryRecorder`` among the trainer's callbacks records them. Works with any datamodule of (images, labels)
-    batches and any network whose weights are floating-point parameters.
+    ``e % epochs`` of teacher ``e // epochs * W + r``. The fit ends by itself after the last teacher.
+    A ``TrajectoryRecorder`` records them; the module adds one where the trainer has none. Works with any datamodule of
+    (images, labels) batches and any network whose weights are floating-point parameters.
 
-    Under DDP every rank trains teachers of its own on all images, and W ranks give the teachers of one process, bit for
-    bit, where the order of batches comes from a ``DistillationDataModule``. With ``parallel="data"`` all ranks train
-    one teacher, and each batch is split: every rank computes both gradients on its part without synchronisation, and
-    the combined direction is averaged, as the authors of GSAM do.
+    Under DDP every rank trains teachers of its own on all images, and W ranks produce the teachers of one process, bit
+    for bit, where the order of batches comes from a ``DistillationDataModule``. With ``parallel="data"`` all ranks
+    train one teacher, and each batch is split: every rank computes both gradients on its part without synchronisation,
+    and the combined direction is averaged, as the authors of GSAM do.
 
     Args:
-        network: a name, an import path, a module, or a function that builds one.
+        network: a name, an import path, or a function that builds one.
         network_options: for a named network, e.g. ``{"width": 32, "depth": 2}``.
         teachers: how many; more can be added later, by a resumed run with a larger number.
         epochs: of each teacher.
@@ -50,17 +59,20 @@ class FlatTeacher(LightningModule):
         weight_decay: of SGD; the paper's is 0.
         rho: radius of GSAM's ball; 0 is plain SGD, the teachers of MTT.
         alpha: of GSAM.
-        adaptive: the ASAM ball. The paper's Eq. 12 is the plain one, its authors' published run takes the adaptive one.
-        augment: DSA strategy; "" for none. One augmented batch serves both passes.
-        augment_mode: "single" or "multiple".
+        adaptive: the ASAM ball. The paper's Eq. 12 is the plain one; its authors' published run uses the adaptive one.
+        augment: DSA: an ``Augmentation``, its fields as a mapping, or a strategy; "" for none. One augmented batch
+            serves both passes.
         seed: teacher k's initialisation, batches and augmentation follow from (seed, k).
         parallel: what the processes of a DDP run share: "teachers", each its own; "data", the batches of one teacher.
-
         compile: compile the network's forward and backward pass: True, False, or "auto": on a GPU only. A resumed run
-            may take another; the last bits of its weights then differ.
+            may take another value; the last bits of its weights then differ.
+
+    Attributes:
+        network: the teacher being trained.
 
     Raises:
-        InputError: for counts below 1, or another ``parallel``.
+        InputError: for counts below 1, another ``parallel``, an ``nn.Module`` as network, or, when the fit starts, a
+            network with dropout: a student must be a function of its weights.
     """
 
     def __init__(
@@ -75,87 +87,110 @@ class FlatTeacher(LightningModule):
         rho: float = 0.01,
         alpha: float = 1.0,
         adaptive: bool = False,
-        augment: str = STRATEGY,
-        augment_mode: Mode = "single",
+        augment: Augmentation | dict[str, Any] | str = Augmentation(),  # noqa: B008  frozen
         seed: int = 0,
         parallel: Parallel = "teachers",
-        compile: bool | Literal["auto"] = "auto",  # noqa: A002
+        compile: Compile = "auto",  # noqa: A002
     ) -> None:
         super().__init__()
         if teachers < 1 or epochs < 1:
             raise InputError(f"teachers={teachers} and epochs={epochs} must both be at least 1")
         if parallel not in get_args(Parallel):
             raise InputError(f"parallel={parallel!r} is unknown: choose from {list(get_args(Parallel))}")
-        parse_strategy(augment)
+        refuse_object(network)
+        compiles(compile, torch.device("cpu"))  # refuses an unknown setting
+        self.augment = Augmentation.of(augment)
+        augment, network_options = plain(self.augment), plain(network_options)
         # Lightning lets a checkpoint's hyper-parameters overrule the command line; the number of teachers may grow.
-        self.save_hyperparameters(ignore=["teachers", "compile", *plain_network(network)])
+        self.save_hyperparameters(ignore=["teachers", "compile", *not_plain(network)])
         self.automatic_optimization = False
         self.teachers = teachers
-        self._compile: bool | Literal["auto"] = compile
+        self._compile: Compile = compile
         self._architecture = network
         self.network: nn.Module | None = None
         self._states = RankStates()
+        self._schedules: list[dict[str, Any]] | None = None
 
     @property
     def independent_ranks(self) -> bool:
-        """Whether each process trains networks of its own, and its data are all images."""
+        """Whether each process trains teachers of its own, on all images."""
         return bool(self.hparams["parallel"] == "teachers")
 
-    @property
-    def teacher(self) -> int:
-        """Number of the teacher being trained in this process, from 0."""
-        return self.data_epoch(self.current_epoch) // int(self.hparams["epochs"])
-
-    @property
-    def teacher_epoch(self) -> int:
-        """Epoch of that teacher, from 0."""
-        return int(self.current_epoch % self.hparams["epochs"])
-
-    @property
-    def records_teacher(self) -> bool:
-        """Whether this process is to record its teacher: one that was asked for, and that no other process records."""
-        return self.teacher < self.teachers if self.independent_ranks else self.global_rank == 0
+    def batch_plan(self) -> BatchPlan:
+        """Deal all images to each process, or each process its share; see ``contracts.PlansBatches``."""
+        trainer, alone = self.trainer, self.independent_ranks
+        share = (0, 1) if alone else (trainer.global_rank, trainer.world_size)
+        return BatchPlan(*share, epoch=lambda epoch: self.data_epoch(epoch - self._first_epoch))
 
     def data_epoch(self, epoch: int) -> int:
-        """Give the epoch that decides on batches and augmentation: the fit's own, had one process trained them all.
+        """Return the epoch that decides on batches and augmentation: the one of a process that trains all teachers.
 
         Args:
-            epoch: of the fit, on this rank, from 0.
+            epoch: of this module's fit, on this rank, from 0.
         """
         done, teacher_epoch = divmod(epoch, int(self.hparams["epochs"]))
-        if self.independent_ranks and self._trainer is not None:
+        if self.independent_ranks and self.attached:
             done = done * self.trainer.world_size + self.global_rank
         return done * int(self.hparams["epochs"]) + teacher_epoch
 
     @property
-    def _gsam(self) -> GSAM:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, GSAM)
-        return optimizer
+    def teacher(self) -> int:
+        """Number of the teacher being trained in this process, from 0."""
+        return self.data_epoch(self.epoch) // int(self.hparams["epochs"])
 
-    def setup(self, stage: str) -> None:
-        """Build the network and bound the fit to what the teachers take."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        self.fresh = FreshNetworks(self._architecture, self.hparams["network_options"], datamodule)
-        if self.network is None:
-            self.network = self.fresh.build(self.hparams["seed"], "teacher", 0)
-            # Means of right answers: the metrics for classes want to know how many there are. A look for NaN would wait
-            # for the device in every step.
-            mean = partial(MeanMetric, nan_strategy="disable", sync_on_compute=not self.independent_ranks)
-            self.train_loss, self.train_accuracy, self.val_accuracy = mean(), mean(), mean()
-            if self.independent_ranks:
-                self._states.keep(self)
-        if stage == "fit":
-            world_size = self.trainer.world_size if self.independent_ranks else 1
-            rounds = len(own_share(self.teachers, rank=0, world_size=world_size))
-            loop, total = self.trainer.fit_loop, rounds * self.hparams["epochs"]
-            if loop.max_epochs is None or loop.max_epochs < 0 or loop.max_epochs > total:
-                loop.max_epochs = total
-            elif loop.max_epochs < total and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                rank_zero_warn(
-                    f"trainer.max_epochs={loop.max_epochs} ends this fit before its {self.teachers} teachers of "
-                    f"{self.hparams['epochs']} epochs are done; -1 trains them all"
-                )
+    @property
+    def teacher_epoch(self) -> int:
+        """Epoch of that teacher, from 0."""
+        return int(self.epoch % self.hparams["epochs"])
+
+    def teacher_progress(self) -> TeacherProgress:
+        """Say where the fit stands; see ``contracts.TrainsTeachers``."""
+        teacher = self.teacher
+        records = teacher < self.teachers if self.independent_ranks else self.global_rank == 0
+        return TeacherProgress(teacher, self.teacher_epoch, int(self.hparams["epochs"]), self.teachers, records)
+
+    def teacher_network(self) -> nn.Module:
+        """Return the network being trained."""
+        assert self.network is not None
+        return self.network
+
+    def data_description(self) -> DataDescription | None:
+        """Describe the training data, where the datamodule does."""
+        return self.data
+
+    def progress_label(self) -> str:
+        """Name teacher and epoch."""
+        return f"teacher {min(self.teacher, self.teachers - 1) + 1}/{self.teachers}, epoch {self.teacher_epoch + 1}"
+
+    def planned_epochs(self) -> int:
+        """Return the trainer's epoch after which all teachers are done."""
+        world_size = self.trainer.world_size if self.independent_ranks else 1
+        rounds = len(own_share(self.teachers, rank=0, world_size=world_size))
+        return self._first_epoch + rounds * int(self.hparams["epochs"])
+
+    def build(self) -> None:
+        """Build the network and its metrics."""
+        shape = None if self.data is None else self.data.shape
+        self.fresh = FreshNetworks(self._architecture, self.hparams["network_options"], shape)
+        self.network = self.fresh.build(self.hparams["seed"], "teacher", 0)
+        refuse_dropout(self.network)
+        # A look for NaN would wait for the device in every step. With teachers of its own a rank measures them alone.
+        alone = self.independent_ranks
+        mean = partial(MeanMetric, nan_strategy="disable", sync_on_compute=not alone)
+        self.train_loss, self.train_accuracy, self.val_accuracy = mean(), mean(), mean()
+        for metric in (self.train_loss, self.train_accuracy):
+            metric.persistent(True)  # an epoch that is resumed in its middle is measured whole
+
+    def configure_model(self) -> None:
+        """Build the network for the trainer's data."""
+        super().configure_model()
+        if self._built and self.independent_ranks and self.trainer.world_size > 1:
+            self._states.keep(self)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add a recorder where the trainer has none."""
+        there = any(isinstance(callback, TrajectoryRecorder) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if there else [TrajectoryRecorder()]
 
     def configure_optimizers(self) -> GSAM:
         """Wrap plain SGD in GSAM."""
@@ -175,19 +210,22 @@ class FlatTeacher(LightningModule):
         )
 
     def network_parameters(self) -> list[nn.Parameter]:
-        """The weights that a trajectory records, in its order."""
-        assert self.network is not None
-        return list(self.network.parameters())
+        """Return the weights that a trajectory records, in its order."""
+        return list(self.teacher_network().parameters())
+
+    @property
+    def _gsam(self) -> GSAM:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, GSAM)
+        return optimizer
 
     def on_fit_start(self) -> None:
-        """Refuse float16 autocast: its loss scaling knows nothing of the perturbation between the two passes."""
-        if str(self.trainer.precision).startswith("16"):
-            raise InputError(f"trainer.precision={self.trainer.precision} overflows in GSAM: use 32-true or bf16-mixed")
+        """Refuse unsuitable settings, restore this rank's weights, compile."""
+        super().on_fit_start()
         self._states.restore(self)
-        network = self.network
-        assert network is not None
+        network = self.teacher_network()
 
-        # A function, for Lightning's own methods (self.log) are not to be compiled with it.
+        # A function, because Lightning's own methods (self.log) are not to be compiled with it.
         def loss_and_logits(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             logits = network(images)
             return cross_entropy(logits, labels), logits
@@ -195,37 +233,62 @@ class FlatTeacher(LightningModule):
         self._loss_and_logits = compiled(loss_and_logits, compile=self._compile, device=self.device)
 
     def on_train_start(self) -> None:
-        """Refuse loaders that give a process a part of the images, where each has a teacher of its own."""
+        """End at once what is done already; refuse loaders that split the images of independent ranks."""
+        self.warn_of_unordered_loader()
         if self.independent_ranks:
             refuse_split_loaders(self.trainer, or_else="--model.parallel data, which splits the batches of one teacher")
+        self.trainer.should_stop = self.trainer.should_stop or self.current_epoch >= self.planned_epochs()
+        if not self.trainer.fast_dev_run and 0 <= (self.trainer.max_epochs or 0) < self.planned_epochs():  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"trainer.max_epochs={self.trainer.max_epochs} ends this fit before its {self.teachers} teachers of "
+                f"{self.hparams['epochs']} epochs are done; -1 trains them all"
+            )
+
+    def extra_state(self) -> dict[str, Any]:
+        """Keep where the schedulers of a teacher start."""
+        return {"schedules": self._schedules}
+
+    def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
+        """Take over the weights of this rank."""
+        self._schedules = state["schedules"]
+        if self.attached and self.independent_ranks:
+            self._states.load(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the teachers of all ranks."""
+        super().on_save_checkpoint(checkpoint)
         if self.independent_ranks:
             self._states.save(self, checkpoint)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with that of this rank."""
-        if self.independent_ranks:
-            self._states.load(self, checkpoint)
-
     def on_train_epoch_start(self) -> None:
         """Begin a new teacher where the last one ended."""
-        if self.teacher_epoch == 0:
-            assert self.network is not None
-            fresh = self.fresh.build(self.hparams["seed"], "teacher", self.teacher)
-            self.network.load_state_dict(fresh.state_dict())
-            self._gsam.state.clear()  # momentum, where there is any
+        if self.teacher_epoch > 0:
+            return
+        fresh = self.fresh.build(self.hparams["seed"], "teacher", self.teacher)
+        self.teacher_network().load_state_dict(fresh.state_dict())
+        self._gsam.state.clear()  # momentum, where there is any
+        # A subclass may return schedulers: each teacher starts them anew.
+        schedulers = self._schedulers()
+        if self._schedules is None:
+            self._schedules = [scheduler.state_dict() for scheduler in schedulers]
+        for scheduler, state in zip(schedulers, self._schedules, strict=True):
+            scheduler.load_state_dict(state)
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+
+    def _schedulers(self) -> list[Any]:
+        schedulers = self.lr_schedulers()
+        return [] if schedulers is None else schedulers if isinstance(schedulers, list) else [schedulers]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Take one GSAM step on a batch of (images, labels)."""
         images, labels = batch
+        network, gsam = self.teacher_network(), self._gsam
+        if self.step == 0 and draws_random_numbers(network, images):
+            raise InputError(f"{type(network).__name__} draws random numbers (dropout): a student cannot follow it")
         part = 0 if self.independent_ranks else self.global_rank
-        epoch = self.data_epoch(self.current_epoch)
-        generator = make_generator(self.hparams["seed"], "dsa", epoch, batch_idx, part)
-        images = dsa(images, generator, strategy=self.hparams["augment"], mode=self.hparams["augment_mode"])
-        network, gsam = self.network, self._gsam
-        assert network is not None
+        generator = make_generator(self.hparams["seed"], "dsa", self.data_epoch(self.epoch), batch_idx, part)
+        images = self.augment(images, generator)
         first: dict[str, Tensor] = {}
 
         def closure() -> Tensor:
@@ -236,9 +299,8 @@ class FlatTeacher(LightningModule):
             first.setdefault("loss", loss.detach())
             return loss
 
-        # Only strategies that synchronise gradients have this.
-        unsynchronised = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        with unsynchronised():
+        strategy = self.trainer.strategy
+        with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
             self.optimizers().step(closure=closure)  # type: ignore[union-attr, call-arg]
         self.train_loss.update(first["loss"].expand(len(labels)))
         self.train_accuracy.update(right_answers(first["logits"], labels))
@@ -254,24 +316,39 @@ class FlatTeacher(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure accuracy on held-out images."""
-        assert self.network is not None
-        self.val_accuracy.update(right_answers(self.network(batch[0]), batch[1]))
+        self.val_accuracy.update(right_answers(self.teacher_network()(batch[0]), batch[1]))
         self.log("teacher/val_accuracy", self.val_accuracy, on_step=False, on_epoch=True, prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Step a subclass's schedulers, which Lightning leaves alone in manual mode; end the fit after the last teacher."""
+        if self.epoch_complete:
+            for scheduler in self._schedulers():
+                scheduler.step()
+            self.trainer.should_stop = self.trainer.should_stop or self.current_epoch + 1 >= self.planned_epochs()
 
     def trajectory_metadata(self) -> dict[str, Any]:
         """Say what the trajectory store keeps beside the weights; see ``TrajectoryStore.metadata``."""
         keys = ("rho", "alpha", "adaptive", "lr", "momentum", "weight_decay")
-        datamodule = getattr(self.trainer, "datamodule", None)
-        describe = getattr(datamodule, "describe", None)
-        data = describe() if describe else {"dataset": type(datamodule).__name__, "transform": None}
+        data = self.data
         return {
             **{key: self.hparams[key] for key in keys},
-            **data,
+            **({"transform": None} if data is None else data.metadata()),
             "optimizer": "GSAM(SGD)" if self.hparams["rho"] > 0 else "SGD",
-            "batch_size": getattr(datamodule, "batch_size", None)
-            or getattr(datamodule, "hparams", {}).get("batch_size"),
-            "augmentation": {"strategy": self.hparams["augment"], "mode": self.hparams["augment_mode"]},
+            "batch_size": None if data is None else data.batch_size,
+            "augmentation": self.augment.describe(),
             "network": self.fresh.describe(),
             "seed": derive_seed(self.hparams["seed"], "teacher", self.teacher),
             "versions": versions(),
         }
+
+
+def refuse_dropout(network: nn.Module) -> None:
+    """Refuse a network with dropout before hours are spent on its teachers.
+
+    Raises:
+        InputError: naming the module.
+    """
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    for name, part in network.named_modules():
+        if isinstance(part, kinds) and part.p > 0:
+            raise InputError(f"network has dropout ({name!r}): a student must be a function of its weights; set p to 0")

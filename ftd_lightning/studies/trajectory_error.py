@@ -12,10 +12,10 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from ftd_lightning.data import Images
+from ftd_lightning.contracts import Images
 from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.errors import DivergenceError, InputError
-from ftd_lightning.functional.augment import STRATEGY, dsa
+from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.trajectory_error import trajectory_errors
 from ftd_lightning.functional.unroll import chunked_permutations, load_flat, unroll
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class TrajectoryErrorCurve(NamedTuple):
-    """What one teacher and the students beside it did; K numbers a list, one for each segment.
+    """How far students drift from one teacher: lists of K numbers, one per segment.
 
     Convention: entry t belongs to the end of segment t, at teacher epoch ``epochs[t]``; see
     ``functional.trajectory_error`` for the numbering. Norms are Euclidean, over all weights. Losses are means over the
@@ -43,7 +43,7 @@ class TrajectoryErrorCurve(NamedTuple):
         epsilon: ||epsilon_t||, accumulated error (Eq. 8).
         delta: ||delta_t||, matching error (Eq. 6).
         initialization: ||I_{t-1}||, initialization error (Eq. 7) that entered in segment t; 0 in the first.
-        segment: ||theta*_{t,m} - theta*_{t,0}||, the teacher's own way, to measure the others by.
+        segment: ||theta*_{t,m} - theta*_{t,0}||, the distance that the teacher covers, as a scale for the others.
     """
 
     teacher: int
@@ -62,17 +62,17 @@ QUANTITIES = TrajectoryErrorCurve._fields[3:]
 
 
 def inner_settings(synthetic: SyntheticSet, syn_steps: int | None, expert_epochs: int | None) -> tuple[int, int]:
-    """Give n and m: as asked for, or as the set was distilled.
+    """Return n and m: as asked for, or else those that the set was distilled with.
 
     Raises:
-        InputError: if the set does not say, or for numbers below 1.
+        InputError: if the set does not record them, or for numbers below 1.
     """
     recorded = synthetic.metadata.get("settings", {})
     values = []
-    for name, given in (("syn_steps", syn_steps), ("expert_epochs", expert_epochs)):
-        value = recorded.get(name) if given is None else given
+    for name, chosen in (("syn_steps", syn_steps), ("expert_epochs", expert_epochs)):
+        value = recorded.get(name) if chosen is None else chosen
         if value is None:
-            raise InputError(f"the set does not say its {name}: give --{name.replace('_', '-')}")
+            raise InputError(f"the set does not record its {name}: pass --{name.replace('_', '-')}")
         if value < 1:
             raise InputError(f"{name}={value} must be at least 1")
         values.append(int(value))
@@ -82,43 +82,42 @@ def inner_settings(synthetic: SyntheticSet, syn_steps: int | None, expert_epochs
 def check_set(synthetic: SyntheticSet, store: TrajectoryStore, expert_epochs: int) -> None:
     """Refuse a set that was not distilled for such teachers.
 
-    What a set does not say of itself, as an imported one may, is not compared.
+    What a set does not record, as an imported one may not, is not compared.
 
     Raises:
         InputError: for another network, data set or transform, teachers shorter than a segment, or a set without a
             step size.
     """
-    said: dict[str, Any] = {key: synthetic.metadata[key] for key in ("network", "dataset") if key in synthetic.metadata}
-    check_compatible(store, {**said, "transform": synthetic.transform.describe()})
+    recorded = {key: synthetic.metadata[key] for key in ("network", "dataset") if key in synthetic.metadata}
+    check_compatible(store, {**recorded, "transform": synthetic.transform.describe()})
     if expert_epochs > store.epochs:
         raise InputError(
             f"{store.path}: expert_epochs={expert_epochs} is asked for, but its teachers have {store.epochs} epochs"
         )
     if synthetic.step_size is None:
-        raise InputError("this synthetic set has no learned step size, and a student's steps need one")
+        raise InputError("this synthetic set has no learned step size, which a student needs")
 
 
 @torch.no_grad()
-def mean_loss(network: nn.Module, weights: Tensor, images: Images, *, batch_size: int = 1024) -> float:
-    """Compute the mean cross entropy of a network with given weights.
+def mean_loss(network: nn.Module, weights: Tensor, real: Images, *, batch_size: int = 1024) -> float:
+    """Compute the mean cross entropy of a network with certain weights.
 
-    Convention: the network stays in the mode it is in, and is to be in training mode as students are: a trajectory
-    holds no running statistics, so BatchNorm takes those of the batch. No augmentation.
+    Convention: the mode of the network is left as it is; it should be in training mode, as students are, because a
+    trajectory holds no running statistics and BatchNorm then uses those of the batch. No augmentation.
 
     Args:
         network: receives the weights, and keeps its buffers.
         weights: (P,).
-        images: transformed, on the network's device.
-        batch_size: images at a time.
+        real: labelled images on the network's device.
+        batch_size: images per forward pass.
     """
     load_flat(network, weights)
     total = 0.0
-    batches = zip(images.pictures.split(batch_size), images.labels.split(batch_size), strict=True)
-    for pictures, labels in batches:
+    for images, labels in zip(real.images.split(batch_size), real.labels.split(batch_size), strict=True):
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        logits = functional_call(network, buffers, (pictures,))
+        logits = functional_call(network, buffers, (images,))
         total += float(cross_entropy(logits, labels, reduction="sum"))
-    return total / len(images.labels)
+    return total / len(real.labels)
 
 
 @torch.no_grad()
@@ -140,40 +139,40 @@ def measure_trajectory_error(
     """Train students on a synthetic set along recorded teachers and compare them at every m-th epoch.
 
     The steps are those of distillation: plain SGD with the learned step size, n of them for m teacher epochs,
-    mini-batches and DSA as recorded in the set. All students of a segment see the same batches and augmentation, so
-    that the errors are of the weights alone.
+    mini-batches and augmentation as recorded in the set. All students of a segment see the same batches and
+    augmentation, so that differences come from the weights alone.
 
     Args:
         synthetic: the set.
         store: its teachers, or others of the same network, data set and transform.
-        real: what the loss is measured on, transformed as the teachers saw it.
+        real: images that the loss is measured on, transformed as the teachers saw them.
         network: the teachers' architecture; serves as a workspace, moved to ``device`` and put into training mode.
         teachers: their numbers.
-        syn_steps: n; None takes the set's own.
-        expert_epochs: m; None takes the set's own. Epochs beyond the last whole segment are left out.
-        ema: take the averaged images.
+        syn_steps: n; None takes the set's.
+        expert_epochs: m; None takes the set's. Epochs beyond the last whole segment are left out.
+        ema: use the averaged images.
         seed: decides mini-batches and augmentation.
         device: where to compute.
-        batch_size: real images at a time.
-        progress: show a bar.
+        batch_size: real images per forward pass.
+        progress: show a progress bar.
 
     Returns:
-        One curve a teacher.
+        One curve per teacher.
 
     Raises:
-        InputError: for a set and a store that do not fit, see :func:`check_set`, or a teacher that is not there.
+        InputError: for a set and a store that do not fit, see :func:`check_set`, or a teacher that was not recorded.
         DivergenceError: if a student's weights do not stay finite.
     """
     n, m = inner_settings(synthetic, syn_steps, expert_epochs)
     check_set(synthetic, store, m)
     network = network.to(device).train()
-    real = Images(real.pictures.to(device), real.labels.to(device))
+    real = Images(real.images.to(device), real.labels.to(device))
     advance = _students(network, synthetic, n, ema=ema, seed=seed, device=device)
     curves = []
     with tqdm(total=len(teachers) * (store.epochs // m), desc="segments", disable=not progress, leave=False) as bar:
         for teacher in teachers:
             ends = _ends(store, teacher, m, device)
-            loss = partial(mean_loss, network, images=real, batch_size=batch_size)
+            loss = partial(mean_loss, network, real=real, batch_size=batch_size)
             curves.append(_curve(teacher, m, ends, partial(advance, teacher), loss, bar))
     return curves
 
@@ -181,25 +180,24 @@ def measure_trajectory_error(
 def _students(
     network: nn.Module, synthetic: SyntheticSet, n: int, *, ema: bool, seed: int, device: torch.device | str
 ) -> Callable[[int, Tensor, int], Tensor]:
-    """Give advance(teacher, weights, segment)."""
+    """Return advance(teacher, weights, segment)."""
     images, labels = synthetic.chosen(ema=ema).to(device), synthetic.labels.to(device)
     assert synthetic.step_size is not None
     step_size = synthetic.step_size.to(device)
-    augmentation = synthetic.metadata.get("augmentation") or {"strategy": ""}
-    augment = partial(dsa, **{"strategy": STRATEGY, **augmentation}) if augmentation["strategy"] else None
+    augment = Augmentation.of(synthetic.metadata.get("augmentation") or "")
     batch_size = synthetic.metadata.get("settings", {}).get("syn_batch")
 
     def advance(teacher: int, weights: Tensor, segment: int) -> Tensor:
         order = make_generator(seed, "error batches", teacher, segment)
         batches = chunked_permutations(len(images), n, order, batch_size=batch_size)
         draws = derive_seed(seed, "error dsa", teacher, segment)
-        return unroll(network, weights, images, labels, step_size, batches=batches, augment=augment, seed=draws)
+        return unroll(network, weights, images, labels, step_size, batches=batches, augment=augment or None, seed=draws)
 
     return advance
 
 
 def _ends(store: TrajectoryStore, teacher: int, m: int, device: torch.device | str) -> Iterator[Tensor]:
-    """Read the ends of a teacher's segments one by one."""
+    """Read the ends of a teacher's segments one at a time."""
     yield store.segment(teacher, 0, m).start.to(device)
     for start in range(0, store.epochs // m * m, m):
         yield store.segment(teacher, start, m).target.to(device)
@@ -224,16 +222,16 @@ def _curve(
                 f"teacher {teacher}: the student's weights are not finite at epoch {segment * m + m}; "
                 "the set's step size may be too large for its network"
             )
-        own = loss(error.target)
-        differences = (loss(error.student) - own, loss(error.fresh) - own)
-        rows.append((own, *differences, *map(float, norms), float((error.target - error.start).norm())))
+        teacher_loss = loss(error.target)
+        differences = (loss(error.student) - teacher_loss, loss(error.fresh) - teacher_loss)
+        rows.append((teacher_loss, *differences, *map(float, norms), float((error.target - error.start).norm())))
         bar.update()
     columns = [list(column) for column in zip(*rows, strict=True)]
     return TrajectoryErrorCurve(teacher, initial_loss, [m * (t + 1) for t in range(len(rows))], *columns)
 
 
 def summarize(curves: Sequence[TrajectoryErrorCurve]) -> dict[str, dict[str, list[float]]]:
-    """Average curves over teachers: mean and population standard deviation of every quantity, epoch by epoch.
+    """Average curves over teachers: mean and population standard deviation of every quantity, per epoch.
 
     Example:
         >>> one = TrajectoryErrorCurve(0, 2.0, [1], *([[1.0]] * 7))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
+from pathlib import Path  # noqa: TC003
+from typing import Any, Literal
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from ftd_lightning.command_line import parse_command
 from ftd_lightning.data import DistillationDataModule, SyntheticSet, TrajectoryStore, check_compatible
 from ftd_lightning.data.files import replacing, versions
 from ftd_lightning.errors import InputError
@@ -22,9 +23,6 @@ from ftd_lightning.studies.trajectory_error import (
     summarize,
 )
 from ftd_lightning.training.fresh_networks import student_networks
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 KIND = "trajectory_error"
 TAGS = {
@@ -38,47 +36,19 @@ TAGS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """Make the command's parser."""
-    words = argparse.ArgumentParser(
-        prog="ftd trajectory-error",
-        description="Measure how far a student on a synthetic set drifts from its teachers (Figure 1, Eq. 6-8).",
-    )
-    words.add_argument("set", type=Path, help="file of the synthetic set")
-    words.add_argument("store", type=Path, help="folder of the teachers' trajectories")
-    words.add_argument("--dataset", help="data set of the real images; by default the one that the teachers name")
-    words.add_argument("--root", default="data", help="folder of the data sets")
-    words.add_argument("--teachers", type=int, default=1, metavar="K", help="average over the first K teachers")
-    words.add_argument(
-        "--on",
-        choices=("test", "train"),
-        default="test",
-        help="real images of the losses; Figure 1's are the test images",
-    )
-    words.add_argument("--ema", action="store_true", help="the set's averaged images")
-    words.add_argument("--syn-steps", type=int, metavar="N", help="inner steps a segment; by default the set's own")
-    words.add_argument("--expert-epochs", type=int, metavar="M", help="teacher epochs a segment; by default the set's")
-    words.add_argument("--output", type=Path, metavar="DIR", help="by default a folder trajectory_error beside the set")
-    words.add_argument(
-        "--against", type=Path, action="append", default=[], metavar="CURVE", help="a curve.json to draw beside it"
-    )
-    words.add_argument("--seed", type=int, default=0, help="of mini-batches and augmentation")
-    return words
-
-
 def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: str) -> DistillationDataModule:
-    """Read the real images as the teachers saw them, through the set's own transform.
+    """Read the real images as the teachers saw them, through the set's transform.
 
     Raises:
-        InputError: for a data set that is not the teachers', or a set that does not fit it.
+        InputError: for a data set other than the teachers', or a set that does not fit it.
     """
     recorded = store.metadata.get("dataset")
-    seen = recorded if isinstance(recorded, dict) else {"name": recorded}
-    name = dataset or seen.get("name")
+    described = recorded if isinstance(recorded, dict) else {"name": recorded}
+    name = dataset or described.get("name")
     if not name:
         raise InputError(f"{store.path}: its teachers do not name their data set: give --dataset")
     known = set(inspect.signature(DistillationDataModule).parameters) - {"dataset"}
-    options: dict[str, Any] = {key: value for key, value in seen.items() if key in known}
+    options: dict[str, Any] = {key: value for key, value in described.items() if key in known}
     data = DistillationDataModule(dataset=name, root=root, synthetic=str(file), **options)
     data.prepare_data()
     data.setup()
@@ -86,53 +56,14 @@ def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: s
     return data
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Do the work and give what ``curve.json`` holds."""
-    synthetic, store = SyntheticSet.load(options.set), TrajectoryStore(options.store)
-    n, m = inner_settings(synthetic, options.syn_steps, options.expert_epochs)
-    check_set(synthetic, store, m)
-    if not 1 <= options.teachers <= len(store):
-        raise InputError(f"{store.path}: {options.teachers} teachers are asked for, {len(store)} are recorded")
-    synthetic.chosen(ema=options.ema)
-    data = real_images(store, options.set, options.dataset, options.root)
-    curves = measure_trajectory_error(
-        synthetic,
-        store,
-        getattr(data, options.on),
-        student_networks(store, None, None, data).build(0),
-        teachers=range(options.teachers),
-        syn_steps=n,
-        expert_epochs=m,
-        ema=options.ema,
-        seed=options.seed,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        progress=True,
-    )
-    return {
-        "kind": KIND,
-        "method": synthetic.metadata.get("method", "set"),
-        "on": options.on,
-        "ema": options.ema,
-        "syn_steps": n,
-        "expert_epochs": m,
-        "seed": options.seed,
-        "epochs": curves[0].epochs,
-        **summarize(curves),
-        "each": [curve._asdict() for curve in curves],
-        "set": synthetic.metadata,
-        "teachers": store.metadata,
-        "versions": versions(),
-    }
-
-
 def read_curve(path: Path) -> dict[str, Any]:
     """Read a ``curve.json``.
 
     Raises:
-        InputError: for a file that is not there or is something else.
+        InputError: for a file that is missing or is something else.
     """
     try:
-        curve: dict[str, Any] = json.loads(path.read_text())
+        curve: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if curve["kind"] != KIND:
             raise KeyError(KIND)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
@@ -141,7 +72,7 @@ def read_curve(path: Path) -> dict[str, Any]:
 
 
 def table(curve: dict[str, Any], *, rows: int = 10) -> str:
-    """Lay a curve out, at most about ``rows`` epochs and always the last.
+    """Format a curve as a table of about ``rows`` epochs at most, the last one included.
 
     Example:
         >>> values = {name: [0.5, 1.5] for name in QUANTITIES}
@@ -161,38 +92,12 @@ def table(curve: dict[str, Any], *, rows: int = 10) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        InputError: for what does not fit; nothing is written then.
-        DivergenceError: if a student's weights do not stay finite.
-    """
-    options = parser().parse_args(arguments)
-    others = [read_curve(path) for path in options.against]
-    folder = options.output or options.set.parent / KIND
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is no folder, give another --output")
-    curve = measure(options)
-    with replacing(folder / "curve.json") as part:
-        part.write_text(json.dumps(curve, indent=2, allow_nan=False) + "\n")
-    with replacing(folder / "curve.png") as part:
-        draw([curve, *others], part)
-    # purge_step: TensorBoard forgets the curve that an earlier run left in this folder.
-    with SummaryWriter(str(folder), purge_step=0) as board:
-        for name, tag in TAGS.items():
-            for epoch, value in zip(curve["epochs"], curve["mean"][name], strict=True):
-                board.add_scalar(f"trajectory_error/{tag}", value, epoch)
-    print(table(curve))
-    print(f"{folder / 'curve.json'}, curve.png and TensorBoard scalars are written")
-
-
 def draw(curves: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw curves in the manner of Figure 1, with the norms of the errors below.
+    """Draw curves as in Figure 1, with the norms of the errors below.
 
-    The first one's teacher is in grey, on an axis of its own. Bands are one standard deviation over teachers.
+    The teacher of the first one is grey, on a second axis. Bands are one standard deviation over teachers.
     """
-    # Only here: loading it takes a moment, and its pyplot would keep figures in a global state.
+    # Imported here because it is slow; not pyplot, which keeps figures in a global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -223,3 +128,100 @@ def draw(curves: Sequence[dict[str, Any]], path: Path) -> None:
     above.legend([h for part in handles for h in part[0]], [name for part in handles for name in part[1]], fontsize=8)
     below.legend(fontsize=8, ncols=len(curves))
     figure.savefig(path, format="png", dpi=120)
+
+
+def trajectory_error(
+    set_file: Path,
+    store_folder: Path,
+    *,
+    dataset: str | None = None,
+    root: str = "data",
+    teachers: int = 1,
+    on: Literal["test", "train"] = "test",
+    ema: bool = False,
+    syn_steps: int | None = None,
+    expert_epochs: int | None = None,
+    output: Path | None = None,
+    against: Sequence[Path] = (),
+    seed: int = 0,
+) -> None:
+    """Measure how far a student on a synthetic set drifts from its teachers (Figure 1, Eq. 6-8).
+
+    Args:
+        set_file: the synthetic set.
+        store_folder: folder of the teachers' trajectories.
+        dataset: data set of the real images; by default the one that the teachers name.
+        root: folder of the data sets.
+        teachers: average over so many, from the first.
+        on: real images that the losses are measured on; the test images in Figure 1.
+        ema: use the set's averaged images.
+        syn_steps: inner steps per segment; by default the set's.
+        expert_epochs: teacher epochs per segment; by default the set's.
+        output: by default a folder trajectory_error beside the set.
+        against: a curve.json to draw beside it.
+        seed: of mini-batches and augmentation.
+
+    Raises:
+        InputError: for a set, a store or a file that does not fit; nothing is written then.
+        DivergenceError: if a student's weights do not stay finite.
+    """
+    others = [read_curve(path) for path in against]
+    folder = output or set_file.parent / KIND
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is no folder, give another --output")
+    synthetic, store = SyntheticSet.load(set_file), TrajectoryStore(store_folder)
+    n, m = inner_settings(synthetic, syn_steps, expert_epochs)
+    check_set(synthetic, store, m)
+    if not 1 <= teachers <= len(store):
+        raise InputError(f"{store.path}: {teachers} teachers are asked for, {len(store)} are recorded")
+    synthetic.chosen(ema=ema)
+    real = real_images(store, set_file, dataset, root).part(on)
+    curves = measure_trajectory_error(
+        synthetic,
+        store,
+        real,
+        student_networks(store).build(0),
+        teachers=range(teachers),
+        syn_steps=n,
+        expert_epochs=m,
+        ema=ema,
+        seed=seed,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        progress=True,
+    )
+    curve = {
+        "kind": KIND,
+        "method": synthetic.metadata.get("method", "set"),
+        "on": on,
+        "ema": ema,
+        "syn_steps": n,
+        "expert_epochs": m,
+        "seed": seed,
+        "epochs": curves[0].epochs,
+        **summarize(curves),
+        "each": [curve._asdict() for curve in curves],
+        "set": synthetic.metadata,
+        "teachers": store.metadata,
+        "versions": versions(),
+    }
+    write(curve, others, folder)
+    print(table(curve))
+    print(f"{folder / 'curve.json'}, curve.png and TensorBoard scalars are written")
+
+
+def write(curve: dict[str, Any], others: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write a curve as JSON, as PNG (with others beside it) and as TensorBoard scalars."""
+    with replacing(folder / "curve.json") as part:
+        part.write_text(json.dumps(curve, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with replacing(folder / "curve.png") as part:
+        draw([curve, *others], part)
+    # purge_step: TensorBoard forgets the curve that an earlier run left in this folder.
+    with SummaryWriter(str(folder), purge_step=0) as board:
+        for name, tag in TAGS.items():
+            for epoch, value in zip(curve["epochs"], curve["mean"][name], strict=True):
+                board.add_scalar(f"trajectory_error/{tag}", value, epoch)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``ftd trajectory-error``."""
+    trajectory_error(**parse_command(trajectory_error, "trajectory-error", arguments))

@@ -1,17 +1,15 @@
-"""The protocol of evaluation as plain functions, shared by the module and by the callback that measures on the way."""
+"""The evaluation protocol of this line of work as plain functions, shared by the module and by the callback."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import MultiStepLR
-from torchmetrics import MeanMetric
 from tqdm.auto import tqdm
 
 from ftd_lightning.data.loader import BatchOrder, TensorLoader
-from ftd_lightning.functional.augment import STRATEGY, Mode
+from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.training.fresh_networks import right_answers
 from ftd_lightning.training.ranks import all_ranks
@@ -20,43 +18,84 @@ from ftd_lightning.training.side_by_side import SideBySide
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from torch import Tensor, nn
+
     from ftd_lightning.functional.compiling import Compile
 
 
-def evaluation_optimizer(
-    networks: Iterable[nn.Module], *, lr: float, momentum: float, weight_decay: float, epochs: int
-) -> tuple[torch.optim.SGD, MultiStepLR]:
-    """Make the protocol's optimizer and its schedule, x0.1 at half way, over the weights of all networks.
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """How a fresh network is trained on a synthetic set; the defaults are those behind the published numbers.
 
-    Convention: one optimizer for all epochs. The public code makes a new one at the drop, which forgets the momentum,
-    runs one epoch more, and drops one later.
+    Attributes:
+        epochs: over the set.
+        lr: learning rate; x0.1 from half of the epochs on.
+        batch_size: images per step.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        augment: of every batch, drawn for each network.
     """
-    parameters = [p for network in networks for p in network.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    return optimizer, MultiStepLR(optimizer, [max(1, epochs // 2)], gamma=0.1)
+
+    epochs: int = 1000
+    lr: float = 0.01
+    batch_size: int = 256
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augment: Augmentation = field(default_factory=Augmentation)
+
+    def optimizer(self, networks: Iterable[nn.Module]) -> torch.optim.SGD:
+        """Make one optimizer over the weights of all networks."""
+        parameters = [p for network in networks for p in network.parameters()]
+        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def lr_at(self, epoch: int) -> float:
+        """Return the learning rate of an epoch, from 0.
+
+        Convention: one optimizer for all epochs. The public code makes a new one at the drop, which forgets the
+        momentum, runs one epoch more, and drops one later.
+
+        Example:
+            >>> [round(EvaluationProtocol(epochs=4, lr=0.5).lr_at(epoch), 3) for epoch in range(4)]
+            [0.5, 0.5, 0.05, 0.05]
+        """
+        return self.lr * 0.1 if epoch >= max(1, self.epochs // 2) else self.lr
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 @torch.no_grad()
 def accuracies(networks: Iterable[nn.Module], images: Tensor, labels: Tensor, *, batch_size: int = 1024) -> list[float]:
-    """Measure the share of images that each network classifies right, in [0, 1]; the host waits once, at the end."""
+    """Measure the share of images that each network classifies correctly, in [0, 1]; the host waits once, at the end.
+
+    Args:
+        networks: put into evaluation mode; images are cast to the type of their weights.
+        images: (N, C, H, W), on the networks' device.
+        labels: (N,) int64.
+        batch_size: images per forward pass.
+    """
     counts = []
     for network in networks:
         network.eval()
+        weight = next(network.parameters(), images)
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        counts.append(torch.stack([right_answers(network(x), y).sum() for x, y in batches]).sum())
+        counts.append(torch.stack([right_answers(network(x.to(weight.dtype)), y).sum() for x, y in batches]).sum())
     return [count / len(labels) for count in torch.stack(counts).tolist()]
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 1024) -> float:
-    """Measure the share of images that a network classifies right, in [0, 1]."""
+    """Measure the share of images that a network classifies correctly, in [0, 1]."""
     return accuracies([network], images, labels, batch_size=batch_size)[0]
 
 
 def from_all_ranks(own: list[float], total: int) -> list[float]:
-    """Collect what ``own_share`` dealt out: a number of each of ``total`` networks, on every rank, in their order.
+    """Collect on every rank what ``own_share`` dealt out: one number per network, in the networks' order.
 
     Args:
-        own: a number of each network of this rank, those included that fill up its share.
+        own: a number for each network of this rank, including those that only fill up its share.
         total: how many networks count.
     """
     ranks = all_ranks(own)
@@ -67,58 +106,42 @@ def train_fresh_networks(
     networks: Sequence[nn.Module],
     images: Tensor,
     labels: Tensor,
+    protocol: EvaluationProtocol,
     *,
-    epochs: int,
-    lr: float,
     seed: int = 0,
-    batch_size: int = 256,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    strategy: str = STRATEGY,
-    mode: Mode = "single",
-    align_corners: bool = True,
     progress: str | None = None,
     compile: Compile = "auto",  # noqa: A002
     indices: Sequence[int] | None = None,
     losses: SideBySide | None = None,
 ) -> None:
-    """Train networks on a synthetic set by the protocol of this line, in place.
+    """Train networks on a synthetic set, in place.
 
     Args:
         networks: fresh ones, on the images' device.
         images: (N, C, H, W).
-        labels: (N,) or (N, K).
-        epochs: over the synthetic set.
-        lr: learned step size, or another.
+        labels: (N,) classes or (N, K) probabilities.
+        protocol: epochs, learning rate, batches, augmentation.
         seed: decides batches and augmentation.
-        batch_size: images a step.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        strategy: DSA strategy.
-        mode: DSA mode.
-        align_corners: of its resampling.
-        progress: what a progress bar says; None for no bar.
-        compile: torch.compile for forward and backward passes: True, False, or "auto": on a GPU only.
+        progress: label of a progress bar; None shows no bar.
+        compile: torch.compile for forward and backward passes; see ``functional.compiling``.
         indices: numbers of the networks, by which their augmentation is drawn; None counts from 0.
-        losses: what computes them, to share what it has compiled with other calls; None makes one.
+        losses: computes the losses, to share what it has compiled with other calls; None makes one.
     """
-    loader = TensorLoader(images, labels, BatchOrder(len(labels), batch_size, shuffle=True, seed=seed))
-    optimizer, schedule = evaluation_optimizer(
-        networks, lr=lr, momentum=momentum, weight_decay=weight_decay, epochs=epochs
-    )
+    order = BatchOrder(len(labels), protocol.batch_size, shuffle=True, seed=seed)
+    loader = TensorLoader(images, labels, order)
+    optimizer = protocol.optimizer(networks)
     losses = losses or SideBySide(compile, images.device)
     indices = range(len(networks)) if indices is None else indices
     for network in networks:
         network.train()
-    for epoch in tqdm(range(epochs), desc=progress, disable=progress is None, leave=False):
+    for epoch in tqdm(range(protocol.epochs), desc=progress, disable=progress is None, leave=False):
+        set_lr(optimizer, protocol.lr_at(epoch))
         loader.sampler.set_epoch(epoch)
         for step, (x, y) in enumerate(loader):
             seeds = [derive_seed(seed, "dsa", index, epoch, step) for index in indices]
             optimizer.zero_grad()
-            settings = {"strategy": strategy, "mode": mode, "align_corners": align_corners}
-            losses(networks, x, y, seeds=seeds, **settings).sum().backward()  # type: ignore[arg-type, no-untyped-call]
+            losses(networks, x, y, seeds=seeds, augment=protocol.augment).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        schedule.step()
 
 
 def mean_and_std(values: Tensor) -> dict[str, float | int]:
@@ -128,10 +151,8 @@ def mean_and_std(values: Tensor) -> dict[str, float | int]:
         >>> mean_and_std(torch.tensor([0.5, 1.0]))
         {'mean': 0.75, 'std': 0.25, 'n': 2}
     """
-    first, second = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
-    mean = first(values.double())
-    second((values.double() - mean) ** 2)
-    return {"mean": float(mean), "std": float(second.compute().sqrt()), "n": len(values)}
+    values = values.double()
+    return {"mean": float(values.mean()), "std": float(values.std(correction=0)), "n": len(values)}
 
 
 def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str, Any]:
@@ -142,8 +163,8 @@ def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str
         last: test accuracy of every network after the last epoch, (n,).
 
     Returns:
-        "chosen_on_held_out", honest, and "best_on_test", which knows what it is measured on and is an upper bound only.
-        Empty without a history.
+        "chosen_on_held_out", which is honest, and "best_on_test", which is chosen on what it is measured on and thus
+        only an upper bound. Empty without a history.
 
     Example:
         >>> history = [{"held_out": [0.9], "test": [0.6]}, {"held_out": [0.8], "test": [0.7]}]
@@ -160,11 +181,12 @@ def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """Lay results out as a Markdown table, in per cent."""
+    """Format the results of an evaluation as a Markdown table, in per cent."""
     (method, last), *_ = results["accuracy"].items()
+    chosen = "chosen on held-out images" + (" (seen by the set)" if results.get("held_out_seen") else "")
     columns = {
         "last iterate": last,
-        "chosen on held-out images": results.get("chosen_on_held_out"),
+        chosen: results.get("chosen_on_held_out"),
         "best on test (an upper bound)": results.get("best_on_test"),
     }
     cells = [f"{100 * v['mean']:.1f} ± {100 * v['std']:.1f}" if v else "-" for v in columns.values()]

@@ -1,4 +1,4 @@
-"""Fresh networks: one architecture, built again and again, each time from a seed of its own."""
+"""Fresh networks: one architecture, built again and again, each time from its own seed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import seeded
-from ftd_lightning.models import build_network, find_network, reset_parameters
+from ftd_lightning.models import build_network, find_network
+from ftd_lightning.models.description import describe_network, same_network
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule
+    from ftd_lightning.contracts import ImageShape
+    from ftd_lightning.data.trajectory_store import TrajectoryStore
 
 Network = str | nn.Module | Callable[[], nn.Module]
 
@@ -23,81 +24,114 @@ class FreshNetworks:
     """Builds networks of one architecture.
 
     Args:
-        network: a name or import path for ``build_network``; a module, copied and initialised again; or a function that
-            builds one, drawing from torch's global generator.
+        network: a name or import path for ``build_network``; a function that builds one, drawing from torch's global
+            generator; or a module, which is one network and serves as an architecture only.
         options: for ``build_network``.
-        datamodule: gives a named network its channels, classes and image size.
+        shape: channels, classes and size for a named network.
 
     Raises:
-        InputError: for a named network without a datamodule that knows these.
+        InputError: for a named network without a shape.
     """
 
-    def __init__(
-        self, network: Network, options: dict[str, Any] | None, datamodule: LightningDataModule | None
-    ) -> None:
+    def __init__(self, network: Network, options: Mapping[str, Any] | None, shape: ImageShape | None) -> None:
         self.network = network
         self.options = dict(options or {})
-        self.shape: dict[str, int] = {}
+        self.shape = shape
         if isinstance(network, str):
-            find_network(network)  # complains of an unknown name before anything else is done
-            for key in ("in_channels", "num_classes", "image_size"):
-                value = getattr(datamodule, key, None)
-                if value is None:
-                    raise InputError(
-                        f"network {network!r} needs a datamodule with in_channels, num_classes and image_size; "
-                        "with one of your own, give a network object or a function that builds it"
-                    )
-                self.shape[key] = int(value)
+            find_network(network)  # an unknown name is told before anything else is done
+            if shape is None:
+                raise InputError(
+                    f"network {network!r} needs to know the images: fit with a DistillationDataModule (from_datamodule "
+                    "wraps your own), or give a function that builds the network"
+                )
 
     def build(self, *seed: int | str) -> nn.Module:
-        """Build one; equal seeds give equal weights."""
+        """Build a network on the CPU; equal seeds give equal weights.
+
+        Raises:
+            InputError: for a module, of which there are no fresh copies.
+        """
+        refuse_object(self.network)
         with seeded(*seed):
-            if isinstance(self.network, str):
-                return build_network(self.network, **self.shape, **self.options)
-            if isinstance(self.network, nn.Module):
-                network = copy.deepcopy(self.network)
-                reset_parameters(network)
-                return network
-            return self.network()
+            return self._construct()
+
+    def architecture(self) -> nn.Module:
+        """Return a network whose weights are of no interest."""
+        with seeded(0):
+            return copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self._construct()
+
+    def _construct(self) -> nn.Module:
+        if isinstance(self.network, str):
+            assert self.shape is not None
+            return build_network(self.network, **self.shape._asdict(), **self.options)
+        built = self.network()
+        if not isinstance(built, nn.Module):
+            raise InputError(f"network={self.network!r} returned {type(built).__name__}, not an nn.Module")
+        return built
 
     def describe(self) -> dict[str, Any]:
-        """Name the architecture; equal descriptions mean that weights of one fit the other."""
+        """Describe the architecture as stores and sets record it; see ``models.description``."""
         if isinstance(self.network, str):
-            return {"name": self.network, "options": self.options, **self.shape}
-        built = self.build(0)
-        shapes = {name: list(p.shape) for name, p in built.named_parameters()}
-        return {"name": f"{type(built).__module__}.{type(built).__qualname__}", "shapes": shapes}
+            assert self.shape is not None
+            return {"name": self.network, "options": self.options, **self.shape._asdict()}
+        return describe_network(self.architecture())
+
+
+def refuse_object(network: Network | None) -> None:
+    """Refuse a module where several fresh networks are needed.
+
+    Raises:
+        InputError: asking for the function that builds it.
+    """
+    if isinstance(network, nn.Module):
+        raise InputError(
+            f"network is one {type(network).__name__} object, but several fresh networks are needed: give the function "
+            "or class that builds it"
+        )
 
 
 def student_networks(
     store: TrajectoryStore,
-    network: Network | None,
-    options: dict[str, Any] | None,
-    datamodule: LightningDataModule | None,
+    network: Network | None = None,
+    options: Mapping[str, Any] | None = None,
+    shape: ImageShape | None = None,
 ) -> FreshNetworks:
-    """Give the networks that teachers of a store can be matched with.
+    """Return the networks that the teachers of a store can be matched with.
 
     Args:
         store: the teachers.
         network: as for :class:`FreshNetworks`; None takes the teachers' own.
         options: for a named network.
-        datamodule: as for :class:`FreshNetworks`.
+        shape: of the images, where the store does not know it.
 
     Raises:
-        InputError: for another network than the teachers', or None where theirs was an object.
+        InputError: if the parameters' names or shapes are not those of the teachers, or for None where the teachers'
+            network has no name to build it by.
     """
     recorded = store.metadata["network"]
     if network is None:
         if "options" not in recorded:
-            raise InputError(f"{store.path}: its network {recorded['name']} has no short name; give it as network")
+            raise InputError(
+                f"{store.path}: its network {recorded['name']} cannot be built by name; pass it as network"
+            )
         network, options = recorded["name"], recorded["options"]
-    fresh = FreshNetworks(network, options, datamodule)
-    check_compatible(store, {"network": fresh.describe()})
+    fresh = FreshNetworks(network, options, store.shape or shape)
+    described = fresh.describe()
+    if not same_network(recorded, described):
+        raise InputError(
+            f"{store.path}: its teachers are {_in_words(recorded)}, which has other parameters than "
+            f"{_in_words(described)}; change network and network_options or record other teachers"
+        )
     return fresh
 
 
+def _in_words(description: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in description.get("options", {}).items())
+    return f"{description['name']}({options})"
+
+
 def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mark what is classified right: (N,) float, 1 or 0, for logits (N, K) and classes (N,).
+    """Mark correct classifications: (N,) float, 1 or 0, for logits (N, K) and classes (N,).
 
     Example:
         >>> import torch
@@ -105,16 +139,3 @@ def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
         tensor([1., 0.])
     """
     return (logits.argmax(1) == labels).float()
-
-
-def plain_settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a module's hyper-parameters as JSON holds them, without what LightningCLI adds for itself."""
-    return {key: value for key, value in hparams.items() if not key.startswith("_")}
-
-
-def plain_network(network: Network | None) -> list[str]:
-    """Tell which init arguments to keep out of the saved hyper-parameters: a network that is an object.
-
-    Checkpoints hold plain values only, so that they load without running code.
-    """
-    return [] if network is None or isinstance(network, str) else ["network"]

@@ -1,4 +1,4 @@
-"""What each process of a parallel fit has for itself: teachers and fresh networks share no gradient between ranks.
+"""What each process of a parallel fit keeps to itself: teachers and fresh networks share no gradient between ranks.
 
 Lightning's DDP makes all ranks equal: it broadcasts the first one's weights when it wraps a module, averages gradients,
 and saves the first one's state alone. Here each rank's own state is put back and saved beside the others'.
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import CombinedLoader, move_data_to_device
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from ftd_lightning.errors import InputError
@@ -22,7 +23,7 @@ KEYS = ("state_dict", "optimizer_states")
 
 
 def own_share(total: int, *, rank: int, world_size: int) -> list[int]:
-    """Deal numbers 0, 1, .. out to ranks in turn, equally many to each.
+    """Deal the numbers 0, 1, .. out to ranks in turn, equally many to each.
 
     Convention: numbers of ``total`` and above fill up the last round. A rank that got one works on it like the others,
     so that all take the same steps, and its result is not used.
@@ -44,9 +45,9 @@ def all_ranks(value: Any) -> list[Any]:
 
 
 def without_gradient_sync(trainer: Trainer) -> AbstractContextManager[None]:
-    """Give the context in which DDP averages no gradient; a null context where there is no DDP."""
-    no_sync = getattr(trainer.strategy.model, "no_sync", None)
-    return no_sync() if no_sync else nullcontext()  # type: ignore[operator]
+    """Return a context in which DDP averages no gradient; a null context without DDP."""
+    model = trainer.strategy.model
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def refuse_split_loaders(trainer: Trainer, *, or_else: str) -> None:
@@ -81,9 +82,10 @@ class RankStates:
     def keep(self, module: LightningModule) -> None:
         """Remember the weights as they are, before DDP wraps the module; and keep its hands off the buffers."""
         self.kept = {name: value.detach().clone() for name, value in module.state_dict().items()}
-        # DDP copies the first rank's buffers (running statistics) to the others before a forward pass.
+        # DDP copies the first rank's buffers (running statistics) to the others before a forward pass. Its switch for
+        # single buffers has no public form; broadcast_buffers belongs to the user's strategy.
         buffers = [name for name, _ in module.named_buffers()]
-        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
 
     def restore(self, module: LightningModule) -> None:
         """Put them back, once DDP has wrapped the module."""
@@ -98,8 +100,13 @@ class RankStates:
             # On the CPU: gathered, a tensor of one GPU would take the memory of that same GPU in every process.
             checkpoint["ranks"] = all_ranks(move_data_to_device(own, "cpu"))
 
+    @staticmethod
+    def of_all_ranks(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the state dicts of every rank of a checkpoint, in their order."""
+        return [state["state_dict"] for state in checkpoint.get("ranks") or [checkpoint]]
+
     def load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Make a checkpoint that of this rank.
+        """Replace what a checkpoint says of the first rank by what it says of this one.
 
         Raises:
             InputError: for a checkpoint of another number of ranks.

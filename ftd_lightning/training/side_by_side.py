@@ -16,7 +16,6 @@ from torch.func import functional_call, grad_and_value
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.augment import Mode, dsa
 from ftd_lightning.functional.compiling import Compile, compiled, compiles
 from ftd_lightning.functional.gsam import gsam_perturbation
 from ftd_lightning.functional.seeding import make_generator
@@ -24,6 +23,8 @@ from ftd_lightning.optim import frozen_running_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from ftd_lightning.functional.augment import Augmentation
 
 # Pixel values of a batch up to which one backward pass for all networks is the faster one.
 SMALL_BATCH = 4096
@@ -113,12 +114,9 @@ class SideBySide:
         labels: Tensor,
         *,
         seeds: Sequence[int],
-        strategy: str,
-        mode: Mode,
-        align_corners: bool = True,
-        one_graph: bool = False,
+        augment: Augmentation,
     ) -> Tensor:
-        """Give the networks' losses (n,), differentiable in their weights.
+        """Compute the networks' losses (n,), differentiable in their weights.
 
         They share no weight, so the gradient of the sum is each one's own.
 
@@ -127,28 +125,25 @@ class SideBySide:
             images: (N, C, H, W).
             labels: (N,) or (N, K).
             seeds: n, of the augmentations.
-            strategy: DSA strategy.
-            mode: DSA mode.
-            align_corners: of its resampling.
-            one_graph: for float16, whose gradients need the scale that the trainer puts on the loss.
+            augment: of the images, drawn anew for each network.
         """
 
         def augmented(seed: int) -> Tensor:
-            return dsa(images, make_generator(seed), strategy=strategy, mode=mode, align_corners=align_corners)
+            return augment(images, make_generator(seed))
 
-        if one_graph and self.rho:
-            raise InputError("SAM at evaluation (rho) is not to be had in float16: use 32-true or bf16-mixed")
-        if one_graph or (not self.rho and not self._compiles and images.numel() <= SMALL_BATCH):
+        if not self.rho and not self._compiles and images.numel() <= SMALL_BATCH:
             pairs = zip(networks, seeds, strict=True)
             return torch.stack([cross_entropy(network(augmented(seed)), labels) for network, seed in pairs])
 
         def step(network: nn.Module, seed: int, weights: list[nn.Parameter]) -> Any:
             batch = augmented(seed)
             results = self._run(network, batch, labels, *weights)
-            of_weights, buffers = results[: 1 + len(weights)], results[1 + len(weights) :]
-            for buffer, value in zip(network.buffers(), buffers, strict=False):  # there are none of the eager function
+            loss_and_gradient, buffers = results[: 1 + len(weights)], results[1 + len(weights) :]
+            for buffer, value in zip(network.buffers(), buffers, strict=False):  # the eager function returns none
                 buffer.copy_(value)
-            return self._at_worst_point(network, batch, labels, weights, of_weights) if self.rho else of_weights
+            if not self.rho:
+                return loss_and_gradient
+            return self._at_worst_point(network, batch, labels, weights, loss_and_gradient)
 
         weights = [[p for p in network.parameters() if p.requires_grad] for network in networks]
         steps = [partial(step, *own) for own in zip(networks, seeds, weights, strict=True)]
@@ -158,16 +153,17 @@ class SideBySide:
     def _at_worst_point(
         self, network: nn.Module, images: Tensor, labels: Tensor, weights: list[nn.Parameter], at_weights: Sequence[Any]
     ) -> Sequence[Any]:
-        """Put the gradients at the perturbed weights in the place of those at the weights; the loss stays."""
+        """Replace the gradients at the weights by those at the perturbed weights; the loss stays."""
         loss, *gradients = at_weights
         known = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
-        live: list[Tensor] = list(weights)
         before = [w.detach().clone() for w in weights]
-        torch._foreach_add_(live, gsam_perturbation(weights, known, rho=self.rho))
+        for weight, change in zip(weights, gsam_perturbation(weights, known, rho=self.rho), strict=True):
+            weight.add_(change)
         try:
             # Running statistics at the perturbed weights belong to no network that is ever used.
             with frozen_running_statistics(network):
                 perturbed = self._run(network, images, labels, *weights)[1 : 1 + len(weights)]
         finally:
-            torch._foreach_copy_(live, before)
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
         return loss, *perturbed

@@ -1,15 +1,17 @@
 import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ftd_lightning.data.files import KEY, TensorFile, fingerprint, replacing, versions, write_tensors
+from ftd_lightning.data.files import KEY, TensorFile, fingerprint, replacing, versions, write_in_turn, write_tensors
 
 METADATA = {"network": {"name": "convnet", "width": 8}, "epochs": 3, "accuracies": [0.1, 0.25], "note": "naïve"}
 
@@ -90,6 +92,46 @@ def test_no_pickle_is_needed_to_read_a_file(tmp_path):
     with safe_open(tmp_path / "f", framework="pt") as file:
         assert json.loads(file.metadata()[KEY])["accuracies"] == [0.1, 0.25]
         assert torch.equal(file.get_tensor("images"), some_tensors()["images"])
+
+
+ALL_DTYPES = {
+    "double": torch.arange(3.0).double(),
+    "float": torch.ones(2, 0, 3),
+    "half": torch.arange(5.0).half(),
+    "bfloat": torch.arange(5.0).bfloat16().view(5, 1),
+    "long": torch.tensor(7),
+    "int": torch.arange(6).int().view(2, 3),
+    "short": torch.arange(3).short(),
+    "char": torch.arange(3).to(torch.int8),
+    "byte": torch.arange(7).byte(),
+    "bool": torch.tensor([True, False]),
+    "naïve": torch.zeros(1),
+}
+
+
+@pytest.mark.parametrize("tensors", [ALL_DTYPES, {}, some_tensors()], ids=["all dtypes", "none", "some"])
+def test_files_are_those_that_safetensors_writes(tmp_path, tensors):
+    write_tensors(tmp_path / "f", tensors, kind="thing", metadata=METADATA)
+    header = json.dumps({**METADATA, "kind": "thing", "format": 1}, sort_keys=True)
+    save_file(tensors, tmp_path / "theirs", metadata={KEY: header})
+    assert (tmp_path / "f").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("second", [torch.zeros(4), torch.zeros(3).double()], ids=["shape", "dtype"])
+def test_tensor_that_is_not_as_announced_leaves_the_old_file(tmp_path, second):
+    (tmp_path / "f").write_text("old")
+    layout = [(name, torch.float32, torch.Size([3])) for name in "ab"]
+    with pytest.raises(ValueError, match="b is "):
+        write_in_turn(tmp_path / "f", layout, [torch.zeros(3), second], kind="thing", metadata={})
+    assert (tmp_path / "f").read_text() == "old"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_tensors_with_a_prefix_are_read_together(tmp_path):
+    tensors = {"transform.mean": torch.zeros(1), "transform.inverse": torch.ones(2), "images": torch.ones(3)}
+    write_tensors(tmp_path / "f", tensors, kind="thing", metadata={})
+    found = TensorFile(tmp_path / "f", kind="thing").with_prefix("transform.")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {"mean": [0], "inverse": [1, 1]}
 
 
 def test_missing_file_is_refused(tmp_path, refused):
@@ -177,6 +219,65 @@ def test_old_file_stands_until_the_new_one_is_complete(tmp_path):
     assert os.listdir(tmp_path) == ["f"]
 
 
+def write_numbers(path, writer, count):
+    for number in range(count):
+        values = torch.full((50_000 + 10_000 * writer,), float(number))
+        write_tensors(path, {"values": values}, kind="thing", metadata={"writer": writer, "number": number})
+
+
+def check_while(path, at_work):
+    """Read a file again and again: it has to be whole at any moment."""
+    readings = 0
+    while at_work():
+        if path.exists():
+            file = TensorFile(path, kind="thing")
+            writer, number = file.metadata["writer"], file.metadata["number"]
+            assert file["values"].numel() == 50_000 + 10_000 * writer
+            assert bool((file["values"] == number).all())
+            readings += 1
+    return readings
+
+
+def test_threads_that_write_one_file_at_the_same_time_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "f"
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        writers = [pool.submit(write_numbers, path, writer, 60) for writer in range(2)]
+        assert check_while(path, lambda: not all(writer.done() for writer in writers)) > 5
+        for writer in writers:
+            writer.result()
+    assert TensorFile(path, kind="thing").metadata["number"] == 59  # the last to finish wins
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_processes_that_write_one_file_at_the_same_time_do_not_disturb_each_other(tmp_path):
+    path, context = tmp_path / "f", multiprocessing.get_context("spawn")
+    writers = [context.Process(target=write_numbers, args=(path, writer, 60)) for writer in range(2)]
+    for writer in writers:
+        writer.start()
+    assert check_while(path, lambda: any(writer.is_alive() for writer in writers)) > 5
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert TensorFile(path, kind="thing").metadata["number"] == 59
+    assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process can be asked for there without ending it")
+def test_only_what_dead_writers_of_this_machine_left_of_the_same_file_is_cleared(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path = tmp_path / "f[1]"  # no pattern
+    with replacing(path) as part:
+        part.write_text("mine")
+        prefix, _, random = part.name.partition(f"-{os.getpid()}-")
+        kept = [f"{prefix}-{os.getppid()}-{random}", f".f[1].01234567-{dead.pid}-{random}", ".f[1].part"]
+        kept += [f"{prefix}2-{dead.pid}-{random}".replace("f[1]", "f1")]
+        for name in [*kept, f"{prefix}-{dead.pid}-{random}", f"{prefix}-{dead.pid}-01234567.part"]:
+            (tmp_path / name).write_text("")
+        with replacing(path) as other:  # this process is at work
+            other.write_text("other")
+    assert path.read_text() == "mine"
+    assert set(os.listdir(tmp_path)) == {path.name, *kept}
+
+
 # Imports once and forks a writer for each kill: importing torch anew each time would take most of the test.
 KILLED_WRITERS = """
 import os, random, signal, struct, sys, time
@@ -254,5 +355,11 @@ def test_fingerprint_tells_values_shapes_and_types_apart():
 
 def test_versions_name_what_a_result_depends_on():
     assert versions()["torch"] == torch.__version__
-    assert set(versions()) == {"ftd_lightning", "python", "torch", "lightning"}
+    assert set(versions()) == {"ftd_lightning", "python", "torch", "lightning", "float32_matmul_precision"}
     assert json.loads(json.dumps(versions())) == versions()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert versions()["float32_matmul_precision"] == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)

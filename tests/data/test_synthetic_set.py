@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from ftd_lightning.data import Standardization, SyntheticSet, Whitening
-from ftd_lightning.data.files import write_tensors
+from ftd_lightning.data.files import TensorFile, write_tensors
 
 METADATA = {
     "dataset": {"name": "toy", "val_fraction": 0.1},
@@ -63,6 +63,16 @@ def test_every_field_comes_back(full, tmp_path):
     assert back.class_names == full.class_names
     assert back.metadata == METADATA
     assert back.transform.describe() == full.transform.describe()
+
+
+def test_metadata_is_read_without_any_tensor(full, whitening, tmp_path, monkeypatch, refused):
+    full.transform = whitening
+    full.save(tmp_path / "set.safetensors")
+    monkeypatch.setattr(TensorFile, "__getitem__", lambda file, name: pytest.fail(f"read {name}"))
+    assert SyntheticSet.read_metadata(tmp_path / "set.safetensors") == METADATA
+    write_tensors(tmp_path / "other", {}, kind="whitening", metadata={})
+    with refused(tmp_path / "other", "synthetic set"):
+        SyntheticSet.read_metadata(tmp_path / "other")
 
 
 def test_fields_that_are_not_there_come_back_as_none(pictures, tmp_path):

@@ -1,9 +1,12 @@
 import json
 import subprocess
 import sys
+import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ftd_lightning.data import TrajectoryStore, check_compatible, write_teacher
@@ -55,7 +58,7 @@ def test_teachers_come_in_the_order_of_their_numbers(folder):
 def test_store_says_what_its_teachers_share_and_each_says_its_own(folder):
     store = TrajectoryStore(folder)
     assert (len(store), store.epochs, store.num_parameters) == (3, 4, 6)
-    assert store.metadata == {**SHARED, "epochs": 4, "parameters": 6}
+    assert store.metadata == {**SHARED, "parameters": 6}
     assert store.teacher_metadata(2)["seed"] == 1002
     assert store.teacher_metadata(2)["accuracies"] == [0.2]
     assert store.teacher_metadata(2)["network"] == NETWORK
@@ -79,6 +82,15 @@ def test_equal_snapshots_in_a_row_are_refused(tmp_path):
     with pytest.raises(DivergenceError, match=r"teacher 5.* 2 and 3 "):
         write_teacher(tmp_path, 5, weights, SHARED)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_snapshots_that_diverged_leave_the_file_that_was_there(folder):
+    path, before = folder / "teacher_0001.safetensors", (folder / "teacher_0001.safetensors").read_bytes()
+    for weights in ([*snapshots(1), snapshots(1)[-1]], [*snapshots(1), torch.full((6,), torch.nan)]):
+        with pytest.raises(DivergenceError):
+            write_teacher(folder, 1, weights, SHARED)
+        assert path.read_bytes() == before
+    assert len(list(folder.iterdir())) == 3
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -161,13 +173,25 @@ def test_teachers_of_which_only_one_has_a_setting_are_refused(folder, refused):
         TrajectoryStore(folder)
 
 
-def test_teachers_of_different_length_or_size_are_refused(folder, refused):
-    path = write_teacher(folder, 3, snapshots(3, epochs=5), SHARED)
-    with refused(path, "epochs"):
-        TrajectoryStore(folder)
-    write_teacher(folder, 3, snapshots(3, parameters=7), SHARED)
+def test_teachers_of_different_size_are_refused(folder, refused):
+    path = write_teacher(folder, 3, snapshots(3, parameters=7), SHARED)
     with refused(path, "parameters"):
         TrajectoryStore(folder)
+
+
+@pytest.mark.parametrize("short", [0, 3])
+def test_the_shortest_teacher_decides_how_far_segments_reach(folder, refused, short):
+    # One that EarlyStopping ended is as good as the others, as far as it goes.
+    write_teacher(folder, short, snapshots(short, epochs=2), {**SHARED, "seed": 5, "accuracies": []})
+    store = TrajectoryStore(folder)
+    assert store.epochs == 2
+    assert [len(store.trajectory(teacher)) for teacher in range(len(store))] == [e + 1 for e in store.lengths]
+    assert sorted(store.lengths) == [2, 4, 4, 4][-len(store) :]
+    assert torch.equal(store.trained(short), snapshots(short)[2])
+    assert torch.equal(store.trained(1), snapshots(1)[4])
+    assert torch.equal(store.segment(1, 1, 1).target, snapshots(1)[2])
+    with refused(folder, "1 to 3", "0 to 2"):
+        store.segment(1, 1, 2)
 
 
 @pytest.mark.parametrize("missing", [0, 4])
@@ -216,21 +240,62 @@ def test_teachers_of_something_else_are_refused_and_both_values_named(folder, re
         check_compatible(store, {**SHARED, key: value})
 
 
-def test_description_of_a_data_module_fits_the_teachers_that_were_written_with_it(tmp_path):
-    # JSON makes lists of tuples; a description has to come back equal.
-    from ftd_lightning.data import DistillationDataModule
-
-    description = DistillationDataModule(dataset="digits").describe()
-    write_teacher(tmp_path, 0, snapshots(0), description)
-    check_compatible(TrajectoryStore(tmp_path), description)
-
-
 def test_segment_reads_its_two_ends_and_nothing_else(folder, monkeypatch):
     store, read = TrajectoryStore(folder), []
     original = TensorFile.__getitem__
     monkeypatch.setattr(TensorFile, "__getitem__", lambda file, name: read.append(name) or original(file, name))
     store.segment(1, 1, 2)
     assert read == ["epoch_0001", "epoch_0003"]
+
+
+class OneAtATime(Sequence):
+    """Snapshots that are made when they are asked for; counts how many exist at the same time."""
+
+    def __init__(self, values):
+        self.values, self.alive, self.most = values, weakref.WeakSet(), 0
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        snapshot = self.values[index].clone()
+        self.alive.add(snapshot)
+        self.most = max(self.most, len(self.alive))
+        return snapshot
+
+
+def test_snapshots_are_written_one_by_one_and_the_file_is_that_of_safetensors(tmp_path):
+    lazy = OneAtATime(snapshots(3))
+    path = write_teacher(tmp_path / "lazy", 3, lazy, SHARED)
+    assert lazy.most == 1
+    assert path.read_bytes() == write_teacher(tmp_path / "list", 3, snapshots(3), SHARED).read_bytes()
+    tensors = {f"epoch_{epoch:04d}": weights for epoch, weights in enumerate(snapshots(3))}
+    with safe_open(path, framework="pt") as file:
+        save_file(tensors, tmp_path / "theirs", metadata=file.metadata())
+    assert path.read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+WRITE_LONG = """
+import json, resource, sys, torch
+from ftd_lightning.data.trajectory_store import write_teacher
+
+class Snapshots(list):
+    def __getitem__(self, epoch):
+        return torch.full((size,), float(epoch))
+
+size = 4_000_000
+write_teacher(sys.argv[1], 0, Snapshots(range(2)), {})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_teacher(sys.argv[1], 1, Snapshots(range(12)), {})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+def test_memory_for_a_teacher_does_not_grow_with_its_epochs(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WRITE_LONG, tmp_path], capture_output=True, text=True, check=True)
+    assert (tmp_path / "teacher_0001.safetensors").stat().st_size > 180 * 2**20
+    assert float(done.stdout) < 12  # MB; one more epoch in memory would be 15
 
 
 READ_MANY = """

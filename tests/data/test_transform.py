@@ -44,9 +44,9 @@ def test_whitening_is_that_of_a_float64_eigendecomposition(others, eps, count):
     pictures = smooth_pictures(count, seed=0)
     whitening = Whitening.fit(pictures, eps=eps)
     mean, matrix, inverse = reference(pictures, eps)
-    assert relative_error(whitening.zca.mean_vector, mean) < 1e-5
-    assert relative_error(whitening.zca.transform_matrix, matrix) < 1e-4
-    assert relative_error(whitening.zca.transform_inv, inverse) < 1e-4
+    assert relative_error(whitening.mean, mean) < 1e-5
+    assert relative_error(whitening.matrix, matrix) < 1e-4
+    assert relative_error(whitening.inverse, inverse) < 1e-4
     for batch in (pictures, others):
         wanted = (batch.double().numpy().reshape(len(batch), -1) - mean) @ matrix
         assert whitening.apply(batch).shape == batch.shape
@@ -56,7 +56,7 @@ def test_whitening_is_that_of_a_float64_eigendecomposition(others, eps, count):
 def test_eps_makes_a_difference(fitted_on):
     # Guards the comparison above: eps 0.1 and 0.11 are 100 times further apart than its tolerance.
     _, wanted, _ = reference(fitted_on, 0.11)
-    assert relative_error(Whitening.fit(fitted_on, eps=0.1).zca.transform_matrix, wanted) > 1e-2
+    assert relative_error(Whitening.fit(fitted_on, eps=0.1).matrix, wanted) > 1e-2
 
 
 def test_covariance_is_divided_by_n_minus_one():
@@ -86,7 +86,7 @@ def test_whitening_lets_gradients_through(fitted_on, others):
     whitening = Whitening.fit(fitted_on)
     whitening.invert(images).square().sum().backward()
     assert images.grad.isfinite().all()
-    assert not whitening.zca.transform_inv.requires_grad
+    assert not whitening.inverse.requires_grad
 
 
 def test_whitening_without_its_matrix_is_built_from_the_inverse(fitted_on, others):
@@ -94,10 +94,23 @@ def test_whitening_without_its_matrix_is_built_from_the_inverse(fitted_on, other
     tensors = whitening.tensors()
     assert "matrix" not in tensors  # one (D, D) tensor in a synthetic set is enough
     built = Whitening.build(whitening.describe(), tensors)
-    assert relative_error(built.zca.transform_matrix, whitening.zca.transform_matrix.double().numpy()) < 1e-4
+    assert relative_error(built.matrix, whitening.matrix.double().numpy()) < 1e-4
     assert torch.allclose(built.apply(others), whitening.apply(others), atol=1e-4)
     assert (built.invert(built.apply(others)) - others).abs().max() < 1e-4
     assert built.describe() == whitening.describe()
+
+
+def test_whitening_without_its_matrix_inverts_nothing_until_pictures_are_whitened(fitted_on, others, monkeypatch):
+    # 3 s at 3 x 32 x 32, and whoever reads the numbers in a set's metadata, or shows its pictures, needs none of it.
+    calls, inv = [], torch.linalg.inv
+    monkeypatch.setattr(torch.linalg, "inv", lambda matrix: calls.append(matrix.shape) or inv(matrix))
+    whitening = Whitening.fit(fitted_on)
+    built = Whitening.build(whitening.describe(), whitening.tensors())
+    assert (built.invert(whitening.apply(others)) - others).abs().max() < 1e-4
+    assert not calls
+    built.apply(others)
+    built.apply(others)
+    assert len(calls) == 1
 
 
 def test_whitening_comes_back_from_its_file(fitted_on, others, tmp_path):

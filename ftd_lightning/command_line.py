@@ -1,0 +1,97 @@
+"""Commands as typed functions: the signature names the arguments, the docstring explains them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+
+from jsonargparse import ArgumentParser
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+
+SECTION = re.compile(r"\n\n(?=[A-Z]\w*:\n)")  # of a docstring in Google style
+
+
+def command_parser(command: Callable[..., Any], name: str, *, skip: Collection[str] = ()) -> ArgumentParser:
+    """Build the parser of a command from its signature and docstring.
+
+    Args:
+        command: its keyword-only parameters are options, the others positional.
+        name: of the command, after ``ftd``.
+        skip: parameters that are not read from the command line.
+    """
+    description = SECTION.split(inspect.getdoc(command) or "")[0]
+    parser = ArgumentParser(prog=f"ftd {name}", description=description, allow_abbrev=False)
+    parameters = inspect.signature(command).parameters.values()
+    options = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    positional = {parameter.name for parameter in parameters} - options
+    parser.add_function_arguments(command, as_group=False, as_positional=True, skip={*options, *skip})
+    parser.add_function_arguments(command, as_group=False, skip={*positional, *skip})
+    return parser
+
+
+def spelled_out(command: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """Rewrite what people type as the parser wants it.
+
+    ``--syn-steps`` is ``--syn_steps``; a switch needs no value; a list takes all arguments up to the next option, and
+    an option that is repeated adds to it.
+
+    Args:
+        command: its annotations say which parameters are switches and lists.
+        arguments: of the command line.
+
+    Example:
+        >>> def draw(*, class_names: list[str], ema: bool = False) -> None: ...
+        >>> spelled_out(draw, ["set", "--class-names", "cat", "dog", "--ema"])
+        ['set', '--ema=true', '--class_names=["cat", "dog"]']
+    """
+    types = get_type_hints(command)
+    rewritten: list[str] = []
+    lists: dict[str, list[str]] = {}
+    gathering: list[str] | None = None
+    for argument in arguments:
+        if not argument.startswith("--"):
+            (rewritten if gathering is None else gathering).append(argument)
+            continue
+        gathering = None
+        option, equals, value = argument.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if types.get(name) is bool and not equals:
+            rewritten.append(f"--{name}=true")
+        elif get_origin(types.get(name)) in (list, Sequence) and not value.startswith("["):
+            gathering = lists.setdefault(name, [])
+            gathering += [value] if equals else []
+        else:
+            rewritten.append(f"--{name}{equals}{value}")
+    for name, values in lists.items():
+        if values:
+            is_yaml = len(values) == 1 and values[0].startswith("[")
+            rewritten.append(f"--{name}={values[0] if is_yaml else json.dumps(values)}")
+        else:
+            rewritten.append(f"--{name}")  # the parser reports the missing value
+    return rewritten
+
+
+def parse_command(
+    command: Callable[..., Any],
+    name: str,
+    arguments: Sequence[str],
+    *,
+    skip: Collection[str] = (),
+) -> dict[str, Any]:
+    """Read the arguments of a command; see :func:`command_parser`.
+
+    Returns:
+        A value for each parameter that is not skipped.
+
+    Raises:
+        SystemExit: with code 2 for arguments that are unknown, missing or of the wrong type; with 0 for ``--help``.
+    """
+    parser = command_parser(command, name, skip=skip)
+    parsed: dict[str, Any] = parser.parse_args(spelled_out(command, arguments)).as_dict()
+    return parsed

@@ -1,0 +1,92 @@
+"""What files record of a network: enough to tell whether weights of one fit another.
+
+Convention: a description is plain values. A named network, which ``build_network`` builds, is ``{"name", "options",
+"in_channels", "num_classes", "image_size"}``; any other is ``{"name", "parameters": [[name, shape], ...]}``. Version
+0.1 wrote ``{"name", "shapes": {name: shape}}`` for the latter, which does not tell the order.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.seeding import seeded
+from ftd_lightning.models.registry import build_network
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+Shapes = list[tuple[str, tuple[int, ...]]]
+SHAPE = ("in_channels", "num_classes", "image_size")
+
+
+def describe_network(network: nn.Module) -> dict[str, Any]:
+    """Describe a network that has no name to build it by.
+
+    Example:
+        >>> describe_network(torch.nn.Linear(2, 3))["parameters"]
+        [['weight', [3, 2]], ['bias', [3]]]
+    """
+    kind = type(network)
+    parameters = [[name, list(parameter.shape)] for name, parameter in network.named_parameters()]
+    return {"name": f"{kind.__module__}.{kind.__qualname__}", "parameters": parameters}
+
+
+def parameter_shapes(description: Mapping[str, Any]) -> Shapes:
+    """Return names and shapes of a network's parameters, in the order of ``network.parameters()``.
+
+    Those of version 0.1's "shapes" come in the order of their names.
+
+    Raises:
+        InputError: for what is no description, or a named network that cannot be built.
+
+    Example:
+        >>> parameter_shapes(describe_network(torch.nn.Linear(2, 3)))
+        [('weight', (3, 2)), ('bias', (3,))]
+    """
+    if "parameters" in description:
+        return [(name, tuple(shape)) for name, shape in description["parameters"]]
+    if "shapes" in description:
+        return sorted((name, tuple(shape)) for name, shape in description["shapes"].items())
+    if not {"name", "options", *SHAPE} <= description.keys():
+        raise InputError(f"{dict(description)} does not describe a network")
+    shape = {key: description[key] for key in SHAPE}
+    build = partial(build_network, description["name"], **shape, **description["options"])
+    try:
+        with torch.device("meta"):  # takes no memory and no random numbers
+            network = build()
+    except (NotImplementedError, RuntimeError):  # a constructor that computes with values
+        with seeded(0):
+            network = build()
+    return [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
+
+
+def same_network(a: Any, b: Any) -> bool:
+    """Tell whether the weights of one network fit the other: their parameters' names, shapes and order are the same.
+
+    Args:
+        a: a description, or anything else that JSON holds, which is only the same as itself.
+        b: likewise.
+
+    Example:
+        >>> named = {"name": "convnet", "options": {}, "in_channels": 3, "num_classes": 10, "image_size": 32}
+        >>> same_network(named, describe_network(build_network("convnet", 3, 10, 32)))
+        True
+        >>> same_network(named, {**named, "options": {"width": 64}})
+        False
+    """
+    if json.loads(json.dumps(a)) == json.loads(json.dumps(b)):
+        return True
+    try:
+        ours, theirs = parameter_shapes(a), parameter_shapes(b)
+    except (InputError, AttributeError, TypeError):
+        return False
+    if "shapes" in a or "shapes" in b:
+        return dict(ours) == dict(theirs)
+    return ours == theirs

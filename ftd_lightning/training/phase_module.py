@@ -1,0 +1,192 @@
+"""The base of all modules of this library: how they are built, resumed, loaded and attached to data."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ftd_lightning.contracts import DataDescription, ImageShape, Stateful, data_source
+from ftd_lightning.data.transform import load_transform
+from ftd_lightning.errors import InputError
+from ftd_lightning.models.description import same_network
+from ftd_lightning.training.resume import mend_progress
+from ftd_lightning.training.trainer_settings import refuse_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lightning.pytorch import Trainer
+
+    from ftd_lightning.contracts import DataSource
+    from ftd_lightning.functional.augment import Augmentation
+    from ftd_lightning.training.fresh_networks import FreshNetworks
+
+KEY = "ftd_lightning"  # of what a checkpoint holds beside Lightning's own
+
+
+class PhaseModule(LightningModule):
+    """A module that is built for the data it meets, resumes exactly, and loads with or without a trainer.
+
+    Nothing that depends on the images is built in ``__init__``. ``configure_model`` builds it for the trainer's data;
+    without a trainer (``load_from_checkpoint``) it is built from what the checkpoint says of them. Both call
+    :meth:`build`, once.
+
+    Epochs and steps are counted from the beginning of this module's own fit, so that one Trainer may fit several
+    modules in turn.
+
+    Attributes:
+        data: what the data source, or the checkpoint, says of the training images; None where neither does.
+        augment: the augmentation of the images.
+        fresh: builds networks of the architecture, after :meth:`build`.
+    """
+
+    augment: Augmentation
+    fresh: FreshNetworks
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data: DataDescription | None = None
+        self._built = False
+        self._resumed = False
+        self._first_epoch = self._first_step = 0
+        self._fitted_by: weakref.ref[Trainer] | None = None
+
+    def build(self) -> None:
+        """Build what depends on the images: networks, a synthetic set. ``data`` and the hyper-parameters are known.
+
+        Raises:
+            InputError: for what does not fit together.
+        """
+        raise NotImplementedError
+
+    def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
+        """Take over what :meth:`extra_state` returned, before the weights of the checkpoint are loaded.
+
+        Args:
+            state: that.
+            checkpoint: the whole checkpoint, which may be changed.
+        """
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return plain values and tensors that a checkpoint keeps beside the weights."""
+        return {}
+
+    @property
+    def attached(self) -> bool:
+        """Whether the module belongs to a trainer."""
+        try:
+            return self.trainer is not None
+        except RuntimeError:
+            return False
+
+    @property
+    def source(self) -> DataSource | None:
+        """The trainer's datamodule, where it answers a module's questions."""
+        return data_source(self.trainer.datamodule) if self.attached else None  # type: ignore[attr-defined]
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of this module's fit, from 0."""
+        return self.current_epoch - self._first_epoch
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of this module's fit so far."""
+        return self.global_step - self._first_step
+
+    @property
+    def epoch_complete(self) -> bool:
+        """Whether the current epoch has had all its batches; to be asked in ``on_train_epoch_end``."""
+        return bool(self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+
+    def configure_model(self) -> None:
+        """Build for the trainer's data; nothing without a trainer, or where everything has been built."""
+        self._resumed = False
+        if not self.attached:
+            return
+        if self.source is not None:
+            self.data = self.source.description()
+        if not (self.trainer.ckpt_path and self.data is None):  # else the checkpoint says what it was built for
+            self._build_once()
+
+    def _build_once(self) -> None:
+        if not self._built:
+            # Not on the trainer's device, as Lightning's context would have it: draws there are other ones.
+            with torch.device("cpu"):
+                self.build()
+            self._built = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what it takes to build the module again."""
+        data = self.data
+        checkpoint[KEY] = {
+            "data": None if data is None else _plain_data(data),
+            "network": self.fresh.describe(),
+            "first": (self._first_epoch, self._first_step),
+            **self.extra_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build from the checkpoint what no trainer has built, and make its progress one that resumes exactly.
+
+        Raises:
+            InputError: for a checkpoint of another network, or of version 0.1.
+        """
+        mend_progress(checkpoint)
+        state = checkpoint.get(KEY)
+        if state is None:
+            raise InputError("the checkpoint was not saved by this version of ftd_lightning; begin this fit anew")
+        if self.data is None and state["data"] is not None:
+            self.data = _loaded_data(state["data"])
+        self._build_once()
+        if not same_network(state["network"], self.fresh.describe()):
+            raise InputError(
+                f"the checkpoint's network is {state['network']['name']}, not {self.fresh.describe()['name']} as asked "
+                "for here: pass the same network (load_from_checkpoint takes network=)"
+            )
+        self._first_epoch, self._first_step = state["first"]
+        self._resumed = True
+        self.restore(state, checkpoint)
+
+    def on_fit_start(self) -> None:
+        """Begin to count, unless the fit is resumed; refuse settings that change what is computed."""
+        refuse_settings(self.trainer, self.augment)
+        continued = self._fitted_by is not None and self._fitted_by() is self.trainer
+        if not self._resumed and not continued:
+            self._first_epoch, self._first_step = self.current_epoch, self.global_step
+        self._fitted_by = weakref.ref(self.trainer)
+
+    def warn_of_unordered_loader(self) -> None:
+        """Say that the order of a foreign loader is not restored, where a fit resumes with one."""
+        loader = self.trainer.train_dataloader
+        if self._resumed and not isinstance(loader, Stateful):
+            rank_zero_warn(
+                f"the order of batches of this {type(loader).__name__} is not restored: the resumed fit differs from "
+                "one that was never interrupted; a DistillationDataModule (from_datamodule) restores it"
+            )
+
+
+def _plain_data(data: DataDescription) -> dict[str, Any]:
+    transform = data.transform
+    return {
+        "shape": tuple(data.shape),
+        "class_names": list(data.class_names),
+        "dataset": data.dataset,
+        "batch_size": data.batch_size,
+        "transform": transform.describe(),
+        "tensors": transform.tensors(),
+    }
+
+
+def _loaded_data(state: Mapping[str, Any]) -> DataDescription:
+    return DataDescription(
+        shape=ImageShape(*state["shape"]),
+        class_names=list(state["class_names"]),
+        transform=load_transform(state["transform"], state["tensors"]),
+        dataset=state["dataset"],
+        batch_size=state["batch_size"],
+    )
