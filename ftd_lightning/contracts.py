@@ -232,7 +232,7 @@ class LearnsSet(Protocol):
         """Add measured accuracies to the metadata of the current set; forgotten with the next step."""
 
     def evaluation_network(self, *seed: int | str) -> nn.Module:
-        """Build a fresh network of the architecture that the set is made for, on the CPU; equal seeds, equal weights."""
+        """Build a fresh network of the set's architecture, on the CPU; equal seeds give equal weights."""
 
     def augmentation(self) -> Augmentation:
         """Return the augmentation that the set is trained with."""

@@ -2,6 +2,7 @@
 
 from ftd_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from ftd_lightning.callbacks.evaluation import EvaluateSynthetic
+from ftd_lightning.callbacks.peak_memory import PeakMemory
 from ftd_lightning.callbacks.progress import FitProgress
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
 from ftd_lightning.callbacks.synthetic_ema import SyntheticEMA
@@ -13,6 +14,7 @@ __all__ = [
     "EvaluateSynthetic",
     "FitProgress",
     "HyperparameterReport",
+    "PeakMemory",
     "SyntheticEMA",
     "SyntheticSetWriter",
     "TensorBoardPictures",

@@ -8,23 +8,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback
 
-from ftd_lightning.data.datamodule import DistillationDataModule
-from ftd_lightning.data.datasets import Images
-from ftd_lightning.data.files import replacing, run_folder
+from ftd_lightning.callbacks.last_epoch import is_last_epoch
+from ftd_lightning.contracts import DataSource, LearnsSet, data_source
+from ftd_lightning.data.files import replacing
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.seeding import derive_seed
-from ftd_lightning.training.distillation import Distillation
-from ftd_lightning.training.evaluation_protocol import accuracies, from_all_ranks, mean_and_std, train_fresh_networks
+from ftd_lightning.training.evaluation_protocol import (
+    EvaluationProtocol,
+    accuracies,
+    from_all_ranks,
+    mean_and_std,
+    train_fresh_networks,
+)
 from ftd_lightning.training.ranks import own_share
+from ftd_lightning.training.run_folder import run_folder
 from ftd_lightning.training.side_by_side import SideBySide
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+    from ftd_lightning.contracts import Part
 
-PARTS = {"val": "held-out training images", "test": "test images"}
-PARTS_ON_FILE = {"val": "held_out", "test": "test"}
+# Of a data source: how scores in a set's metadata, and entries of evaluations.json, name its parts.
+PARTS: dict[Part, tuple[str, str]] = {"val": ("held-out training images", "held_out"), "test": ("test images", "test")}
 
 
 class EvaluateSynthetic(Callback):
@@ -34,20 +41,22 @@ class EvaluateSynthetic(Callback):
     held-out training images ("val") may choose an iterate; accuracy on the test images is logged beside it, for the eye
     only. Both travel with a set of that iteration (``metadata["scores"]``), and all measurements of a run are listed in
     ``evaluations.json`` beside the logs. It runs at the end of a training epoch, where gradients are on. Under DDP each
-    of W ranks trains every W-th network, with the results of one process.
+    of W ranks trains every W-th network, with the results of one process. Modules that learn no set are left alone.
 
     Args:
-        every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``; also after the last one.
-        networks: fresh networks a measurement.
+        every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``; also after the last one. What is
+            measured after the last one alone is listed, and chooses nothing: a resumed run does not measure it.
+        networks: fresh networks per measurement.
         epochs: of each over the synthetic set.
         keep_best: write the set whose mean val accuracy is the highest so far to ``best.safetensors`` beside the logs.
         seed: decides initialisation, batches and augmentation, with the iteration.
-        lr: learning rate; None takes the present step size.
+        lr: learning rate; None takes the current step size.
         compile: torch.compile for forward and backward passes: True, False, or "auto": on a GPU only.
 
     Attributes:
-        history: what ``evaluations.json`` says: a measurement each, as ``{"iteration": int, "images": "raw" | "ema",
+        history: the contents of ``evaluations.json``: measurements, each ``{"iteration": int, "images": "raw" | "ema",
             "part": "held_out" | "test", "mean": float, "std": float, "n": int}``.
+        best_accuracy: the highest mean val accuracy that has chosen a set, in [0, 1].
     """
 
     def __init__(
@@ -69,82 +78,111 @@ class EvaluateSynthetic(Callback):
         self.seed = seed
         self.lr = lr
         self.compile = compile
-        compiles(compile, torch.device("cpu"))  # complains of an unknown setting
+        compiles(compile, torch.device("cpu"))  # refuses an unknown setting
         self.best_accuracy = -1.0
         self.history: list[dict[str, Any]] = []
+        self._regular: list[dict[str, Any]] = []  # history without what was measured because the fit ended
         self._losses: SideBySide | None = None
+        self._loaded = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what it cannot measure."""
-        if not isinstance(pl_module, Distillation):
-            raise InputError(f"EvaluateSynthetic measures what a distillation makes, not {type(pl_module).__name__}")
-        if not isinstance(getattr(trainer, "datamodule", None), DistillationDataModule):
-            raise InputError("EvaluateSynthetic takes real images from a DistillationDataModule: give one")
+        """Forget the checkpoint of an earlier run; that of this one is loaded later."""
+        self._loaded = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what it cannot measure before anything is learned."""
+        if not isinstance(pl_module, LearnsSet):
+            return
+        self._source(trainer)
+        pl_module.evaluation_network(self.seed)
+        if not self._loaded:
+            self.best_accuracy, self.history, self._regular = -1.0, [], []
+
+    @staticmethod
+    def _source(trainer: Trainer) -> DataSource:
+        source = data_source(trainer.datamodule)  # type: ignore[attr-defined]
+        if source is None:
+            raise InputError(
+                "EvaluateSynthetic needs real images to measure on: fit with a DistillationDataModule (from_datasets "
+                "and from_datamodule make one of yours)"
+            )
+        return source
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure where it is due."""
-        assert isinstance(pl_module, Distillation)
-        last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-        last = last or trainer.current_epoch + 1 == trainer.max_epochs
-        if (trainer.current_epoch + 1) % self.every_n_epochs and not last:
+        if not isinstance(pl_module, LearnsSet):
             return
-        chosen: dict[str, float] = {}
-        # A run that went on from a checkpoint of this very iteration measures it again.
-        self.history = [entry for entry in self.history if entry["iteration"] < trainer.global_step]
-        for name in ("raw", "ema"):
-            if name == "ema" and pl_module.ema_images is None:
-                continue
-            for part, values in self._measure(trainer, pl_module, name).items():
+        complete = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        iteration = pl_module.synthetic_set().metadata["iterations"]
+        regular = complete and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if not regular and not is_last_epoch(trainer):
+            return
+        # A run that resumes from a checkpoint of this very iteration measures it again.
+        self._regular = [entry for entry in self._regular if entry["iteration"] < iteration]
+        self.history = list(self._regular)
+        chosen, scores = {}, {}
+        for name, images in pl_module.learned_images().items():
+            for part, values in self._measure(trainer, pl_module, name, images, iteration).items():
                 summary = mean_and_std(values)
-                where = {"iteration": trainer.global_step, "images": name, "part": PARTS_ON_FILE[part]}
-                self.history.append({**where, **summary})
-                pl_module.scores[f"{name} images, {PARTS[part]}"] = summary
+                in_words, on_file = PARTS[part]
+                self.history.append({"iteration": iteration, "images": name, "part": on_file, **summary})
+                scores[f"{name} images, {in_words}"] = summary
                 pl_module.log(f"evaluation/{name}_{part}_accuracy_mean", summary["mean"], prog_bar=part == "val")
                 pl_module.log(f"evaluation/{name}_{part}_accuracy_std", summary["std"])
                 if part == "val":
                     chosen[name] = float(summary["mean"])
-        if trainer.is_global_zero:
+        pl_module.record_scores(scores)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             with replacing(run_folder(trainer) / "evaluations.json") as file:
-                file.write_text(json.dumps(self.history, indent=2) + "\n")
-        if chosen and max(chosen.values()) > self.best_accuracy:
-            self.best_accuracy = max(chosen.values())
-            if self.keep_best and trainer.is_global_zero:
-                best = pl_module.synthetic_set()
-                best.metadata["chosen_on"] = {"held_out_accuracy": chosen, "iteration": trainer.global_step}
-                best.save(run_folder(trainer) / "best.safetensors")
+                file.write_text(json.dumps(self.history, indent=2) + "\n", encoding="utf-8")
+        if regular:
+            self._regular = list(self.history)
+            self._keep_best(trainer, pl_module, chosen, iteration)
 
-    def _measure(self, trainer: Trainer, module: Distillation, name: str) -> dict[str, torch.Tensor]:
-        datamodule, device = trainer.datamodule, module.device  # type: ignore[attr-defined]
-        keys = (self.seed, "evaluation", trainer.global_step, name)
+    def _keep_best(self, trainer: Trainer, module: LearnsSet, chosen: dict[str, float], iteration: int) -> None:
+        if not chosen or max(chosen.values()) <= self.best_accuracy:
+            return
+        self.best_accuracy = max(chosen.values())
+        if self.keep_best and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            best = module.synthetic_set()
+            best.metadata["chosen_on"] = {"held_out_accuracy": chosen, "iteration": iteration}
+            best.save(run_folder(trainer) / "best.safetensors")
+
+    def _measure(
+        self, trainer: Trainer, module: LearnsSet, name: str, images: torch.Tensor, iteration: int
+    ) -> dict[Part, torch.Tensor]:
+        source, device, synthetic = self._source(trainer), trainer.strategy.root_device, module.synthetic_set()
+        keys = (self.seed, "evaluation", iteration, name)
         own = own_share(self.networks, rank=trainer.global_rank, world_size=trainer.world_size)
-        networks = [module.fresh.build(*keys, index).to(device) for index in own]
+        networks = [module.evaluation_network(*keys, index).to(device, images.dtype) for index in own]
         self._losses = self._losses or SideBySide(self.compile, device)  # one for all, which compiles once
+        if self.lr is None and synthetic.step_size is None:
+            raise InputError("EvaluateSynthetic: this method learns no step size: give lr")
+        lr = float(synthetic.step_size) if self.lr is None else self.lr  # type: ignore[arg-type]
         train_fresh_networks(
             networks,
-            (module.images if name == "raw" else module.ema_images).detach().clone(),  # type: ignore[union-attr]
-            module.labels,
-            epochs=self.epochs,
-            lr=float(module.step_size.detach()) if self.lr is None else self.lr,
+            images.detach().clone(),
+            synthetic.labels.to(device),
+            EvaluationProtocol(epochs=self.epochs, lr=lr, augment=module.augmentation()),
             seed=derive_seed(*keys),
-            strategy=module.hparams["augment"],
-            mode=module.hparams["augment_mode"],
-            align_corners=module.hparams.get("align_corners", True),
             progress=f"evaluation of {name} images" if trainer.is_global_zero else None,
             indices=own,
             losses=self._losses,
         )
-        parts: dict[str, Images] = {"val": datamodule.val, "test": datamodule.test}
-        return {
-            part: torch.tensor(from_all_ranks(accuracies(networks, *(t.to(device) for t in images)), self.networks))
-            for part, images in parts.items()
-            if len(images.labels)
-        }
+        measured = {}
+        for part in PARTS:
+            real = source.part(part)
+            if len(real.labels):
+                values = accuracies(networks, real.images.to(device), real.labels.to(device))
+                measured[part] = torch.tensor(from_all_ranks(values, self.networks))
+        return measured
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what was measured, and the best of it."""
-        return {"best_accuracy": self.best_accuracy, "history": self.history}
+        return {"best_accuracy": self.best_accuracy, "history": self._regular}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up again."""
+        """Continue the list of measurements."""
         self.best_accuracy = state_dict["best_accuracy"]
-        self.history = list(state_dict.get("history", []))
+        self._regular = list(state_dict["history"])
+        self.history, self._loaded = list(self._regular), True

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Callback
 
-from ftd_lightning.data.files import replacing, run_folder
+from ftd_lightning.data.files import replacing
+from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
-from ftd_lightning.modules.teacher import FlatTeacher
-from ftd_lightning.training.distillation import Distillation
+from ftd_lightning.contracts import ReportsProgress
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -41,6 +40,8 @@ class FitProgress(ProgressBar):
         """Open the bar where a resumed run left it."""
         per_epoch = trainer.num_training_batches
         limits = []
+        if isinstance(pl_module, ReportsProgress) and (planned := pl_module.planned_epochs()) is not None:
+            limits.append(planned * per_epoch)
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
             limits.append(trainer.max_epochs * per_epoch)
         if trainer.max_steps >= 0:
@@ -58,18 +59,13 @@ class FitProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move on by one; refresh the words only when the bar is drawn, for metrics cost a wait for the device."""
+        """Move on by one; refresh the words only when the bar is drawn, because metrics cost a wait for the device."""
         if self._bar is not None and self._bar.update():
-            self._bar.set_description_str(self._what(pl_module), refresh=False)
+            if isinstance(pl_module, ReportsProgress):
+                self._bar.set_description_str(pl_module.progress_label(), refresh=False)
             metrics = self.get_metrics(trainer, pl_module)
             metrics.pop("v_num", None)
             self._bar.set_postfix(metrics, refresh=False)
-
-    @staticmethod
-    def _what(module: LightningModule) -> str:
-        if isinstance(module, FlatTeacher):
-            return f"teacher {module.teacher + 1}/{module.teachers}, epoch {module.teacher_epoch + 1}"
-        return "distillation" if isinstance(module, Distillation) else "evaluation"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""

@@ -8,37 +8,60 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ftd_lightning.data.files import run_folder
+from ftd_lightning.contracts import LearnsSet
+from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.errors import InputError
-from ftd_lightning.training.distillation import Distillation
+from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+IDENTITY = ("method", "dataset", "network", "settings")  # metadata by which a set of another run is recognised
 
 
 class SyntheticSetWriter(Callback):
     """Writes the set after every epoch, at the end, and when the run is interrupted or fails.
 
-    A set with values that are not finite is never written, so what lies on disk is always the last good one.
+    A set with values that are not finite is never written, so what lies on disk is always the last good one. Modules
+    that learn no set are left alone.
 
     Args:
         path: the file; None is ``set.safetensors`` beside the logs.
+
+    Raises:
+        InputError: when the fit starts, if the file contains a set of other settings.
     """
 
     def __init__(self, path: str | None = None) -> None:
         self.path = None if path is None else Path(path)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that makes no set."""
-        if not isinstance(pl_module, Distillation):
-            raise InputError(f"SyntheticSetWriter writes what a distillation makes, not {type(pl_module).__name__}")
+    def _file(self, trainer: Trainer) -> Path:
+        return self.path or run_folder(trainer) / "set.safetensors"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to overwrite the set of a run with other settings."""
+        if not isinstance(pl_module, LearnsSet) or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        file = self._file(trainer)
+        if not file.exists():
+            return
+        there, planned = SyntheticSet.read_metadata(file), pl_module.synthetic_set().metadata
+        different = [key for key in IDENTITY if key in there and there[key] != planned.get(key)]
+        if "settings" in different:
+            old, new = there["settings"], planned["settings"]
+            different += [key for key in new if key in old and old[key] != new[key]]
+            different.remove("settings")
+        if different:
+            raise InputError(
+                f"{file}: holds a set made with another {', '.join(different)}; name another folder, or delete this set"
+            )
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and isinstance(module, Distillation):
-            module.synthetic_set().save(self.path or run_folder(trainer) / "set.safetensors")
+        if trainer.is_global_zero and isinstance(module, LearnsSet) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            module.synthetic_set().save(self._file(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the present set."""
+        """Write the current set."""
         self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,7 +69,7 @@ class SyntheticSetWriter(Callback):
         self._write(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what there is before the run ends; nothing where it failed before training began."""
+        """Write the last good set before the run ends; nothing where it failed before training began."""
         if trainer.global_step > 0:
             try:
                 self._write(trainer, pl_module)

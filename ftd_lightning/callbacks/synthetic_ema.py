@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback
 
+from ftd_lightning.contracts import LearnsSet
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,27 +36,33 @@ class SyntheticEMA(Callback):
         self.average: torch.Tensor | None = None
         self.updates = torch.tensor(0)
         self._loaded = False
+        self._module: LearnsSet | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the images as they are, unless this module's average goes on or a checkpoint brought one."""
-        images: torch.Tensor = pl_module.images  # type: ignore[assignment]
-        goes_on = self.average is not None and (self._loaded or pl_module.ema_images is self.average)
-        if not goes_on:  # also after a fit of another module
-            self.average, self.updates = images, torch.tensor(0)
+        """Start from the images as they are, unless this module's average continues or a checkpoint contained one."""
+        self._module = pl_module if isinstance(pl_module, LearnsSet) else None
+        if self._module is None:
+            return
+        learned = self._module.learned_images()
+        continues = self.average is not None and (self._loaded or learned.get("ema") is self.average)
+        if not continues:  # also after a fit of another module
+            self.average, self.updates = learned["raw"], torch.tensor(0)
         self._loaded = False
         assert self.average is not None
-        self.average = self.average.detach().to(images.device, copy=True)
-        pl_module.ema_images = self.average
+        self.average = self.average.detach().to(learned["raw"].device, copy=True)
+        self._module.keep_average(self.average)
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Average, except after a skipped step, which was no update."""
+        if self._module is None:
+            return
         assert self.average is not None
-        images: torch.Tensor = pl_module.images.detach()  # type: ignore[operator, union-attr, assignment]
+        images = self._module.learned_images()["raw"].detach()
         # Whether it was an update is known on the device alone, and the host does not wait to learn it.
-        updated = getattr(pl_module, "last_step_finite", torch.tensor(True)).to(images.device)
+        updated = self._module.step_was_applied().to(images.device)
         self.updates = self.updates.to(images.device) + updated
         weight: float | torch.Tensor = 1 - self.decay
         if self.warmup:
@@ -67,6 +74,6 @@ class SyntheticEMA(Callback):
         return {"average": self.average, "updates": int(self.updates)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up again."""
+        """Continue the average."""
         self.average, self.updates = state_dict["average"], torch.tensor(state_dict["updates"])
         self._loaded = self.average is not None

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchvision.utils import make_grid
 
-from ftd_lightning.modules.evaluation import SyntheticEvaluation
-from ftd_lightning.training.distillation import Distillation
+from ftd_lightning.callbacks.last_epoch import is_last_epoch
+from ftd_lightning.contracts import LearnsSet
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -68,13 +69,11 @@ class TensorBoardPictures(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the present images."""
-        last = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-        last = last or trainer.current_epoch + 1 == trainer.max_epochs
-        if last or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        if is_last_epoch(trainer) or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._show(trainer, pl_module)
 
     def _show(self, trainer: Trainer, module: LightningModule) -> None:
-        if not isinstance(module, Distillation) or not (boards := _boards(trainer)):
+        if not isinstance(module, LearnsSet) or not (boards := _boards(trainer)):
             return
         synthetic, step = module.synthetic_set(), trainer.global_step
         kinds = (
@@ -99,12 +98,12 @@ class HyperparameterReport(Callback):
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them, unless the result is yet to come."""
-        if not isinstance(pl_module, SyntheticEvaluation):
+        """Write them, unless the result is yet to come: that of an evaluation is its test's."""
+        if not is_overridden("test_step", pl_module):
             self._write(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write those of an evaluation, whose result is that of its test."""
+        """Write those of an evaluation."""
         self._write(trainer, pl_module)
 
     @staticmethod

@@ -2,104 +2,211 @@
 
 from __future__ import annotations
 
-import shutil
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from ftd_lightning.data.files import TensorFile, run_folder, write_tensors
-from ftd_lightning.data.trajectory_store import OWN_KEYS, TrajectoryStore, teacher_file, write_teacher
+from ftd_lightning.callbacks.snapshots import Snapshots
+from ftd_lightning.contracts import BringsBatches, DataSource, PlansBatches, TrainsTeachers, data_source
+from ftd_lightning.data.files import TensorFile, versions
+from ftd_lightning.data.store_data import write_store_data
+from ftd_lightning.data.teacher_metadata import differences
+from ftd_lightning.data.trajectory_store import KIND, TrajectoryStore, teacher_file, write_teacher
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.unroll import flatten_parameters
-from ftd_lightning.modules.teacher import FlatTeacher
+from ftd_lightning.models.description import describe_network
+from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import nn
 
-SNAPSHOT = "snapshot"
+    from ftd_lightning.contracts import DataDescription
+
+FOREIGN = "mtm"  # the method of teachers that another module than FlatTeacher trained
 
 
 class TrajectoryRecorder(Callback):
-    """Writes one file a teacher: its weights at initialisation and after every epoch.
+    """Writes one file per teacher: its weights at initialisation and after every epoch.
+
+    With a ``FlatTeacher`` every teacher of the fit is recorded, under its number. Any other LightningModule is one
+    teacher per fit: its ``network``, or all its parameters, under the next free number of the folder. Modules of this
+    library that train no teachers are left alone.
 
     Until a teacher is done its snapshots lie one by one in ``.unfinished/``, so that neither memory nor checkpoints
-    grow with them and a resumed run finds those of before. The teacher's file appears whole, at the end of its last
-    epoch. Of several processes each writes its own teachers, into one folder that all of them have to see.
+    grow with them and a resumed run finds the earlier ones. The teacher's file appears whole, at the end of its last
+    epoch. An epoch that was cut short by a limit of the trainer is never recorded; epochs that are short on purpose
+    (``limit_train_batches``) are, and ``batches_per_epoch`` in the metadata says so. A teacher that an EarlyStopping
+    ends is recorded with the epochs it had. Several processes write into one folder, which all of them have to see.
 
     Args:
         path: folder of the store; None is ``trajectories`` beside the logs.
-        keep_going: record beside teachers of the same settings that lie there already, as a resumed run does;
-            teachers of other settings are always refused.
+        keep_going: record beside teachers of the same settings that the folder contains already, as a resumed run
+            does; teachers of other settings are always refused.
+        data: what a teacher is trained on, where the trainer's datamodule does not say so: a name, or a
+            ``DistillationDataModule``. Teachers of data that is neither named nor fingerprinted join no store.
     """
 
-    def __init__(self, path: str | None = None, keep_going: bool = True) -> None:
+    def __init__(self, path: str | None = None, keep_going: bool = True, data: str | DataSource | None = None) -> None:
         self._path = None if path is None else Path(path)
         self.keep_going = keep_going
+        self.data = data
+        self._token = uuid.uuid4().hex  # of this recorder's unnamed data; part of checkpoints
+        self._claimed: int | None = None
+        self._first_epoch = 0  # of the trainer, where the claimed teacher begins
+        self._open: tuple[int, int] | None = None  # a teacher that is not done yet, and the epochs it has had
+        self._resumed = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the checkpoint of an earlier run; that of this one is loaded later."""
+        self._resumed = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that holds something else."""
+        self._active = isinstance(pl_module, TrainsTeachers) or not isinstance(pl_module, (BringsBatches, PlansBatches))
+        self._active = self._active and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not self._active:
+            return
         # The first rank's: loggers that count versions may have another name on each.
         self.path = Path(trainer.strategy.broadcast(str(self._path or run_folder(trainer) / "trajectories")))
-        if not isinstance(pl_module, FlatTeacher):
-            raise InputError(f"TrajectoryRecorder records a FlatTeacher, not a {type(pl_module).__name__}")
+        self._token = trainer.strategy.broadcast(self._token)
+        self._snapshots = Snapshots(self.path)
+        if not self._resumed:
+            self._claimed = self._open = None
         if trainer.is_global_zero and any(self.path.glob("teacher_*.safetensors")):
-            present = TrajectoryStore(self.path)
-            planned = {"epochs": pl_module.hparams["epochs"], **self._shared(pl_module)}
-            different = [key for key, value in planned.items() if present.metadata.get(key) != value]
-            if different or not self.keep_going:
-                reason = f"recorded with another {', '.join(different)}" if different else "there already"
-                raise InputError(f"{self.path}: holds teachers {reason}; name another folder or delete this one")
-            rank_zero_info(f"{self.path}: the {len(present)} teachers that are there are kept")
+            self._join(TrajectoryStore(self.path), self._metadata(trainer, pl_module))
+
+    def _join(self, present: TrajectoryStore, planned: dict[str, Any]) -> None:
+        """Refuse to record beside teachers that are not comparable."""
+        different = differences(present.metadata, planned)
+        if "unnamed" in planned["dataset"] and "dataset" in different:
+            raise InputError(
+                f"{self.path}: holds teachers already, and data without name and fingerprint joins no store: "
+                "name another folder, give TrajectoryRecorder(data=...), or fit with a DistillationDataModule"
+            )
+        if different or not self.keep_going:
+            reason = f"recorded with another {', '.join(different)}" if different else "already"
+            raise InputError(f"{self.path}: holds teachers {reason}; name another folder or delete this one")
+        rank_zero_info(f"{self.path}: the {len(present)} teachers recorded earlier are kept")
+
+    def _description(self, trainer: Trainer, module: LightningModule) -> DataDescription | None:
+        described = module.data_description() if isinstance(module, TrainsTeachers) else None
+        source = data_source(trainer.datamodule) or data_source(self.data)  # type: ignore[attr-defined]
+        return described or (None if source is None else source.description())
+
+    def _metadata(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Return what the store records of the current teacher."""
+        description = self._description(trainer, module)
+        name = self.data if isinstance(self.data, str) else None
+        data = {"dataset": {"unnamed": self._token} if name is None else {"name": name}, "transform": None}
+        data = data if description is None else description.metadata()
+        if isinstance(module, TrainsTeachers):
+            own = module.trajectory_metadata()
+        else:
+            optimizers = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+            own = {
+                "method": FOREIGN,
+                "network": describe_network(self._network(module)),
+                "module": f"{type(module).__module__}.{type(module).__qualname__}",
+                "optimizer": ", ".join(optimizers),
+                "versions": versions(),
+            }
+        return {**data, **{key: value for key, value in own.items() if key not in data}}
 
     @staticmethod
-    def _shared(module: FlatTeacher) -> dict[str, Any]:
-        return {key: value for key, value in module.trajectory_metadata().items() if key not in OWN_KEYS}
+    def _network(module: LightningModule) -> nn.Module:
+        if isinstance(module, TrainsTeachers):
+            return module.teacher_network()
+        return dict(module.named_children()).get("network", module)
 
-    def _file(self, teacher: int, epoch: int) -> Path:
-        return self.path / ".unfinished" / f"teacher_{teacher:04d}_epoch_{epoch:04d}.safetensors"
-
-    def _snapshot(self, module: FlatTeacher, epoch: int, accuracy: float | None = None) -> None:
-        # flatten_parameters copies: a view of live weights would make all epochs equal on a CPU run.
-        weights = {SNAPSHOT: flatten_parameters(module.network)}  # type: ignore[arg-type]
-        # With its accuracy, so that nothing is left to remember: Lightning saves the first rank's callbacks alone.
-        write_tensors(self._file(module.teacher, epoch), weights, kind=SNAPSHOT, metadata={"accuracy": accuracy})
+    def _teacher(self, trainer: Trainer, module: LightningModule) -> tuple[int, int, int | None, bool]:
+        """Return number and epoch of the current teacher, its planned length, and whether this process writes it."""
+        if isinstance(module, TrainsTeachers):
+            number, epoch, epochs, _, records = module.teacher_progress()
+            return number, epoch, epochs, records
+        if not trainer.is_global_zero:
+            return 0, 0, None, False
+        if self._claimed is None:
+            self._claimed, self._first_epoch = self._snapshots.claim(), trainer.current_epoch
+        return self._claimed, trainer.current_epoch - self._first_epoch, None, True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Record the initialisation, which the module has drawn by now."""
-        assert isinstance(pl_module, FlatTeacher)
-        if batch_idx == 0 and pl_module.teacher_epoch == 0 and pl_module.records_teacher:
-            self._snapshot(pl_module, 0)
+        if not self._active or batch_idx:
+            return
+        teacher, epoch, _, records = self._teacher(trainer, pl_module)
+        if epoch == 0 and records:
+            self._snapshots.write(teacher, 0, self._network(pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the epoch, and the teacher with its last one."""
-        assert isinstance(pl_module, FlatTeacher)
-        # Not behind the question of who records: what is computed here may be a mean over ranks.
+        """Record the epoch, and the teacher after its last one."""
+        if not self._active:
+            return
+        # Not only where something is recorded: what is computed here may be a mean over ranks.
         metrics = trainer.callback_metrics
-        if not pl_module.records_teacher:
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        teacher, epoch, epochs, records = self._teacher(trainer, pl_module)
+        if not records:
             return
         # Metrics stay until they are measured again: those of another epoch, or teacher, are not this one's.
         every = trainer.check_val_every_n_epoch
         due = every is not None and (trainer.current_epoch + 1) % every == 0
         name = "val" if trainer.enable_validation else "train"
         value = metrics.get(f"teacher/{name}_accuracy") if due or name == "train" else None
-        teacher, epochs = pl_module.teacher, pl_module.teacher_epoch + 1
-        self._snapshot(pl_module, epochs, None if value is None else round(float(value), 6))
-        if epochs < pl_module.hparams["epochs"]:
-            return
+        self._snapshots.write(
+            teacher, epoch + 1, self._network(pl_module), accuracy=None if value is None else round(float(value), 6)
+        )
+        self._open = (teacher, epoch + 1)
+        if epoch + 1 == epochs:
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write the teacher that is open, and clear its snapshots."""
+        assert self._open is not None
+        (teacher, epochs), self._open = self._open, None
         # A run resumed from a checkpoint before the end of this teacher trains it to the same bits again.
-        if not teacher_file(self.path, teacher).exists():
-            files = [TensorFile(self._file(teacher, epoch), kind=SNAPSHOT) for epoch in range(epochs + 1)]
-            accuracies = [file.metadata["accuracy"] for file in files[1:]]
-            metadata = {**pl_module.trajectory_metadata(), "accuracies": accuracies}
-            write_teacher(self.path, teacher, [file[SNAPSHOT] for file in files], metadata)
-        for epoch in range(epochs + 1):
-            self._file(teacher, epoch).unlink(missing_ok=True)
+        if epochs > self._recorded_epochs(teacher):
+            snapshots = self._snapshots.read(teacher, epochs)
+            metadata = {**self._metadata(trainer, module), "accuracies": snapshots.accuracies}
+            if trainer.limit_train_batches not in (None, 1.0):
+                metadata["batches_per_epoch"] = int(trainer.num_training_batches)
+            description = self._description(trainer, module)
+            if description is not None:
+                write_store_data(self.path, description)
+            write_teacher(self.path, teacher, snapshots, metadata)
+        self._snapshots.clear(teacher)
+
+    def _recorded_epochs(self, teacher: int) -> int:
+        file = teacher_file(self.path, teacher)
+        return int(TensorFile(file, kind=KIND).metadata["epochs"]) if file.exists() else -1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait for the teachers of all ranks, and clear what other runs may have left of theirs."""
-        assert isinstance(pl_module, FlatTeacher)
+        """Write a teacher that ends with the fit; wait for those of all ranks."""
+        if not self._active:
+            return
+        # Lightning does not tell who asked to stop; a time limit leaves this at 0.
+        stopped = any(callback.stopped_epoch > 0 for callback in trainer.early_stopping_callbacks)
+        if self._open is not None and (stopped or not isinstance(pl_module, TrainsTeachers)):
+            self._finish(trainer, pl_module)
         trainer.strategy.barrier()
-        if trainer.is_global_zero and trainer.current_epoch % pl_module.hparams["epochs"] == 0:
-            shutil.rmtree(self.path / ".unfinished", ignore_errors=True)
+        if trainer.is_global_zero:
+            self._snapshots.tidy()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the teacher of a foreign module that was killed after its last epoch: no training ends here."""
+        if self._active and self._open is not None and not isinstance(pl_module, TrainsTeachers):
+            self._finish(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep which teacher is being recorded."""
+        open_ = None if self._open is None else list(self._open)
+        return {"claimed": self._claimed, "first_epoch": self._first_epoch, "open": open_, "token": self._token}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the same teacher."""
+        self._claimed, self._first_epoch = state_dict["claimed"], state_dict["first_epoch"]
+        self._open = None if state_dict["open"] is None else tuple(state_dict["open"])
+        self._token, self._resumed = state_dict["token"], True

@@ -1,4 +1,4 @@
-"""What DC, DSA, DM and CAFE share: synthetic and real images of a class, seen by one network of the moment."""
+"""What DC, DSA, DM and CAFE share: synthetic and real images of a class, seen by the same network."""
 
 from __future__ import annotations
 
@@ -7,35 +7,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ftd_lightning.data.images import Images
+from ftd_lightning.contracts import Images
 from ftd_lightning.data.iterations import IterationCounter
+from ftd_lightning.data.loader import fits_on
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.augment import dsa, parse_strategy
+from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import make_generator
-from ftd_lightning.training.distillation import Distillation
-from ftd_lightning.training.fresh_networks import FreshNetworks, Network, plain_network
+from ftd_lightning.modules.distillation import Distillation
+from ftd_lightning.training.fresh_networks import Network, refuse_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-COUNTS = ("ipc", "batch_real", "iterations_per_epoch")
-TRAIN_BATCH = 256  # synthetic images a step of the network's own training, in all of these methods
-
-
-def batch_norms(network: nn.Module) -> list[nn.Module]:
-    """List the modules of a network that normalise by statistics of the batch.
-
-    Example:
-        >>> len(batch_norms(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.GroupNorm(2, 2))))
-        1
-    """
-    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+AT_LEAST_1 = ("ipc", "batch_real", "iterations_per_epoch")
+TRAIN_BATCH = 256  # synthetic images per step of the network's own training, in all of these methods
 
 
 class _Summed(torch.autograd.Function):
-    """A number with a gradient that is known already."""
+    """A number whose gradient is known already."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -52,54 +42,55 @@ class ClassMatching(Distillation):
     """The base of methods that compare synthetic with real images of each class on a network.
 
     Its subclasses' hyper-parameters include ``network_options``, ``batch_real``, ``lr_images``, ``momentum``,
-    ``lr_network``, ``align_corners`` and ``iterations_per_epoch``; they call :meth:`keep` in their ``__init__``.
-    Images are learned by SGD; the set's step size is ``lr_network``, which is not learned.
+    ``lr_network`` and ``iterations_per_epoch``; they call :meth:`keep` in their ``__init__``. Images are learned by
+    SGD; the set's step size is ``lr_network``, which is not learned.
 
     Under DDP every rank draws real images of its own for the same network, and the gradient is averaged.
     """
 
     step_size: Tensor
 
-    def keep(self, network: Network, real: tuple[Tensor, Tensor] | None) -> None:
-        """Check and save what ``__init__`` of a subclass got; it is to be called there, after ``super().__init__()``.
+    def keep(self, network: Network, augment: Augmentation, real: tuple[Tensor, Tensor] | None) -> None:
+        """Check what ``__init__`` of a subclass got and saved as hyper-parameters.
 
         Raises:
-            InputError: for counts below 1 or an unknown augmentation.
+            InputError: for counts below 1, or a module where fresh networks are drawn.
         """
-        self.save_hyperparameters(ignore=["real", *plain_network(network)])
-        for name in COUNTS:
+        for name in AT_LEAST_1:
             if self.hparams[name] < 1:
                 raise InputError(f"{name}={self.hparams[name]} must be at least 1")
-        parse_strategy(self.hparams["augment"])
+        refuse_object(network)
+        self.augment = augment
         self._architecture = network
         self._real = None if real is None else Images(*real)
 
-    def setup(self, stage: str) -> None:
+    def build(self) -> None:
         """Make the initial synthetic set."""
-        if self.initial_images is not None:
-            return
-        datamodule = getattr(self.trainer, "datamodule", None)
-        self.fresh = FreshNetworks(self._architecture, self.hparams["network_options"], datamodule)
+        self.fresh = self.own_networks(self._architecture, self.hparams["network_options"])
         self.make_images()
         self.register_buffer("step_size", torch.tensor(float(self.hparams["lr_network"])))
 
     def iteration_loader(self) -> IterationCounter:
         """Make a loader of bare iterations: real images are drawn here, class by class."""
-        return IterationCounter(self.hparams["iterations_per_epoch"])
+        loader = IterationCounter(self.hparams["iterations_per_epoch"])
+        loader.load_state_dict({"iteration": self.step})  # loaders may be made anew in every epoch
+        return loader
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Learn the images by SGD."""
         return torch.optim.SGD([self.images], lr=self.hparams["lr_images"], momentum=self.hparams["momentum"])
 
     def on_fit_start(self) -> None:
-        """Bring the real images to the device."""
-        real = self._real or self.trainer.datamodule.train  # type: ignore[attr-defined]
+        """Move the real images to the device, or leave them in host memory where they do not fit."""
+        super().on_fit_start()
+        real = self.real_images()
         self._of_class = [(real.labels == label).nonzero().squeeze(1) for label in range(self.num_classes)]
-        self.real = Images(real.pictures.to(self.images), real.labels.to(self.device))  # in the trainer's precision
+        place = self.device if fits_on(self.device, real.images) else torch.device("cpu")
+        self._pool = real.images.to(place)
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Number of classes K."""
         return len(self.labels) // int(self.hparams["ipc"])
 
     def fresh_network(self, *keys: int | str) -> nn.Module:
@@ -108,7 +99,7 @@ class ClassMatching(Distillation):
         return network.to(self.device, self.images.dtype).train()
 
     def synthetic_of(self, label: int) -> Tensor:
-        """Give the synthetic images of a class, (ipc, C, H, W)."""
+        """Return the synthetic images of a class, (ipc, C, H, W)."""
         ipc = self.hparams["ipc"]
         return self.images[label * ipc : (label + 1) * ipc]
 
@@ -121,24 +112,19 @@ class ClassMatching(Distillation):
         rank = 0 if on_all_ranks else self.global_rank
         order = torch.randperm(len(members), generator=self._generator("real", label, *keys, rank))
         index = members[order[: count or self.hparams["batch_real"]]]
-        return self.real.pictures[index.to(self.device, non_blocking=True)]
+        return self._pool[index.to(self._pool.device)].to(self.images)  # in the trainer's precision
 
     def siamese(self, images: Tensor, label: int, *keys: int | str) -> Tensor:
         """Augment images of a class: with equal keys in the same way, be they real or synthetic, few or many."""
-        return self._augmented(images, "siamese", label, *keys, self.global_rank, siamese=True)
-
-    def _augmented(self, images: Tensor, *keys: int | str, siamese: bool) -> Tensor:
-        strategy, mode = self.hparams["augment"], self.hparams["augment_mode"]
-        corners, generator = self.hparams["align_corners"], self._generator(*keys)
-        return dsa(images, generator, strategy=strategy, mode=mode, siamese=siamese, align_corners=corners)
+        return self.augment(images, self._generator("siamese", label, *keys, self.global_rank), siamese=True)
 
     def _generator(self, *keys: int | str) -> torch.Generator:
         return make_generator(self.hparams["seed"], *keys)
 
     def summed(self, losses: Iterable[Tensor]) -> Tensor:
-        """Add losses up, differentiating each in the images before the next is made: one graph is alive at a time.
+        """Add losses up, differentiating each in the images before the next is made: only one graph is alive at a time.
 
-        The step is taken on the sum. To step class by class would let momentum move every class at every step.
+        The step is taken on the sum. Stepping class by class would let momentum move every class at every step.
         """
         value, gradient = self.images.new_zeros(()), torch.zeros_like(self.images)
         for loss in losses:
@@ -153,15 +139,12 @@ class ClassMatching(Distillation):
         for epoch in range(epochs):
             order = torch.randperm(len(images), generator=self._generator("order", *keys, epoch)).to(self.device)
             for step, index in enumerate(order.split(TRAIN_BATCH)):
-                batch = self._augmented(images[index], "inner", *keys, epoch, step, siamese=False)
+                batch = self.augment(images[index], self._generator("inner", *keys, epoch, step))
                 optimizer.zero_grad()
                 cross_entropy(network(batch), self.labels[index]).backward()
                 optimizer.step()
 
-    def description(self) -> dict[str, Any]:
+    def set_metadata(self) -> dict[str, Any]:
         """Describe the data and the network."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        describe = getattr(datamodule, "describe", None)
-        own = "own images" if datamodule is None else type(datamodule).__name__
-        dataset = describe()["dataset"] if describe else own
+        dataset = {"name": "own images"} if self.data is None else self.data.dataset
         return {"dataset": dataset, "network": self.fresh.describe()}

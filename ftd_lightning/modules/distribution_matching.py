@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ftd_lightning.functional.augment import STRATEGY, Mode
+from ftd_lightning.functional.augment import STRATEGY, Augmentation
+from ftd_lightning.functional.batch_norm import batch_norms
 from ftd_lightning.functional.distribution_matching import distribution_distance, embed
-from ftd_lightning.training.class_matching import ClassMatching, batch_norms
-from ftd_lightning.training.distillation import Init
+from ftd_lightning.modules.class_matching import ClassMatching
+from ftd_lightning.modules.distillation import Init
 from ftd_lightning.training.fresh_networks import Network
+from ftd_lightning.training.plain_arguments import not_plain, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,17 +27,16 @@ class DistributionMatching(ClassMatching):
     network with BatchNorm sees all classes in one batch.
 
     Args:
-        network: a name, an import path, a module, or a function that builds one.
+        network: a name, an import path, or a function that builds one.
         network_options: for a named network.
         ipc: synthetic images per class.
         init: "real" starts from random real images of each class (the published setting), "noise" from a normal.
-        batch_real: real images of a class an iteration.
+        batch_real: real images per class and iteration.
         lr_images: learning rate of the pixels; 1 as published (10 for CIFAR-10 at 100 images per class and more).
         momentum: of the pixels.
         lr_network: the step size that the set carries for its evaluation; nothing is trained with it here.
-        augment: DSA strategy; "" for none.
-        augment_mode: "single" or "multiple".
-        align_corners: of the augmentation's resampling; false in this line of work.
+        augment: DSA, siamese: a strategy, the fields of an ``Augmentation``, or one; "" for none. Resampling has
+            ``align_corners`` False by default, as in this line of work.
         iterations_per_epoch: iterations that make a Lightning epoch; 20,000 iterations as published.
         seed: decides initial images, networks, real batches and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
@@ -51,15 +52,16 @@ class DistributionMatching(ClassMatching):
         lr_images: float = 1.0,
         momentum: float = 0.5,
         lr_network: float = 0.01,
-        augment: str = STRATEGY,
-        augment_mode: Mode = "single",
-        align_corners: bool = False,
+        augment: Augmentation | dict[str, Any] | str = STRATEGY,
         iterations_per_epoch: int = 100,
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.keep(network, real)
+        augmentation = Augmentation.of(augment, align_corners=False)
+        augment, network_options = plain(augmentation), plain(network_options)
+        self.save_hyperparameters(ignore=not_plain(network))
+        self.keep(network, augmentation, real)
 
     @property
     def method(self) -> str:
@@ -74,7 +76,7 @@ class DistributionMatching(ClassMatching):
         return self.logged(self.summed(distances(network, self._pairs(iteration))))
 
     def _pairs(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give synthetic and real images of each class, augmented alike."""
+        """Yield synthetic and real images of each class, augmented alike."""
         for label in range(self.num_classes):
             synthetic, real = self.synthetic_of(label), self.real_of(label, iteration)
             yield self.siamese(synthetic, label, iteration), self.siamese(real, label, iteration)
@@ -84,7 +86,7 @@ class DistributionMatching(ClassMatching):
             yield distribution_distance(embed(network, synthetic), embed(network, real))
 
     def _joint_distance(self, network: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """Embed all classes in one batch a side: statistics of a batch of one class would hide what sets it apart."""
+        """Embed all classes in one batch per side: statistics of a single class would hide what sets it apart."""
         sides = zip(*pairs, strict=True)
         synthetic, real = (embed(network, torch.cat(side)).split([len(x) for x in side]) for side in sides)
         yield torch.stack([distribution_distance(*pair) for pair in zip(synthetic, real, strict=True)]).sum()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.augment import Mode
+from ftd_lightning.functional.augment import Augmentation
+from ftd_lightning.functional.batch_norm import batch_norms
 from ftd_lightning.functional.distribution_matching import feature_levels
 from ftd_lightning.functional.feature_alignment import (
     Watcher,
@@ -17,20 +18,22 @@ from ftd_lightning.functional.feature_alignment import (
     discrimination_loss,
     level_weights,
 )
-from ftd_lightning.training.class_matching import ClassMatching, batch_norms
-from ftd_lightning.training.distillation import Init
+from ftd_lightning.modules.class_matching import ClassMatching
+from ftd_lightning.modules.distillation import Init
+from ftd_lightning.training.alignment_loops import Loops
 from ftd_lightning.training.fresh_networks import Network, right_answers
+from ftd_lightning.training.plain_arguments import not_plain, plain
 
-Loops = Literal["dynamic", "fixed"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PUBLISHED_MILESTONES = (1200, 1600, 1800)  # of 2001 rounds
-LEAST = ("rounds", "outer_max", "inner_max", "query", "window")
 
 
 class FeatureAlignment(ClassMatching):
     """Learns a synthetic set by feature alignment (CAFE: Wang et al., CVPR 2022), with ``augment`` CAFE+DSA.
 
-    An iteration is one update of the images, on the network of the moment. Its loss is the squared distance of real and
+    An iteration is one update of the images, on the current network. Its loss is the squared distance of real and
     synthetic class means at all depths, plus ``discrimination`` times the cross entropy of real embeddings that are
     classified by the synthetic class centres. (The cross entropy of the network's own logits on real images, which CAFE
     adds, does not depend on the synthetic ones.)
@@ -40,24 +43,19 @@ class FeatureAlignment(ClassMatching):
     accuracies lie within ``lambda_1``, the round ends (outer loop); else the network is trained on the synthetic set,
     epoch by epoch, until as many accuracies after an epoch lie further apart than ``lambda_2`` (inner loop).
 
-    The network and the outer loop's accuracies are part of a checkpoint, so a run that was interrupted in mid-round
-    goes on as it would have.
+    The network and the outer loop's accuracies are part of a checkpoint, so a run that was interrupted within a round
+    resumes exactly.
 
     Convention: query accuracies are of images without augmentation, and decide on the means over all ranks. Networks
     with BatchNorm see real images of all classes in one batch, as they see the synthetic ones.
 
     Args:
-        network: a name, an import path, a module, or a function that builds one.
+        network: a name, an import path, or a function that builds one.
         network_options: for a named network.
         ipc: synthetic images per class.
         init: "real" starts from random real images of each class, "noise" from a normal (the released script).
         rounds: the fit ends after so many, if the trainer's ``max_steps`` does not end it; 2001 in the released script.
-        loops: "dynamic", as above; "fixed": ``outer_max`` iterations a round, ``inner_max`` epochs between two.
-        outer_max: most iterations of a round. Accuracies alone need not end it: the released script has no such bound.
-        inner_max: most epochs of training between two iterations; likewise.
-        lambda_1: a fraction; 0.04 in the released script.
-        lambda_2: a fraction; 0.03 there.
-        window: accuracies that each loop looks at.
+        loops: when a round and its training end: a :class:`Loops`, or its fields as a mapping.
         query: real images of a class for an accuracy; all, if there are fewer.
         level_weights: one for each depth, from the shallowest to the embedding; None: 0.1 and, for the last three, 1.
         discrimination: weight of the cross entropy, which is a sum over real images.
@@ -67,9 +65,8 @@ class FeatureAlignment(ClassMatching):
             None: 1200, 1600 and 1800.
         momentum: of the pixels.
         lr_network: learning rate of the network between iterations, and the step size that the set carries.
-        augment: DSA strategy of CAFE+DSA; "" for none, which is CAFE.
-        augment_mode: "single" or "multiple".
-        align_corners: of the augmentation's resampling; false in this line of work.
+        augment: DSA of CAFE+DSA: a strategy, the fields of an ``Augmentation``, or one; "" for none, which is CAFE.
+            Resampling has ``align_corners`` False by default, as in this line of work.
         iterations_per_epoch: iterations that make a Lightning epoch.
         seed: decides initial images, networks, real batches, query images, order of training and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
@@ -79,7 +76,7 @@ class FeatureAlignment(ClassMatching):
         round_steps: iterations that the present round has had.
 
     Raises:
-        InputError: for counts below 1, other ``loops``, or an unknown augmentation.
+        InputError: for counts below 1, or unknown loops or augmentation.
     """
 
     def __init__(
@@ -89,12 +86,7 @@ class FeatureAlignment(ClassMatching):
         ipc: int = 1,
         init: Init = "noise",
         rounds: int = 2001,
-        loops: Loops = "dynamic",
-        outer_max: int = 50,
-        inner_max: int = 50,
-        lambda_1: float = 0.04,
-        lambda_2: float = 0.03,
-        window: int = 10,
+        loops: Loops | dict[str, Any] | None = None,
         query: int = 128,
         level_weights: list[float] | None = None,
         discrimination: float = 0.01,
@@ -103,20 +95,19 @@ class FeatureAlignment(ClassMatching):
         lr_milestones: list[int] | None = None,
         momentum: float = 0.5,
         lr_network: float = 0.01,
-        augment: str = "",
-        augment_mode: Mode = "single",
-        align_corners: bool = False,
+        augment: Augmentation | dict[str, Any] | str = "",
         iterations_per_epoch: int = 100,
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.keep(network, real)
-        for name in LEAST:
+        augmentation, self.loops = Augmentation.of(augment, align_corners=False), Loops.of(loops)
+        augment, loops, network_options = plain(augmentation), plain(self.loops), plain(network_options)
+        self.save_hyperparameters(ignore=not_plain(network))
+        self.keep(network, augmentation, real)
+        for name in ("rounds", "query"):
             if self.hparams[name] < 1:
                 raise InputError(f"{name}={self.hparams[name]} must be at least 1")
-        if loops not in get_args(Loops):
-            raise InputError(f"loops={loops!r} is unknown: choose from {list(get_args(Loops))}")
         self.round, self.round_steps = -1, 0
         self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
         self._outer = self._new_outer_watcher()
@@ -125,7 +116,7 @@ class FeatureAlignment(ClassMatching):
     @property
     def method(self) -> str:
         """The method's short name: "cafe+dsa" with augmentation, "cafe" without."""
-        return "cafe+dsa" if self.hparams["augment"] else "cafe"
+        return "cafe+dsa" if self.augment else "cafe"
 
     @property
     def finished(self) -> bool:
@@ -133,7 +124,7 @@ class FeatureAlignment(ClassMatching):
         return self.round >= int(self.hparams["rounds"])
 
     def on_fit_start(self) -> None:
-        """Bring the real images to the device, and the network that a checkpoint held."""
+        """Move the real images and a checkpoint's network to the device."""
         super().on_fit_start()
         if self._saved_round is not None:
             state, self._saved_round = self._saved_round, None
@@ -145,7 +136,8 @@ class FeatureAlignment(ClassMatching):
                 self._network[0].load_state_dict(state["network"])
 
     def on_train_start(self) -> None:
-        """End a run at once that had been done."""
+        """End a run at once that had been done; see the base."""
+        super().on_train_start()
         self.trainer.should_stop = self.trainer.should_stop or self.finished
 
     def on_train_batch_start(self, batch: dict[str, int], batch_idx: int) -> int | None:
@@ -156,13 +148,13 @@ class FeatureAlignment(ClassMatching):
         """
         iteration = batch["iteration"]
         if not self._network or self._leaves_round(iteration):
-            # A run that was done and goes on to more rounds has no network, but the number of its next round.
+            # A finished run that is extended by more rounds has no network, but the number of its next round.
             self.round += bool(self._network) or self.round < 0
             self.round_steps = 0
             if self.finished:
                 self.trainer.should_stop = True
                 self._network = []
-                # Given back: a run that goes on to more rounds begins with it.
+                # Put back: a run that is extended by more rounds begins with it.
                 self.trainer.train_dataloader.iteration = iteration  # type: ignore[union-attr]
                 return -1  # Lightning's word for an epoch that ends here
             self._network, self._outer = [self.fresh_network(self.round)], self._new_outer_watcher()
@@ -179,24 +171,24 @@ class FeatureAlignment(ClassMatching):
         return float(self.hparams["lr_images"] * 0.5**halved)
 
     def _new_outer_watcher(self) -> Watcher:
-        hparams = self.hparams
-        return Watcher(hparams["lambda_1"], leave="below", maximum=hparams["outer_max"], window=hparams["window"])
+        loops = self.loops
+        return Watcher(loops.lambda_1, leave="below", maximum=loops.outer_max, window=loops.window)
 
     def _leaves_round(self, iteration: int) -> bool:
-        if self.hparams["loops"] == "fixed":
-            return self.round_steps >= int(self.hparams["outer_max"])
+        if self.loops.kind == "fixed":
+            return self.round_steps >= self.loops.outer_max
         accuracy = self.query_accuracy(iteration)
         self.log("matching/query_accuracy", accuracy, prog_bar=True, batch_size=1)
         return self._outer.update(accuracy)
 
     def _inner_loop(self, iteration: int) -> None:
-        network, hparams = self._network[0].requires_grad_(True).train(), self.hparams
-        watcher = Watcher(hparams["lambda_2"], leave="above", maximum=hparams["inner_max"], window=hparams["window"])
+        network, loops = self._network[0].requires_grad_(True).train(), self.loops
+        watcher = Watcher(loops.lambda_2, leave="above", maximum=loops.inner_max, window=loops.window)
         epochs = 0
-        while epochs < hparams["inner_max"]:
+        while epochs < loops.inner_max:
             self.train_on_set(network, 1, iteration, epochs)
             epochs += 1
-            if hparams["loops"] == "dynamic" and watcher.update(self.query_accuracy(iteration, epochs)):
+            if loops.kind == "dynamic" and watcher.update(self.query_accuracy(iteration, epochs)):
                 break
         self.log("matching/inner_epochs", float(epochs), batch_size=1)
 
@@ -217,7 +209,7 @@ class FeatureAlignment(ClassMatching):
         return float(self.trainer.strategy.reduce(torch.stack(shares).mean(), reduce_op="mean"))
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
-        """Align features and discriminate classes on the network of the moment."""
+        """Align features and discriminate classes on the current network."""
         self.round_steps += 1
         network = self._network[0].requires_grad_(False)
         alignment, discrimination = self.losses(network, batch["iteration"])
@@ -227,7 +219,7 @@ class FeatureAlignment(ClassMatching):
         return self.logged(alignment + self.hparams["discrimination"] * discrimination)
 
     def losses(self, network: nn.Module, iteration: int) -> tuple[Tensor, Tensor]:
-        """Compute alignment and discrimination, not weighed against each other, differentiable in the images.
+        """Compute alignment and discrimination, unweighted, differentiable in the images.
 
         Args:
             network: whose features are compared.
@@ -264,22 +256,23 @@ class FeatureAlignment(ClassMatching):
         labels = [self.labels.new_full((len(batch),), label) for label, batch in enumerate(batches)]
         return [torch.cat(parts) for parts in zip(*means, strict=True)], torch.cat(embeddings), torch.cat(labels)
 
-    def description(self) -> dict[str, Any]:
-        """Describe the data and the network, and count the rounds that are done."""
-        return {**super().description(), "rounds": max(self.round, 0)}
+    def set_metadata(self) -> dict[str, Any]:
+        """Describe the data and the network, and count the finished rounds."""
+        return {**super().set_metadata(), "rounds": max(self.round, 0)}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the network of the moment and how far its round is."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["round"] = {
+    def extra_state(self) -> dict[str, Any]:
+        """Keep the current network and how far its round has come."""
+        round_state = {
             "round": self.round,
             "round_steps": self.round_steps,
             "network": self._network[0].state_dict() if self._network else None,
             "updates": self._outer.updates,
             "accuracies": list(self._outer.accuracies),
         }
+        return {**super().extra_state(), "round": round_state}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them up again when the fit starts, for the device is known then."""
-        super().on_load_checkpoint(checkpoint)
-        self._saved_round = checkpoint.get("round")
+    def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
+        """Continue with them when the fit starts, because the device is known then."""
+        super().restore(state, checkpoint)
+        self._saved_round = state["round"]
+        self.round = state["round"]["round"]

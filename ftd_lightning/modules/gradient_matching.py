@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.augment import STRATEGY, Mode
+from ftd_lightning.functional.augment import STRATEGY, Augmentation
+from ftd_lightning.functional.batch_norm import batch_norms
 from ftd_lightning.functional.gradient_matching import gradient_distance, loss_gradients
-from ftd_lightning.training.class_matching import ClassMatching, batch_norms
-from ftd_lightning.training.distillation import Init
+from ftd_lightning.modules.class_matching import ClassMatching
+from ftd_lightning.modules.distillation import Init
 from ftd_lightning.training.fresh_networks import Network
+from ftd_lightning.training.plain_arguments import not_plain, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 # By images per class: updates of the images on one network, and epochs that it is trained for between two of them.
 PUBLISHED_LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -31,24 +33,23 @@ class GradientMatching(ClassMatching):
     the synthetic set as it then is. DSA differs from DC in its augmentation: one draw for real and synthetic images of
     a class where gradients are matched, one for each image where the network is trained.
 
-    The network of the moment is part of a checkpoint, so a run that was interrupted in mid-loop goes on as it would
-    have. Where it has BatchNorm, running statistics are updated by 16 real images of each class before every iteration
-    and hold for its gradients on both sides, for a batch of one class has statistics that no other batch has.
+    The current network is part of a checkpoint, so a run that was interrupted within a loop resumes exactly.
+    Where it has BatchNorm, running statistics are updated by 16 real images of each class before every iteration and
+    hold for its gradients on both sides, because a batch of one class has statistics that no other batch has.
 
     Args:
-        network: a name, an import path, a module, or a function that builds one.
+        network: a name, an import path, or a function that builds one.
         network_options: for a named network.
         ipc: synthetic images per class.
         init: "real" starts from random real images of each class (DSA as published), "noise" from a normal (DC).
         outer_loops: T, iterations on one network. None: as published for this ipc (1, 10, 20, 30, 40 or 50).
         inner_epochs: K, epochs over the synthetic set between two of them. None: likewise.
-        batch_real: real images of a class an iteration.
+        batch_real: real images per class and iteration.
         lr_images: learning rate of the pixels.
         momentum: of the pixels.
         lr_network: learning rate of the network between iterations, and the step size that the set carries.
-        augment: DSA strategy; "" for none, which is DC.
-        augment_mode: "single" or "multiple".
-        align_corners: of the augmentation's resampling; false in this line of work.
+        augment: DSA: a strategy, the fields of an ``Augmentation``, or one; "" for none, which is DC. Resampling has
+            ``align_corners`` False by default, as in this line of work.
         iterations_per_epoch: iterations that make a Lightning epoch; as published there are 1001 T iterations.
         seed: decides initial images, networks, real batches, order of training and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
@@ -69,15 +70,16 @@ class GradientMatching(ClassMatching):
         lr_images: float = 0.1,
         momentum: float = 0.5,
         lr_network: float = 0.01,
-        augment: str = STRATEGY,
-        augment_mode: Mode = "single",
-        align_corners: bool = False,
+        augment: Augmentation | dict[str, Any] | str = STRATEGY,
         iterations_per_epoch: int = 100,
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.keep(network, real)
+        augmentation = Augmentation.of(augment, align_corners=False)
+        augment, network_options = plain(augmentation), plain(network_options)
+        self.save_hyperparameters(ignore=not_plain(network))
+        self.keep(network, augmentation, real)
         published = PUBLISHED_LOOPS.get(ipc, (None, None))
         loops = (outer_loops or published[0], inner_epochs or published[1])
         for name, given, value in zip(("outer_loops", "inner_epochs"), (outer_loops, inner_epochs), loops, strict=True):
@@ -92,14 +94,14 @@ class GradientMatching(ClassMatching):
     @property
     def method(self) -> str:
         """The method's short name: "dsa" with augmentation, "dc" without."""
-        return "dsa" if self.hparams["augment"] else "dc"
+        return "dsa" if self.augment else "dc"
 
     def settings(self) -> dict[str, Any]:
         """Name the loops that were run, also where they were left to the table."""
         return {**super().settings(), "outer_loops": self.outer_loops, "inner_epochs": self.inner_epochs}
 
     def on_fit_start(self) -> None:
-        """Bring the real images to the device, and the network that a checkpoint held."""
+        """Move the real images and a checkpoint's network to the device."""
         super().on_fit_start()
         if self._saved_network is not None:
             self._network = [self.fresh_network("resumed")]
@@ -136,12 +138,11 @@ class GradientMatching(ClassMatching):
             labels = self.labels.new_full((len(synthetic),), label)
             yield gradient_distance(loss_gradients(network, synthetic, labels, keep_graph=True), target)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the network of the moment."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["network"] = self._network[0].state_dict() if self._network else None
+    def extra_state(self) -> dict[str, Any]:
+        """Keep the current network."""
+        return {**super().extra_state(), "loop_network": self._network[0].state_dict() if self._network else None}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again when the fit starts, for the device is known then."""
-        super().on_load_checkpoint(checkpoint)
-        self._saved_network = checkpoint.get("network")
+    def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
+        """Continue with it when the fit starts, because the device is known then."""
+        super().restore(state, checkpoint)
+        self._saved_network = state["loop_network"]

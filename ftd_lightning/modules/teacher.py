@@ -23,10 +23,13 @@ from ftd_lightning.functional.compiling import Compile, compiled, compiles
 from ftd_lightning.functional.inner_step import draws_random_numbers
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.optim import GSAM, frozen_running_statistics
-from ftd_lightning.training.fresh_networks import FreshNetworks, Network, refuse_object, right_answers
+from ftd_lightning.training.dropout import refuse_dropout
+from ftd_lightning.training.fresh_networks import Network, refuse_object, right_answers
 from ftd_lightning.training.phase_module import PhaseModule
 from ftd_lightning.training.plain_arguments import not_plain, plain
-from ftd_lightning.training.ranks import RankStates, own_share, refuse_split_loaders
+from ftd_lightning.training.ranks import RankStates, average_over_ranks, refuse_split_loaders
+from ftd_lightning.training.restarting_schedulers import RestartingSchedulers
+from ftd_lightning.training.teacher_rounds import TeacherRounds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +66,7 @@ class FlatTeacher(PhaseModule):
         augment: DSA: an ``Augmentation``, its fields as a mapping, or a strategy; "" for none. One augmented batch
             serves both passes.
         seed: teacher k's initialisation, batches and augmentation follow from (seed, k).
-        parallel: what the processes of a DDP run share: "teachers", each its own; "data", the batches of one teacher.
+        parallel: what processes of a DDP run do: train "teachers" of their own, or share the "data" of one teacher.
         compile: compile the network's forward and backward pass: True, False, or "auto": on a GPU only. A resumed run
             may take another value; the last bits of its weights then differ.
 
@@ -109,45 +112,40 @@ class FlatTeacher(PhaseModule):
         self._architecture = network
         self.network: nn.Module | None = None
         self._states = RankStates()
-        self._schedules: list[dict[str, Any]] | None = None
+        self._schedulers = RestartingSchedulers()
 
     @property
     def independent_ranks(self) -> bool:
         """Whether each process trains teachers of its own, on all images."""
         return bool(self.hparams["parallel"] == "teachers")
 
+    @property
+    def rounds(self) -> TeacherRounds:
+        """Which teacher is trained when, on this rank."""
+        epochs = int(self.hparams["epochs"])
+        if not self.attached or not self.independent_ranks:
+            return TeacherRounds(epochs)
+        return TeacherRounds(epochs, self.global_rank, self.trainer.world_size)
+
     def batch_plan(self) -> BatchPlan:
         """Deal all images to each process, or each process its share; see ``contracts.PlansBatches``."""
-        trainer, alone = self.trainer, self.independent_ranks
-        share = (0, 1) if alone else (trainer.global_rank, trainer.world_size)
-        return BatchPlan(*share, epoch=lambda epoch: self.data_epoch(epoch - self._first_epoch))
-
-    def data_epoch(self, epoch: int) -> int:
-        """Return the epoch that decides on batches and augmentation: the one of a process that trains all teachers.
-
-        Args:
-            epoch: of this module's fit, on this rank, from 0.
-        """
-        done, teacher_epoch = divmod(epoch, int(self.hparams["epochs"]))
-        if self.independent_ranks and self.attached:
-            done = done * self.trainer.world_size + self.global_rank
-        return done * int(self.hparams["epochs"]) + teacher_epoch
+        rank, world_size = (0, 1) if self.independent_ranks else (self.global_rank, self.trainer.world_size)
+        return BatchPlan(rank, world_size, epoch=lambda epoch: self.rounds.data_epoch(epoch - self._first_epoch))
 
     @property
     def teacher(self) -> int:
         """Number of the teacher being trained in this process, from 0."""
-        return self.data_epoch(self.epoch) // int(self.hparams["epochs"])
+        return self.rounds.teacher(self.epoch)
 
     @property
     def teacher_epoch(self) -> int:
         """Epoch of that teacher, from 0."""
-        return int(self.epoch % self.hparams["epochs"])
+        return self.rounds.teacher_epoch(self.epoch)
 
     def teacher_progress(self) -> TeacherProgress:
         """Say where the fit stands; see ``contracts.TrainsTeachers``."""
-        teacher = self.teacher
-        records = teacher < self.teachers if self.independent_ranks else self.global_rank == 0
-        return TeacherProgress(teacher, self.teacher_epoch, int(self.hparams["epochs"]), self.teachers, records)
+        records = self.teacher < self.teachers if self.independent_ranks else self.global_rank == 0
+        return TeacherProgress(self.teacher, self.teacher_epoch, self.rounds.epochs, self.teachers, records)
 
     def teacher_network(self) -> nn.Module:
         """Return the network being trained."""
@@ -164,19 +162,15 @@ class FlatTeacher(PhaseModule):
 
     def planned_epochs(self) -> int:
         """Return the trainer's epoch after which all teachers are done."""
-        world_size = self.trainer.world_size if self.independent_ranks else 1
-        rounds = len(own_share(self.teachers, rank=0, world_size=world_size))
-        return self._first_epoch + rounds * int(self.hparams["epochs"])
+        return self._first_epoch + self.rounds.length(self.teachers)
 
     def build(self) -> None:
         """Build the network and its metrics."""
-        shape = None if self.data is None else self.data.shape
-        self.fresh = FreshNetworks(self._architecture, self.hparams["network_options"], shape)
+        self.fresh = self.own_networks(self._architecture, self.hparams["network_options"])
         self.network = self.fresh.build(self.hparams["seed"], "teacher", 0)
         refuse_dropout(self.network)
         # A look for NaN would wait for the device in every step. With teachers of its own a rank measures them alone.
-        alone = self.independent_ranks
-        mean = partial(MeanMetric, nan_strategy="disable", sync_on_compute=not alone)
+        mean = partial(MeanMetric, nan_strategy="disable", sync_on_compute=not self.independent_ranks)
         self.train_loss, self.train_accuracy, self.val_accuracy = mean(), mean(), mean()
         for metric in (self.train_loss, self.train_accuracy):
             metric.persistent(True)  # an epoch that is resumed in its middle is measured whole
@@ -189,35 +183,14 @@ class FlatTeacher(PhaseModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a recorder where the trainer has none."""
-        there = any(isinstance(callback, TrajectoryRecorder) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if there else [TrajectoryRecorder()]
+        return self.missing_callbacks(TrajectoryRecorder)
 
     def configure_optimizers(self) -> GSAM:
         """Wrap plain SGD in GSAM."""
-        sgd = partial(
-            torch.optim.SGD,
-            lr=self.hparams["lr"],
-            momentum=self.hparams["momentum"],
-            weight_decay=self.hparams["weight_decay"],
-        )
-        return GSAM(
-            self.network_parameters(),
-            sgd,
-            rho=self.hparams["rho"],
-            alpha=self.hparams["alpha"],
-            adaptive=self.hparams["adaptive"],
-            reduce=None if self.independent_ranks else self._average_over_ranks,
-        )
-
-    def network_parameters(self) -> list[nn.Parameter]:
-        """Return the weights that a trajectory records, in its order."""
-        return list(self.teacher_network().parameters())
-
-    @property
-    def _gsam(self) -> GSAM:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, GSAM)
-        return optimizer
+        sgd = partial(torch.optim.SGD, **{key: self.hparams[key] for key in ("lr", "momentum", "weight_decay")})
+        ball = {key: self.hparams[key] for key in ("rho", "alpha", "adaptive")}
+        reduce = None if self.independent_ranks else partial(average_over_ranks, self.trainer)
+        return GSAM(list(self.teacher_network().parameters()), sgd, **ball, reduce=reduce)
 
     def on_fit_start(self) -> None:
         """Refuse unsuitable settings, restore this rank's weights, compile."""
@@ -245,12 +218,12 @@ class FlatTeacher(PhaseModule):
             )
 
     def extra_state(self) -> dict[str, Any]:
-        """Keep where the schedulers of a teacher start."""
-        return {"schedules": self._schedules}
+        """Keep where the schedulers of a teacher begin."""
+        return {"schedulers": self._schedulers.state()}
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
         """Take over the weights of this rank."""
-        self._schedules = state["schedules"]
+        self._schedulers.load(state["schedulers"])
         if self.attached and self.independent_ranks:
             self._states.load(self, checkpoint)
 
@@ -266,29 +239,22 @@ class FlatTeacher(PhaseModule):
             return
         fresh = self.fresh.build(self.hparams["seed"], "teacher", self.teacher)
         self.teacher_network().load_state_dict(fresh.state_dict())
-        self._gsam.state.clear()  # momentum, where there is any
-        # A subclass may return schedulers: each teacher starts them anew.
-        schedulers = self._schedulers()
-        if self._schedules is None:
-            self._schedules = [scheduler.state_dict() for scheduler in schedulers]
-        for scheduler, state in zip(schedulers, self._schedules, strict=True):
-            scheduler.load_state_dict(state)
-            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-                group["lr"] = lr
+        self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]  # momentum, where there is any
+        self._schedulers.restart(self._all_schedulers())
 
-    def _schedulers(self) -> list[Any]:
+    def _all_schedulers(self) -> list[Any]:
         schedulers = self.lr_schedulers()
         return [] if schedulers is None else schedulers if isinstance(schedulers, list) else [schedulers]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Take one GSAM step on a batch of (images, labels)."""
         images, labels = batch
-        network, gsam = self.teacher_network(), self._gsam
+        network, gsam = self.teacher_network(), self.optimizers(use_pl_optimizer=False)
+        assert isinstance(gsam, GSAM)
         if self.step == 0 and draws_random_numbers(network, images):
             raise InputError(f"{type(network).__name__} draws random numbers (dropout): a student cannot follow it")
-        part = 0 if self.independent_ranks else self.global_rank
-        generator = make_generator(self.hparams["seed"], "dsa", self.data_epoch(self.epoch), batch_idx, part)
-        images = self.augment(images, generator)
+        where = (self.rounds.data_epoch(self.epoch), batch_idx, 0 if self.independent_ranks else self.global_rank)
+        images = self.augment(images, make_generator(self.hparams["seed"], "dsa", *where))
         first: dict[str, Tensor] = {}
 
         def closure() -> Tensor:
@@ -307,23 +273,15 @@ class FlatTeacher(PhaseModule):
         self.log("teacher/train_loss", self.train_loss, on_step=False, on_epoch=True)
         self.log("teacher/train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
 
-    def _average_over_ranks(self, gradients: list[Tensor]) -> None:
-        if self.trainer.world_size > 1:
-            flat = torch.cat([g.reshape(-1) for g in gradients])
-            flat = self.trainer.strategy.reduce(flat, reduce_op="mean")  # type: ignore[assignment]
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure accuracy on held-out images."""
         self.val_accuracy.update(right_answers(self.teacher_network()(batch[0]), batch[1]))
         self.log("teacher/val_accuracy", self.val_accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
-        """Step a subclass's schedulers, which Lightning leaves alone in manual mode; end the fit after the last teacher."""
+        """Step a subclass's schedulers; end the fit after the last teacher."""
         if self.epoch_complete:
-            for scheduler in self._schedulers():
-                scheduler.step()
+            self._schedulers.step(self._all_schedulers())
             self.trainer.should_stop = self.trainer.should_stop or self.current_epoch + 1 >= self.planned_epochs()
 
     def trajectory_metadata(self) -> dict[str, Any]:
@@ -340,15 +298,3 @@ class FlatTeacher(PhaseModule):
             "seed": derive_seed(self.hparams["seed"], "teacher", self.teacher),
             "versions": versions(),
         }
-
-
-def refuse_dropout(network: nn.Module) -> None:
-    """Refuse a network with dropout before hours are spent on its teachers.
-
-    Raises:
-        InputError: naming the module.
-    """
-    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    for name, part in network.named_modules():
-        if isinstance(part, kinds) and part.p > 0:
-            raise InputError(f"network has dropout ({name!r}): a student must be a function of its weights; set p to 0")

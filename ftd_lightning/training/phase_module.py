@@ -13,17 +13,18 @@ from ftd_lightning.contracts import DataDescription, ImageShape, Stateful, data_
 from ftd_lightning.data.transform import load_transform
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.description import same_network
+from ftd_lightning.training.fresh_networks import FreshNetworks
 from ftd_lightning.training.resume import mend_progress
 from ftd_lightning.training.trainer_settings import refuse_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, Trainer
 
     from ftd_lightning.contracts import DataSource
     from ftd_lightning.functional.augment import Augmentation
-    from ftd_lightning.training.fresh_networks import FreshNetworks
+    from ftd_lightning.training.fresh_networks import Network
 
 KEY = "ftd_lightning"  # of what a checkpoint holds beside Lightning's own
 
@@ -52,6 +53,7 @@ class PhaseModule(LightningModule):
         self.data: DataDescription | None = None
         self._built = False
         self._resumed = False
+        self._recorded_network: dict[str, Any] | None = None  # of the checkpoint that is being loaded
         self._first_epoch = self._first_step = 0
         self._fitted_by: weakref.ref[Trainer] | None = None
 
@@ -74,6 +76,25 @@ class PhaseModule(LightningModule):
     def extra_state(self) -> dict[str, Any]:
         """Return plain values and tensors that a checkpoint keeps beside the weights."""
         return {}
+
+    def own_networks(self, network: Network | None, options: Mapping[str, Any] | None) -> FreshNetworks:
+        """Return fresh networks of this module: for its data, or as the checkpoint that is being loaded records them.
+
+        Args:
+            network: the constructor's argument; None takes the recorded network.
+            options: likewise.
+
+        Raises:
+            InputError: for None where the recorded network cannot be built by name.
+        """
+        recorded, shape = self._recorded_network or {}, None if self.data is None else self.data.shape
+        if shape is None and set(ImageShape._fields) <= recorded.keys():
+            shape = ImageShape(*(recorded[key] for key in ImageShape._fields))
+        if network is None:
+            if "options" not in recorded:
+                raise InputError(f"network {recorded.get('name')} cannot be built by name: pass it as network")
+            network, options = recorded["name"], recorded["options"]
+        return FreshNetworks(network, options, shape)
 
     @property
     def attached(self) -> bool:
@@ -102,6 +123,11 @@ class PhaseModule(LightningModule):
     def epoch_complete(self) -> bool:
         """Whether the current epoch has had all its batches; to be asked in ``on_train_epoch_end``."""
         return bool(self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+
+    def missing_callbacks(self, kind: type[Callback]) -> list[Callback]:
+        """Return a callback of a kind, unless the trainer has one: Lightning would replace the user's by a module's."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(callback, kind) for callback in callbacks) else [kind()]
 
     def configure_model(self) -> None:
         """Build for the trainer's data; nothing without a trainer, or where everything has been built."""
@@ -142,6 +168,7 @@ class PhaseModule(LightningModule):
             raise InputError("the checkpoint was not saved by this version of ftd_lightning; begin this fit anew")
         if self.data is None and state["data"] is not None:
             self.data = _loaded_data(state["data"])
+        self._recorded_network = state["network"]
         self._build_once()
         if not same_network(state["network"], self.fresh.describe()):
             raise InputError(

@@ -7,7 +7,6 @@ from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.rules import MatchingRule
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
 
 KEYS = ("state_dict", "optimizer_states")
 
@@ -48,6 +49,15 @@ def without_gradient_sync(trainer: Trainer) -> AbstractContextManager[None]:
     """Return a context in which DDP averages no gradient; a null context without DDP."""
     model = trainer.strategy.model
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def average_over_ranks(trainer: Trainer, gradients: list[Tensor]) -> None:
+    """Average gradients over all processes, in place, by one reduction."""
+    if trainer.world_size > 1:
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        flat = trainer.strategy.reduce(flat, reduce_op="mean")  # type: ignore[assignment]
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def refuse_split_loaders(trainer: Trainer, *, or_else: str) -> None:
@@ -101,9 +111,22 @@ class RankStates:
             checkpoint["ranks"] = all_ranks(move_data_to_device(own, "cpu"))
 
     @staticmethod
-    def of_all_ranks(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the state dicts of every rank of a checkpoint, in their order."""
-        return [state["state_dict"] for state in checkpoint.get("ranks") or [checkpoint]]
+    def joined(checkpoint: dict[str, Any], name: str, count: int) -> dict[str, Any]:
+        """Return the weights of a checkpoint as one process would have saved them.
+
+        Args:
+            checkpoint: of any number of ranks.
+            name: of the ModuleList whose entries ``own_share`` dealt out; other weights are the first rank's.
+            count: number of its entries over all ranks.
+        """
+        ranks = [state["state_dict"] for state in checkpoint.get("ranks") or [checkpoint]]
+        joined = {key: value for key, value in ranks[0].items() if not key.startswith(f"{name}.")}
+        for index in range(count):
+            prefix = f"{name}.{index // len(ranks)}."
+            for key, value in ranks[index % len(ranks)].items():
+                if key.startswith(prefix):
+                    joined[f"{name}.{index}.{key.removeprefix(prefix)}"] = value
+        return joined
 
     def load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Replace what a checkpoint says of the first rank by what it says of this one.

@@ -36,10 +36,10 @@ def refuse_settings(trainer: Trainer, augment: Augmentation) -> None:
             "trainer.accumulate_grad_batches must be 1: every batch is one update; TrajectoryMatching averages several "
             "segments per update with model.segments_per_step"
         )
-    if trainer.overfit_batches:
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise InputError("trainer.overfit_batches is not supported: use trainer.limit_train_batches")
     if torch.are_deterministic_algorithms_enabled() and not augment.deterministic_on(trainer.strategy.root_device):
         raise InputError(
-            "trainer.deterministic: scale and rotate have no deterministic gradient on a GPU; leave them out of augment "
-            "or set trainer.deterministic to false"
+            "trainer.deterministic: scale and rotate have no deterministic gradient on a GPU: leave them out "
+            "of augment, or set trainer.deterministic to false"
         )
