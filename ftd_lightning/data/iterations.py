@@ -49,9 +49,11 @@ class IterationLoader(ABC, Generic[Batch]):
         return self.length
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._epoch_ended:
-            self._epoch_ended = False
-            return
+        # Now, and not when a batch is asked for: Lightning may leave an ended epoch without asking for one.
+        ended, self._epoch_ended = self._epoch_ended, False
+        return iter(()) if ended else self._rest_of_epoch()
+
+    def _rest_of_epoch(self) -> Iterator[Batch]:
         # After a resume in mid-epoch only the rest of that epoch is left.
         end = self.iteration + self.length - (self.iteration - self.start) % self.length
         with ThreadPoolExecutor(max_workers=1) as reader:

@@ -136,7 +136,12 @@ class TensorLoader(ResumableLoader):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.sampler.first_batch = self._begin_epoch(len(self))
+        # The position is taken now, because Lightning may leave an ended epoch without asking for a batch; the order
+        # when the first batch is asked for, because only then the epoch has been set.
+        return self._batches(self._begin_epoch(len(self)))
+
+    def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self.sampler.first_batch = first
         for index in self.sampler:
             index = index.to(self.images.device, non_blocking=True)
             self._batch += 1
@@ -158,9 +163,12 @@ class HostLoader(ResumableLoader, DataLoader[Any]):
     """A DataLoader that resumes within an epoch, because its sampler is a :class:`BatchOrder`."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self._batches(self._begin_epoch(len(self)))
+
+    def _batches(self, first: int) -> Iterator[Any]:
         # A generator: workers read ahead only once the first batch is asked for, when the epoch is known. What they
         # have read ahead does not count.
-        cast("BatchOrder", self.sampler).first_batch = self._begin_epoch(len(self))
+        cast("BatchOrder", self.sampler).first_batch = first
         for batch in super().__iter__():
             self._batch += 1
             yield batch

@@ -23,7 +23,7 @@ def mend_progress(checkpoint: dict[str, Any]) -> None:
     - after the last batch of an epoch, before or after its validation: the batch counts as done, the validation is run
       (again), because its metrics are not part of a checkpoint, and the hooks at the epoch's end follow;
     - in ``on_train_epoch_end`` after all batches: the epoch counts as done;
-    - in ``on_train_epoch_end`` of an epoch that was cut short: the epoch is still in progress.
+    - in ``on_train_epoch_end`` of an epoch that was cut short, or after it: the epoch is still in progress.
 
     Args:
         checkpoint: as Lightning loads it; one without loops (weights only) is left as it is.
@@ -34,17 +34,20 @@ def mend_progress(checkpoint: dict[str, Any]) -> None:
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
     validation = fit_loop["epoch_loop.val_loop.batch_progress"]
     now = epochs["total"]
-    if not now["ready"] == now["started"] == now["completed"] + 1:
+    if now["ready"] != now["started"]:
         return
     in_end_hook = now["processed"] == now["started"]
-    if in_end_hook and batches["is_last_batch"]:
+    if not batches["is_last_batch"]:
+        if in_end_hook and batches["current"]["ready"] > 0:
+            _each(epochs, lambda counts: counts.update(processed=now["ready"] - 1, completed=now["ready"] - 1))
+            _restart(validation, started=0)
+    elif now["completed"] == now["started"]:
+        return
+    elif in_end_hook:
         _each(epochs, lambda counts: counts.update(completed=counts["processed"]))
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
-    elif in_end_hook:
-        _each(epochs, lambda counts: counts.update(processed=counts["processed"] - 1))
-        _restart(validation, started=0)
-    elif batches["is_last_batch"]:
+    else:
         _each(batches, lambda counts: counts.update(completed=counts["processed"]))
         # One batch begun and none done: Lightning then runs the validation from its beginning.
         _restart(validation, started=1)
