@@ -137,7 +137,7 @@ def test_ranks_with_half_a_batch_each_step_along_the_mean_direction(run: Path) -
 
     def gradient(at: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         load_flat(network, at)
-        loss = torch.nn.functional.cross_entropy(network(data.train.pictures[index]), data.train.labels[index])
+        loss = torch.nn.functional.cross_entropy(network(data.train.images[index]), data.train.labels[index])
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
 
     count = len(data.train.labels)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.data.files import TensorFile, write_tensors
-from ftd_lightning.data.trajectory_store import teacher_file
+from ftd_lightning.data.trajectory_store import KIND as TEACHER
+from ftd_lightning.data.trajectory_store import epoch_name, teacher_file
 from ftd_lightning.functional.unroll import flatten_parameters
 
 if TYPE_CHECKING:
@@ -18,20 +19,36 @@ KIND = "snapshot"
 
 
 class Trajectory(Sequence["Tensor"]):
-    """The snapshots of a teacher, (P,) each, read from disk one at a time.
+    """The weights of a teacher after each epoch, (P,) each, read from disk one at a time.
+
+    Epochs without a snapshot are those of the teacher's own file: it was recorded, and its fit then continued.
+
+    Args:
+        files: of the snapshots 0, 1, ...
+        recorded: the teacher's file, which may be missing.
 
     Attributes:
         accuracies: measured after each epoch, in [0, 1] or None.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], recorded: Path) -> None:
         self.files = files
-        self.accuracies = [TensorFile(file, kind=KIND).metadata["accuracy"] for file in files[1:]]
+        self._recorded = TensorFile(recorded, kind=TEACHER) if recorded.exists() else None
+        self.accuracies = [self._accuracy(epoch) for epoch in range(1, len(files))]
+
+    def _accuracy(self, epoch: int) -> float | None:
+        if self._recorded is not None and not self.files[epoch].exists():
+            earlier: list[float | None] = self._recorded.metadata["accuracies"]
+            return earlier[epoch - 1]
+        accuracy: float | None = TensorFile(self.files[epoch], kind=KIND).metadata["accuracy"]
+        return accuracy
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, epoch: Any) -> Any:
+        if self._recorded is not None and not self.files[epoch].exists():
+            return self._recorded[epoch_name(epoch)]
         return TensorFile(self.files[epoch], kind=KIND)[KIND]
 
 
@@ -74,8 +91,9 @@ class Snapshots:
         write_tensors(self._file(teacher, epoch), weights, kind=KIND, metadata={"accuracy": accuracy})
 
     def read(self, teacher: int, epochs: int) -> Trajectory:
-        """Return the snapshots 0 .. epochs of a teacher."""
-        return Trajectory([self._file(teacher, epoch) for epoch in range(epochs + 1)])
+        """Return the weights of a teacher after epochs 0 .. ``epochs``."""
+        files = [self._file(teacher, epoch) for epoch in range(epochs + 1)]
+        return Trajectory(files, teacher_file(self.store, teacher))
 
     def clear(self, teacher: int) -> None:
         """Delete the snapshots of a teacher that is in the store, and its claim."""

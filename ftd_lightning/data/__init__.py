@@ -2,7 +2,8 @@
 
 from ftd_lightning.data.coresets import random_real_images
 from ftd_lightning.data.datamodule import DistillationDataModule
-from ftd_lightning.data.datasets import DATASETS, ImageDataset, Images, Request, get_dataset
+from ftd_lightning.data.datasets import DATASETS, get_dataset
+from ftd_lightning.data.images import ImageDataset, Pictures, Request
 from ftd_lightning.data.segments import SegmentBatch, SegmentLoader
 from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.data.trajectory_store import Segment, TrajectoryStore, check_compatible, write_teacher
@@ -13,7 +14,7 @@ __all__ = [
     "DistillationDataModule",
     "ImageDataset",
     "ImageTransform",
-    "Images",
+    "Pictures",
     "Request",
     "Segment",
     "SegmentBatch",

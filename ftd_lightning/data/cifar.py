@@ -9,14 +9,14 @@ from urllib.error import URLError
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from ftd_lightning.data.images import ImageDataset, Images
+from ftd_lightning.data.images import ImageDataset, Parts, Pictures, Request
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-# This line's constants: the std is the mean of each image's own, not that of all pixels (.2470 .2435 .2616).
-# CIFAR-100 goes by those of CIFAR-10, too.
+# The constants that this field uses: std is the mean of each image's own, not that of all pixels (.2470 .2435 .2616).
+# CIFAR-100 uses those of CIFAR-10, too.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
 
@@ -36,20 +36,28 @@ CIFAR100_CLASSES = tuple(
 )
 
 
-def _part(title: str, source: type[CIFAR10], root: Path, download: bool, *, train: bool) -> Images:
+def _part(title: str, source: type[CIFAR10], root: Path, download: bool, *, train: bool) -> Pictures:
     try:
         data = source(root, train=train, download=download)
     except (RuntimeError, URLError, OSError) as error:
         where = f"put the folder {source.base_folder} into {str(root)!r} (data.root)"
         if download:
             raise InputError(f"{title} cannot be downloaded ({error}): check the network, or {where}") from error
-        raise InputError(f"{title} is not there or broken: {where}, or set data.download to true") from error
-    return Images(torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
+        raise InputError(f"{title} is missing or broken: {where}, or set data.download to true") from error
+    return Pictures(torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets))
 
 
-def _load(title: str, source: type[CIFAR10], root: Path, download: bool) -> tuple[Images, Images]:
+def _load(title: str, source: type[CIFAR10], root: Path, download: bool) -> Parts:
     return _part(title, source, root, download, train=True), _part(title, source, root, download, train=False)
 
 
-CIFAR10_ROW = ImageDataset(CIFAR10_CLASSES, 3, 32, MEAN, STD, partial(_load, "CIFAR-10", CIFAR10))
-CIFAR100_ROW = ImageDataset(CIFAR100_CLASSES, 3, 32, MEAN, STD, partial(_load, "CIFAR-100", CIFAR100))
+def find_cifar10(request: Request) -> ImageDataset:
+    """Describe CIFAR-10 without looking at files; ``load`` downloads it where it is missing."""
+    load = partial(_load, "CIFAR-10", CIFAR10, request.root, request.download)
+    return ImageDataset(CIFAR10_CLASSES, 3, 32, MEAN, STD, load).at(request.image_size)
+
+
+def find_cifar100(request: Request) -> ImageDataset:
+    """Describe CIFAR-100 with its fine labels, as :func:`find_cifar10` does CIFAR-10."""
+    load = partial(_load, "CIFAR-100", CIFAR100, request.root, request.download)
+    return ImageDataset(CIFAR100_CLASSES, 3, 32, MEAN, STD, load).at(request.image_size)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ftd_lightning.data.images import sample_per_class
 from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.errors import InputError
+from ftd_lightning.functional.batch_norm import batch_norms
 from ftd_lightning.functional.distribution_matching import embed
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.functional.selection import herding, k_center
@@ -19,13 +19,12 @@ from ftd_lightning.models import build_network
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ftd_lightning.contracts import Images
 
 BASELINES = ("random", "herding", "k-center", "real")
 IMAGES_PER_PASS = 1000  # bounds the memory of a forward pass
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def random_real_images(train: Images, ipc: int, seed: int) -> Images:
@@ -87,7 +86,7 @@ def estimate_running_statistics(network: nn.Module, images: Tensor) -> None:
         network: left in evaluation mode; without BatchNorm nothing else is done.
         images: (N, C, H, W) on the network's device.
     """
-    norms = [part for part in network.eval().modules() if isinstance(part, NORMS) and part.track_running_stats]
+    norms = [norm for norm in batch_norms(network.eval()) if norm.track_running_stats]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]

@@ -1,4 +1,4 @@
-"""The table of data sets: what each is, and how its images are read."""
+"""The table of data sets: a function for each name, which finds and describes it."""
 
 from __future__ import annotations
 
@@ -8,41 +8,45 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ftd_lightning.data.cifar import CIFAR10_ROW, CIFAR100_ROW
+from ftd_lightning.data.cifar import find_cifar10, find_cifar100
 from ftd_lightning.data.folder import find_folder
-from ftd_lightning.data.imagenet import SUBSETS, describe_subset
-from ftd_lightning.data.images import ImageDataset, Images, Request, sample_per_class, unit_range
+from ftd_lightning.data.imagenet import SUBSETS, find_subset
+from ftd_lightning.data.images import ImageDataset, Parts, Pictures, Request
 from ftd_lightning.data.tiny_imagenet import find_tiny_imagenet
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-__all__ = ["DATASETS", "ImageDataset", "Images", "Request", "get_dataset", "sample_per_class", "unit_range"]
+OWN_IMAGES = "own images"  # the name of data that is given as objects, in descriptions
 
 
-def _digits(root: Path, download: bool) -> tuple[Images, Images]:
-    """The 1,797 handwritten 8x8 digits that scikit-learn ships (UCI, test part): 1,437 to train, 360 to test."""
-    from sklearn.datasets import load_digits  # not at the top: a second that only the digits are worth
+def _load_digits() -> Parts:
+    from sklearn.datasets import load_digits  # takes a second to import, which only the digits need
 
     bunch = load_digits()
-    images = Images(torch.from_numpy(bunch.images).float().div(16).unsqueeze(1), torch.from_numpy(bunch.target).long())
-    # Every fifth image in the order of classes: stratified to within one image, and fixed for good.
-    order = images.labels.argsort(stable=True)
+    digits = Pictures(
+        torch.from_numpy(bunch.images).float().div(16).unsqueeze(1), torch.from_numpy(bunch.target).long()
+    )
+    # Every fifth image in the order of classes: stratified to within one image, and the same in all versions.
+    order = digits.labels.argsort(stable=True)
     is_test = torch.zeros(len(order), dtype=torch.bool)
     is_test[order[::5]] = True
-    return images.take((~is_test).nonzero().squeeze(1)), images.take(is_test.nonzero().squeeze(1))
+    return digits.take((~is_test).nonzero().squeeze(1)), digits.take(is_test.nonzero().squeeze(1))
 
 
-# A row is a description, or a function that finds it for a request.
-DATASETS: dict[str, ImageDataset | Callable[[Request], ImageDataset]] = {
+def find_digits(request: Request) -> ImageDataset:
+    """Describe the 1,797 handwritten 8x8 digits that scikit-learn ships: 1,437 to train, 360 to test."""
     # mean and std: measured on the training part.
-    "digits": ImageDataset(tuple("0123456789"), 1, 8, (0.3058,), (0.3762,), _digits),
-    "cifar10": CIFAR10_ROW,
-    "cifar100": CIFAR100_ROW,
+    return ImageDataset(tuple("0123456789"), 1, 8, (0.3058,), (0.3762,), _load_digits).at(request.image_size)
+
+
+DATASETS: dict[str, Callable[[Request], ImageDataset]] = {
+    "digits": find_digits,
+    "cifar10": find_cifar10,
+    "cifar100": find_cifar100,
     "tiny-imagenet": find_tiny_imagenet,
-    **{name: partial(describe_subset, name) for name in SUBSETS},
+    **{name: partial(find_subset, name) for name in SUBSETS},
     "folder": find_folder,
 }
 
@@ -53,18 +57,23 @@ def check_name(name: str) -> None:
     Raises:
         InputError: for an unknown name; the nearest ones are offered.
     """
+    if name in ("own", OWN_IMAGES):
+        raise InputError(
+            f"dataset={name!r} needs the images themselves: DistillationDataModule.from_datasets(train, test) or "
+            "from_datamodule(datamodule) takes them"
+        )
     if name not in DATASETS:
         near = difflib.get_close_matches(name.lower(), DATASETS, n=3, cutoff=0.6) or sorted(DATASETS)
         raise InputError(f"unknown data set {name!r}: did you mean {' or '.join(map(repr, near))}?")
 
 
 def get_dataset(name: str, request: Request | None = None) -> ImageDataset:
-    """Look a data set up.
+    """Find a data set by name.
 
     Args:
         name: a name of the table.
         request: where its files are, and the size of its images. "tiny-imagenet" and "folder" are described by their
-            files, which are looked at (and for "tiny-imagenet" downloaded if missing, for "folder" decoded).
+            files, which are listed ("tiny-imagenet" is downloaded if missing, "folder" is decoded).
 
     Raises:
         InputError: for an unknown name; the nearest ones are offered. For files that are missing or in the wrong
@@ -77,5 +86,4 @@ def get_dataset(name: str, request: Request | None = None) -> ImageDataset:
         64
     """
     check_name(name)
-    row, request = DATASETS[name], request or Request()
-    return row.at(request.image_size) if isinstance(row, ImageDataset) else row(request)
+    return DATASETS[name](request or Request())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -20,18 +21,19 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
 from ftd_lightning.data.files import TensorFile, fingerprint, write_tensors
-from ftd_lightning.data.images import Images
+from ftd_lightning.data.images import Parts, Pictures
+from ftd_lightning.data.pixel_statistics import measure
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
-    from torch import Tensor
+
+    from ftd_lightning.data.cache_folder import CacheFolder
 
 KIND = "decoded_images"
 BLOCK = 32  # images a thread takes at a time
-CHUNK = 1000  # pictures measured at a time: bounds the memory that it takes
 
 T = TypeVar("T")
 
@@ -118,8 +120,32 @@ def opened(path: Path, use: Callable[[Image.Image], T]) -> T:
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Tell whether an image has no colours by its mode."""
+    """Tell by its mode whether an image is grey."""
     return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
+
+
+def pixels(image: Image.Image, *, channels: int, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Turn a Pillow image of any mode into (channels, height, width) uint8.
+
+    Args:
+        image: of 1, 8 or 16 bits per value.
+        channels: 3 for RGB, 1 for grey; images of the other kind are converted.
+        size: width and height to resize to; None leaves them.
+
+    Raises:
+        ValueError: for 32 bits per value, whose range is not known.
+    """
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel, of unknown range: convert it to 8 bits")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the way to RGB on which Pillow does not warn
+    image = image.convert("RGB" if channels == 3 else "L")
+    if size is not None and image.size != size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    array: NDArray[np.uint8] = np.array(image).reshape(image.height, image.width, channels)
+    return array.transpose(2, 0, 1)
 
 
 def read_picture(path: Path, *, channels: int, size: int) -> NDArray[np.uint8]:
@@ -136,24 +162,10 @@ def read_picture(path: Path, *, channels: int, size: int) -> NDArray[np.uint8]:
     Raises:
         InputError: for a file that is not a readable image.
     """
-
-    def pixels(image: Image.Image) -> NDArray[np.uint8]:
-        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
-            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError("32 bits a pixel, of unknown range: convert it to 8 bits")
-        elif image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # the way to RGB on which Pillow does not warn
-        image = image.convert("RGB" if channels == 3 else "L")
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        array: NDArray[np.uint8] = np.array(image).reshape(size, size, channels)
-        return array.transpose(2, 0, 1)
-
-    return opened(path, pixels)
+    return opened(path, partial(pixels, channels=channels, size=(size, size)))
 
 
-def decode(part: Part, *, channels: int, size: int, what: str) -> Images:
+def decode(part: Part, *, channels: int, size: int, what: str) -> Pictures:
     """Decode the files of a part in parallel.
 
     Returns:
@@ -169,45 +181,21 @@ def decode(part: Part, *, channels: int, size: int, what: str) -> Images:
         view[i] = read_picture(part.files[i], channels=channels, size=size)
 
     in_parallel(read, len(part.files), what)
-    return Images(pictures, torch.tensor(part.labels, dtype=torch.int64))
+    return Pictures(pictures, torch.tensor(part.labels, dtype=torch.int64))
 
 
-def measure(pictures: Tensor) -> dict[str, list[float]]:
-    """Measure mean and standard deviation of all pixels, per channel, on the scale [0, 1].
-
-    A channel of one value gets the deviation 1, for images are divided by it.
-
-    Args:
-        pictures: (N, C, H, W) uint8.
-
-    Example:
-        >>> measure(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
-        {'mean': [0.5], 'std': [0.5]}
-    """
-    # Counts of the 256 values: exact, whatever the order of the images.
-    counts = torch.zeros(pictures.shape[1], 256, dtype=torch.float64)
-    for chunk in pictures.split(CHUNK):
-        for channel, values in enumerate(chunk.transpose(0, 1)):
-            counts[channel] += values.flatten().bincount(minlength=256)
-    values, shares = torch.arange(256, dtype=torch.float64) / 255, counts / counts.sum(1, keepdim=True)
-    mean = (shares * values).sum(1)
-    std = (shares * (values - mean.unsqueeze(1)).square()).sum(1).sqrt()
-    std[std == 0] = 1
-    return {key: [round(value, 6) for value in found.tolist()] for key, found in (("mean", mean), ("std", std))}
-
-
-def cache_file(root: Path, name: str, size: int | str, base: Path, parts: Mapping[str, Part]) -> Path:
+def cache_file(cache: CacheFolder, name: str, size: int | str, base: Path, parts: Mapping[str, Part]) -> Path:
     """Name the cache of decoded files by all that it depends on.
 
     Args:
-        root: the cache lies in its folder ``cache``.
+        cache: the file lies in its folder ``cache``.
         name: of the data set.
         size: of the pictures.
         base: names of files are taken relative to it, so that a tree that is moved keeps its cache.
         parts: the files by part; their names, labels, lengths and times of change are hashed.
 
     Raises:
-        InputError: for a file that is not there, such as a link to nowhere.
+        InputError: for a file that does not exist, such as a dangling link.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part, (files, labels) in parts.items():
@@ -218,13 +206,13 @@ def cache_file(root: Path, name: str, size: int | str, base: Path, parts: Mappin
                 raise InputError(f"{file}: cannot be read ({error.strerror}); replace it or remove it") from error
             line = f"{part}|{label}|{file.relative_to(base).as_posix()}|{stat.st_size}|{stat.st_mtime_ns}\n"
             digest.update(line.encode(errors="surrogateescape"))
-    return root / "cache" / f"{name}_{size}_{digest.hexdigest()}.safetensors"
+    return cache.file("cache", f"{name}_{size}_{digest.hexdigest()}.safetensors")
 
 
 def fill_cache(path: Path, train: Part, test: Part, *, channels: int, size: int, **metadata: Any) -> None:
     """Decode both parts and write them to a cache, all at once; an interruption leaves no file.
 
-    Beside the pictures it keeps their size, what :func:`measure` finds in the training part, and a fingerprint of the
+    Beside the pictures it records their size, what :func:`measure` finds in the training part, and a fingerprint of the
     pictures and labels, which copies of the files share.
 
     Raises:
@@ -235,7 +223,7 @@ def fill_cache(path: Path, train: Part, test: Part, *, channels: int, size: int,
     if needed > memory:
         raise InputError(
             f"{path.parent}: decoding to {size} px takes {needed / 2**30:.0f} GiB of memory, "
-            f"{memory / 2**30:.0f} are there; set data.image_size lower"
+            f"this machine has {memory / 2**30:.0f}; set data.image_size lower"
         )
     parts = {
         name: decode(part, channels=channels, size=size, what=f"decoding {name} images to {size} px")
@@ -251,15 +239,26 @@ def fill_cache(path: Path, train: Part, test: Part, *, channels: int, size: int,
     try:
         write_tensors(path, tensors, kind=KIND, metadata={**found, **metadata})
     except OSError as error:
-        raise InputError(f"{path}: the decoded images cannot be kept there ({error.strerror or error})") from error
+        raise InputError(
+            f"{path}: the decoded images cannot be written there ({error.strerror or error}); set data.cache_dir"
+        ) from error
 
 
-def read_cache(path: Path) -> tuple[Images, Images, dict[str, Any]]:
-    """Map a cache into memory: training part, test part, and what was written beside them.
+def read_cache(path: Path) -> Parts:
+    """Map a cache into memory: training part and test part.
 
     Raises:
         InputError: for a file that is missing, broken, or something else.
     """
     file = TensorFile(path, kind=KIND)
-    train, test = (Images(file[f"{part}.pictures"], file[f"{part}.labels"]) for part in ("train", "test"))
-    return train, test, file.metadata
+    train, test = (Pictures(file[f"{part}.pictures"], file[f"{part}.labels"]) for part in ("train", "test"))
+    return train, test
+
+
+def cache_metadata(path: Path) -> dict[str, Any]:
+    """Read what was written beside the pictures of a cache.
+
+    Raises:
+        InputError: as for :func:`read_cache`.
+    """
+    return TensorFile(path, kind=KIND).metadata

@@ -44,16 +44,6 @@ DTYPES = {
 }
 
 
-def run_folder(trainer: Any) -> Path:
-    """Name the folder where a fit's files go: beside its logs, or the trainer's default where it keeps none.
-
-    The trainer's own ``log_dir`` is a broadcast: asked for by the first rank alone, it waits for the others for ever.
-    """
-    logger = trainer.loggers[0] if trainer.loggers else None
-    folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
-    return Path(folder or trainer.default_root_dir)
-
-
 def versions() -> dict[str, str]:
     """Name what the last bits of a result depend on: versions, and the precision of float32 matrix products."""
     return {

@@ -11,6 +11,7 @@ import torch
 from ftd_lightning.data.decoding import (
     Part,
     cache_file,
+    cache_metadata,
     class_files,
     fill_cache,
     image_files,
@@ -19,7 +20,7 @@ from ftd_lightning.data.decoding import (
     opened,
     read_cache,
 )
-from ftd_lightning.data.images import ImageDataset, Images, Request
+from ftd_lightning.data.images import ImageDataset, Request
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator
 
@@ -99,10 +100,6 @@ def _survey(files: Sequence[Path]) -> tuple[int, int]:
     return (1 if all(grey for grey, _ in seen) else 3), size
 
 
-def _load(path: Path, root: Path, download: bool) -> tuple[Images, Images]:
-    return read_cache(path)[:2]
-
-
 def find_folder(request: Request) -> ImageDataset:
     """Describe images in ``train/<class>/`` and ``val/<class>/`` under root, or in ``<class>/`` under root.
 
@@ -117,20 +114,21 @@ def find_folder(request: Request) -> ImageDataset:
     """
     root = request.root
     names, train, test = _parts(root, request.test_fraction)
-    path = cache_file(root, "folder", request.image_size or "native", root, {"train": train, "test": test})
+    path = cache_file(request.cache, "folder", request.image_size or "native", root, {"train": train, "test": test})
     if not path.is_file():
         channels, native = _survey(train.files)
         fill_cache(path, train, test, channels=channels, size=request.image_size or native, native_size=native)
-    metadata = read_cache(path)[2]
+    metadata = cache_metadata(path)
     # Told only where it was used, so that whoever reads a description can ask for the same images.
     split = {} if (root / "train").is_dir() else {"test_fraction": request.test_fraction}
     shape = {key: metadata[key] for key in ("in_channels", "image_size")}
+    contents = {"class_names": list(names), "fingerprint": metadata["fingerprint"], **shape, **split}
     return ImageDataset(
         class_names=names,
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
-        load=partial(_load, path),
+        load=partial(read_cache, path),
         native_size=metadata["native_size"],
-        found={"class_names": list(names), "fingerprint": metadata["fingerprint"], **shape, **split},
+        identify=partial(dict, contents),
         **shape,
     )

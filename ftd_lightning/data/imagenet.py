@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ftd_lightning.data.decoding import cache_file, class_files, fill_cache, read_cache
-from ftd_lightning.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Images, Request
+from ftd_lightning.data.decoding import cache_file, cache_metadata, class_files, fill_cache, read_cache
+from ftd_lightning.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Parts, Request
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -91,33 +91,43 @@ SUBSETS: dict[str, dict[str, str]] = {
 }
 
 
-def _load(name: str, size: int, root: Path, download: bool) -> tuple[Images, Images]:
+def _decoded(name: str, size: int, request: Request) -> Path:
+    """Return the cache of the decoded images, which is filled where it is missing."""
+    root = request.root
     tree, wnids = root / "imagenet" if (root / "imagenet").is_dir() else root, list(SUBSETS[name])
     missing = [f"{part}/{wnid}" for part in ("train", "val") for wnid in wnids if not (tree / part / wnid).is_dir()]
     if missing:
         raise InputError(
-            f"{root}: the images of {name} are not there ({len(missing)} of {2 * len(wnids)} folders are missing, the "
-            f"first is {missing[0]}) and cannot be downloaded; put ILSVRC 2012 as train/<wnid>/*.JPEG and "
-            f"val/<wnid>/*.JPEG into {root / 'imagenet'}, or set data.root to the folder that holds both"
+            f"{root}: the images of {name} are missing ({len(missing)} of {2 * len(wnids)} folders, the first is "
+            f"{missing[0]}) and cannot be downloaded; put ILSVRC 2012 as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG "
+            f"into {root / 'imagenet'}, or set data.root to the folder that contains both"
         )
     train, test = (class_files([tree / part / wnid for wnid in wnids]) for part in ("train", "val"))
-    path = cache_file(root, name, size, tree, {"train": train, "test": test})
+    path = cache_file(request.cache, name, size, tree, {"train": train, "test": test})
     if not path.is_file():
         fill_cache(path, train, test, channels=3, size=size)
-    return read_cache(path)[:2]
+    return path
 
 
-def describe_subset(name: str, request: Request) -> ImageDataset:
-    """Describe a subset without looking at files.
+def _load(name: str, size: int, request: Request) -> Parts:
+    return read_cache(_decoded(name, size, request))
+
+
+def _identify(name: str, size: int, request: Request) -> dict[str, Any]:
+    return {"fingerprint": cache_metadata(_decoded(name, size, request))["fingerprint"]}
+
+
+def find_subset(name: str, request: Request) -> ImageDataset:
+    """Describe a subset without looking at files; ``load`` and ``identify`` decode them.
 
     Images are squashed to 128 x 128 pixels, or to the size that is asked for; val/ is the test part. Grey files become
-    RGB. ``load`` reads ``train/<wnid>`` and ``val/<wnid>`` under ``root/imagenet``, or under root, and raises an
-    InputError that says what to put where if folders are missing.
+    RGB. ``train/<wnid>`` and ``val/<wnid>`` are read under ``root/imagenet``, or under root; where folders are missing,
+    an InputError says what to put where.
 
     Example:
-        >>> describe_subset("imagefruit", Request()).class_names[:2]
+        >>> find_subset("imagefruit", Request()).class_names[:2]
         ('pineapple', 'banana')
     """
     size, names = request.image_size or IMAGE_SIZE, tuple(SUBSETS[name].values())
-    load = partial(_load, name, size)
-    return ImageDataset(names, 3, size, IMAGENET_MEAN, IMAGENET_STD, load, native_size=IMAGE_SIZE)
+    load, identify = partial(_load, name, size, request), partial(_identify, name, size, request)
+    return ImageDataset(names, 3, size, IMAGENET_MEAN, IMAGENET_STD, load, native_size=IMAGE_SIZE, identify=identify)

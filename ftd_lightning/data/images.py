@@ -1,8 +1,8 @@
-"""Images with labels, and the description of a data set: what every file of this folder that reads one gives."""
+"""Labelled pictures, and the description of a data set: what every source of images returns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,10 +12,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from ftd_lightning.data.cache_folder import CacheFolder
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from ftd_lightning.contracts import ImageTransform
 
 CHUNK = 5000  # images resized at a time: bounds the memory that it takes
 
@@ -24,37 +27,52 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Images(NamedTuple):
-    """One part of a data set: pictures (N, C, H, W), uint8 or float32 in [0, 1], and labels (N,) int64."""
+class Pictures(NamedTuple):
+    """Labelled pictures, as a data set contains them.
+
+    Attributes:
+        pictures: (N, C, H, W), uint8 or float32 in [0, 1].
+        labels: (N,) int64.
+    """
 
     pictures: Tensor
     labels: Tensor
 
-    def take(self, index: Tensor) -> Images:
-        """Keep some of them."""
-        return Images(self.pictures[index], self.labels[index])
+    def take(self, index: Tensor) -> Pictures:
+        """Select some of them by index, (n,) int64."""
+        return Pictures(self.pictures[index], self.labels[index])
+
+
+Parts = tuple[Pictures, Pictures]  # training part, test part
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a data set.
+    """Where a data set's files are, and in what form its pictures are wanted.
 
     Attributes:
         root: folder of its files.
         download: fetch what is missing.
         image_size: height and width in pixels, >= 1; None: the data set's own.
         test_fraction: share of every class that becomes the test part, in (0, 1), where the files name no such part.
+        cache_dir: folder of decoded images; None: see :class:`~ftd_lightning.data.cache_folder.CacheFolder`.
     """
 
     root: Path = Path("data")
     download: bool = True
     image_size: int | None = None
     test_fraction: float = 0.2
+    cache_dir: Path | None = None
+
+    @property
+    def cache(self) -> CacheFolder:
+        """The folder of decoded images."""
+        return CacheFolder(self.root, self.cache_dir, makes_root=self.download)
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """The description of a data set.
+    """The description of a data set, and the function that reads it.
 
     Attributes:
         class_names: K names, in label order.
@@ -62,10 +80,12 @@ class ImageDataset:
         image_size: height and width in pixels.
         mean: per channel, of pictures in [0, 1]; used where images are not whitened.
         std: likewise.
-        load: ``load(root, download) -> (train, test)``. Where the description was found in files, those are read. It
-            can be pickled, for processes that are spawned.
+        load: ``load() -> (train, test)``. It can be pickled, for processes that are spawned.
         native_size: the size that it has if none is asked for; None: ``image_size``.
-        found: what tells the data from others of the same name, for descriptions; whatever JSON holds.
+        identify: returns what tells the data from others of the same name; whatever JSON holds. It may have to decode
+            the images.
+        held_out: pictures that are given as held out; None: a share of the training part is.
+        transform: where the "pictures" have gone through a transform already, that transform; else None.
     """
 
     class_names: tuple[str, ...]
@@ -73,16 +93,18 @@ class ImageDataset:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    load: Callable[[Path, bool], tuple[Images, Images]]
+    load: Callable[[], Parts]
     native_size: int | None = None
-    found: Mapping[str, Any] = field(default_factory=dict)
+    identify: Callable[[], Mapping[str, Any]] = dict
+    held_out: Pictures | None = None
+    transform: ImageTransform | None = None
 
     def at(self, image_size: int | None) -> ImageDataset:
-        """Give the same data set with its pictures resized; None or its own size gives itself.
+        """Return the same data set with its pictures resized; None or its own size changes nothing.
 
         Example:
             >>> from ftd_lightning.data.datasets import get_dataset
-            >>> train, _ = get_dataset("digits").at(16).load(Path("."), False)
+            >>> train, _ = get_dataset("digits").at(16).load()
             >>> train.pictures.shape
             torch.Size([1437, 1, 16, 16])
         """
@@ -92,20 +114,21 @@ class ImageDataset:
         return replace(self, image_size=image_size, native_size=self.native_size or self.image_size, load=load)
 
     def describe(self) -> dict[str, Any]:
-        """Say what the name alone does not: a size that is not the data set's own, and what was found in files."""
+        """Describe what the name alone does not say: a size other than the data set's own, and its contents."""
         other = {} if self.native_size in (None, self.image_size) else {"image_size": self.image_size}
-        return {**other, **self.found}
+        return {**other, **self.identify()}
 
 
-def _load_resized(
-    load: Callable[[Path, bool], tuple[Images, Images]], size: int, root: Path, download: bool
-) -> tuple[Images, Images]:
-    train, test = load(root, download)
-    return Images(resized(train.pictures, size), train.labels), Images(resized(test.pictures, size), test.labels)
+def _load_resized(load: Callable[[], Parts], size: int) -> Parts:
+    train, test = load()
+    return Pictures(resized(train.pictures, size), train.labels), Pictures(resized(test.pictures, size), test.labels)
 
 
 def resized(pictures: Tensor, size: int) -> Tensor:
     """Resize pictures (N, C, H, W) to (N, C, size, size), bilinear with antialiasing, the aspect ratio squashed.
+
+    Image files are resized by Pillow instead while they are decoded, each from its own size; the results differ by at
+    most 1/255. Both decide the pixels of published sets, so neither can replace the other.
 
     Example:
         >>> resized(torch.zeros(2, 1, 8, 6), 4).shape
@@ -116,7 +139,7 @@ def resized(pictures: Tensor, size: int) -> Tensor:
 
 
 def unit_range(pictures: Tensor) -> Tensor:
-    """Turn uint8 pictures into float32 in [0, 1]; float ones are given back.
+    """Turn uint8 pictures into float32 in [0, 1]; float ones are returned as they are.
 
     Example:
         >>> unit_range(torch.tensor([255], dtype=torch.uint8))
@@ -126,7 +149,7 @@ def unit_range(pictures: Tensor) -> Tensor:
 
 
 def sample_per_class(labels: Tensor, count: int | float, generator: torch.Generator) -> Tensor:
-    """Draw the same number, or the same share, of every class.
+    """Draw the same number of images, or the same share, of every class.
 
     Args:
         labels: (N,) int64.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,7 +32,7 @@ class BatchOrder(DistributedSampler[Tensor]):
             identity.
 
     Attributes:
-        first_batch: the next iteration begins with this batch of its epoch, later ones with the first.
+        first_batch: iterations begin with this batch of their epoch.
 
     Raises:
         InputError: for fewer images than processes.
@@ -72,8 +73,7 @@ class BatchOrder(DistributedSampler[Tensor]):
             order = torch.arange(self.num_images)
         # Equal shares: a rank with one batch more would wait for the others for ever.
         share = order[self.rank :: self.num_replicas][: self.num_images // self.num_replicas]
-        first, self.first_batch = self.first_batch, 0
-        return iter(share.split(self.batch_size)[first:])
+        return iter(share.split(self.batch_size)[self.first_batch :])
 
     def __len__(self) -> int:
         return -(-(self.num_images // self.num_replicas) // self.batch_size)
@@ -141,8 +141,7 @@ class TensorLoader(ResumableLoader):
         return self._batches(self._begin_epoch(len(self)))
 
     def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self.sampler.first_batch = first
-        for index in self.sampler:
+        for index in islice(self.sampler, first, None):
             index = index.to(self.images.device, non_blocking=True)
             self._batch += 1
             yield self.images[index], self.labels[index]
@@ -168,8 +167,11 @@ class HostLoader(ResumableLoader, DataLoader[Any]):
     def _batches(self, first: int) -> Iterator[Any]:
         # A generator: workers read ahead only once the first batch is asked for, when the epoch is known. What they
         # have read ahead does not count.
-        cast("BatchOrder", self.sampler).first_batch = first
-        for batch in super().__iter__():
+        order = cast("BatchOrder", self.sampler)
+        order.first_batch = first
+        batches = super().__iter__()  # asks for the order once or, with new workers, twice
+        order.first_batch = 0
+        for batch in batches:
             self._batch += 1
             yield batch
 

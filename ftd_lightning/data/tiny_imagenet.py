@@ -7,18 +7,21 @@ import zipfile
 from collections import Counter
 from functools import partial
 from http.client import HTTPException
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 
 from torchvision.datasets.utils import check_integrity, download_url
 from tqdm.auto import tqdm
 
-from ftd_lightning.data.decoding import Part, cache_file, class_files, fill_cache, read_cache
-from ftd_lightning.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Images, Request
+from ftd_lightning.data.decoding import Part, cache_file, cache_metadata, class_files, fill_cache, read_cache
+from ftd_lightning.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Parts, Request
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from ftd_lightning.data.cache_folder import CacheFolder
 
 NAME = "tiny-imagenet-200"
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -94,15 +97,24 @@ def _test_part(folder: Path, wnids: list[str]) -> Part:
     return part
 
 
-def _load(folder: Path, train: Part, test: Part, size: int, root: Path, download: bool) -> tuple[Images, Images]:
-    path = cache_file(folder.parent, "tiny-imagenet", size, folder, {"train": train, "test": test})
+def _decoded(cache: CacheFolder, folder: Path, train: Part, test: Part, size: int) -> Path:
+    """Return the cache of the decoded images, which is filled where it is missing."""
+    path = cache_file(cache, "tiny-imagenet", size, folder, {"train": train, "test": test})
     if not path.is_file():
         fill_cache(path, train, test, channels=3, size=size)
-    return read_cache(path)[:2]
+    return path
+
+
+def _load(decoded: Callable[[], Path]) -> Parts:
+    return read_cache(decoded())
+
+
+def _identify(decoded: Callable[[], Path]) -> dict[str, Any]:
+    return {"fingerprint": cache_metadata(decoded())["fingerprint"]}
 
 
 def find_tiny_imagenet(request: Request) -> ImageDataset:
-    """Describe Tiny ImageNet by the folder ``tiny-imagenet-200`` under root; ``load`` decodes it.
+    """Describe Tiny ImageNet by the folder ``tiny-imagenet-200`` under root; ``load`` and ``identify`` decode it.
 
     Every class of ``train/`` is one, be it 200 or a part of them; ``val/`` is the test part.
 
@@ -113,12 +125,21 @@ def find_tiny_imagenet(request: Request) -> ImageDataset:
     if not folder.is_dir():
         if not request.download:
             raise InputError(
-                f"Tiny ImageNet is not there: put the folder {NAME} into {str(request.root)!r} (data.root), "
+                f"Tiny ImageNet is missing: put the folder {NAME} into {str(request.root)!r} (data.root), "
                 "or set data.download to true"
             )
         request.root.mkdir(parents=True, exist_ok=True)
         _download(folder)
     wnids, size = _wnids(folder), request.image_size or IMAGE_SIZE
     train, test = class_files([folder / "train" / wnid for wnid in wnids]), _test_part(folder, wnids)
-    names, load = _class_names(folder, wnids), partial(_load, folder, train, test, size)
-    return ImageDataset(names, 3, size, IMAGENET_MEAN, IMAGENET_STD, load, native_size=IMAGE_SIZE)
+    decoded = partial(_decoded, request.cache, folder, train, test, size)
+    return ImageDataset(
+        class_names=_class_names(folder, wnids),
+        in_channels=3,
+        image_size=size,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        load=partial(_load, decoded),
+        native_size=IMAGE_SIZE,
+        identify=partial(_identify, decoded),
+    )

@@ -32,7 +32,8 @@ class Segment(NamedTuple):
     target: Tensor
 
 
-def _epoch_name(epoch: int) -> str:
+def epoch_name(epoch: int) -> str:
+    """Name the tensor of an epoch in a teacher's file."""
     return f"epoch_{epoch:04d}"
 
 
@@ -85,11 +86,11 @@ class TrajectoryStore:
         """Note the length of a teacher, and return what it should share with the others."""
         file = TensorFile(path, kind=KIND)
         epochs = file.metadata.get("epochs", -1)
-        if _epoch_name(epochs) not in file.names:
+        if epoch_name(epochs) not in file.names:
             raise InputError(f"{path}: does not hold the epochs that it names; record this teacher again")
         self.lengths.append(epochs)
         shared = {key: value for key, value in file.metadata.items() if key not in OWN_KEYS}
-        return {**shared, "parameters": file.numel(_epoch_name(0))}
+        return {**shared, "parameters": file.numel(epoch_name(0))}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -167,16 +168,16 @@ class TrajectoryStore:
                 "are recorded"
             )
         file = self._file(teacher)
-        return Segment(file[_epoch_name(start_epoch)], file[_epoch_name(start_epoch + expert_epochs)])
+        return Segment(file[epoch_name(start_epoch)], file[epoch_name(start_epoch + expert_epochs)])
 
     def trained(self, teacher: int) -> Tensor:
         """Read the weights of a teacher after its last epoch: (P,)."""
-        return self._file(teacher)[_epoch_name(self.lengths[teacher])]
+        return self._file(teacher)[epoch_name(self.lengths[teacher])]
 
     def trajectory(self, teacher: int) -> Tensor:
         """Read a whole teacher: (E + 1, P) for the E epochs that it has."""
         file = self._file(teacher)
-        return torch.stack([file[_epoch_name(epoch)] for epoch in range(self.lengths[teacher] + 1)])
+        return torch.stack([file[epoch_name(epoch)] for epoch in range(self.lengths[teacher] + 1)])
 
 
 def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor], metadata: Mapping[str, Any]) -> Path:
@@ -211,7 +212,7 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
 
     path, epochs = teacher_file(folder, teacher), len(snapshots) - 1
     dtype, shape = snapshots[0].dtype, snapshots[0].shape
-    layout = [(_epoch_name(epoch), dtype, shape) for epoch in range(epochs + 1)]
+    layout = [(epoch_name(epoch), dtype, shape) for epoch in range(epochs + 1)]
     recorded = {**metadata, "teacher": teacher, "epochs": epochs}
     write_in_turn(path, layout, map(checked, range(epochs + 1)), kind=KIND, metadata=recorded)
     return path

@@ -16,12 +16,12 @@ def data(cifar_root):
 
 
 def test_all_images_are_there_in_the_shape_that_networks_expect(data):
-    assert data.train.pictures.shape == (50_000, 3, 32, 32)
-    assert data.test.pictures.shape == (10_000, 3, 32, 32)
+    assert data.train.images.shape == (50_000, 3, 32, 32)
+    assert data.test.images.shape == (10_000, 3, 32, 32)
     assert data.train.labels.bincount().tolist() == [5000] * 10
     assert data.test.labels.bincount().tolist() == [1000] * 10
     for part in (data.train, data.test):
-        assert part.pictures.dtype == torch.float32
+        assert part.images.dtype == torch.float32
         assert part.labels.dtype == torch.int64
 
 
@@ -32,7 +32,7 @@ def test_images_are_standardised_channel_by_channel(data, cifar_root):
     picture = torch.from_numpy(batch["data"][0]).view(3, 32, 32).double() / 255
     mean = torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64).view(3, 1, 1)
     std = torch.tensor([0.2023, 0.1994, 0.2010], dtype=torch.float64).view(3, 1, 1)
-    assert torch.allclose(data.train.pictures[0].double(), (picture - mean) / std, atol=1e-5)
+    assert torch.allclose(data.train.images[0].double(), (picture - mean) / std, atol=1e-5)
     assert data.train.labels[0] == batch["labels"][0]
 
 
@@ -45,7 +45,7 @@ def test_constants_are_those_of_the_training_images(data):
     # The deviation that this line of work goes by is the mean over images of each image's own,
     # not that of all pixels (0.2470 0.2435 0.2616).
     mean, std = torch.zeros(3), torch.zeros(3)
-    for chunk in data.train.pictures.split(5000):
+    for chunk in data.train.images.split(5000):
         pictures = data.transform.invert(chunk)
         mean += pictures.mean((2, 3)).sum(0) / 50_000
         std += pictures.flatten(2).std(2).sum(0) / 50_000

@@ -52,7 +52,7 @@ def data(cifar100):
 def test_pixels_and_fine_labels_are_those_of_the_files(data, cifar100):
     for images, name in ((data.train, "train"), (data.test, "test")):
         content = cifar100[1][name]
-        pictures = data.transform.invert(images.pictures).mul(255).round().to(torch.uint8)
+        pictures = data.transform.invert(images.images).mul(255).round().to(torch.uint8)
         assert torch.equal(pictures, torch.from_numpy(content["data"]).view(-1, 3, 32, 32))
         assert images.labels.tolist() == content["fine_labels"]
 
@@ -81,14 +81,14 @@ def test_resizing_changes_the_images_and_the_description(cifar100, data):
         dataset="cifar100", root=str(cifar100[0]), download=False, val_fraction=0.0, image_size=16
     )
     small.setup()
-    assert small.train.pictures.shape == (200, 3, 16, 16)
+    assert small.train.images.shape == (200, 3, 16, 16)
     assert small.image_size == 16
     assert small.describe()["dataset"]["image_size"] == 16
     # Antialiased: noise halved in size is averaged, not picked.
-    assert small.train.pictures.std() < 0.7 * data.train.pictures.std()
+    assert small.train.images.std() < 0.7 * data.train.images.std()
     same = DistillationDataModule(
         dataset="cifar100", root=str(cifar100[0]), download=False, val_fraction=0.0, image_size=32
     )
     same.setup()
-    assert torch.equal(same.train.pictures, data.train.pictures)
+    assert torch.equal(same.train.images, data.train.images)
     assert same.describe() == data.describe()

@@ -1,77 +1,184 @@
-from pathlib import Path
-
 import pytest
 import torch
-from fits import small_data
+from sklearn.datasets import load_digits
 
-from ftd_lightning import TrajectoryStore
-from ftd_lightning.data.coresets import coreset, teacher_network
-from ftd_lightning.data.images import Images
+from ftd_lightning.contracts import Images
+from ftd_lightning.data import TrajectoryStore, write_teacher
+from ftd_lightning.data.coresets import coreset, estimate_running_statistics, teacher_coreset, teacher_network
 from ftd_lightning.functional import flatten_parameters
+from ftd_lightning.functional.seeding import make_generator, seeded
+from ftd_lightning.models import build_network
+
+SHAPE = {"in_channels": 1, "num_classes": 10, "image_size": 8}
+DATASET = {"dataset": {"name": "digits", "seed": 0}}
 
 
-@pytest.fixture
-def chosen(trajectories: Path):
-    def choose(kind: str, **options):
-        data = small_data(synthetic=kind, **{"ipc": 2, "trajectories": str(trajectories), **options})
-        data.setup()
-        return data
+def digits(per_class=14):
+    """Standardised digits, sorted by class, as the images of a folder per class are."""
+    found = load_digits()
+    labels = torch.tensor(found.target)
+    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1)
+    index = torch.cat([(labels == label).nonzero().squeeze(1)[:per_class] for label in range(10)])
+    return Images((images[index] - images.mean()) / images.std(), labels[index])
 
-    return choose
+
+def train(network, images, epochs):
+    """Train in batches of 64; return the weights before and after every epoch."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    snapshots, network = [flatten_parameters(network).detach().clone()], network.train()
+    for epoch in range(epochs):
+        order = torch.randperm(len(images.labels), generator=make_generator("test", epoch))
+        for index in order.split(64):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(images.images[index]), images.labels[index]).backward()
+            optimizer.step()
+        snapshots.append(flatten_parameters(network).detach().clone())
+    return snapshots
 
 
-def teacher_features(trajectories: Path, pictures: torch.Tensor, teacher: int) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    for teacher in range(2):
+        options = {"width": 4, "depth": 1}
+        with seeded(teacher):
+            network = build_network("convnet", **SHAPE, **options)
+        described = {"network": {"name": "convnet", "options": options, **SHAPE}, **DATASET}
+        write_teacher(folder, teacher, train(network, digits(), 2), described)
+    return folder
+
+
+def choose(folder, kind, *, images=None, **options):
+    options = {"ipc": 2, "trajectories": str(folder), "teacher": 0, "described": DATASET, **options}
+    return teacher_coreset(images or digits(), kind, **options)
+
+
+def teacher_features(trajectories, images, teacher):
     """What goes into the linear layer of ConvNet(width 4, depth 1), layer by layer."""
     network = teacher_network(TrajectoryStore(trajectories), teacher)
     with torch.no_grad():
-        return torch.nn.Sequential(*list(network)[:-1])(pictures)
+        return torch.nn.Sequential(*list(network)[:-1])(images)
 
 
 @pytest.mark.parametrize("teacher", [0, 1])
-def test_herding_takes_the_images_nearest_to_the_teacher_s_class_means(chosen, trajectories: Path, teacher) -> None:
-    data = chosen("herding", teacher=teacher)
-    assert data.synthetic_set.labels.tolist() == [label for label in range(10) for _ in range(2)]
+def test_herding_takes_the_images_nearest_to_the_teacher_s_class_means(trajectories, teacher):
+    chosen, how = choose(trajectories, "herding", teacher=teacher)
+    assert chosen.labels.tolist() == [label for label in range(10) for _ in range(2)]
     for label in range(10):
-        members = data.train.pictures[data.train.labels == label]
+        members = digits().images[digits().labels == label]
         features = teacher_features(trajectories, members, teacher).double()
         first = (features - features.mean(0)).norm(dim=1).argmin()
         second = (features[first] + features - 2 * features.mean(0)).norm(dim=1)
         second[first] = torch.inf
-        picked = data.synthetic_set.images[2 * label : 2 * label + 2]
+        picked = chosen.images[2 * label : 2 * label + 2]
         assert torch.equal(picked, members[[int(first), int(second.argmin())]])
-    assert data.synthetic_set.metadata["chosen_by"]["teacher"] == teacher
+    assert how["teacher"] == teacher
+    assert how["network"]["name"] == "convnet"
 
 
-def test_k_center_takes_the_image_farthest_from_the_first(chosen, trajectories: Path) -> None:
-    data = chosen("k-center")
-    members = data.train.pictures[data.train.labels == 3]
+def test_k_center_takes_the_image_farthest_from_the_first(trajectories):
+    chosen, _ = choose(trajectories, "k-center")
+    members = digits().images[digits().labels == 3]
     features = teacher_features(trajectories, members, 0).double()
     first = (features - features.mean(0)).norm(dim=1).argmin()
     second = (features - features[first]).norm(dim=1).argmax()
-    assert torch.equal(data.synthetic_set.images[6:8], members[[int(first), int(second)]])
+    assert torch.equal(chosen.images[6:8], members[[int(first), int(second)]])
 
 
-def test_a_teacher_is_the_network_after_its_last_epoch(trajectories: Path) -> None:
+def test_a_teacher_is_the_network_after_its_last_epoch(trajectories):
     store = TrajectoryStore(trajectories)
     network = teacher_network(store, 1)
     assert torch.equal(flatten_parameters(network), store.trajectory(1)[-1])
     assert not network.training
 
 
-def test_choices_are_made_within_each_class() -> None:
+def test_choices_are_made_within_each_class():
     features = torch.tensor([[0.0], [10.0], [1.0], [11.0], [5.0], [12.0]])
     images = Images(torch.arange(6.0).view(6, 1, 1, 1), torch.tensor([0, 1, 0, 1, 0, 1]))
     picked = coreset(images, "k-center", 2, features)
-    assert picked.pictures.flatten().tolist() == [2, 4, 3, 1]
+    assert picked.images.flatten().tolist() == [2, 4, 3, 1]
     assert picked.labels.tolist() == [0, 0, 1, 1]
 
 
-def test_what_cannot_be_chosen_is_refused(chosen, refused) -> None:
+def test_what_cannot_be_chosen_is_refused(trajectories, refused):
     with refused("chooses by a teacher's features", "data.trajectories"):
-        chosen("herding", trajectories=None)
+        choose(trajectories, "herding", trajectories=None)
     with refused("its teachers have dataset"):
-        chosen("k-center", val_fraction=0.3)
+        choose(trajectories, "k-center", described={"dataset": {"name": "digits", "seed": 1}})
     with refused("teacher 7 is asked for"):
-        chosen("herding", teacher=7)
+        choose(trajectories, "herding", teacher=7)
     with refused("cannot choose 99 of a class's"):
-        chosen("herding", ipc=99)
+        choose(trajectories, "herding", ipc=99)
+
+
+def test_teachers_without_a_name_to_build_them_by_are_refused(tmp_path, refused):
+    network = {"name": "mine.Net", "parameters": [["weight", [2]]]}
+    write_teacher(tmp_path, 0, [torch.zeros(2), torch.ones(2)], {"network": network, **DATASET})
+    with refused(tmp_path, "mine.Net", "no short name"):
+        choose(tmp_path, "herding")
+
+
+def accuracy(network, images):
+    with torch.no_grad():
+        return float((network.eval()(images.images).argmax(1) == images.labels).float().mean())
+
+
+@pytest.fixture(scope="module")
+def batch_norm_trajectories(tmp_path_factory):
+    """A store of one teacher with BatchNorm, and the accuracy that it had with its own running statistics."""
+    folder, options = tmp_path_factory.mktemp("teachers"), {"width": 16, "norm": "batch"}
+    with seeded(0):
+        network = build_network("convnet", **SHAPE, **options)
+    described = {"network": {"name": "convnet", "options": options, **SHAPE}, **DATASET}
+    write_teacher(folder, 0, train(network, digits(60), 5), described)
+    return folder, accuracy(network, digits(60))
+
+
+def test_teachers_with_batch_norm_see_as_they_did_in_training(batch_norm_trajectories):
+    # Trajectories hold no running statistics; with those of a fresh network a teacher sees something else.
+    trajectories, recorded = batch_norm_trajectories
+    network, images = teacher_network(TrajectoryStore(trajectories), 0), digits(60)
+    assert accuracy(network, images) < recorded - 0.1
+    estimate_running_statistics(network, images.images)
+    assert accuracy(network, images) > recorded - 0.02
+    assert not any(module.training for module in network.modules())
+    assert {module.momentum for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)} == {0.1}
+    # One batch of all images: the statistics are exactly those of the images.
+    first = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    with torch.no_grad():
+        inputs = network[0](images.images)
+    torch.testing.assert_close(first.running_mean, inputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first.running_var, inputs.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_several_batches_are_their_plain_average(monkeypatch):
+    monkeypatch.setattr("ftd_lightning.data.coresets.IMAGES_PER_PASS", 5)
+    network, images = torch.nn.Sequential(torch.nn.BatchNorm2d(1)), torch.arange(12.0).view(12, 1, 1, 1)
+    for _ in range(2):  # what was there before has no part in it
+        estimate_running_statistics(network, images)
+        assert float(network[0].running_mean) == pytest.approx(5.5)
+        assert int(network[0].num_batches_tracked) == 3
+
+
+def test_coreset_of_a_teacher_with_batch_norm_is_chosen_by_what_it_saw(batch_norm_trajectories):
+    trajectories, _ = batch_norm_trajectories
+    chosen, _ = choose(trajectories, "herding", images=digits(60))
+    network, images = teacher_network(TrajectoryStore(trajectories), 0), digits(60)
+    network.train()
+    with torch.no_grad():
+        features = torch.nn.Sequential(*list(network)[:-1])(images.images)  # one batch: its own statistics
+    wanted = coreset(images, "herding", 2, features)
+    assert float((chosen.images == wanted.images).flatten(1).all(1).float().mean()) >= 0.9
+    untrained = teacher_features(trajectories, images.images, 0)
+    other = coreset(images, "herding", 2, untrained)
+    assert float((other.images == wanted.images).flatten(1).all(1).float().mean()) < 0.9
+
+
+def test_networks_without_batch_norm_are_left_as_they_are(trajectories):
+    network = teacher_network(TrajectoryStore(trajectories), 0)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    calls = []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    estimate_running_statistics(network, digits().images)
+    assert not calls
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

@@ -41,7 +41,7 @@ def ready(tmp_path):
 
 def pixels(images, data):
     """What each image was, as bytes of 17 grey levels, so that images can be told apart and counted."""
-    pictures = data.transform.invert(images.pictures)
+    pictures = data.transform.invert(images.images)
     return [picture.numpy().tobytes() for picture in (pictures * 16).round().to(torch.uint8)]
 
 
@@ -74,19 +74,19 @@ def test_digits_are_those_of_scikit_learn_and_none_is_in_both_parts(ready):
 
 def test_split_does_not_depend_on_the_seed(ready):
     a, b = ready(seed=0), ready(seed=1)
-    assert torch.equal(a.test.pictures, b.test.pictures)
+    assert torch.equal(a.test.images, b.test.images)
     assert set(pixels(a.train, a) + pixels(a.val, a)) == set(pixels(b.train, b) + pixels(b.val, b))
 
 
 def test_images_have_the_shapes_types_and_range_that_networks_expect(ready):
     data = ready()
     for part in (data.train, data.val, data.test):
-        assert part.pictures.shape[1:] == (1, 8, 8)
-        assert part.pictures.dtype == torch.float32
+        assert part.images.shape[1:] == (1, 8, 8)
+        assert part.images.dtype == torch.float32
         assert part.labels.dtype == torch.int64
-    assert abs(float(data.train.pictures.mean())) < 0.02
-    assert abs(float(data.train.pictures.std()) - 1) < 0.02
-    pictures = data.transform.invert(data.train.pictures)
+    assert abs(float(data.train.images.mean())) < 0.02
+    assert abs(float(data.train.images.std()) - 1) < 0.02
+    pictures = data.transform.invert(data.train.images)
     assert pictures.min() > -1e-6
     assert pictures.max() < 1 + 1e-6
     assert (data.num_classes, data.in_channels, data.image_size) == (10, 1, 8)
@@ -95,7 +95,7 @@ def test_images_have_the_shapes_types_and_range_that_networks_expect(ready):
 
 def test_constants_of_the_digits_are_those_of_their_training_part(ready):
     data = ready(val_fraction=0.0)
-    pictures = data.transform.invert(data.train.pictures)
+    pictures = data.transform.invert(data.train.images)
     assert abs(float(pictures.mean()) - data.spec.mean[0]) < 1e-4
     assert abs(float(pictures.std()) - data.spec.std[0]) < 1e-4
 
@@ -107,7 +107,7 @@ def test_held_out_images_are_an_equal_share_of_every_class_and_of_training_alone
     train, val = pixels(data.train, data), pixels(data.val, data)
     assert not set(train) & set(val)
     assert Counter(train + val) == Counter(pixels(whole.train, whole))
-    assert torch.equal(data.test.pictures, whole.test.pictures)
+    assert torch.equal(data.test.images, whole.test.images)
     # Each image kept its label.
     labels = dict(zip(pixels(whole.train, whole), whole.train.labels.tolist(), strict=True))
     assert [labels[picture] for picture in val] == data.val.labels.tolist()
@@ -116,8 +116,8 @@ def test_held_out_images_are_an_equal_share_of_every_class_and_of_training_alone
 def test_held_out_images_are_a_function_of_the_seed(ready):
     data = ready(seed=3)
     torch.manual_seed(99)  # the global generator has no part in it
-    assert torch.equal(ready(seed=3).val.pictures, data.val.pictures)
-    assert not torch.equal(ready(seed=4).val.pictures, data.val.pictures)
+    assert torch.equal(ready(seed=3).val.images, data.val.images)
+    assert not torch.equal(ready(seed=4).val.images, data.val.images)
 
 
 def test_held_out_images_are_not_the_first_of_each_class(ready):
@@ -136,8 +136,8 @@ def test_with_nothing_held_out_there_is_no_validation(ready):
 def test_whitening_with_nothing_held_out(ready):
     data = ready(val_fraction=0, zca=True)
     assert data.val_dataloader() == []
-    assert data.train.pictures.shape == (1437, 1, 8, 8)
-    assert data.train.pictures.isfinite().all()
+    assert data.train.images.shape == (1437, 1, 8, 8)
+    assert data.train.images.isfinite().all()
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5])
@@ -154,7 +154,7 @@ def test_limit_keeps_so_many_of_every_class_in_training_and_test(ready):
     whole = ready(val_fraction=0.0)
     assert set(pixels(data.train, data) + pixels(data.val, data)) < set(pixels(whole.train, whole))
     assert set(pixels(data.test, data)) < set(pixels(whole.test, whole))
-    assert torch.equal(ready(max_per_class=20).test.pictures, data.test.pictures)
+    assert torch.equal(ready(max_per_class=20).test.images, data.test.images)
 
 
 def test_limit_above_a_class_keeps_all_of_it(ready):
@@ -168,9 +168,9 @@ def test_limit_above_a_class_keeps_all_of_it(ready):
 
 def test_setup_of_a_second_stage_keeps_the_images(ready):
     data = ready()
-    train = data.train.pictures
+    train = data.train.images
     data.setup("test")
-    assert data.train.pictures is train
+    assert data.train.images is train
 
 
 # Whitening
@@ -182,23 +182,23 @@ def covariance_eigenvalues(pictures):
 
 def test_whitened_covariance_is_shrunk_as_the_formula_says(ready):
     plain, white = ready(), ready(zca=True)
-    s = covariance_eigenvalues(plain.transform.invert(plain.train.pictures))
-    found = covariance_eigenvalues(white.train.pictures)
+    s = covariance_eigenvalues(plain.transform.invert(plain.train.images))
+    found = covariance_eigenvalues(white.train.images)
     assert np.abs(np.sort(found) - np.sort(s / (s + 0.1))).max() < 1e-4
     assert found.max() > 0.8  # the strongest directions come out with a variance near 1
-    assert white.train.pictures.mean(0).abs().max() < 1e-4
+    assert white.train.images.mean(0).abs().max() < 1e-4
 
 
 def test_whitening_is_fitted_on_what_is_trained_on_and_applied_to_all(ready):
     plain, white = ready(), ready(zca=True)
 
     def back(data, images):
-        return data.transform.invert(images.pictures)
+        return data.transform.invert(images.images)
 
     wanted = Whitening.fit(back(plain, plain.train), eps=0.1)
     for name in ("train", "val", "test"):
         pictures = back(plain, getattr(plain, name))
-        assert torch.allclose(getattr(white, name).pictures, wanted.apply(pictures), atol=1e-3)
+        assert torch.allclose(getattr(white, name).images, wanted.apply(pictures), atol=1e-3)
         assert (back(white, getattr(white, name)) - pictures).abs().max() < 1e-4
 
 
@@ -212,8 +212,8 @@ def test_whitening_is_fitted_once_and_read_afterwards(ready, tmp_path, monkeypat
 
     monkeypatch.setattr(Whitening, "fit", fail)
     again = ready(zca=True)
-    assert torch.equal(again.train.pictures, first.train.pictures)
-    assert torch.equal(again.test.pictures, first.test.pictures)
+    assert torch.equal(again.train.images, first.train.images)
+    assert torch.equal(again.test.images, first.test.images)
     assert again.describe() == first.describe()
     assert list((tmp_path / "root" / "whitening").iterdir()) == [file]
     assert file.stat().st_mtime_ns == written
@@ -277,7 +277,7 @@ def test_held_out_and_test_images_come_in_order(ready):
     data = ready(batch_size=100)
     for loader, part in ((data.val_dataloader(), data.val), (data.test_dataloader(), data.test)):
         images, labels = all_of(loader)
-        assert torch.equal(images, part.pictures)
+        assert torch.equal(images, part.images)
         assert torch.equal(labels, part.labels)
 
 
@@ -307,14 +307,14 @@ def test_random_baseline_is_real_images_of_each_class(ready):
     images, _ = all_of(data.train_dataloader())
     assert images.shape == (30, 1, 8, 8)
     # The draw is that of the initial images of a distillation, so the two can be compared.
-    assert torch.equal(random_real_images(data.train, 3, 0).pictures, synthetic.images)
+    assert torch.equal(random_real_images(data.train, 3, 0).images, synthetic.images)
     assert torch.equal(ready(synthetic="random", ipc=3).synthetic_set.images, synthetic.images)
     assert not torch.equal(ready(synthetic="random", ipc=3, seed=1).synthetic_set.images, synthetic.images)
 
 
 def test_real_baseline_is_all_training_images(ready):
     data = ready(synthetic="real")
-    assert torch.equal(data.synthetic_set.images, data.train.pictures)
+    assert torch.equal(data.synthetic_set.images, data.train.images)
     assert data.synthetic_set.metadata["method"] == "real"
     assert sum(len(labels) for _, labels in data.train_dataloader()) == len(data.train.labels)
 
@@ -360,9 +360,9 @@ def test_file_is_trained_on_and_brings_its_transform(ready, synthetic_file):
     assert counts(labels) == [2] * 10
     assert data.transform.describe() == Standardization([0.1], [0.7]).describe()
     # The test images go through it too: a network that saw the set would not know them otherwise.
-    pictures = plain.transform.invert(plain.test.pictures)
-    assert torch.allclose(data.test.pictures, (pictures - 0.1) / 0.7, atol=1e-5)
-    assert torch.allclose(data.val.pictures, (plain.transform.invert(plain.val.pictures) - 0.1) / 0.7, atol=1e-5)
+    pictures = plain.transform.invert(plain.test.images)
+    assert torch.allclose(data.test.images, (pictures - 0.1) / 0.7, atol=1e-5)
+    assert torch.allclose(data.val.images, (plain.transform.invert(plain.val.images) - 0.1) / 0.7, atol=1e-5)
 
 
 def test_whitened_file_is_used_without_another_fit(ready, synthetic_file, monkeypatch):
@@ -371,7 +371,7 @@ def test_whitened_file_is_used_without_another_fit(ready, synthetic_file, monkey
     monkeypatch.setattr(Whitening, "fit", lambda *args, **kwargs: pytest.fail("fitted again"))
     # Even where zca is asked for, and with other images held out.
     data = ready(synthetic=path, zca=True, seed=1)
-    assert torch.allclose(data.test.pictures, white.test.pictures, atol=1e-3)
+    assert torch.allclose(data.test.images, white.test.images, atol=1e-3)
     assert data.describe()["transform"] == white.describe()["transform"]
 
 

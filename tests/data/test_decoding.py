@@ -10,9 +10,11 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
 from ftd_lightning.data import DistillationDataModule, decoding
+from ftd_lightning.data.cache_folder import CacheFolder
 from ftd_lightning.data.decoding import (
     Part,
     cache_file,
+    cache_metadata,
     class_files,
     fill_cache,
     image_files,
@@ -132,7 +134,8 @@ def parts(tmp_path, image_folder):
 def test_cache_holds_both_parts_and_what_was_measured(tmp_path, parts):
     _, train, test = parts
     fill_cache(tmp_path / "c" / "x.safetensors", train, test, channels=3, size=12, extra=1)
-    one, two, metadata = read_cache(tmp_path / "c" / "x.safetensors")
+    one, two = read_cache(tmp_path / "c" / "x.safetensors")
+    metadata = cache_metadata(tmp_path / "c" / "x.safetensors")
     assert (one.pictures.shape, one.pictures.dtype, one.labels.tolist()) == (
         (6, 3, 12, 12),
         torch.uint8,
@@ -177,7 +180,7 @@ def test_cache_is_named_by_all_that_it_depends_on(tmp_path, parts, refused):
     root, train, test = parts
 
     def name(size=12, **changed):
-        return cache_file(tmp_path, "x", size, root, {"train": train, "test": test, **changed})
+        return cache_file(CacheFolder(tmp_path), "x", size, root, {"train": train, "test": test, **changed})
 
     first = name()
     assert first == name()
@@ -218,4 +221,4 @@ def test_a_root_may_be_relative(tmp_path, monkeypatch):
     data = DistillationDataModule(dataset="folder", root="data", val_fraction=0.0)
     data.prepare_data()
     data.setup()
-    assert data.train.pictures.shape == (4, 3, 8, 8)
+    assert data.train.images.shape == (4, 3, 8, 8)

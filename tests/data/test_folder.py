@@ -34,7 +34,7 @@ def flat(tmp_path, image_folder):
 
 
 def keys(images, data):
-    pictures = data.transform.invert(images.pictures).mul(255).round().to(torch.uint8)
+    pictures = data.transform.invert(images.images).mul(255).round().to(torch.uint8)
     return [picture.numpy().tobytes() for picture in pictures]
 
 
@@ -43,8 +43,8 @@ def test_everything_is_found_from_the_data(both):
     assert (data.class_names, data.in_channels, data.image_size) == (CLASSES, 3, 12)
     assert data.train.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert data.test.labels.tolist() == [0] * 2 + [1] * 2 + [2] * 2
-    assert data.train.pictures.mean((0, 2, 3)).abs().max() < 1e-4
-    assert (data.train.pictures.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    assert data.train.images.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (data.train.images.std((0, 2, 3)) - 1).abs().max() < 1e-3
     with Image.open(both / "train" / "bee" / "bee_3.png") as image:
         assert keys(data.train, data)[8] == np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).tobytes()
 
@@ -115,7 +115,7 @@ def test_grey_only_if_all_are_grey(both, image_folder):
         image_folder(both / part, CLASSES, count=5, mode="L")
     data = ready(both)
     assert data.in_channels == 1
-    assert data.train.pictures.shape == (15, 1, 12, 12)
+    assert data.train.images.shape == (15, 1, 12, 12)
     assert len(data.spec.mean) == 1
 
 
@@ -123,18 +123,18 @@ def test_most_common_size_is_taken_and_squashed(both, image_folder):
     image_folder(both / "train", CLASSES, count=3, size=(20, 16))
     data = ready(both)
     assert data.image_size == 16
-    assert data.train.pictures.shape == (15, 3, 16, 16)
+    assert data.train.images.shape == (15, 3, 16, 16)
     small = ready(both, image_size=8)
-    assert small.train.pictures.shape == (15, 3, 8, 8)
+    assert small.train.images.shape == (15, 3, 8, 8)
 
 
 def test_later_runs_map_the_cache_and_a_changed_file_is_read(both, image_folder, monkeypatch):
     first = ready(both)
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "read_picture", lambda *args, **options: pytest.fail("decoded again"))
-        assert torch.equal(ready(both).train.pictures, first.train.pictures)
+        assert torch.equal(ready(both).train.images, first.train.images)
     image_folder(both / "train", ["cow"], count=1, seed=9)
-    assert not torch.equal(ready(both).train.pictures, first.train.pictures)
+    assert not torch.equal(ready(both).train.images, first.train.images)
 
 
 def test_unreadable_image_is_refused_and_nothing_written(both, refused):

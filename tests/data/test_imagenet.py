@@ -84,7 +84,7 @@ def test_labels_are_in_the_order_of_the_table(tmp_path, image_folder, name, belo
     image_folder(tmp_path / below / "train", ["n99999999"], ending="JPEG")  # a class of no subset
     data = ready(tmp_path, name, val_fraction=0.0)
     for images in (data.train, data.test):
-        red = data.transform.invert(images.pictures)[:, 0].mean((1, 2)) * 255
+        red = data.transform.invert(images.images)[:, 0].mean((1, 2)) * 255
         assert images.labels.tolist() == list(range(10))
         assert torch.allclose(red, torch.arange(10) * 20.0, atol=2)
 
@@ -110,10 +110,10 @@ def test_missing_tree_is_refused_with_a_word_on_what_to_put_where(tmp_path, refu
 
 def test_real_images_are_squashed_and_grey_ones_become_rgb(imagenet_root):
     data = ready(imagenet_root, val_fraction=0.0)
-    assert data.train.pictures.shape == (500, 3, 128, 128)
-    assert data.test.pictures.shape == (200, 3, 128, 128)
+    assert data.train.images.shape == (500, 3, 128, 128)
+    assert data.test.images.shape == (200, 3, 128, 128)
     assert data.test.labels.bincount().tolist() == [20] * 10
-    pictures = data.transform.invert(data.train.pictures)
+    pictures = data.transform.invert(data.train.images)
     wnids = list(SUBSETS["imagenette"])
     files = [file for wnid in wnids for file in sorted((imagenet_root / "imagenet" / "train" / wnid).iterdir())]
     grey = []
@@ -131,10 +131,10 @@ def test_real_images_are_squashed_and_grey_ones_become_rgb(imagenet_root):
 
 def test_another_size_is_decoded_from_the_files(imagenet_root):
     data, small = ready(imagenet_root, max_per_class=5), ready(imagenet_root, image_size=32, max_per_class=5)
-    assert small.train.pictures.shape[1:] == (3, 32, 32)
+    assert small.train.images.shape[1:] == (3, 32, 32)
     assert "image_size" not in data.describe()["dataset"]
     assert small.describe()["dataset"]["image_size"] == 32
-    means = [module.transform.invert(module.test.pictures).mean((1, 2, 3)) for module in (data, small)]
+    means = [module.transform.invert(module.test.images).mean((1, 2, 3)) for module in (data, small)]
     assert torch.allclose(*means, atol=0.01), "the same pictures"
     names = sorted(path.name.rsplit("_", 1)[0] for path in (imagenet_root / "cache").iterdir())
     assert {"imagenette_128", "imagenette_32"} <= set(names)

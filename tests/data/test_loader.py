@@ -7,6 +7,8 @@ from ftd_lightning.data.loader import BatchOrder, TensorLoader, fits_on, host_lo
 
 IMAGES = torch.arange(11.0).view(11, 1, 1, 1).expand(11, 1, 2, 2).contiguous()
 LABELS = torch.arange(11)
+# Python 3.12 warns of any fork of a process with threads; a DataLoader's workers are forked.
+NO_FORK_WARNING = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 
 
 def indices(order):
@@ -89,6 +91,14 @@ def test_length_is_the_number_of_batches(num_images, batch_size, world_size):
     assert 1 <= len(batches[-1]) <= batch_size
 
 
+@pytest.mark.parametrize("world_size", [4, 100])
+def test_fewer_images_than_processes_are_refused(refused, world_size):
+    # A rank without images would yield one empty batch, while its length is 0.
+    assert len(BatchOrder(3, 2, shuffle=True, world_size=3)) == 1
+    with refused("3 images", f"{world_size} processes"):
+        BatchOrder(3, 2, shuffle=True, world_size=world_size)
+
+
 def loaders(*, batch_size=4, labels=LABELS, **options):
     """The same batches by each of the ways."""
     return {
@@ -98,8 +108,7 @@ def loaders(*, batch_size=4, labels=LABELS, **options):
     }
 
 
-# Python 3.12 warns of any fork of a process with threads; a DataLoader's workers are forked.
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+@NO_FORK_WARNING
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("soft", [False, True], ids=["classes", "probabilities"])
 def test_device_and_host_give_the_same_batches_in_the_same_order(shuffle, soft):
@@ -132,6 +141,81 @@ def test_order_is_a_distributed_sampler_that_lightning_leaves_alone():
     assert (order.rank, order.num_replicas) == (1, 2)
     assert host_loader(IMAGES, LABELS, order).sampler is order
     assert TensorLoader(IMAGES, LABELS, order).sampler is order
+
+
+KINDS = ["device", "host", "workers"]
+
+
+def epoch_of(loader, epoch, *, stop=None):
+    """Labels of the batches of an epoch, or of its first ones."""
+    loader.sampler.set_epoch(epoch)
+    found = []
+    for _, labels in loader:
+        found.append(labels.tolist())
+        if len(found) == stop:
+            break
+    return found
+
+
+@NO_FORK_WARNING
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("done", range(1, 7))
+def test_resumed_loader_yields_what_is_left_of_the_epoch_and_whole_ones_after_it(kind, done):
+    straight = loaders(batch_size=2, shuffle=True, seed=5)["device"]
+    whole = [epoch_of(straight, epoch) for epoch in range(4)]
+    first = loaders(batch_size=2, shuffle=True, seed=5)[kind]
+    assert epoch_of(first, 0) == whole[0]
+    assert epoch_of(first, 1, stop=done) == whole[1][:done]
+    state = first.state_dict()
+    assert state == {"batch": done}  # whatever workers have read ahead
+    resumed = loaders(batch_size=2, shuffle=True, seed=5)[kind]
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    # All of an epoch's batches: the next one begins.
+    assert epoch_of(resumed, 1) == (whole[1][done:] if done < 6 else whole[1])
+    assert resumed.state_dict() == {"batch": 6}
+    assert epoch_of(resumed, 2) == whole[2]
+    assert epoch_of(resumed, 3) == whole[3]
+    assert len(resumed) == 6
+
+
+@NO_FORK_WARNING
+@pytest.mark.parametrize("kind", KINDS)
+def test_breaking_off_or_resuming_twice_leaves_the_next_epoch_whole(kind):
+    loader = loaders(batch_size=2, shuffle=True)[kind]
+    whole = epoch_of(loaders(batch_size=2, shuffle=True)["device"], 0)
+    assert epoch_of(loader, 0, stop=2) == whole[:2]
+    assert epoch_of(loader, 0) == whole
+    loader.load_state_dict({"batch": 4})
+    assert epoch_of(loader, 0, stop=1) == whole[4:5]
+    assert loader.state_dict() == {"batch": 5}
+    loader.load_state_dict(loader.state_dict())
+    assert epoch_of(loader, 0) == whole[5:]
+    assert epoch_of(loader, 0) == whole
+
+
+@NO_FORK_WARNING
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [0, 2, 6])
+def test_an_epoch_that_has_ended_yields_nothing_once(kind, batch):
+    loader = loaders(batch_size=2, shuffle=True)[kind]
+    whole = [epoch_of(loaders(batch_size=2, shuffle=True)["device"], epoch) for epoch in range(3)]
+    state = {"batch": batch, "epoch_ended": True}
+    loader.load_state_dict(state)
+    assert loader.state_dict() == state  # a checkpoint written before the empty epoch has to say the same
+    assert epoch_of(loader, 0) == []
+    assert loader.state_dict() == {"batch": 6}
+    assert [epoch_of(loader, epoch) for epoch in (1, 2)] == whole[1:]
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_an_epoch_that_has_ended_is_over_even_if_no_batch_is_asked_for(kind):
+    # As Lightning does where it knows the epoch to be complete.
+    loader = loaders(batch_size=2, shuffle=True)[kind]
+    loader.load_state_dict({"batch": 2, "epoch_ended": True})
+    iter(loader)
+    assert loader.state_dict() == {"batch": 6}
+    assert epoch_of(loader, 0) == epoch_of(loaders(batch_size=2, shuffle=True)["device"], 0)
 
 
 class Watcher(LightningModule):

@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from ftd_lightning.data import SegmentLoader, TrajectoryStore, write_teacher
+from ftd_lightning.data.segments import FixedWindow
 
 TEACHERS, EPOCHS = 3, 6
+# (teacher, start epoch) of two segments in each of six iterations, with seed 3 and five start epochs.
+DRAWN_BY_0_1 = [(1, 0), (2, 1), (0, 3), (0, 1), (1, 1), (1, 0), (0, 4), (0, 2), (0, 0), (1, 2), (2, 0), (1, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +135,51 @@ def test_resume_gives_exactly_what_was_left(loader, done):
     assert plain(batches) + epoch == whole[: 7 * (done // 7 + 1)]
     if done < 14:
         assert plain(resumed) == whole[7 * (done // 7 + 1) :][:7]
+
+
+@pytest.mark.parametrize("iteration", [0, 3, 7])
+def test_an_epoch_that_has_ended_is_empty_once_and_the_iteration_stays(loader, iteration):
+    segments = loader(length=7)
+    state = {"iteration": iteration, "epoch_ended": True}
+    segments.load_state_dict(state)
+    assert segments.state_dict() == state
+    assert list(segments) == []
+    assert segments.state_dict() == {"iteration": iteration}
+    left = [batch["iteration"] for batch in flat(segments)]
+    assert left == list(range(iteration, 14 if iteration == 7 else 7))
+
+
+def test_iterations_count_from_a_start(loader):
+    wanted = plain(loader(length=12))
+    segments = loader(length=4, start=3)
+    assert segments.state_dict() == {"iteration": 3}
+    assert plain(segments) == wanted[3:7]  # a whole epoch: they are counted from the start
+    assert plain(segments) == wanted[7:11]
+    resumed = loader(length=4, start=3)
+    resumed.load_state_dict({"iteration": 5})
+    assert plain(resumed) == wanted[5:7]
+    assert plain(resumed) == wanted[7:11]
+
+
+class Growing:
+    """Allows one start epoch at first, and another one after every tenth iteration."""
+
+    def epochs(self, iteration):
+        return range(iteration // 20, 1 + iteration // 10)
+
+
+def test_a_window_decides_on_the_start_epochs_of_each_iteration(loader):
+    seen = {}
+    for batch in flat(loader(max_start_epoch=5, length=50, window=Growing())):
+        seen.setdefault(batch["iteration"] // 10, set()).add(batch["start_epoch"])
+    assert seen == {0: {0}, 1: {0, 1}, 2: {1, 2}, 3: {1, 2, 3}, 4: {2, 3, 4}}
+
+
+def test_draws_are_those_of_version_0_1(loader):
+    # Distillations of 0.1 are resumed and compared with: their segments must not change.
+    drawn = [(batch["teacher"], batch["start_epoch"]) for batch in flat(loader(seed=3, segments=2, length=6))]
+    assert drawn == DRAWN_BY_0_1
+    assert plain(loader(window=FixedWindow(5))) == plain(loader())
 
 
 def test_state_holds_nothing_but_numbers(loader):

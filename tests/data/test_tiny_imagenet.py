@@ -46,7 +46,7 @@ def test_labels_follow_wnids_txt_and_val_its_annotations(small):
     assert data.class_names == ["Egyptian_cat", "crane_n03", "crane_n01"]
     assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert data.test.labels.tolist() == [1, 2, 0, 1, 2, 0]
-    pictures = data.transform.invert(data.train.pictures).mul(255).round()
+    pictures = data.transform.invert(data.train.images).mul(255).round()
     with Image.open(small / tiny_imagenet.NAME / "train" / "n01" / "images" / "n01_2.JPEG") as image:
         assert np.array_equal(pictures[10].permute(1, 2, 0).numpy(), np.asarray(image))
 
@@ -127,7 +127,7 @@ def test_official_archive_is_named():
 
 def test_download_gives_the_same_images_and_leaves_the_folder_alone(small, archive, tmp_path):
     there, fetched = ready(small), ready(tmp_path / "new", download=True)
-    assert torch.equal(there.train.pictures, fetched.train.pictures)
+    assert torch.equal(there.train.images, fetched.train.images)
     assert torch.equal(there.test.labels, fetched.test.labels)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["cache", tiny_imagenet.NAME]
 
@@ -186,14 +186,17 @@ def test_half_a_download_is_fetched_again(archive, tmp_path):
 def test_real_images(tiny_root):
     data = ready(tiny_root, val_fraction=0.0)
     assert (data.num_classes, data.in_channels, data.image_size) == (10, 3, 64)
-    assert data.train.pictures.shape == (5000, 3, 64, 64)
+    assert data.train.images.shape == (5000, 3, 64, 64)
     assert data.train.labels.bincount().tolist() == [500] * 10
     assert data.test.labels.bincount().tolist() == [50] * 10
     assert data.class_names[:3] == ["Egyptian_cat", "reel", "volleyball"]
     # ImageNet's constants fit.
-    assert data.train.pictures.mean().abs() < 0.1
-    assert 1 < data.train.pictures.std() < 1.3
-    assert data.describe()["dataset"] == {
+    assert data.train.images.mean().abs() < 0.1
+    assert 1 < data.train.images.std() < 1.3
+    described = data.describe()["dataset"]
+    # The value that version 0.1 wrote beside the decoded images.
+    assert described.pop("fingerprint") == "FINGERPRINT"
+    assert described == {
         "name": "tiny-imagenet",
         "val_fraction": 0.0,
         "max_per_class": None,
@@ -205,12 +208,12 @@ def test_later_runs_map_the_cache(tiny_root, monkeypatch):
     first = ready(tiny_root)
     monkeypatch.setattr(decoding, "read_picture", lambda *args, **options: pytest.fail("decoded again"))
     again = ready(tiny_root)
-    assert torch.equal(first.train.pictures, again.train.pictures)
+    assert torch.equal(first.train.images, again.train.images)
 
 
 def test_another_size_changes_the_images(tiny_root):
     data = ready(tiny_root, image_size=32, max_per_class=10)
-    assert data.train.pictures.shape == (90, 3, 32, 32)
+    assert data.train.images.shape == (90, 3, 32, 32)
     assert data.describe()["dataset"]["image_size"] == 32
 
 

@@ -1,4 +1,5 @@
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -62,15 +63,15 @@ def test_one_class_has_a_graph_at_a_time(module) -> None:
 def test_real_images_are_of_the_class_and_drawn_without_replacement(module) -> None:
     for label in (0, 7):
         drawn = module.real_of(label, 1)
-        match = (drawn.flatten(1)[:, None] == module.real.pictures.flatten(1)).all(2)
+        match = (drawn.flatten(1)[:, None] == module.real_images().images.flatten(1)).all(2)
         index = match.float().argmax(1)
         assert match.any(1).all()
-        assert (module.real.labels[index] == label).all()
+        assert (module.real_images().labels[index] == label).all()
         assert len(index.unique()) == 5
     assert torch.equal(module.real_of(2, 1), module.real_of(2, 1))
     assert not torch.equal(module.real_of(2, 1), module.real_of(2, 2))
     assert len(module.real_of(2, 1, count=2)) == 2
-    assert len(module.real_of(2, 1, count=1000)) == int((module.real.labels == 2).sum())
+    assert len(module.real_of(2, 1, count=1000)) == int((module.real_images().labels == 2).sum())
 
 
 def test_ranks_draw_images_of_their_own_unless_told_otherwise(module, monkeypatch) -> None:
@@ -115,7 +116,7 @@ def test_training_on_the_set_is_plain_sgd_on_the_present_images(tmp_path) -> Non
 @pytest.mark.parametrize("method", METHODS)
 def test_own_images_without_a_datamodule(tmp_path, method) -> None:
     real = pictures_and_labels()
-    module = method(ConvNet(2, 3, 8, width=4, depth=1), real=real, augment="", lr_images=1.0)
+    module = method(partial(ConvNet, 2, 3, 8, width=4, depth=1), real=real, augment="", lr_images=1.0)
     make_trainer(tmp_path, max_steps=2).fit(module)
     assert module.images.shape == (3, 2, 8, 8)
     assert not torch.equal(module.images.detach(), module.initial_images)
@@ -162,5 +163,5 @@ def test_what_cannot_be_is_told_in_one_line(refused, method, options, message) -
 @WITHOUT_VAL
 @pytest.mark.parametrize("method", METHODS)
 def test_without_real_images_there_is_nothing_to_match(tmp_path, method) -> None:
-    with pytest.raises(InputError, match="give a DistillationDataModule or the argument real"):
-        make_trainer(tmp_path).fit(method(ConvNet(2, 3, 8, width=4, depth=1)))
+    with pytest.raises(InputError, match="or give the argument real"):
+        make_trainer(tmp_path).fit(method(partial(ConvNet, 2, 3, 8, width=4, depth=1)))

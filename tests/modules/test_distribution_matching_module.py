@@ -39,7 +39,7 @@ def test_iterations_are_the_equation_written_out(tmp_path, doubles, norm) -> Non
     network = {"width": 4, "depth": 1, "norm": norm}
     seen = Losses()
     module = dm(tmp_path, ipc=2, callbacks=[seen], network_options=network, trainer={"precision": "64-true"})
-    real = [module.real.pictures[module.real.labels == c] for c in range(10)]
+    real = [module.real_images().images[module.real_images().labels == c] for c in range(10)]
     images, velocity = module.initial_images.double(), 0.0
     for iteration in range(3):
         embed = nn.Sequential(*list(module.fresh.build(0, "network", iteration))[:-1])

@@ -10,9 +10,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional import flatten_parameters, seeded
+from ftd_lightning.functional import Augmentation, flatten_parameters, seeded
 from ftd_lightning.models import ConvNet
-from ftd_lightning.training.evaluation_protocol import accuracy, mean_and_std, train_fresh_networks
+from ftd_lightning.training.evaluation_protocol import (
+    EvaluationProtocol,
+    accuracy,
+    mean_and_std,
+    train_fresh_networks,
+)
+
+NONE = Augmentation("")
 
 
 def fresh(seed: int = 0) -> ConvNet:
@@ -30,7 +37,7 @@ def test_the_protocol_is_what_it_says() -> None:
     """Against the update rule written out: momentum 0.9, weight decay 5e-4, x0.1 at half way."""
     images, labels = images_and_labels()
     network, reference = fresh(), fresh()
-    train_fresh_networks([network], images, labels, epochs=6, lr=0.05, strategy="")
+    train_fresh_networks([network], images, labels, EvaluationProtocol(epochs=6, lr=0.05, augment=NONE))
     velocity = [torch.zeros_like(p) for p in reference.parameters()]
     for epoch in range(6):
         loss = torch.nn.functional.cross_entropy(reference(images), labels)
@@ -47,7 +54,8 @@ def test_networks_trained_side_by_side_do_not_touch_each_other() -> None:
     images, labels = images_and_labels()
     together, alone = [fresh(0), fresh(1)], [fresh(0)]
     for networks in (together, alone):
-        train_fresh_networks(networks, images, labels, epochs=3, lr=0.05, strategy="crop_scale", batch_size=8)
+        protocol = EvaluationProtocol(epochs=3, lr=0.05, augment=Augmentation("crop_scale"), batch_size=8)
+        train_fresh_networks(networks, images, labels, protocol)
     torch.testing.assert_close(flatten_parameters(together[0]), flatten_parameters(alone[0]))
 
 
@@ -77,7 +85,7 @@ def test_module_and_function_train_the_same_networks(tmp_path: Path) -> None:
     module = evaluate(tmp_path, data)
     with seeded(0, "fresh", 1):
         network = ConvNet(1, 10, 8, **SMALL)
-    train_fresh_networks([network], *images_and_labels(), epochs=5, lr=0.01, strategy="")
+    train_fresh_networks([network], *images_and_labels(), EvaluationProtocol(epochs=5, lr=0.01, augment=NONE))
     torch.testing.assert_close(flatten_parameters(module.networks[1]), flatten_parameters(network))
     assert module.results["each"][1] == pytest.approx(accuracy(network, *data.test))
 
@@ -136,7 +144,7 @@ def test_the_learned_step_size_is_the_learning_rate(tmp_path, step_size, lr, use
     data.setup()
     path = tmp_path / "set.safetensors"
     SyntheticSet(
-        data.train.pictures[:10],
+        data.train.images[:10],
         torch.arange(10),
         step_size=None if step_size is None else torch.tensor(step_size),
         class_names=data.class_names,

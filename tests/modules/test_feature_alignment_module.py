@@ -1,5 +1,6 @@
 """CAFE: image steps against a transcription in float64, its two loops, and runs that are interrupted in mid-loop."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,15 @@ def drawn(dtype=torch.float64):
     return torch.randn(len(labels), 1, 8, 8, generator=make_generator(0, "real"), dtype=dtype), labels
 
 
+def fixed(outer: int, inner: int) -> dict:
+    """Loops that are counted."""
+    return {"kind": "fixed", "outer_max": outer, "inner_max": inner}
+
+
 def align(folder: Path, *, steps=1, kind=FeatureAlignment, callbacks=(), ckpt_path=None, **options):
     """Run on the noise and give the module."""
-    defaults = {"network": ConvNet(1, CLASSES, 8, width=4, depth=2), "network_options": None, "real": drawn()}
+    network = partial(ConvNet, 1, CLASSES, 8, width=4, depth=2)
+    defaults = {"network": network, "network_options": None, "real": drawn()}
     module = kind(**{**DRAWN, **defaults, **options})
     settings = {"callbacks": list(callbacks), "enable_checkpointing": bool(callbacks), "limit_val_batches": 0}
     make_trainer(folder, max_steps=steps, **settings).fit(module, ckpt_path=ckpt_path)
@@ -60,7 +67,7 @@ def loss_by_hand(network, synthetic, of_synthetic, real, of_real):
 
 
 def test_steps_against_a_transcription_with_the_term_that_has_no_gradient(tmp_path):
-    options = {"loops": "fixed", "outer_max": 2, "inner_max": 3, "ipc": 2, "lr_network": 0.1, "lr_images": 0.3}
+    options = {"loops": fixed(2, 3), "ipc": 2, "lr_network": 0.1, "lr_images": 0.3}
     module = align(tmp_path, steps=3, **options)
     real, of_real = drawn()
     images, momentum = module.initial_images.clone(), torch.zeros(())
@@ -93,8 +100,13 @@ def test_the_last_two_levels_are_the_same_numbers(tmp_path):
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_real_images_as_synthetic_ones_are_aligned_under_any_augmentation(norm, tmp_path):
-    network = ConvNet(1, CLASSES, 8, width=4, depth=2, norm=norm)
-    module = align(tmp_path, network=network, ipc=MEMBERS, discrimination=0.0, augment=STRATEGY)
+    module = align(
+        tmp_path,
+        network=partial(ConvNet, 1, CLASSES, 8, width=4, depth=2, norm=norm),
+        ipc=MEMBERS,
+        discrimination=0.0,
+        augment=STRATEGY,
+    )
     assert module.method == "cafe+dsa"
     with torch.no_grad():
         module.images.copy_(module.initial_images)
@@ -131,7 +143,7 @@ def epochs_between(module):
 
 
 def test_accuracies_end_both_loops(tmp_path):
-    module = align(tmp_path, kind=Planted, steps=11, window=3)
+    module = align(tmp_path, kind=Planted, steps=11, loops={"window": 3})
     assert module.done == [0] * 5 + [1] * 5 + [2], "three within 0.04, of this round alone"
     assert epochs_between(module) == [0, 4, 4, 4, 4] * 2 + [0], "three 0.03 apart, of this inner loop alone"
 
@@ -144,7 +156,7 @@ class Restless(Planted):
 
 
 def test_maxima_end_both_loops(tmp_path):
-    module = align(tmp_path, kind=Restless, steps=8, window=3, outer_max=3, inner_max=5)
+    module = align(tmp_path, kind=Restless, steps=8, loops={"window": 3, "outer_max": 3, "inner_max": 5})
     assert module.done == [0, 0, 0, 1, 1, 1, 2, 2]
     assert epochs_between(module) == [0, 5, 5, 0, 5, 5, 0, 5]
 
@@ -157,16 +169,17 @@ class Blind(Planted):
 
 
 def test_fixed_loops_measure_nothing(tmp_path):
-    module = align(tmp_path, kind=Blind, steps=6, loops="fixed", outer_max=4, inner_max=2)
+    module = align(tmp_path, kind=Blind, steps=6, loops=fixed(4, 2))
     assert module.done == [0, 0, 0, 0, 1, 1]
     assert epochs_between(module) == [0, 2, 2, 2, 0, 2]
 
 
 # Rounds of three iterations end in mid-epoch or, at 3 an epoch, with it.
 @pytest.mark.parametrize("per_epoch", [3, 4, 5, 6])
-@pytest.mark.parametrize("ended_by", [{"loops": "fixed", "outer_max": 3}, {"outer_max": 3, "lambda_1": 0.0}])
+@pytest.mark.parametrize("ended_by", [{"kind": "fixed"}, {"lambda_1": 0.0}])
 def test_a_run_that_was_done_goes_on_to_more_rounds(per_epoch, ended_by, tmp_path):
-    options = {**ended_by, "inner_max": 1, "window": 2, "iterations_per_epoch": per_epoch, "batch_real": 2, "query": 2}
+    options = {"iterations_per_epoch": per_epoch, "batch_real": 2, "query": 2}
+    options["loops"] = {**ended_by, "outer_max": 3, "inner_max": 1, "window": 2}
     options["callbacks"] = [ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)]
     align(tmp_path, steps=100, rounds=2, **options)
     further = align(tmp_path, kind=Counted, steps=100, rounds=4, ckpt_path=tmp_path / "last.ckpt", **options)
@@ -174,18 +187,18 @@ def test_a_run_that_was_done_goes_on_to_more_rounds(per_epoch, ended_by, tmp_pat
     whole = align(tmp_path, kind=Counted, steps=100, rounds=4, **options)
     assert whole.rounds == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert further.images.equal(whole.images)
-    assert whole.description()["rounds"] == further.description()["rounds"] == 4
+    assert whole.set_metadata()["rounds"] == further.set_metadata()["rounds"] == 4
 
 
 @pytest.mark.parametrize(("steps", "rounds"), [(2, 0), (4, 1), (100, 2)])
 def test_a_set_says_how_many_rounds_are_done(steps, rounds, tmp_path):
-    module = align(tmp_path, steps=steps, rounds=2, loops="fixed", outer_max=3, inner_max=1)
+    module = align(tmp_path, steps=steps, rounds=2, loops=fixed(3, 1))
     assert module.synthetic_set().metadata["rounds"] == rounds
 
 
 @pytest.mark.parametrize("per_epoch", [3, 4])
 def test_the_fit_ends_with_its_last_round_and_stays_at_its_end(per_epoch, tmp_path):
-    options = {"loops": "fixed", "outer_max": 3, "inner_max": 1, "rounds": 2, "iterations_per_epoch": per_epoch}
+    options = {"loops": fixed(3, 1), "rounds": 2, "iterations_per_epoch": per_epoch}
     options["callbacks"] = [ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)]
     module = align(tmp_path, kind=Planted, steps=100, **options)
     assert module.done == [0, 0, 0, 1, 1, 1]
@@ -196,7 +209,7 @@ def test_the_fit_ends_with_its_last_round_and_stays_at_its_end(per_epoch, tmp_pa
 
 
 def test_the_learning_rate_is_halved_by_rounds(tmp_path):
-    options = {"loops": "fixed", "outer_max": 2, "inner_max": 1, "lr_images": 0.4}
+    options = {"loops": fixed(2, 1), "lr_images": 0.4}
     module = align(tmp_path, kind=Planted, steps=7, lr_milestones=[1, 3], **options)
     assert module.lrs == [0.4, 0.4, 0.2, 0.2, 0.2, 0.2, 0.1]
     published = FeatureAlignment()
@@ -220,13 +233,13 @@ def test_query_accuracy_is_the_mean_over_classes_of_the_network_of_the_moment(tm
 ROUNDS_OF_FOUR = {
     "accuracies": {"lambda_1": 2.0, "window": 4, "outer_max": 10},
     "maximum": {"lambda_1": 0.0, "window": 2, "outer_max": 4},
-    "count": {"loops": "fixed", "outer_max": 4},
+    "count": {"kind": "fixed", "outer_max": 4},
 }
 
 
 @pytest.mark.parametrize(("by", "at"), [("accuracies", 5), *((by, 7) for by in ROUNDS_OF_FOUR)])
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(by, at, tmp_path):
-    options = {**ROUNDS_OF_FOUR[by], "inner_max": 2, "ipc": 2, "augment": STRATEGY, "seed": 1}
+    options = {"loops": {**ROUNDS_OF_FOUR[by], "inner_max": 2}, "ipc": 2, "augment": STRATEGY, "seed": 1}
     options["callbacks"] = [ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=at, save_top_k=-1)]
     whole = align(tmp_path, kind=Counted, steps=9, **options)
     assert whole.rounds == [0, 0, 0, 0, 1, 1, 1, 1, 2]
@@ -247,12 +260,12 @@ class Counted(FeatureAlignment):
 
 
 def test_it_learns_digits_and_says_what_its_set_is(tmp_path):
-    module = FeatureAlignment(**DRAWN, loops="fixed", outer_max=3, inner_max=2, ipc=1)
+    module = FeatureAlignment(**DRAWN, loops=fixed(3, 2), ipc=1)
     trainer = make_trainer(tmp_path, max_steps=12, limit_val_batches=0)
     trainer.fit(module, datamodule=small_data())
     described = module.synthetic_set()
     assert described.metadata["method"] == "cafe"
-    assert described.metadata["settings"]["outer_max"] == 3
+    assert described.metadata["settings"]["loops"]["outer_max"] == 3
     assert described.metadata["iterations"] == 12
     assert float(described.step_size) == pytest.approx(0.01)
     network = module.fresh.build(0, "another")
@@ -267,11 +280,12 @@ def test_it_learns_digits_and_says_what_its_set_is(tmp_path):
     [
         ({"query": 0}, ["query=0", "at least 1"]),
         ({"rounds": 0}, ["rounds=0"]),
-        ({"outer_max": 0}, ["outer_max=0"]),
-        ({"inner_max": 0}, ["inner_max=0"]),
-        ({"window": 0}, ["window=0"]),
+        ({"loops": {"outer_max": 0}}, ["outer_max=0"]),
+        ({"loops": {"inner_max": 0}}, ["inner_max=0"]),
+        ({"loops": {"window": 0}}, ["window=0"]),
+        ({"loops": {"windows": 1}}, ["loops", "windows"]),
         ({"ipc": 0}, ["ipc=0"]),
-        ({"loops": "endless"}, ["loops='endless'", "dynamic", "fixed"]),
+        ({"loops": {"kind": "endless"}}, ["kind='endless'", "dynamic", "fixed"]),
         ({"augment": "blur"}, ["no operation 'blur'"]),
     ],
 )

@@ -8,7 +8,7 @@ from fits import make_trainer, small_data
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning import SyntheticEvaluation
-from ftd_lightning.functional import dsa, flatten_parameters, load_flat, make_generator
+from ftd_lightning.functional import Augmentation, flatten_parameters, load_flat, make_generator
 from ftd_lightning.models import ConvNet
 from ftd_lightning.training.side_by_side import SideBySide
 
@@ -29,12 +29,12 @@ def gradient(network, images, labels) -> torch.Tensor:
 @pytest.mark.parametrize("rho", [0.05, 0.5])
 def test_each_network_gets_the_gradient_at_its_own_worst_point(rho: float) -> None:
     networks, images, labels = batch(3)
-    kwargs = {"seeds": [5, 6, 7], "strategy": "crop_scale", "mode": "single"}
+    kwargs = {"seeds": [5, 6, 7], "augment": Augmentation("crop_scale")}
     losses = SideBySide(False, CPU, rho=rho)(networks, images, labels, **kwargs)
     losses.sum().backward()
     for network, seed, loss in zip(networks, kwargs["seeds"], losses, strict=True):
         found, weights = torch.cat([p.grad.flatten() for p in network.parameters()]), flatten_parameters(network)
-        x = dsa(images, make_generator(seed), strategy="crop_scale")
+        x = Augmentation("crop_scale")(images, make_generator(seed))
         torch.testing.assert_close(loss, cross_entropy(network(x), labels))
         g = gradient(network, x, labels)
         load_flat(network, weights + rho * g / g.norm())
@@ -46,7 +46,7 @@ def test_weights_come_back_bit_for_bit_and_statistics_move_once() -> None:
     (plain,), _, _ = batch(1, "batch")
     before = flatten_parameters(network)
     for one, rho in ((network, 0.5), (plain, 0.0)):
-        SideBySide(False, CPU, rho=rho)([one], images, labels, seeds=[0], strategy="", mode="single")
+        SideBySide(False, CPU, rho=rho)([one], images, labels, seeds=[0], augment=Augmentation(""))
     assert torch.equal(flatten_parameters(network), before)
     for found, expected in zip(network.buffers(), plain.buffers(), strict=True):
         assert torch.equal(found, expected)

@@ -66,7 +66,7 @@ def test_dc_is_its_algorithm_written_out(tmp_path, doubles, norm) -> None:
         callbacks=[seen],
         trainer={"precision": "64-true"},
     )
-    real, labels = [module.real.pictures[module.real.labels == c] for c in range(10)], module.labels
+    real, labels = [module.real_images().images[module.real_images().labels == c] for c in range(10)], module.labels
     assert len(real[0]) <= 16, "all are drawn, for gradients and for statistics"
     images, velocity = module.initial_images.double(), 0.0
     for iteration, (loop, outer) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]):
@@ -139,7 +139,9 @@ def test_the_network_is_trained_on_images_that_are_augmented_one_by_one(tmp_path
             batches.append(images.detach().clone())
             return super().forward(images)
 
-    network = Watched(nn.Flatten(), nn.Linear(64, 10))
+    def network() -> nn.Module:
+        return Watched(nn.Flatten(), nn.Linear(64, 10))
+
     options = {"ipc": 6, "outer_loops": 2, "inner_epochs": 1, "real": one_picture_a_class(), "augment": "crop"}
     distil(tmp_path, steps=2, network=network, network_options=None, lr_images=1e-9, **options)
     assert [len(batch) for batch in batches] == [9, 6] * 10 + [60] + [9, 6] * 10

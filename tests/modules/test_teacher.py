@@ -1,6 +1,7 @@
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -124,32 +125,31 @@ def test_half_precision_with_loss_scaling_is_refused(tmp_path: Path) -> None:
         trainer.fit(small_teacher(), datamodule=small_data())
 
 
-class Scaled(nn.Module):
-    """A weight of its own, and no way to draw it again."""
+def test_a_function_builds_another_network_for_every_teacher(tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.randn(1))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.linear(images.flatten(1)) * self.scale
-
-
-def test_a_network_that_cannot_be_drawn_again_is_refused_as_an_object_and_taken_as_a_function(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"its part .itself. \(Scaled\) has no reset_parameters"):
-        record(tmp_path / "object", network=Scaled(), network_options=None)
-    store = TrajectoryStore(record(tmp_path / "function", network=Scaled, network_options=None))
-    assert store.num_parameters == 651
-    assert not torch.equal(store.trajectory(0)[0, :1], store.trajectory(1)[0, :1])
-
-
-def test_an_object_is_drawn_again_for_every_teacher(tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    before = network[1].weight.clone()
     store = TrajectoryStore(record(tmp_path, network=network, network_options=None))
+    assert store.num_parameters == 650
     assert not torch.equal(store.trajectory(0)[0], store.trajectory(1)[0])
-    assert torch.equal(network[1].weight, before), "the caller's own object is not trained"
+
+
+def test_schedulers_of_a_subclass_are_stepped_and_begin_anew(tmp_path: Path) -> None:
+    class Decayed(FlatTeacher):
+        rates: ClassVar[list[float]] = []
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.1)]
+
+        def on_train_batch_end(self, *args) -> None:
+            self.rates.append(round(self.optimizers().param_groups[0]["lr"], 6))
+
+    module = Decayed(network_options=SMALL, teachers=2, epochs=4, lr=0.1, augment="")
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, datamodule=small_data())
+    per_epoch = Decayed.rates[:: trainer.num_training_batches]
+    assert per_epoch == [0.1, 0.1, 0.01, 0.01] * 2
 
 
 class Stop(Callback):
@@ -200,9 +200,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(FlatTeacher, "training_step", lambda self, *args: counted(partial(step, self), *args))
     monkeypatch.setattr(FlatTeacher, "validation_step", lambda self, *args: counted(partial(validate, self), *args))
     # "single" draws which operation, from a generator on the CPU: a read, but of no device.
-    module = small_teacher(
-        rho=0.1, momentum=0.9, augment="color_crop_cutout_flip_scale_rotate", augment_mode="multiple"
-    )
+    module = small_teacher(rho=0.1, momentum=0.9, augment={"mode": "multiple"})
     make_trainer(tmp_path).fit(module, datamodule=small_data())
     assert len(counts) == 8 * (5 + 1)
     assert not any(counts)

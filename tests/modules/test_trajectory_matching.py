@@ -72,7 +72,7 @@ def test_images_start_as_real_ones_of_their_class(tmp_path: Path, trajectories: 
     data = small_data()
     module = distil(tmp_path, trajectories, steps=1, ipc=3, data=data)
     assert torch.equal(module.labels, torch.arange(10).repeat_interleave(3))
-    real = data.train.pictures.flatten(1)
+    real = data.train.images.flatten(1)
     for image, label in zip(module.initial_images.flatten(1), module.labels, strict=True):
         match = (real == image).all(1).nonzero().squeeze(1)
         assert label in data.train.labels[match]
@@ -219,7 +219,7 @@ def test_what_would_make_another_optimization_of_it_is_refused(tmp_path, traject
             return DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4).long()))
 
     real = (torch.rand(20, 1, 8, 8), torch.arange(10).repeat(2))
-    with refused("iterates over its own loader", "iteration_loader()"):
+    with refused("iterates over its own loader", "from_datamodule"):
         distil(tmp_path, trajectories, real=real, data=Own())
 
 

@@ -6,15 +6,16 @@ from torch.nn.functional import cross_entropy
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import seeded
-from ftd_lightning.functional.augment import dsa
+from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import compiled
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.models import ConvNet
 from ftd_lightning.training import side_by_side
-from ftd_lightning.training.evaluation_protocol import train_fresh_networks
+from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.training.side_by_side import SideBySide
 
-DRAWS = {"seeds": [3, 4], "strategy": "crop_scale", "mode": "multiple"}
+AUGMENT = Augmentation("crop_scale", "multiple")
+DRAWS = {"seeds": [3, 4], "augment": AUGMENT}
 IMAGES = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(10)
 
@@ -38,7 +39,7 @@ def gradients(networks: list[ConvNet], losses: torch.Tensor) -> list[torch.Tenso
 def expected() -> list[torch.Tensor]:
     networks = two_networks()
     losses = [
-        cross_entropy(network(dsa(IMAGES, make_generator(seed), strategy="crop_scale", mode="multiple")), LABELS)
+        cross_entropy(network(AUGMENT(IMAGES, make_generator(seed))), LABELS)
         for network, seed in zip(networks, DRAWS["seeds"], strict=True)
     ]
     return [torch.stack(losses).detach(), *gradients(networks, torch.stack(losses))]
@@ -73,7 +74,7 @@ def test_weights_that_are_frozen_or_unused_stay_without_gradient(monkeypatch) ->
     network = two_networks()[0]
     network[0].weight.requires_grad_(False)
     network.register_parameter("unused", torch.nn.Parameter(torch.ones(1)))
-    losses = SideBySide(False, torch.device("cpu"))([network], IMAGES, LABELS, seeds=[0], strategy="", mode="single")
+    losses = SideBySide(False, torch.device("cpu"))([network], IMAGES, LABELS, seeds=[0], augment=Augmentation(""))
     losses.sum().backward()
     without = {name for name, p in network.named_parameters() if p.grad is None}
     assert without == {"0.weight", "unused"}
@@ -81,12 +82,12 @@ def test_weights_that_are_frozen_or_unused_stay_without_gradient(monkeypatch) ->
 
 def test_a_share_of_networks_is_augmented_by_its_own_numbers() -> None:
     both, second = two_networks(), two_networks()[1:]
-    options = {"epochs": 2, "lr": 0.1, "strategy": "crop_scale"}
-    train_fresh_networks(both, IMAGES, LABELS, **options)
-    train_fresh_networks(second, IMAGES, LABELS, indices=[1], **options)
+    protocol = EvaluationProtocol(epochs=2, lr=0.1, augment=Augmentation("crop_scale"))
+    train_fresh_networks(both, IMAGES, LABELS, protocol)
+    train_fresh_networks(second, IMAGES, LABELS, protocol, indices=[1])
     assert all(torch.equal(a, b) for a, b in zip(both[1].parameters(), second[0].parameters(), strict=True))
 
 
 def test_another_setting_of_compile_is_refused() -> None:
     with pytest.raises(InputError, match="compile='sometimes' is unknown"):
-        train_fresh_networks(two_networks(), IMAGES, LABELS, epochs=1, lr=0.1, compile="sometimes")
+        train_fresh_networks(two_networks(), IMAGES, LABELS, EvaluationProtocol(epochs=1), compile="sometimes")

@@ -1,0 +1,96 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from ftd_lightning.models import build_network, describe_network, parameter_shapes, same_network
+from ftd_lightning.models.registry import NETWORKS
+
+SHAPE = {"in_channels": 3, "num_classes": 10, "image_size": 32}
+
+
+def named(name="convnet", **options):
+    return {"name": name, "options": options, **SHAPE}
+
+
+class ComputesWithValues(nn.Module):
+    """Cannot be built on the meta device, which holds no values."""
+
+    def __init__(self, in_channels, num_classes, image_size):
+        super().__init__()
+        width = int(torch.arange(in_channels).sum().item()) + 1
+        self.scale = nn.Parameter(torch.rand(width, num_classes))
+
+
+def test_network_describes_itself_by_its_parameters_in_their_order():
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    described = describe_network(network)
+    assert described == {
+        "name": "torch.nn.modules.container.Sequential",
+        "parameters": [["0.weight", [3, 2]], ["0.bias", [3]], ["1.weight", [3]], ["1.bias", [3]]],
+    }
+    assert json.loads(json.dumps(described)) == described
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameters_of_a_named_network_are_those_it_is_built_with(name):
+    options = {"width": 8} if name == "convnet" else {}
+    built = build_network(name, **SHAPE, **options)
+    assert parameter_shapes(named(name, **options)) == [(n, tuple(p.shape)) for n, p in built.named_parameters()]
+
+
+def test_asking_for_shapes_draws_no_random_numbers_and_builds_no_values(monkeypatch):
+    state, devices = torch.get_rng_state(), set()
+    register = nn.Module.register_parameter
+
+    def watched(module, name, parameter):
+        devices.update([] if parameter is None else [parameter.device.type])
+        register(module, name, parameter)
+
+    monkeypatch.setattr(nn.Module, "register_parameter", watched)
+    parameter_shapes(named(width=4))
+    assert devices == {"meta"}
+    parameter_shapes(named(f"{__name__}.ComputesWithValues"))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_network_that_computes_with_values_when_built_has_shapes_too():
+    assert parameter_shapes(named(f"{__name__}.ComputesWithValues")) == [("scale", (4, 10))]
+
+
+@pytest.mark.parametrize("description", [{"name": "convnet"}, {}, named("no_such_network"), named(colour="red")])
+def test_what_describes_no_network_is_refused(refused, description):
+    with refused():
+        parameter_shapes(description)
+
+
+def test_network_is_the_same_under_its_name_as_an_object_and_as_0_1_recorded_it():
+    as_object = describe_network(build_network("convnet", **SHAPE, width=8))
+    by_0_1 = {"name": "mine.Net", "shapes": dict(sorted(as_object["parameters"], reverse=True))}
+    renamed = {**as_object, "name": "mine.Net"}
+    same = [named(width=8), named(width=8, depth=3), as_object, by_0_1, renamed]
+    assert all(same_network(a, b) for a in same for b in same)
+    for other in (named(width=9), named(width=8, norm="none"), named(width=8, depth=2), "convnet", None, {}):
+        assert not any(same_network(a, other) or same_network(other, a) for a in same)
+
+
+def test_order_of_parameters_matters_where_it_is_known():
+    weight, bias = ["weight", [2, 2]], ["bias", [2]]
+    a, b = ({"name": "Net", "parameters": parameters} for parameters in ([weight, bias], [bias, weight]))
+    assert not same_network(a, b)
+    without_order = {"name": "Net", "shapes": dict([bias, weight])}
+    assert same_network(a, without_order)
+    assert same_network(without_order, b)
+    assert not same_network(a, {"name": "Net", "shapes": {"weight": [2, 2]}})
+
+
+def test_what_is_no_description_is_only_the_same_as_itself():
+    assert same_network("tiny", "tiny")
+    assert same_network(None, None)
+    assert not same_network("tiny", "other")
+    assert same_network({"name": "x", "width": (1, 2)}, {"name": "x", "width": [1, 2]})
+
+
+def test_tuples_among_the_options_equal_the_lists_that_json_makes_of_them():
+    assert same_network(named("mine.Net", widths=(8, 16)), named("mine.Net", widths=[8, 16]))

@@ -1,0 +1,167 @@
+"""A fit that was stopped anywhere and resumed in a plain Trainer ends with the bits of one that was never stopped."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from fits import SMALL, make_trainer, record, small_data, small_matching
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from ftd_lightning import FlatTeacher, SyntheticEvaluation, SyntheticSet
+from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA
+from ftd_lightning.modules import DistributionMatching, FeatureAlignment, GradientMatching
+
+NET = {"network_options": SMALL}
+RIVAL = {**NET, "batch_real": 8, "iterations_per_epoch": 5}
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL: nothing is written after it but what callbacks write on any exception."""
+
+
+class Kill(Callback):
+    """Ends the process's work at the n-th call of a hook."""
+
+    def __init__(self, hook: str, count: int) -> None:
+        self.hook, self.left = hook, count
+
+    def _hit(self, hook: str) -> None:
+        self.left -= hook == self.hook
+        if self.left == 0:
+            raise KilledError
+
+    def on_train_batch_start(self, *args) -> None:
+        self._hit("batch")
+
+    def on_train_epoch_end(self, *args) -> None:
+        self._hit("epoch end")
+
+    def on_validation_start(self, *args) -> None:
+        self._hit("validation")
+
+    def on_validation_end(self, *args) -> None:
+        self._hit("validated")
+
+
+def checkpointing(folder: Path, rhythm) -> ModelCheckpoint:
+    """Every so many steps, at the end of training epochs, or after validations; always as ``last.ckpt``."""
+    when = {"every_n_train_steps": rhythm} if isinstance(rhythm, int) else {"save_on_train_epoch_end": rhythm == "end"}
+    return ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True, **when)
+
+
+class Case:
+    """A fit of a few seconds: how to make the module, its data, its callbacks and the trainer's limits."""
+
+    def __init__(self, module, data=small_data, callbacks=list, **limits) -> None:
+        self.module, self.data, self.callbacks, self.limits = module, data, callbacks, limits
+
+    def run(self, folder: Path, rhythm, *more, resume: bool = False, **limits) -> None:
+        last = folder / "checkpoints" / "last.ckpt"
+        callbacks = [*self.callbacks(), checkpointing(folder, rhythm), *more]
+        options = {**self.limits, **limits, "callbacks": callbacks, "enable_checkpointing": True}
+        trainer, module, data = make_trainer(folder, **options), self.module(), self.data()
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if resume and last.exists() else None)
+        if isinstance(module, SyntheticEvaluation):
+            trainer.test(module, datamodule=data, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    folder = tmp_path_factory.mktemp("cases")
+    store = record(folder)
+
+    def teacher() -> FlatTeacher:
+        return FlatTeacher(**NET, teachers=2, epochs=2, lr=0.1, momentum=0.9)
+
+    def matching():
+        return small_matching(store, max_start_epoch=2, augment="color_crop")
+
+    def averaged():
+        return [SyntheticEMA(0.9)]
+
+    Case(matching, max_steps=5).run(folder / "set", "end")
+    few = SyntheticSet.load(folder / "set" / "set.safetensors")
+    many = SyntheticSet(few.images.repeat(9, 1, 1, 1), few.labels.repeat(9), few.step_size, class_names=few.class_names)
+    many.transform, many.metadata = few.transform, few.metadata
+    many.save(folder / "many.safetensors")
+
+    def evaluated():
+        return small_data(synthetic=str(folder / "many.safetensors"))
+
+    def dynamic() -> FeatureAlignment:
+        return FeatureAlignment(**RIVAL, query=4, loops={"outer_max": 4, "inner_max": 2, "window": 2})
+
+    return {
+        "teachers": Case(teacher),
+        "teachers, nothing held out": Case(teacher, lambda: small_data(val_fraction=0.0)),
+        "matching": Case(
+            matching, callbacks=lambda: [*averaged(), EvaluateSynthetic(1, networks=1, epochs=2)], max_steps=17
+        ),
+        "dc": Case(lambda: GradientMatching(**RIVAL, outer_loops=3, inner_epochs=2), callbacks=averaged, max_steps=17),
+        "dm": Case(lambda: DistributionMatching(**RIVAL), callbacks=averaged, max_steps=17),
+        "cafe": Case(dynamic, callbacks=averaged, max_steps=17),
+        "evaluation": Case(lambda: SyntheticEvaluation(**NET, networks=2), evaluated, max_epochs=4),
+    }
+
+
+def artefacts(folder: Path) -> dict[str, bytes]:
+    names = ("evaluation.json", "evaluations.json")
+    found = [path for path in folder.rglob("*") if path.suffix == ".safetensors" or path.name in names]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def check(case: Case, folder: Path, stops: list[tuple]) -> None:
+    """Compare the files of an uninterrupted run with those of each run that is stopped once and resumed."""
+    case.run(folder / "whole", "end")
+    expected = artefacts(folder / "whole")
+    assert expected
+    wrong = []
+    for number, (rhythm, hook, count) in enumerate(stops):
+        place = folder / str(number)
+        if hook == "max_steps":
+            case.run(place, rhythm, max_steps=count)
+        else:
+            with pytest.raises(KilledError):
+                case.run(place, rhythm, Kill(hook, count))
+        case.run(place, rhythm, resume=True)
+        if artefacts(place) != expected:
+            wrong.append((rhythm, hook, count))
+    assert not wrong
+
+
+NAMES = ["teachers", "teachers, nothing held out", "matching", "dc", "dm", "cafe", "evaluation"]
+# One of each kind: within an epoch, at its last batch, between that and its end, after it, and cut short by a limit.
+FEW = [(1, "batch", 4), (1, "batch", 6), (3, "batch", 9), ("end", "batch", 7), (2, "epoch end", 2)]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "TQDM_DISABLE", "1")
+    torch.set_num_threads(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*manual optimization and every_n_train_steps.*")
+@pytest.mark.filterwarnings("ignore:.*ends this fit before.*")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_stops(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
+    stops = list(FEW)
+    if name != "evaluation":
+        stops += [(2, "max_steps", 7), ("end", "max_steps", 8)]
+    if name in ("teachers", "evaluation"):
+        stops += [(1, "validation", 2), ("validated", "validated", 2), ("validated", "batch", 7)]
+    check(cases[name], tmp_path, stops)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*manual optimization and every_n_train_steps.*")
+@pytest.mark.filterwarnings("ignore:.*ends this fit before.*")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_step(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
+    length = {"evaluation": 12}.get(name, 17)
+    stops = [(rhythm, "batch", n) for rhythm in (1, 2, 3, 7, "end") for n in range(2, length)]
+    stops += [(rhythm, "epoch end", n) for rhythm in (1, 2, 3, "end") for n in (1, 2, 3)]
+    if name != "evaluation":
+        stops += [(rhythm, "max_steps", n) for rhythm in (1, 2, 3, "end") for n in (1, 3, 5, 7, 10, 13)]
+    check(cases[name], tmp_path, stops)

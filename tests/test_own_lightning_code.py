@@ -1,0 +1,410 @@
+"""Modules inside other people's Lightning code: checkpoints, loggers, callbacks, precision, teachers, trainers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fits import SMALL, make_trainer, record, small_data, small_matching, small_teacher
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from torch import nn
+
+from ftd_lightning import FlatTeacher, SyntheticEvaluation, SyntheticSet, TrajectoryMatching, TrajectoryStore
+from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticSetWriter, TrajectoryRecorder
+from ftd_lightning.functional import Augmentation, RobustStart
+from ftd_lightning.modules import DistributionMatching, FeatureAlignment, GradientMatching
+
+NET = {"network_options": SMALL}
+RIVAL = {**NET, "batch_real": 4, "iterations_per_epoch": 2}
+
+
+def own_network() -> nn.Module:
+    """A network with BatchNorm that no name builds."""
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+
+
+def fit(folder: Path, module, data=None, **options):
+    """Fit a module and return the path of its last checkpoint."""
+    keep = ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True)
+    callbacks = [keep, *options.pop("callbacks", [])]
+    trainer = make_trainer(folder, enable_checkpointing=True, callbacks=callbacks, **options)
+    trainer.fit(module, datamodule=data or small_data())
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def plain_values(value) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and plain_values(entry) for key, entry in value.items())
+    if isinstance(value, list):
+        return all(map(plain_values, value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+class TestLoadFromCheckpoint:
+    def test_teachers(self, tmp_path: Path) -> None:
+        module = small_teacher(augment=Augmentation("flip"))
+        path = fit(tmp_path, module)
+        loaded = FlatTeacher.load_from_checkpoint(path)
+        assert all(map(torch.equal, loaded.network.parameters(), module.network.parameters()))
+        assert loaded.augment == Augmentation("flip")
+        assert loaded.network(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+    def test_own_networks_are_asked_for(self, tmp_path: Path, refused) -> None:
+        path = fit(tmp_path, FlatTeacher(network=own_network, teachers=1, epochs=1, lr=0.1))
+        with refused("Sequential", "pass the same network"):
+            FlatTeacher.load_from_checkpoint(path)
+        loaded = FlatTeacher.load_from_checkpoint(path, network=own_network)
+        assert loaded.network[1].running_mean.abs().sum() > 0
+
+    def test_distillation(self, tmp_path: Path, trajectories: Path) -> None:
+        module = small_matching(trajectories, rules=[RobustStart(0.1)])
+        path = fit(tmp_path, module, max_steps=7)
+        loaded = TrajectoryMatching.load_from_checkpoint(path)
+        ours, theirs = loaded.synthetic_set(), module.synthetic_set()
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.step_size, theirs.step_size)
+        assert ours.metadata == theirs.metadata
+        assert ours.metadata["iterations"] == 7
+        assert ours.transform.describe() == theirs.transform.describe()
+
+    def test_a_loaded_distillation_can_be_fitted(self, tmp_path: Path, trajectories: Path) -> None:
+        loaded = TrajectoryMatching.load_from_checkpoint(fit(tmp_path, small_matching(trajectories), max_steps=5))
+        before = loaded.images.detach().clone()
+        make_trainer(tmp_path / "again", max_steps=2).fit(loaded, datamodule=small_data())
+        assert not torch.equal(before, loaded.images)
+
+    @pytest.mark.parametrize("kind", [GradientMatching, DistributionMatching, FeatureAlignment])
+    def test_rivals(self, kind, tmp_path: Path) -> None:
+        module = kind(**RIVAL)
+        loaded = kind.load_from_checkpoint(fit(tmp_path, module, max_steps=3))
+        assert torch.equal(loaded.images, module.images)
+        assert loaded.synthetic_set().metadata == module.synthetic_set().metadata
+
+    def test_evaluation(self, tmp_path: Path) -> None:
+        module = SyntheticEvaluation(**NET, networks=2)
+        path = fit(tmp_path, module, small_data(synthetic="random"), max_epochs=2)
+        loaded = SyntheticEvaluation.load_from_checkpoint(path)
+        x = torch.randn(3, 1, 8, 8)
+        for ours, theirs in zip(loaded.networks, module.networks, strict=True):
+            assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+    def test_evaluation_of_two_ranks(self, tmp_path: Path) -> None:
+        """What two processes save: each its share of the networks, the third filled up by a fourth."""
+        module = SyntheticEvaluation(**NET, networks=3)
+        path = fit(tmp_path, module, small_data(synthetic="random"), max_epochs=1)
+        checkpoint = torch.load(path, weights_only=True)
+        whole = checkpoint["state_dict"]
+        ranks = [{key: value for key, value in whole.items() if not key.startswith("networks.")} for _ in range(2)]
+        for rank, own in enumerate(([0, 2], [1, 2])):
+            for place, number in enumerate(own):
+                for key, value in whole.items():
+                    if key.startswith(f"networks.{number}."):
+                        ranks[rank][key.replace(f"networks.{number}.", f"networks.{place}.")] = value
+        checkpoint["state_dict"], checkpoint["ranks"] = ranks[0], [{"state_dict": state} for state in ranks]
+        torch.save(checkpoint, path)
+        loaded = SyntheticEvaluation.load_from_checkpoint(path)
+        assert len(loaded.networks) == 3
+        for ours, theirs in zip(loaded.networks, module.networks, strict=True):
+            assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+
+    def test_hyper_parameters_are_plain(self, tmp_path: Path, trajectories: Path) -> None:
+        modules = [
+            small_teacher(augment=Augmentation("flip"), network_options={"width": 4, "depth": 1}),
+            small_matching(trajectories, rules=[RobustStart(0.1)], augment={"strategy": "crop", "mode": "multiple"}),
+            FeatureAlignment(**RIVAL, loops={"outer_max": 2}),
+            FlatTeacher(network=own_network),
+        ]
+        for module in modules:
+            assert plain_values(dict(module.hparams)), module.hparams
+
+    def test_checkpoints_of_0_1_are_refused(self, tmp_path: Path, refused) -> None:
+        path = fit(tmp_path, small_teacher(teachers=1, epochs=1))
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["ftd_lightning"]
+        torch.save(checkpoint, path)
+        with refused("not saved by this version"):
+            FlatTeacher.load_from_checkpoint(path)
+
+
+class Own(LightningModule):
+    """Somebody's classifier."""
+
+    def __init__(self, head: bool = True) -> None:
+        super().__init__()
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        self.add_module("network" if head else "body", net)
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        net = next(iter(self.children()))
+        return nn.functional.cross_entropy(net(images), labels)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class TestOwnTeachers:
+    def test_one_teacher_per_fit(self, tmp_path: Path) -> None:
+        for epochs in (3, 2):
+            recorder = TrajectoryRecorder(str(tmp_path / "store"))
+            make_trainer(tmp_path, callbacks=[recorder], max_epochs=epochs).fit(Own(), datamodule=small_data())
+        store = TrajectoryStore(tmp_path / "store")
+        assert store.lengths == [3, 2]
+        assert store.epochs == 2
+        assert store.metadata["method"] == "mtm"
+        assert store.num_parameters == 650
+        assert [path.name for path in sorted((tmp_path / "store").iterdir())] == [
+            "data.safetensors",
+            "teacher_0000.safetensors",
+            "teacher_0001.safetensors",
+        ]
+
+    def test_it_can_be_matched_with(self, tmp_path: Path) -> None:
+        recorder = TrajectoryRecorder(str(tmp_path / "store"))
+        make_trainer(tmp_path, callbacks=[recorder], max_epochs=2).fit(Own(), datamodule=small_data())
+        student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        module = small_matching(tmp_path / "store", network=student, max_start_epoch=1)
+        make_trainer(tmp_path, max_steps=2).fit(module, datamodule=small_data())
+        assert SyntheticSet.load(tmp_path / "set.safetensors").metadata["method"] == "mtm"
+
+    def test_all_parameters_without_a_network(self, tmp_path: Path) -> None:
+        recorder = TrajectoryRecorder(str(tmp_path / "store"))
+        make_trainer(tmp_path, callbacks=[recorder], max_epochs=1).fit(Own(head=False), datamodule=small_data())
+        names = [name for name, _ in TrajectoryStore(tmp_path / "store").metadata["network"]["parameters"]]
+        assert names == ["body.1.weight", "body.1.bias"]
+
+    def test_unnamed_data_joins_no_store(self, tmp_path: Path, refused) -> None:
+        loader = torch.utils.data.DataLoader([(torch.randn(1, 8, 8), i % 10) for i in range(20)], batch_size=10)
+
+        def record_one(**options) -> None:
+            recorder = TrajectoryRecorder(str(tmp_path / "store"), **options)
+            make_trainer(tmp_path, callbacks=[recorder], max_epochs=1).fit(Own(), loader)
+
+        record_one()
+        with refused("store", "joins no store", "data="):
+            record_one()
+        with refused("dataset"):
+            record_one(data="twenty images")
+
+    def test_named_data_does(self, tmp_path: Path) -> None:
+        loader = torch.utils.data.DataLoader([(torch.randn(1, 8, 8), i % 10) for i in range(20)], batch_size=10)
+        for _ in range(2):
+            recorder = TrajectoryRecorder(str(tmp_path / "store"), data="twenty images")
+            make_trainer(tmp_path, callbacks=[recorder], max_epochs=1).fit(Own(), loader)
+        assert len(TrajectoryStore(tmp_path / "store")) == 2
+
+    def test_a_resumed_fit_keeps_its_number(self, tmp_path: Path) -> None:
+        path = tmp_path / "store"
+        checkpoint = fit(tmp_path, Own(), callbacks=[TrajectoryRecorder(str(path))], max_steps=7)
+        assert TrajectoryStore(path).lengths == [1]  # of five batches, and two more that are no epoch
+        keep = ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True)
+        trainer = make_trainer(
+            tmp_path, enable_checkpointing=True, callbacks=[TrajectoryRecorder(str(path)), keep], max_epochs=3
+        )
+        trainer.fit(Own(), datamodule=small_data(), ckpt_path=str(checkpoint))
+        assert TrajectoryStore(path).lengths == [3]
+
+
+def test_one_trainer_fits_all_three_phases_in_turn(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=-1)
+    trainer.fit(small_teacher(), datamodule=small_data())
+    store = TrajectoryStore(tmp_path / "trajectories")
+    assert len(store) == 2
+    trainer.fit_loop.max_epochs = trainer.current_epoch + 3
+    trainer.fit(small_matching(tmp_path / "trajectories"), datamodule=small_data())
+    synthetic = SyntheticSet.load(tmp_path / "set.safetensors")
+    assert synthetic.metadata["iterations"] == 15
+    trainer.fit_loop.max_epochs = trainer.current_epoch + 4
+    module, data = SyntheticEvaluation(**NET, networks=1), small_data(synthetic=str(tmp_path / "set.safetensors"))
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    assert module.results["epochs"] == 4
+    assert len(TrajectoryStore(tmp_path / "trajectories")) == 2
+
+    alone = tmp_path / "alone"
+    make_trainer(alone, max_epochs=-1).fit(small_teacher(), datamodule=small_data())
+    for number in range(2):
+        assert torch.equal(TrajectoryStore(alone / "trajectories").trajectory(number), store.trajectory(number))
+    make_trainer(alone, max_epochs=3).fit(small_matching(alone / "trajectories"), datamodule=small_data())
+    assert torch.equal(SyntheticSet.load(alone / "set.safetensors").images, synthetic.images)
+
+
+def test_the_user_s_callbacks_stay(tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(str(tmp_path / "mine"))
+    trainer = make_trainer(tmp_path, callbacks=[recorder])
+    trainer.fit(small_teacher(teachers=1, epochs=1), datamodule=small_data())
+    assert [c for c in trainer.callbacks if isinstance(c, TrajectoryRecorder)] == [recorder]
+    assert len(TrajectoryStore(tmp_path / "mine")) == 1
+
+
+def test_early_stopping_ends_a_teacher_and_keeps_it(tmp_path: Path) -> None:
+    stop = EarlyStopping("teacher/train_loss", patience=1, min_delta=100.0, check_on_train_epoch_end=True)
+    make_trainer(tmp_path, callbacks=[stop]).fit(small_teacher(), datamodule=small_data())
+    store = TrajectoryStore(tmp_path / "trajectories")
+    assert store.lengths == [2]
+    assert not (tmp_path / "trajectories" / ".unfinished").exists()
+
+
+def test_early_stopping_ends_a_distillation(tmp_path: Path, trajectories: Path) -> None:
+    stop = EarlyStopping("matching/loss", patience=1, min_delta=1e9, check_on_train_epoch_end=True)
+    module = small_matching(trajectories)
+    make_trainer(tmp_path, callbacks=[stop], max_steps=100).fit(module, datamodule=small_data())
+    assert SyntheticSet.load(tmp_path / "set.safetensors").metadata["iterations"] == 10
+
+
+def test_fast_dev_run_leaves_nothing(tmp_path: Path, trajectories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module, data in (
+        (small_teacher(), small_data()),
+        (small_matching(trajectories), small_data()),
+        (SyntheticEvaluation(**NET, networks=1), small_data(synthetic="random")),
+    ):
+        callbacks = [EvaluateSynthetic(1, networks=1, epochs=1)]
+        make_trainer(tmp_path, fast_dev_run=True, callbacks=callbacks).fit(module, datamodule=data)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_gradient_clipping_in_a_distillation(tmp_path: Path, trajectories: Path) -> None:
+    results = []
+    for clip in (None, 1e-6):
+        module = small_matching(trajectories, momentum=0.0)
+        make_trainer(tmp_path / str(clip), max_steps=1, gradient_clip_val=clip).fit(module, datamodule=small_data())
+        results.append((module.images - module.initial_images).norm())
+    assert results[1] <= 1e-6 * 10.0 * 1.01 < results[0]
+
+
+def test_csv_and_offline_wandb_loggers(tmp_path: Path, trajectories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = small_matching(trajectories)
+    logger = CSVLogger(tmp_path, name="csv")
+    make_trainer(tmp_path, max_steps=5, logger=logger, log_every_n_steps=1).fit(module, datamodule=small_data())
+    assert (Path(logger.log_dir) / "set.safetensors").is_file()
+    assert "matching/loss" in (Path(logger.log_dir) / "metrics.csv").read_text()
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        logger = WandbLogger(offline=True)
+        make_trainer(tmp_path, max_steps=1, logger=logger).fit(small_matching(trajectories), datamodule=small_data())
+        logger.experiment.finish()
+    assert len(list(tmp_path.rglob("lightning_logs/*/set.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precision": "bf16-true"}, "bf16-true"),
+        ({"precision": "16-true"}, "16-true"),
+        ({"overfit_batches": 1}, "limit_train_batches"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("phase", ["teachers", "matching", "dm", "evaluation"])
+def test_settings_that_change_the_result_are_refused(options, words, phase, tmp_path, trajectories, refused) -> None:
+    module, data = {
+        "teachers": lambda: (small_teacher(), small_data()),
+        "matching": lambda: (small_matching(trajectories), small_data()),
+        "dm": lambda: (DistributionMatching(**RIVAL), small_data()),
+        "evaluation": lambda: (SyntheticEvaluation(**NET, networks=1), small_data(synthetic="random")),
+    }[phase]()
+    with refused(words):
+        make_trainer(tmp_path, max_steps=1, **options).fit(module, datamodule=data)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_16_mixed_is_refused(tmp_path: Path, trajectories: Path, refused) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1)
+    type(trainer.precision_plugin).precision = "16-mixed"
+    try:
+        for module in (small_teacher(), small_matching(trajectories), GradientMatching(**RIVAL)):
+            with refused("16-mixed"):
+                trainer.fit(module, datamodule=small_data())
+    finally:
+        type(trainer.precision_plugin).precision = "32-true"
+
+
+WORKING = [{"precision": "64-true"}, {"precision": "bf16-mixed"}, {"barebones": True}]
+
+
+@pytest.mark.parametrize("options", WORKING, ids=str)
+def test_settings_that_work(options, tmp_path: Path) -> None:
+    base = {"logger": None, "enable_checkpointing": None} if "barebones" in options else {}
+    base |= {"enable_progress_bar": None, "enable_model_summary": None, "num_sanity_val_steps": None} if base else {}
+
+    def trainer(**more):
+        return make_trainer(tmp_path, **{**base, **options, **more})
+
+    trainer().fit(small_teacher(epochs=2, rho=0.01), datamodule=small_data())
+    module = small_matching(tmp_path / "trajectories", max_start_epoch=1)
+    callbacks = [] if base else [EvaluateSynthetic(1, networks=1, epochs=2)]
+    trainer(max_steps=3, callbacks=callbacks).fit(module, datamodule=small_data())
+    assert torch.isfinite(SyntheticSet.load(tmp_path / "set.safetensors").images).all()
+    evaluation, data = SyntheticEvaluation(**NET, networks=1), small_data(synthetic=str(tmp_path / "set.safetensors"))
+    last = trainer(max_epochs=2)
+    last.fit(evaluation, datamodule=data)
+    last.test(evaluation, datamodule=data, verbose=False)
+    assert 0 <= evaluation.results["accuracy"]["ftd"]["mean"] <= 1
+
+
+def test_reloaded_dataloaders_continue(tmp_path: Path, trajectories: Path) -> None:
+    sets = []
+    for every in (0, 1):
+        module = small_matching(trajectories)
+        options = {"max_steps": 12, "reload_dataloaders_every_n_epochs": every}
+        make_trainer(tmp_path / str(every), **options).fit(module, datamodule=small_data())
+        sets.append(module.images.detach())
+    assert torch.equal(*sets)
+
+
+def test_a_set_of_other_settings_is_not_overwritten(tmp_path: Path, trajectories: Path, refused) -> None:
+    for _ in range(2):  # the same settings may be run again
+        make_trainer(tmp_path, max_steps=2).fit(small_matching(trajectories), datamodule=small_data())
+    with refused("set.safetensors", "lr_images"):
+        make_trainer(tmp_path, max_steps=2).fit(small_matching(trajectories, lr_images=3.0), datamodule=small_data())
+    writer = SyntheticSetWriter(str(tmp_path / "other.safetensors"))
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[writer])
+    trainer.fit(small_matching(trajectories, lr_images=3.0), datamodule=small_data())
+
+
+def test_a_store_is_enough_without_a_datamodule(tmp_path: Path) -> None:
+    store = record(tmp_path)
+    data = small_data()
+    data.setup()
+    module = small_matching(store, real=tuple(data.part("train")))
+    make_trainer(tmp_path, max_steps=3).fit(module)
+    with_data = small_matching(store)
+    make_trainer(tmp_path / "data", max_steps=3).fit(with_data, datamodule=small_data())
+    assert torch.equal(module.images, with_data.images)
+    ours, theirs = module.synthetic_set(), with_data.synthetic_set()
+    assert ours.class_names == theirs.class_names == data.class_names
+    assert ours.transform.describe() == theirs.transform.describe()
+
+
+def test_a_network_object_is_one_network(tmp_path: Path, trajectories: Path, refused) -> None:
+    from ftd_lightning.models import ConvNet
+
+    network = ConvNet(1, 10, 8, **SMALL)
+    for kind in (FlatTeacher, SyntheticEvaluation, GradientMatching):
+        with refused("ConvNet", "function"):
+            kind(network=network)
+    module = small_matching(trajectories, network=network)
+    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=small_data())
+    by_name = small_matching(trajectories, network="convnet", network_options=SMALL)
+    make_trainer(tmp_path / "name", max_steps=1).fit(by_name, datamodule=small_data())
+    assert torch.equal(module.images, by_name.images)
+    trainer = make_trainer(tmp_path / "e", max_steps=1, callbacks=[EvaluateSynthetic(1, networks=1, epochs=1)])
+    with refused("function"):
+        trainer.fit(small_matching(trajectories, network=network), datamodule=small_data())
+
+
+def test_dropout_is_refused_before_teachers_are_trained(tmp_path: Path, refused) -> None:
+    def module_dropout():
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+
+    class Functional(nn.Linear):
+        def forward(self, x):
+            return super().forward(nn.functional.dropout(x.flatten(1), training=self.training))
+
+    for network, words in ((module_dropout, "dropout"), (lambda: Functional(64, 10), "random numbers")):
+        with refused(words):
+            make_trainer(tmp_path).fit(FlatTeacher(network=network, teachers=1, epochs=1), datamodule=small_data())
+    assert not list(tmp_path.rglob("teacher_*.safetensors"))
