@@ -140,6 +140,9 @@ class Own(LightningModule):
         net = next(iter(self.children()))
         return nn.functional.cross_entropy(net(images), labels)
 
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -179,7 +182,7 @@ class TestOwnTeachers:
 
         def record_one(**options) -> None:
             recorder = TrajectoryRecorder(str(tmp_path / "store"), **options)
-            make_trainer(tmp_path, callbacks=[recorder], max_epochs=1).fit(Own(), loader)
+            make_trainer(tmp_path, callbacks=[recorder], max_epochs=1).fit(Own(), loader, loader)
 
         record_one()
         with refused("store", "joins no store", "data="):
@@ -191,7 +194,7 @@ class TestOwnTeachers:
         loader = torch.utils.data.DataLoader([(torch.randn(1, 8, 8), i % 10) for i in range(20)], batch_size=10)
         for _ in range(2):
             recorder = TrajectoryRecorder(str(tmp_path / "store"), data="twenty images")
-            make_trainer(tmp_path, callbacks=[recorder], max_epochs=1).fit(Own(), loader)
+            make_trainer(tmp_path, callbacks=[recorder], max_epochs=1).fit(Own(), loader, loader)
         assert len(TrajectoryStore(tmp_path / "store")) == 2
 
     def test_a_resumed_fit_keeps_its_number(self, tmp_path: Path) -> None:
@@ -325,6 +328,7 @@ def test_16_mixed_is_refused(tmp_path: Path, trajectories: Path, refused) -> Non
 WORKING = [{"precision": "64-true"}, {"precision": "bf16-mixed"}, {"barebones": True}]
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize("options", WORKING, ids=str)
 def test_settings_that_work(options, tmp_path: Path) -> None:
     base = {"logger": None, "enable_checkpointing": None} if "barebones" in options else {}

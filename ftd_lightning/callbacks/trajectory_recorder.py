@@ -17,6 +17,7 @@ from ftd_lightning.data.teacher_metadata import differences
 from ftd_lightning.data.trajectory_store import KIND, TrajectoryStore, teacher_file, write_teacher
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.description import describe_network
+from ftd_lightning.training.resume import mend_progress
 from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
@@ -199,6 +200,10 @@ class TrajectoryRecorder(Callback):
         """Write the teacher of a foreign module that was killed after its last epoch: no training ends here."""
         if self._active and self._open is not None and not isinstance(pl_module, TrainsTeachers):
             self._finish(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a foreign module's fit resume exactly too: an epoch that was cut short is completed."""
+        mend_progress(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep which teacher is being recorded."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
 from ftd_lightning.contracts import Images
 from ftd_lightning.data.coresets import random_real_images
+from ftd_lightning.data.datamodule import NoLoaders
 from ftd_lightning.data.files import versions
 from ftd_lightning.data.iterations import IterationLoader
 from ftd_lightning.data.synthetic_set import SyntheticSet
@@ -85,6 +86,10 @@ class Distillation(PhaseModule):
     def train_dataloader(self) -> IterationLoader[Any]:
         """Return the iterations to a trainer without a datamodule."""
         return self.iteration_loader()
+
+    def val_dataloader(self) -> NoLoaders:
+        """Return nothing: see :meth:`validation_step`."""
+        return NoLoaders()
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a writer of the set where the trainer has none."""

@@ -20,7 +20,6 @@ from ftd_lightning.data.files import versions
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiled, compiles
-from ftd_lightning.functional.inner_step import draws_random_numbers
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.optim import GSAM, frozen_running_statistics
 from ftd_lightning.training.dropout import refuse_dropout
@@ -168,7 +167,8 @@ class FlatTeacher(PhaseModule):
         """Build the network and its metrics."""
         self.fresh = self.own_networks(self._architecture, self.hparams["network_options"])
         self.network = self.fresh.build(self.hparams["seed"], "teacher", 0)
-        refuse_dropout(self.network)
+        shape = self.data and self.data.shape
+        refuse_dropout(self.network, shape and torch.zeros(2, shape.in_channels, shape.image_size, shape.image_size))
         # A look for NaN would wait for the device in every step. With teachers of its own a rank measures them alone.
         mean = partial(MeanMetric, nan_strategy="disable", sync_on_compute=not self.independent_ranks)
         self.train_loss, self.train_accuracy, self.val_accuracy = mean(), mean(), mean()
@@ -251,8 +251,8 @@ class FlatTeacher(PhaseModule):
         images, labels = batch
         network, gsam = self.teacher_network(), self.optimizers(use_pl_optimizer=False)
         assert isinstance(gsam, GSAM)
-        if self.step == 0 and draws_random_numbers(network, images):
-            raise InputError(f"{type(network).__name__} draws random numbers (dropout): a student cannot follow it")
+        if self.step == 0 and self.data is None:
+            refuse_dropout(network, images)
         where = (self.rounds.data_epoch(self.epoch), batch_idx, 0 if self.independent_ranks else self.global_rank)
         images = self.augment(images, make_generator(self.hparams["seed"], "dsa", *where))
         first: dict[str, Tensor] = {}
