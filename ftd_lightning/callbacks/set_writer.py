@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 IDENTITY = ("method", "dataset", "network", "settings")  # metadata by which a set of another run is recognised
+HARMLESS = ("compile", "iterations_per_epoch")  # settings that leave the set as it is
 
 
 class SyntheticSetWriter(Callback):
@@ -43,14 +44,14 @@ class SyntheticSetWriter(Callback):
         if not isinstance(pl_module, LearnsSet) or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         file = self._file(trainer)
-        if not file.exists():
+        if not file.exists() or trainer.ckpt_path:  # a resumed fit may have been given more to do
             return
         there, planned = SyntheticSet.read_metadata(file), pl_module.synthetic_set().metadata
         different = [key for key in IDENTITY if key in there and there[key] != planned.get(key)]
         if "settings" in different:
             old, new = there["settings"], planned["settings"]
-            different += [key for key in new if key in old and old[key] != new[key]]
             different.remove("settings")
+            different += [key for key in new if key in old and key not in HARMLESS and old[key] != new[key]]
         if different:
             raise InputError(
                 f"{file}: holds a set made with another {', '.join(different)}; name another folder, or delete this set"

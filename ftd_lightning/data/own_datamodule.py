@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import (
     BatchSampler,
@@ -73,10 +72,12 @@ class OwnDataModule:
         if not is_overridden(f"{part}_dataloader", self.datamodule):
             return None
         found = getattr(self.datamodule, f"{part}_dataloader")()
-        flat = CombinedLoader(found).flattened if found is not None else []
-        if len(flat) > 1:
-            raise InputError(f"{type(self.datamodule).__name__}.{part}_dataloader returns {len(flat)} loaders, not one")
-        return flat[0] if flat else None
+        loaders = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list) else [found]
+        if len(loaders) > 1:
+            raise InputError(
+                f"{type(self.datamodule).__name__}.{part}_dataloader returns {len(loaders)} loaders, not one"
+            )
+        return loaders[0] if loaders else None
 
     def _read(self, loader: Any, part: str) -> tuple[Pictures, int]:
         ordered = _in_order(loader)

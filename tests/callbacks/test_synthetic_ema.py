@@ -60,6 +60,6 @@ def test_a_decay_that_is_none_is_refused(decay: float) -> None:
 def test_another_fit_begins_anew_and_the_same_module_goes_on(tmp_path: Path, trajectories: Path) -> None:
     average = SyntheticEMA(0.6)
     distil(tmp_path, trajectories, steps=3, callbacks=[average])
-    other = distil(tmp_path, trajectories, steps=3, callbacks=[average], seed=1)
-    alone = distil(tmp_path, trajectories, steps=3, callbacks=[SyntheticEMA(0.6)], seed=1)
+    other = distil(tmp_path / "other", trajectories, steps=3, callbacks=[average], seed=1)
+    alone = distil(tmp_path / "alone", trajectories, steps=3, callbacks=[SyntheticEMA(0.6)], seed=1)
     assert torch.equal(other.ema_images, alone.ema_images)

@@ -1,5 +1,6 @@
 import hashlib
 from collections import Counter
+from dataclasses import replace
 from urllib.error import URLError
 
 import numpy as np
@@ -10,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
+from ftd_lightning.contracts import BatchPlan
 from ftd_lightning.data import (
     DistillationDataModule,
     SegmentLoader,
@@ -20,7 +22,7 @@ from ftd_lightning.data import (
     random_real_images,
     write_teacher,
 )
-from ftd_lightning.data.loader import TensorLoader
+from ftd_lightning.data.loader import BatchOrder, TensorLoader
 
 TEST_OF_EACH_DIGIT = [36, 36, 36, 36, 37, 36, 36, 36, 35, 36]
 TRAIN_OF_EACH_DIGIT = [142, 146, 141, 147, 144, 146, 145, 143, 139, 144]
@@ -173,6 +175,19 @@ def test_setup_of_a_second_stage_keeps_the_images(ready):
     assert data.train.images is train
 
 
+def test_setup_after_prepare_data_does_not_read_again_and_transforms_nothing(tmp_path, monkeypatch):
+    data, calls = DistillationDataModule(root=str(tmp_path)), []
+    load, apply = data.spec.load, Standardization.apply
+    data.spec = replace(data.spec, load=lambda: calls.append("read") or load())
+    monkeypatch.setattr(Standardization, "apply", lambda *args: calls.append("transform") or apply(*args))
+    data.prepare_data()
+    data.setup("fit")
+    assert calls == ["read"]
+    assert data.train is data.part("train")
+    assert data.test.images.shape[0] == 360
+    assert calls == ["read", "transform", "transform"]
+
+
 # Whitening
 
 
@@ -291,6 +306,11 @@ def test_images_in_host_memory_come_through_a_dataloader_in_the_same_order(ready
             assert torch.equal(x, u)
             assert torch.equal(y, v)
     assert ready(on_device="no", num_workers=2).train_dataloader().num_workers == 2
+
+
+@pytest.mark.parametrize(("value", "kind"), [(False, DataLoader), (True, TensorLoader)])
+def test_place_of_images_as_yaml_reads_no_and_yes(ready, value, kind):
+    assert isinstance(ready(on_device=value).train_dataloader(), kind)
 
 
 def test_random_baseline_is_real_images_of_each_class(ready):
@@ -464,6 +484,48 @@ def test_trainer_gives_each_module_what_it_trains_on(tmp_path, synthetic_file):
         AskingForSegments(TrajectoryStore(tmp_path / "teachers")), DistillationDataModule(root=root), tmp_path
     )
     assert [(b["iteration"], b["target"].tolist()) for (b,) in segments] == [(i, [1.0, 1.0]) for i in range(3)]
+
+
+class Planning(Asking):
+    """Wants the images of the second half of the ranks, in the order of another epoch."""
+
+    def batch_plan(self):
+        return BatchPlan(rank=1, world_size=2, epoch=lambda epoch: epoch + 5)
+
+
+def test_a_module_may_plan_how_images_are_dealt_out(tmp_path):
+    data = DistillationDataModule(root=str(tmp_path), val_fraction=0.0)
+    batches = fit(Planning(), data, tmp_path)
+    order = BatchOrder(1437, 256, shuffle=True, rank=1, world_size=2)
+    order.set_epoch(5)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), data.train.labels[torch.cat(list(order))])
+
+
+class Validating(Asking):
+    validated = 0
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += 1
+
+
+class ValidatingSegments(Validating, AskingForSegments):
+    pass
+
+
+@pytest.mark.filterwarnings("error", "ignore::FutureWarning")  # those are of Lightning's own use of torch
+@pytest.mark.parametrize("segments", [False, True])
+def test_without_validation_nothing_is_warned_of_and_the_trainer_keeps_its_settings(tmp_path, segments):
+    data = DistillationDataModule(root=str(tmp_path), val_fraction=0.1 if segments else 0.0)
+    write_teacher(tmp_path / "teachers", 0, [torch.zeros(2), torch.ones(2)], {})
+    module = ValidatingSegments(TrajectoryStore(tmp_path / "teachers")) if segments else Validating()
+    trainer = Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, log_every_n_steps=1)
+    trainer.fit(module, datamodule=data)
+    assert trainer.limit_val_batches == 1.0
+    assert module.validated == 0
+    # It validates where images are held out.
+    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, log_every_n_steps=1)
+    trainer.fit(module := Validating(), datamodule=DistillationDataModule(root=str(tmp_path)))
+    assert module.validated == 2  # in the sanity check and after the epoch
 
 
 def test_each_rank_gets_its_share(ready):

@@ -140,6 +140,13 @@ def test_another_size_is_decoded_from_the_files(imagenet_root):
     assert {"imagenette_128", "imagenette_32"} <= set(names)
 
 
+def test_descriptions_contain_the_fingerprint_of_the_images(imagenet_root, tmp_path):
+    # The value that version 0.1 wrote beside the decoded images; asked for before anything is decoded.
+    data = DistillationDataModule("imagenette", root=str(imagenet_root), cache_dir=str(tmp_path))
+    assert data.describe()["dataset"]["fingerprint"] == "e6813cb3a2e12aaaf41efa968c3cd9bd"
+    assert ready(imagenet_root, cache_dir=str(tmp_path)).describe() == data.describe()
+
+
 def test_teachers_distillation_and_evaluation(imagenet_root, tmp_path, run_phases):
     store, synthetic, accuracies = run_phases(tmp_path, 5, dataset="imagenette", root=str(imagenet_root))
     assert store.metadata["network"]["image_size"] == 128

@@ -7,7 +7,8 @@ from fits import SMALL, make_trainer, small_data
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from ftd_lightning.data import Images
+from ftd_lightning.contracts import DataDescription, Images, ImageShape
+from ftd_lightning.data import Standardization
 from ftd_lightning.errors import InputError
 from ftd_lightning.models import ConvNet
 from ftd_lightning.modules import DistributionMatching, GradientMatching
@@ -121,28 +122,36 @@ def test_own_images_without_a_datamodule(tmp_path, method) -> None:
     assert module.images.shape == (3, 2, 8, 8)
     assert not torch.equal(module.images.detach(), module.initial_images)
     synthetic = module.synthetic_set()
-    assert synthetic.metadata["dataset"] == "own images"
+    assert synthetic.metadata["dataset"] == {"name": "own images"}
     assert float(synthetic.step_size) == pytest.approx(0.01)
+
+
+class Source(LightningDataModule):
+    """Somebody's own datamodule that answers a module's questions."""
+
+    def description(self) -> DataDescription:
+        transform = Standardization([0.5, 0.5], [0.2, 0.2])
+        return DataDescription(ImageShape(2, 3, 8), ["a", "b", "c"], transform, {"name": "mine"})
+
+    def part(self, name) -> Images:
+        return Images(*pictures_and_labels())
+
+    def training_set(self) -> None:
+        return None
+
+    def train_dataloader(self):
+        return self.trainer.lightning_module.iteration_loader()
 
 
 @WITHOUT_VAL
 @pytest.mark.parametrize("method", METHODS)
-def test_a_datamodule_of_ones_own(tmp_path, method) -> None:
-    class Own(LightningDataModule):
-        in_channels, num_classes, image_size = 2, 3, 8
-
-        def __init__(self, train=None) -> None:
-            super().__init__()
-            self.train = train
-
-        def train_dataloader(self):
-            return self.trainer.lightning_module.iteration_loader()
-
-    for train, real in ((Images(*pictures_and_labels()), None), (None, pictures_and_labels())):
-        module = method(network_options=SMALL, real=real, augment="", lr_images=1.0)
-        make_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(module, datamodule=Own(train))
-        assert not torch.equal(module.images.detach(), module.initial_images)
-        assert module.synthetic_set().metadata["dataset"] == "Own"
+def test_a_data_source_of_ones_own(tmp_path, method) -> None:
+    module = method(network_options=SMALL, augment="", lr_images=1.0)
+    make_trainer(tmp_path, max_steps=2).fit(module, datamodule=Source())
+    assert not torch.equal(module.images.detach(), module.initial_images)
+    synthetic = module.synthetic_set()
+    assert synthetic.metadata["dataset"] == {"name": "mine"}
+    assert synthetic.class_names == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("method", METHODS)

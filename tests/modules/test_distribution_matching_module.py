@@ -1,3 +1,6 @@
+from pathlib import Path
+from tempfile import mkdtemp
+
 import pytest
 import torch
 from fits import SMALL, make_trainer, small_data
@@ -22,7 +25,7 @@ def dm(folder, *, steps=3, trainer=None, real=None, callbacks=(), **options):
         **{"network_options": SMALL, "augment": "", "iterations_per_epoch": 5, **options}, real=real
     )
     settings = {"max_steps": steps, "callbacks": list(callbacks), **(trainer or {})}
-    make_trainer(folder, **settings).fit(module, datamodule=small_data())
+    make_trainer(Path(mkdtemp(dir=folder)), **settings).fit(module, datamodule=small_data())
     return module
 
 

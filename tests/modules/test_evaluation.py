@@ -177,6 +177,8 @@ class Plain(LightningDataModule):
 
 
 def test_it_takes_any_images_and_labels(tmp_path: Path) -> None:
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    def network() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
     results = evaluate(tmp_path, Plain(), network=network, network_options=None, lr=0.1, epochs=30).results
     assert results["accuracy"]["set"]["mean"] > 0.9, "of the images that it was trained on"

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def align(folder: Path, *, steps=1, kind=FeatureAlignment, callbacks=(), ckpt_pa
     defaults = {"network": network, "network_options": None, "real": drawn()}
     module = kind(**{**DRAWN, **defaults, **options})
     settings = {"callbacks": list(callbacks), "enable_checkpointing": bool(callbacks), "limit_val_batches": 0}
-    make_trainer(folder, max_steps=steps, **settings).fit(module, ckpt_path=ckpt_path)
+    make_trainer(Path(mkdtemp(dir=folder)), max_steps=steps, **settings).fit(module, ckpt_path=ckpt_path)
     return module
 
 

@@ -1,3 +1,6 @@
+from pathlib import Path
+from tempfile import mkdtemp
+
 import pytest
 import torch
 from fits import SMALL, make_trainer, small_data
@@ -27,7 +30,7 @@ def matching(**options):
 def distil(folder, *, steps=3, trainer=None, callbacks=(), **options):
     module = matching(**options)
     settings = {"max_steps": steps, "callbacks": list(callbacks), **(trainer or {})}
-    make_trainer(folder, **settings).fit(module, datamodule=small_data())
+    make_trainer(Path(mkdtemp(dir=folder)), **settings).fit(module, datamodule=small_data())
     return module
 
 

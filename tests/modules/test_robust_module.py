@@ -66,5 +66,5 @@ def test_the_set_says_how_it_was_made(tmp_path: Path, trajectories: Path) -> Non
     assert metadata["method"] == "mtt+robust"
     (rule,) = metadata["settings"]["rules"]
     assert rule["init_args"] == {"kappa": 0.1, "residual": "endpoint"}
-    flat = distil(tmp_path, record(tmp_path, rho=0.05), steps=1, rules=[RobustStart(0.1)])
+    flat = distil(tmp_path / "flat", record(tmp_path, rho=0.05), steps=1, rules=[RobustStart(0.1)])
     assert flat.method == "ftd+robust"

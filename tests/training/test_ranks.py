@@ -97,8 +97,9 @@ def test_teachers_of_their_own_refuse_parts_of_the_images(kind, part, tmp_path, 
     loaders = {"train_dataloaders": whole, "val_dataloaders": whole} | {f"{part}_dataloaders": loader(kind)}
 
     def fit(**options):
-        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-        module = small_teacher(network=network, network_options=None, **options)
+        module = small_teacher(
+            network=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), network_options=None, **options
+        )
         make_trainer(tmp_path).fit(module, **loaders)
 
     with refused("splits its images over 2 processes", "--trainer.use_distributed_sampler false", "--model.parallel"):

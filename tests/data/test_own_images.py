@@ -1,0 +1,387 @@
+"""Images given as objects: torch datasets, pairs of tensors, and other LightningDataModules."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from fits import make_trainer, small_teacher
+from lightning.pytorch import LightningDataModule
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+
+from ftd_lightning import DistillationDataModule
+from ftd_lightning.callbacks import TrajectoryRecorder
+from ftd_lightning.contracts import DataSource
+from ftd_lightning.data import Standardization, TrajectoryStore
+from ftd_lightning.functional.seeding import make_generator
+
+FORMS = ("pillow", "uint8", "float", "numpy")
+
+
+def pictures(count, *, channels=3, size=6, seed=0):
+    shape = (count, channels, size, size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=make_generator("own", seed))
+
+
+def labels(count, classes=3):
+    return torch.arange(count) % classes
+
+
+class Items(Dataset):
+    """Items as torchvision's datasets return them, in one of several forms."""
+
+    def __init__(self, images, targets, form="pillow"):
+        self.images, self.targets, self.form, self.reads = images, targets, form, 0
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        image = self.images[index]
+        if self.form in ("pillow", "numpy"):
+            array = image.permute(1, 2, 0).numpy()
+            image = array if self.form == "numpy" else Image.fromarray(array.squeeze())
+        elif self.form == "float":
+            image = image.float().div(255)
+        return image, int(self.targets[index])
+
+
+def items(count, form="pillow", **options):
+    return Items(pictures(count, **options), labels(count), form)
+
+
+def own(train, test=None, **options):
+    return DistillationDataModule.from_datasets(train, test or (pictures(6, seed=1), labels(6)), **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_form_of_the_same_images_is_the_same_data(form, channels):
+    test = (pictures(6, channels=channels), labels(6))
+    pair = own((pictures(30, channels=channels), labels(30)), test)
+    data = own(items(30, form, channels=channels), test)
+    assert data.describe() == pair.describe()
+    assert torch.equal(data.train.images, pair.train.images)
+    assert data.train.labels.dtype == torch.int64
+    assert (data.in_channels, data.image_size, data.num_classes) == (channels, 6, 3)
+    assert isinstance(data, DataSource)
+
+
+def test_images_are_standardised_by_the_training_part_and_split():
+    data = own((pictures(30), labels(30)), val_fraction=0.2, batch_size=7)
+    everything = torch.cat([data.train.images, data.val.images]).double()
+    assert everything.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (everything.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+    assert data.val.labels.bincount().tolist() == [2, 2, 2]
+    assert len(data.test.labels) == 6
+    assert data.description().batch_size == 7
+
+
+def test_floats_that_are_no_bytes_stay_floats_and_a_constant_channel_has_deviation_one():
+    images = torch.rand(30, 2, 4, 4, generator=make_generator(0))
+    images[:, 1] = 0.3
+    data = own((images, labels(30)), (images[:6], labels(6)), val_fraction=0.0)
+    assert data.spec.std[1] == 1.0
+    assert torch.allclose(data.transform.invert(data.train.images), images, atol=1e-6)
+
+
+def test_grey_images_without_a_channel_axis():
+    images = pictures(30, channels=1)
+    data = own((images[:, 0], labels(30)), (images[:6, 0], labels(6)))
+    assert data.describe() == own((images, labels(30)), (images[:6], labels(6))).describe()
+
+
+def test_contents_and_the_split_identify_the_data():
+    data = own((pictures(30), labels(30)), val_fraction=0.2, max_per_class=5, seed=3)
+    dataset = data.describe()["dataset"]
+    assert dataset == {
+        "name": "own images",
+        "val_fraction": 0.2,
+        "max_per_class": 5,
+        "seed": 3,
+        "fingerprint": dataset["fingerprint"],
+    }
+    other = own((pictures(30), labels(30).flip(0)), val_fraction=0.2, max_per_class=5, seed=3)
+    assert other.describe()["dataset"]["fingerprint"] != dataset["fingerprint"]
+
+
+def test_given_held_out_images_are_the_held_out_part():
+    val = (pictures(9, seed=2), labels(9))
+    data = own((pictures(30), labels(30)), val=val, val_fraction=0.5)
+    assert (len(data.train.labels), len(data.val.labels)) == (30, 9)
+    assert torch.equal(data.transform.invert(data.val.images).mul(255).round().byte(), val[0])
+    assert data.describe()["dataset"]["val_fraction"] is None
+    assert data.describe() != own((pictures(30), labels(30)), val=(pictures(9, seed=5), labels(9))).describe()
+
+
+def test_class_names_are_those_of_the_dataset_or_given_or_numbers():
+    named = items(30)
+    named.classes = ["ant", ("bee", "honeybee"), "cow"]
+    assert own(named).class_names == ["ant", "bee, honeybee", "cow"]
+    assert own(named, class_names=["a", "b", "c"]).class_names == ["a", "b", "c"]
+    assert own(items(30)).class_names == ["0", "1", "2"]
+
+
+def test_items_are_read_once_but_for_the_first():
+    train = items(30)
+    data = own(train)
+    data.prepare_data()
+    data.setup()
+    assert data.train is data.train
+    assert train.reads == 34
+
+
+def test_random_augmentation_is_noticed():
+    class Random(Items):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image + torch.rand(()) / 1000, label
+
+    with pytest.warns(UserWarning, match="differ when they are read twice") as caught:
+        own(Random(pictures(30).float().div(300), labels(30), "tensor"))
+    assert len(caught) == 1
+
+
+def test_streams_are_read_as_they_come():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(zip(pictures(30), labels(30).tolist(), strict=True))
+
+    assert own(Stream()).describe() == own((pictures(30), labels(30))).describe()
+
+
+def test_images_of_several_sizes_are_resized_or_refused(refused):
+    class Sizes(Items):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image.resize((6, 5 + index % 2)), label
+
+    train = Sizes(pictures(30), labels(30))
+    with refused("train", "5 x 6", "image_size="):
+        own(train)
+    data = own(train, image_size=4)
+    assert data.train.images.shape[1:] == data.test.images.shape[1:] == (3, 4, 4)
+
+
+@pytest.mark.parametrize("scale", [255, -1, float("nan")])
+def test_images_that_are_no_pictures_are_refused(refused, scale):
+    with refused("train", "transform="):
+        own((pictures(30).float().div(255) * scale, labels(30)))
+
+
+def test_integers_of_another_type_are_refused(refused):
+    with refused("train", "torch.int64", "transform="):
+        own((pictures(30).long(), labels(30)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (labels(30) - 1, "from -1 to 1"),
+        (labels(30).float(), "integers"),
+        (labels(30) * 2, "class 1"),
+        (labels(29), "30 integers"),
+    ],
+    ids=["negative", "floats", "gaps", "too few"],
+)
+def test_wrong_labels_are_refused(refused, wrong, words):
+    with refused("train", words):
+        own((pictures(30), wrong))
+
+
+def test_parts_that_do_not_belong_together_are_refused(refused):
+    with refused("test", "labels go from 0 to 3"):
+        own((pictures(30), labels(30)), (pictures(8), labels(8, classes=4)))
+    with refused("test", "(1, 6, 6)"):
+        own((pictures(30), labels(30)), (pictures(6, channels=1), labels(6)))
+    with refused("train", "no images"):
+        own((pictures(0), labels(0)))
+    with refused("class 3"):
+        own((pictures(30), labels(30)), class_names=list("abcd"))
+    with refused("train", "pairs"):
+        own(TensorDataset(pictures(30)))
+    with refused("root="):
+        own((pictures(30), labels(30)), root="data")
+
+
+def test_normalised_images_are_taken_as_they_are(refused):
+    transform = Standardization([0.5] * 3, [0.2] * 3)
+    train, test = (transform.apply(pictures(n).float().div(255)) for n in (30, 6))
+    data = own((train, labels(30)), (test, labels(6)), transform=transform, val_fraction=0.0)
+    assert torch.equal(data.train.images, train)
+    assert torch.equal(data.test.images, test)
+    assert data.describe()["transform"] == transform.describe()
+    for options, words in (({"zca": True}, "zca"), ({}, "floats")):
+        with refused(words):
+            images = train if options else pictures(30)
+            own((images, labels(30)), transform=transform, **options)
+
+
+def test_a_set_with_another_transform_decides_that_of_normalised_images(tmp_path):
+    plain = own((pictures(30), labels(30)), (pictures(6), labels(6)), synthetic="random")
+    plain.setup()
+    plain.synthetic_set.save(tmp_path / "set.safetensors")
+    transform = Standardization([0.5] * 3, [0.2] * 3)
+    train, test = (transform.apply(pictures(n).float().div(255)) for n in (30, 6))
+    file = str(tmp_path / "set.safetensors")
+    data = own((train, labels(30)), (test, labels(6)), transform=transform, synthetic=file)
+    assert torch.allclose(data.test.images, plain.test.images, atol=1e-5)
+
+
+def test_whitening_is_cached_where_asked_for(tmp_path):
+    data = own((pictures(90, size=4), labels(90)), (pictures(6, size=4), labels(6)), zca=True, cache_dir=str(tmp_path))
+    data.prepare_data()
+    (file,) = (tmp_path / "whitening").iterdir()
+    assert " " not in file.name
+    assert data.describe()["transform"]["kind"] == "zca"
+
+
+@pytest.mark.parametrize("name", ["own", "own images"])
+def test_the_name_alone_is_refused(refused, name):
+    with refused("from_datasets", "from_datamodule"):
+        DistillationDataModule(dataset=name)
+
+
+def test_copies_and_pickles_are_the_same_data():
+    data = own((pictures(30), labels(30)))
+    for other in (copy.deepcopy(data), pickle.loads(pickle.dumps(data))):
+        assert other.describe() == data.describe()
+        assert torch.equal(other.train.images, data.train.images)
+
+
+# Another LightningDataModule
+
+
+class Theirs(LightningDataModule):
+    """Shuffled training batches without the last one; records which hooks are called."""
+
+    def __init__(self, train=None, val=None, test=None, **options):
+        super().__init__()
+        self.parts = {"train": train or items(31, "uint8"), "val": val, "test": test or items(6, "uint8", seed=1)}
+        self.options, self.calls = {"batch_size": 4, "shuffle": True, "drop_last": True, **options}, []
+
+    def prepare_data(self):
+        self.calls.append("prepare_data")
+
+    def setup(self, stage):
+        self.calls.append(stage)
+
+    def train_dataloader(self):
+        return DataLoader(self.parts["train"], **self.options)
+
+    def test_dataloader(self):
+        return DataLoader(self.parts["test"], batch_size=4)
+
+
+class WithVal(Theirs):
+    def val_dataloader(self):
+        return DataLoader(self.parts["val"], batch_size=4)
+
+
+def read(theirs, **options):
+    data = DistillationDataModule.from_datamodule(theirs, **options)
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    return data
+
+
+def test_all_images_of_a_datamodule_are_read_in_order():
+    theirs = Theirs()
+    data = read(theirs)
+    same = own((pictures(31), labels(31)), val_fraction=0.0)
+    assert data.describe() == same.describe()
+    assert torch.equal(data.train.images, same.train.images)
+    assert torch.equal(data.test.images, same.test.images)
+    assert len(data.val.labels) == 0
+    assert data.description().batch_size == 4
+    assert theirs.calls == ["prepare_data", "fit", "test"]
+    reads = theirs.parts["train"].reads
+    data.setup("fit")
+    assert theirs.parts["train"].reads == reads
+
+
+def test_held_out_images_of_a_datamodule():
+    data = read(WithVal(val=items(9, "uint8", seed=2)))
+    assert data.val.labels.tolist() == labels(9).tolist()
+    assert "held_out" in data.describe()["dataset"]
+
+
+def test_a_random_subset_is_read_sorted_and_other_loaders_as_they_come():
+    subset = SubsetRandomSampler(list(range(29, -1, -1)))
+    first = read(Theirs(shuffle=None, sampler=subset))
+    assert first.describe() == own((pictures(30), labels(30)), val_fraction=0.0).describe()
+
+    class Iterated(Theirs):
+        def train_dataloader(self):
+            return Several([(pictures(30)[i : i + 5], labels(30)[i : i + 5]) for i in range(0, 30, 5)])
+
+    data = read(Iterated())
+    assert data.describe() == first.describe()
+    assert data.description().batch_size == 5
+
+
+class Several:
+    """A loader of one's own."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_datamodules_without_what_is_needed_are_refused(refused):
+    class NoTest(LightningDataModule):
+        train_dataloader = Theirs.train_dataloader
+        parts, options = {"train": items(30, "uint8")}, {}
+
+    class Two(Theirs):
+        def train_dataloader(self):
+            return [super().train_dataloader(), super().train_dataloader()]
+
+    with refused("NoTest", "test_dataloader"):
+        read(NoTest())
+    with refused("Two.train_dataloader", "2 loaders"):
+        read(Two())
+    normalised = TensorDataset(pictures(30).float() - 100, labels(30))
+    with refused("train", "transform="):
+        read(Theirs(normalised))
+    data = read(Theirs(normalised, test=normalised), transform=Standardization([0.5] * 3, [0.2] * 3))
+    assert torch.equal(data.train.images, normalised.tensors[0])
+
+
+def test_random_augmentation_of_a_datamodule_is_noticed():
+    class Random(Items):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image.float().div(300) + torch.rand(()) / 1000, label
+
+    with pytest.warns(UserWarning, match="differ when they are read twice"):
+        read(Theirs(Random(pictures(30), labels(30), "tensor")))
+
+
+@pytest.mark.parametrize("kind", ["datasets", "datamodule"])
+def test_teachers_are_fitted_twice_and_only_on_the_same_images(tmp_path, refused, kind):
+    if kind == "datasets":
+        data = own((pictures(30), labels(30)), val_fraction=0.0)
+    else:
+        data = DistillationDataModule.from_datamodule(Theirs(items(30, "uint8")))
+    for teachers in (1, 2):
+        trainer = make_trainer(tmp_path, callbacks=[TrajectoryRecorder(str(tmp_path / "t"))])
+        trainer.fit(small_teacher(teachers=teachers, epochs=1), datamodule=data)
+        assert len(TrajectoryStore(tmp_path / "t")) == teachers
+    other = own((pictures(30, seed=9), labels(30)), val_fraction=0.0)
+    with refused("dataset"):
+        trainer = make_trainer(tmp_path, callbacks=[TrajectoryRecorder(str(tmp_path / "t"))])
+        trainer.fit(small_teacher(teachers=3, epochs=1), datamodule=other)
+
+
+def test_nothing_is_warned_of_where_nothing_is_random():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(Theirs())
+        own(items(30, "numpy"))
