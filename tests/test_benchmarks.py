@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from ftd_lightning.data.loader import BatchOrder, TensorLoader
 from ftd_lightning.functional import flatten_parameters, seeded
 from ftd_lightning.models import ConvNet
-from ftd_lightning.training.evaluation_protocol import train_fresh_networks
+from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.training.fresh_networks import FreshNetworks
 
 TINY = {"width": 4, "depth": 2}
@@ -33,7 +33,7 @@ def batches(images, labels, epoch, batch_size=256):
 
 def test_teachers_of_both_sides_are_the_same():
     module, data = teacher.fit(teacher.noise(300, image_size=8), Callback(), epochs=2, **TINY)
-    plain = FreshNetworks("convnet", TINY, data).build(0, "teacher", 0)
+    plain = FreshNetworks("convnet", TINY, data.description().shape).build(0, "teacher", 0)
     start = flatten_parameters(plain)
     epoch = teacher.plain_teacher(plain, lambda epoch: batches(*data.train, epoch))
     for number in range(2):
@@ -61,7 +61,7 @@ def test_networks_trained_by_both_sides_are_the_same():
         fresh = [ConvNet(3, 10, 8, **TINY) for _ in range(2)]
         images, labels = torch.randn(20, 3, 8, 8), torch.arange(20) % 10
     ours, theirs = copy.deepcopy(fresh), copy.deepcopy(fresh)
-    train_fresh_networks(ours, images, labels, epochs=4, lr=evaluation.LR, batch_size=8)
+    train_fresh_networks(ours, images, labels, EvaluationProtocol(epochs=4, lr=evaluation.LR, batch_size=8))
     evaluation.one_after_the_other(theirs, lambda epoch: batches(images, labels, epoch, 8), epochs=4)
     for network, other, before in zip(ours, theirs, fresh, strict=True):
         moved = [flatten_parameters(n) - flatten_parameters(before) for n in (network, other)]

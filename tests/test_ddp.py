@@ -22,8 +22,8 @@ from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, SyntheticSe
 folder = Path({folder!r})
 parallel = dict(strategy="ddp", devices=2)
 module = small_matching({trajectories!r}, augment="crop_scale")
-callbacks = [SyntheticEMA(0.9), EvaluateSynthetic(networks=1, epochs=1), SyntheticSetWriter()]
-trainer = make_trainer(folder, callbacks=callbacks, max_steps=4, **parallel)
+callbacks = [SyntheticEMA(0.9), EvaluateSynthetic(every_n_epochs=1, networks=1, epochs=1), SyntheticSetWriter()]
+trainer = make_trainer(folder, callbacks=callbacks, max_steps=5, **parallel)
 trainer.fit(module, datamodule=small_data())
 final = torch.cat([module.images.detach().flatten(), module.step_size.detach().view(1)])
 torch.save(final, folder / f"rank{{trainer.global_rank}}.pt")
@@ -50,12 +50,12 @@ def test_ranks_match_segments_of_their_own_and_share_the_images(tmp_path: Path) 
     assert {"set.safetensors", "best.safetensors"} <= {path.name for path in (tmp_path / "distil").iterdir()}
     # One process with both segments in every step.
     one = small_matching(trajectories, augment="crop_scale", segments_per_step=2)
-    make_trainer(tmp_path / "one", max_steps=4, callbacks=[SyntheticEMA(0.9)]).fit(one, datamodule=small_data())
+    make_trainer(tmp_path / "one", max_steps=5, callbacks=[SyntheticEMA(0.9)]).fit(one, datamodule=small_data())
     expected = torch.cat([one.images.detach().flatten(), one.step_size.detach().view(1)])
     torch.testing.assert_close(first, expected, rtol=0, atol=1e-6)
     loaded = SyntheticSet.load(tmp_path / "distil" / "set.safetensors")
     torch.testing.assert_close(loaded.ema_images, one.ema_images, rtol=0, atol=1e-6)
     assert loaded.metadata["settings"]["segments_per_step"] == 2
     alone = small_matching(trajectories, augment="crop_scale")
-    make_trainer(tmp_path / "alone", max_steps=4).fit(alone, datamodule=small_data())
+    make_trainer(tmp_path / "alone", max_steps=5).fit(alone, datamodule=small_data())
     assert (alone.images - one.images).abs().max() > 1e-3, "the second rank's segments must matter"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from torch.utils.data import DataLoader
 from ftd_lightning import SyntheticEvaluation
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional import seeded
 from ftd_lightning.models import ConvNet
 
 RUN = """
@@ -89,9 +89,7 @@ def foreign(folder: str, **options) -> None:
     data = small_data(synthetic="random", ipc=2)
     data.setup()
     images = torch.utils.data.TensorDataset(data.synthetic_set.images, data.synthetic_set.labels)
-    with seeded(0):
-        network = ConvNet(1, 10, 8, **SMALL)
-    module = SyntheticEvaluation(network, networks=2, lr=0.1)
+    module = SyntheticEvaluation(partial(ConvNet, 1, 10, 8, **SMALL), networks=2, lr=0.1)
     trainer = make_trainer(Path(folder), max_epochs=1, limit_val_batches=0, **options)
     try:
         trainer.fit(module, DataLoader(images, batch_size=10))
@@ -147,4 +145,4 @@ def test_networks_on_the_way_are_spread_over_ranks_too(tmp_path: Path, two: Path
 
 def test_loaders_that_split_the_set_are_refused(two: Path) -> None:
     for rank in range(2):
-        assert "give a DistillationDataModule" in (two / "foreign" / f"refused{rank}").read_text()
+        assert "use a DistillationDataModule" in (two / "foreign" / f"refused{rank}").read_text()

@@ -311,7 +311,7 @@ def test_negative_settings_are_refused(settings):
 
 
 def test_base_optimizer_over_other_parameters_is_refused():
-    with pytest.raises(ValueError, match="base_optimizer holds other parameters"):
+    with pytest.raises(ValueError, match="base_optimizer has other parameters"):
         GSAM([nn.Parameter(torch.ones(1))], SGD([nn.Parameter(torch.ones(1))]))
 
 

@@ -48,9 +48,9 @@ def gradient_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> Te
     if shapes != others:
         raise ValueError(f"the gradients belong to different weights: shapes {shapes} and {others}")
     distance = synthetic[0].new_zeros(())
-    for of_synthetic, of_real in zip(synthetic, real, strict=True):
-        if of_synthetic.ndim >= 2:
-            a, b = of_synthetic.flatten(1), of_real.flatten(1)
+    for synthetic_gradient, real_gradient in zip(synthetic, real, strict=True):
+        if synthetic_gradient.ndim >= 2:
+            a, b = synthetic_gradient.flatten(1), real_gradient.flatten(1)
             norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
             distance = distance + (1 - (a * b).sum(dim=1) / (norms + EPSILON)).sum()
     return distance

@@ -167,20 +167,19 @@ class SyntheticEvaluation(PhaseModule):
 
     @property
     def protocol(self) -> EvaluationProtocol:
-        """The protocol over as many epochs as the trainer's limits allow now: a resumed fit may have more."""
+        """The protocol over as many epochs as the trainer's limits allow now: a resumed fit may have more.
+
+        Convention: ``max_epochs`` decides, else ``max_steps``; beside it, ``max_steps`` merely interrupts the fit. Without
+        either the learning rate never drops.
+        """
         hparams, trainer = self.hparams, self.trainer
-        limits = []
+        epochs = 2 * self.epoch + 2
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            limits.append(trainer.max_epochs - self._first_epoch)
-        if trainer.max_steps >= 0:
-            limits.append(math.ceil((trainer.max_steps - self._first_step) / trainer.num_training_batches))
-        return EvaluationProtocol(
-            epochs=max(1, min(limits)) if limits else 2 * self.epoch + 2,  # without a limit the rate never drops
-            lr=self.lr,
-            momentum=hparams["momentum"],
-            weight_decay=hparams["weight_decay"],
-            augment=self.augment,
-        )
+            epochs = trainer.max_epochs - self._first_epoch
+        elif trainer.max_steps >= 0:
+            epochs = math.ceil((trainer.max_steps - self._first_step) / trainer.num_training_batches)
+        settings = {key: hparams[key] for key in ("momentum", "weight_decay")}
+        return EvaluationProtocol(epochs=max(1, epochs), lr=self.lr, augment=self.augment, **settings)
 
     def configure_optimizers(self) -> torch.optim.SGD:
         """Make the protocol's optimizer; its learning rate is set epoch by epoch."""

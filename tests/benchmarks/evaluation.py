@@ -17,7 +17,7 @@ from benchmarks.measure import DEVICE, Result, Row, in_turns, timed
 from benchmarks.reference import Batches, sample_loader, train_network
 from ftd_lightning.functional import derive_seed, dsa, make_generator, seeded
 from ftd_lightning.models import ConvNet
-from ftd_lightning.training.evaluation_protocol import train_fresh_networks
+from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.training.side_by_side import SideBySide
 
 LR, BATCH = 0.01, 256
@@ -52,8 +52,8 @@ def compare(ipc: int, epochs: int, repeats: int, *, networks: int = 5, image_siz
 
     def ours(epochs: int) -> float:
         students = copy.deepcopy(fresh)
-        settings = {"epochs": epochs, "lr": LR, "batch_size": BATCH, "losses": losses}
-        return timed(lambda: train_fresh_networks(students, *on_device, **settings))
+        protocol = EvaluationProtocol(epochs=epochs, lr=LR, batch_size=BATCH)
+        return timed(lambda: train_fresh_networks(students, *on_device, protocol, losses=losses))
 
     def reference(epochs: int) -> float:
         students = copy.deepcopy(fresh)

@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -23,7 +22,7 @@ from benchmarks.measure import DEVICE, Result, Row, timed
 from benchmarks.reference import gsam_epoch, sample_loader
 from ftd_lightning import DistillationDataModule, FlatTeacher
 from ftd_lightning.data.datasets import DATASETS
-from ftd_lightning.data.images import ImageDataset, Images
+from ftd_lightning.data.images import ImageDataset, Pictures
 from ftd_lightning.functional import dsa, make_generator
 from ftd_lightning.models import ConvNet
 
@@ -38,9 +37,9 @@ SIZES = {
 def noise(images: int, *, image_size: int = 32) -> ImageDataset:
     """A data set of random pictures in [0, 1] in 10 classes, equally many of each."""
 
-    def load(root: Path, download: bool) -> tuple[Images, Images]:
+    def load() -> tuple[Pictures, Pictures]:
         pictures = torch.rand(images, 3, image_size, image_size, generator=make_generator("noise"))
-        train = Images(pictures, torch.arange(images) % 10)
+        train = Pictures(pictures, torch.arange(images) % 10)
         return train, train.take(torch.arange(10))
 
     names = tuple("abcdefghij")
@@ -79,7 +78,7 @@ def fit(
     data: ImageDataset, callback: Callback, *, epochs: int, **network
 ) -> tuple[FlatTeacher, DistillationDataModule]:
     """Train one teacher on a data set through the Trainer."""
-    DATASETS["noise"] = data
+    DATASETS["noise"] = lambda request: data
     try:
         module = FlatTeacher(network_options=network, teachers=1, epochs=epochs, lr=LR, rho=RHO, alpha=ALPHA)
         images = DistillationDataModule("noise", batch_size=BATCH, val_fraction=0.0)
@@ -117,7 +116,7 @@ def plain_teacher(
 def compare(repeats: int, *, images: int, image_size: int = 32, **network: int) -> Result:
     """Time epochs of a teacher in turns."""
     data = noise(images, image_size=image_size)
-    train, _ = data.load(Path(), False)
+    train, _ = data.load()
     loader = sample_loader((train.pictures - 0.5) / 0.3, train.labels, batch_size=BATCH)
     plain = ConvNet(3, 10, image_size, **network).to(DEVICE)
     turns = InTurns(plain_teacher(plain, lambda epoch: loader))

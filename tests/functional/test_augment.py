@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from ftd_lightning.functional import augment, dsa, make_generator
+from ftd_lightning.functional import Augmentation, augment, dsa, dsa_operations, make_generator
 
 OPERATIONS = ["color", "crop", "cutout", "flip", "scale", "rotate"]
 ANY_OPERATION = pytest.mark.parametrize("name", OPERATIONS)
@@ -113,13 +114,13 @@ REFERENCES = {name: globals()[f"{name}_reference"] for name in OPERATIONS}
 @ANY_OPERATION
 def test_operation_equals_a_loop_over_pixels(name, seed):
     images = batch(seed)
-    result = augment.OPERATIONS[name](images, make_generator(seed))
+    result = dsa_operations.OPERATIONS[name](images, make_generator(seed))
     torch.testing.assert_close(result, REFERENCES[name](images, make_generator(seed)), rtol=1e-9, atol=1e-9)
     assert not result.equal(images)
 
 
 def test_the_strategy_names_every_operation():
-    assert augment.STRATEGY.split("_") == list(augment.OPERATIONS) == OPERATIONS
+    assert augment.STRATEGY.split("_") == list(dsa_operations.OPERATIONS) == OPERATIONS
 
 
 def test_multiple_applies_all_operations_in_order():
@@ -135,7 +136,7 @@ def test_the_strategy_decides_operations_and_order():
     for strategy in ("flip_crop", "crop_flip", "scale_cutout"):
         generator, expected = make_generator(1), images
         for name in strategy.split("_"):
-            expected = augment.OPERATIONS[name](expected, generator)
+            expected = dsa_operations.OPERATIONS[name](expected, generator)
         assert dsa(images, make_generator(1), strategy=strategy, mode="multiple").equal(expected)
     assert dsa(images, make_generator(1), strategy="").equal(images)
 
@@ -147,7 +148,7 @@ def test_single_applies_one_operation_to_the_whole_batch_and_each_in_its_turn(mo
         return lambda images, generator: calls.append((name, len(images))) or images
 
     for name in OPERATIONS:
-        monkeypatch.setitem(augment.OPERATIONS, name, tag(name))
+        monkeypatch.setitem(dsa_operations.OPERATIONS, name, tag(name))
     draws, generator, images = 1200, make_generator(0), batch()
     for _ in range(draws):
         dsa(images, generator)
@@ -163,7 +164,7 @@ def test_single_draws_its_operation_before_its_parameters():
     for seed in range(5):
         generator = make_generator(seed)
         name = OPERATIONS[int(torch.randint(6, (1,), generator=generator))]
-        assert dsa(images, make_generator(seed)).equal(augment.OPERATIONS[name](images, generator))
+        assert dsa(images, make_generator(seed)).equal(dsa_operations.OPERATIONS[name](images, generator))
 
 
 @pytest.mark.parametrize("mode", ["single", "multiple"])
@@ -182,16 +183,19 @@ def test_pure_function_of_images_and_generator(mode):
 @ANY_OPERATION
 def test_every_image_has_parameters_of_its_own(name):
     images = batch(shape=(1, 3, 16, 16)).expand(16, -1, -1, -1)
-    result = augment.OPERATIONS[name](images, make_generator(0))
+    result = dsa_operations.OPERATIONS[name](images, make_generator(0))
     distinct = {tuple(image.flatten().tolist()) for image in result}
     assert len(distinct) == 2 if name == "flip" else len(distinct) > 10
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (1, 1, 5, 7), (3, 3, 32, 16)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((4, 3, 8, 8), torch.bfloat16), ((1, 1, 5, 7), torch.float32), ((3, 3, 32, 16), torch.float64)],
+    ids=str,
+)
 @ANY_OPERATION
 def test_shape_and_dtype_are_kept(name, shape, dtype):
-    result = augment.OPERATIONS[name](batch(shape=shape).to(dtype), make_generator(0))
+    result = dsa_operations.OPERATIONS[name](batch(shape=shape).to(dtype), make_generator(0))
     assert result.shape == shape
     assert result.dtype == dtype
     assert bool(result.isfinite().all())
@@ -200,15 +204,15 @@ def test_shape_and_dtype_are_kept(name, shape, dtype):
 @ANY_OPERATION
 def test_float32_sees_the_augmentation_of_float64(name):
     for seed in range(5):
-        double = augment.OPERATIONS[name](batch(), make_generator(seed))
-        single = augment.OPERATIONS[name](batch().float(), make_generator(seed))
+        double = dsa_operations.OPERATIONS[name](batch(), make_generator(seed))
+        single = dsa_operations.OPERATIONS[name](batch().float(), make_generator(seed))
         torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
 
 
 @ANY_OPERATION
 def test_gradient_in_the_images(name):
     images = batch(shape=(2, 3, 4, 5)).requires_grad_()
-    assert gradcheck(lambda x: augment.OPERATIONS[name](x, make_generator(4)), (images,))
+    assert gradcheck(lambda x: dsa_operations.OPERATIONS[name](x, make_generator(4)), (images,))
 
 
 def test_gradient_through_all_operations():
@@ -220,7 +224,7 @@ def test_nothing_is_clamped():
     """Saturation and contrast keep the sum over an image, so the sum's gradient is brightness's: 1 at every pixel."""
     images = (10 * batch()).requires_grad_()
     for seed in range(5):
-        result = augment.color(images, make_generator(seed))
+        result = dsa_operations.color(images, make_generator(seed))
         gradient = torch.autograd.grad(result.sum(), images)[0]
         torch.testing.assert_close(gradient, torch.ones_like(gradient))
     assert bool((images < -10).any() & (images > 10).any())
@@ -230,11 +234,11 @@ def test_brightness_saturation_and_contrast_ranges():
     count = 4000
     # Grey images with two values: saturation leaves them, brightness moves their mean, contrast scales their spread.
     grey = torch.tensor([-1.0, 1.0], dtype=torch.float64).expand(count, 3, 1, 2)
-    out = augment.color(grey, make_generator(0))
+    out = dsa_operations.color(grey, make_generator(0))
     brightness, contrast = out.mean(dim=(1, 2, 3)), (out[:, 0, 0, 1] - out[:, 0, 0, 0]) / 2
     # One pixel with colours of mean 0 and spread 1: contrast times saturation, contrast known from the same draws.
     colored = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64).view(1, 3, 1, 1).expand(count, 3, 1, 1)
-    out = augment.color(colored, make_generator(0))
+    out = dsa_operations.color(colored, make_generator(0))
     saturation = (out[:, 2, 0, 0] - out[:, 0, 0, 0]) / 2 / contrast
     for values, low, high in ((brightness, -0.5, 0.5), (saturation, 0.0, 2.0), (contrast, 0.5, 1.5)):
         assert_uniform(values, low, high)
@@ -256,7 +260,7 @@ def test_crop_shifts_by_whole_pixels_within_its_reach():
     count = 2000
     images = torch.zeros(count, 1, 12, 20)
     images[:, 0, 6, 10] = 1
-    found = augment.crop(images, make_generator(0)).nonzero()
+    found = dsa_operations.crop(images, make_generator(0)).nonzero()
     assert found[:, 0].equal(torch.arange(count)), "one pixel in every image"
     for shift, reach in ((found[:, 2] - 6, 2), (found[:, 3] - 10, 3)):
         assert int(shift.min()) == -reach
@@ -274,7 +278,7 @@ def assert_even(counts, places):
 @pytest.mark.parametrize(("size", "side", "places"), [(8, 4, 9), (9, 5, 9), (32, 16, 33), (5, 3, 5), (1, 1, 1)])
 def test_cutout_is_a_square_clipped_at_the_border(size, side, places):
     count = 300 * places
-    out = augment.cutout(torch.ones(count, 1, size, size), make_generator(0))[:, 0]
+    out = dsa_operations.cutout(torch.ones(count, 1, size, size), make_generator(0))[:, 0]
     assert set(out.unique().tolist()) == ({0.0, 1.0} if size > 1 else {0.0})
     hole = out == 0
     rows, columns = hole.any(dim=2), hole.any(dim=1)
@@ -296,9 +300,9 @@ def test_cutout_is_a_square_clipped_at_the_border(size, side, places):
 
 def test_flip_probability():
     images = torch.tensor([1.0, 2.0]).expand(4000, 1, 1, 2)
-    mirrored = augment.flip(images, make_generator(0))[:, 0, 0, 0] == 2
+    mirrored = dsa_operations.flip(images, make_generator(0))[:, 0, 0, 0] == 2
     assert abs(float(mirrored.float().mean()) - 0.5) < 5 * 0.5 / math.sqrt(4000)
-    assert augment.flip(images, make_generator(0), probability=0.0).equal(images)
+    assert dsa_operations.flip(images, make_generator(0), probability=0.0).equal(images)
 
 
 def test_scale_and_rotation_ranges():
@@ -308,13 +312,13 @@ def test_scale_and_rotation_ranges():
     across = ramp.expand(count, 1, size, size)
     down = across.transpose(2, 3)
     right, below = (slice(None), 0, 4, 5), (slice(None), 0, 5, 4)  # a step of 0.25 from the centre
-    factors_x = augment.scale(across, make_generator(0))[right] / 0.25
-    factors_y = augment.scale(down, make_generator(0))[below] / 0.25
+    factors_x = dsa_operations.scale(across, make_generator(0))[right] / 0.25
+    factors_y = dsa_operations.scale(down, make_generator(0))[below] / 0.25
     assert_uniform(factors_x, 1 / 1.2, 1.2)
     assert_uniform(factors_y, 1 / 1.2, 1.2)
     assert abs(float(torch.corrcoef(torch.stack([factors_x, factors_y]))[0, 1])) < 5 / math.sqrt(count)
-    sine = augment.rotate(down, make_generator(0))[right] / 0.25
-    cosine = augment.rotate(across, make_generator(0))[right] / 0.25
+    sine = dsa_operations.rotate(down, make_generator(0))[right] / 0.25
+    cosine = dsa_operations.rotate(across, make_generator(0))[right] / 0.25
     assert_uniform(torch.atan2(sine, cosine).rad2deg(), -15, 15)
 
 
@@ -328,8 +332,103 @@ def test_unknown_mode_is_refused():
         dsa(batch(), make_generator(0), mode="all")
 
 
-@pytest.mark.parametrize("name", list(augment.OPERATIONS))
+@ANY_OPERATION
 def test_bfloat16_images_see_the_augmentation_that_float32_ones_see(name):
     images = torch.randn(8, 3, 32, 32, generator=make_generator(3)).bfloat16()
     expected = dsa(images.float(), make_generator(0), strategy=name).bfloat16()
     assert torch.equal(dsa(images, make_generator(0), strategy=name), expected)
+
+
+# The settings in one object.
+
+
+def test_augmentation_is_dsa_with_its_settings():
+    images = batch()
+    settings = {"strategy": "scale_rotate", "mode": "multiple", "align_corners": False}
+    for siamese in (False, True):
+        expected = dsa(images, make_generator(1), **settings, siamese=siamese)
+        assert Augmentation(**settings)(images, make_generator(1), siamese=siamese).equal(expected)
+    assert Augmentation()(images, make_generator(1)).equal(dsa(images, make_generator(1)))
+    assert Augmentation("")(images, make_generator(1)).equal(images)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("flip", Augmentation("flip", "single", align_corners=False)),
+        ("", Augmentation("", "single", align_corners=False)),
+        ({}, Augmentation(align_corners=False)),
+        ({"mode": "multiple"}, Augmentation(mode="multiple", align_corners=False)),
+        ({"strategy": "crop", "align_corners": True}, Augmentation("crop")),
+        (Augmentation("crop"), Augmentation("crop")),
+    ],
+    ids=str,
+)
+def test_augmentation_of_what_configurations_contain(value, expected):
+    assert Augmentation.of(value, align_corners=False) == expected
+    assert Augmentation.of(expected.plain()) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("flip_zoom", ["'zoom'", "rotate"]),
+        ({"strategy": "flip", "mode": "all"}, ["'all'", "multiple"]),
+        ({"stratgy": "flip"}, ["'stratgy'", "strategy", "align_corners"]),
+        (None, ["augment=None", "strategy"]),
+        (True, ["augment=True", "strategy"]),
+    ],
+    ids=str,
+)
+def test_augmentations_that_do_not_exist_are_refused(value, parts, refused):
+    with refused(*parts):
+        Augmentation.of(value)
+
+
+def test_descriptions_of_aligned_corners_equal_those_of_version_0_1():
+    assert Augmentation("crop", "multiple").describe() == {"strategy": "crop", "mode": "multiple"}
+    unaligned = Augmentation("crop", "multiple", align_corners=False)
+    assert unaligned.describe() == {"strategy": "crop", "mode": "multiple", "align_corners": False}
+    assert Augmentation.of(unaligned.describe()) == unaligned
+
+
+def test_only_sampling_on_cuda_is_not_deterministic():
+    cuda = torch.device("cuda", 0)
+    deterministic = {name for name in OPERATIONS if Augmentation(f"flip_{name}").deterministic_on(cuda)}
+    assert deterministic == {"color", "crop", "cutout", "flip"}
+    assert Augmentation().deterministic_on(torch.device("cpu"))
+    assert Augmentation("").deterministic_on(cuda)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@ANY_OPERATION
+def test_deterministic_algorithms_on_cuda_refuse_what_is_said_not_to_be_deterministic(name):
+    images = batch(dtype=torch.float32).cuda().requires_grad_()
+    loss = Augmentation(name)(images, make_generator(0)).sum()
+    deterministic = Augmentation(name).deterministic_on(images.device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with nullcontext() if deterministic else pytest.raises(RuntimeError, match="deterministic"):
+            loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_images_of_version_0_1_come_out_again():
+    """Sums recorded with version 0.1.0, whose teachers and sets a seed must keep giving."""
+    recorded = {
+        "color": -1.530678681691485,
+        "crop": -0.6073932199946408,
+        "cutout": 0.4983082779712693,
+        "flip": -0.2252463997454195,
+        "scale": 0.7803148721454949,
+        "rotate": 1.417389839850368,
+        augment.STRATEGY: -0.8245847201174743,
+    }
+    images = torch.arange(2 * 3 * 8 * 8, dtype=torch.float64).view(2, 3, 8, 8).div(100).sin()
+    weights = torch.arange(images.numel(), dtype=torch.float64).view(images.shape).cos()
+    sums = {
+        name: float((weights * dsa(images, make_generator(0), strategy=name, mode="multiple")).sum())
+        for name in recorded
+    }
+    assert sums == pytest.approx(recorded, rel=1e-9)

@@ -66,13 +66,13 @@ def test_auto_leaves_the_cpu_alone_and_compiles_on_a_gpu():
     assert compiled(affine, compile="auto", device=CPU) is affine
     assert compiled(affine, compile=False, device=torch.device("cuda")) is affine
     assert compiled(affine, compile="auto", device=CPU, eager=torch.add) is torch.add
-    for setting, device in (("auto", torch.device("cuda")), (True, CPU)):
+    for setting, device in (("auto", torch.device("cuda")), (True, CPU), ("cuda_graphs", CPU)):
         assert isinstance(compiled(affine, compile=setting, device=device), Compiled)
 
 
 @pytest.mark.parametrize("setting", ["yes", None, 1])
 def test_unknown_settings_are_refused(refused, setting):
-    with refused("compile=", repr(setting), "auto"):
+    with refused("compile=", repr(setting), "auto", "cuda_graphs"):
         compiled(affine, compile=setting, device=CPU)
 
 
@@ -116,7 +116,7 @@ def test_a_compiler_that_fails_is_told_in_one_line_and_the_numbers_come_all_the_
     assert [result.tolist() for result in results] == [[3.0] * size for size in (2, 2, 3, 3, 2, 2)]
     assert len(tried) == 2, "a compiler that failed is not tried on other shapes"
     assert [str(w.message) for w in told] == [
-        "torch.compile failed, going on in eager mode: RuntimeError: no compiler is here"
+        "torch.compile failed, continuing in eager mode: RuntimeError: no compiler is here"
     ]
 
 
@@ -125,7 +125,7 @@ def test_what_dynamo_cannot_trace_runs_eagerly():
         return x + 1 if bool(x.sum() > 0) else x - 1
 
     function = compiled(branching, compile=True, device=CPU, backend=Backend())
-    with pytest.warns(UserWarning, match="torch.compile failed, going on in eager mode: ") as told:
+    with pytest.warns(UserWarning, match="torch.compile failed, continuing in eager mode: ") as told:
         assert [float(function(torch.tensor(x))) for x in (1.0, -1.0)] == [2.0, -2.0]
     assert len(told) == 1
     assert "\n" not in str(told[0].message)
@@ -164,10 +164,30 @@ def test_results_of_cuda_graphs_are_copies():
         modes.append(mode)
         return lambda *args: tuple(memory.copy_(out) for out in graph(*args))
 
-    function = Compiled(affine, cuda_graphs=True, backend=replaying)
-    first, second = (function(torch.full((2,), value), torch.zeros(2)) for value in (1.0, 2.0))
-    assert modes == ["reduce-overhead"]
-    assert [first.tolist(), second.tolist()] == [[2.0, 2.0], [4.0, 4.0]]
+    def pair(x, y):
+        return 2 * x + y, None
+
+    for function in (Compiled(f, cuda_graphs=True, backend=replaying) for f in (affine, pair)):
+        first, second = (function(torch.full((2,), value), torch.zeros(2)) for value in (1.0, 2.0))
+        if isinstance(first, tuple):
+            assert (first[1], second[1]) == (None, None)
+            first, second = first[0], second[0]
+        assert [first.tolist(), second.tolist()] == [[2.0, 2.0], [4.0, 4.0]]
+    assert modes == ["reduce-overhead"] * 2
+
+
+def test_cuda_graphs_are_for_a_gpu_and_plain_compilation_for_the_cpu():
+    modes = []
+
+    def backend(graph, inputs, **options):
+        modes.append(options)
+        return graph.forward
+
+    function = compiled(affine, compile="cuda_graphs", device=CPU, backend=backend)
+    assert function(*ones(2, 2)).equal(torch.full((2,), 3.0))
+    function = compiled(affine, compile="cuda_graphs", device=torch.device("cuda"), backend=backend)
+    assert function(*ones(2, 2)).equal(torch.full((2,), 3.0))
+    assert modes == [{}, {"mode": "reduce-overhead"}]
 
 
 # The inner step of a student.

@@ -114,8 +114,7 @@ def test_a_network_without_a_linear_layer_is_refused(features, refused):
         features(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten()), torch.ones(1, 1, 4, 4))
 
 
-@pytest.mark.parametrize("depth", [1, 3, 4])
-@pytest.mark.parametrize("activation", ["relu", "leakyrelu", "sigmoid"])
+@pytest.mark.parametrize(("depth", "activation"), [(1, "relu"), (3, "leakyrelu"), (4, "sigmoid")])
 def test_levels_of_a_convnet_layer_by_layer(depth, activation):
     net, x = ConvNet(3, 5, 16, width=4, depth=depth, activation=activation), draw(2, 3, 16, 16, dtype=torch.float32)
     levels, layers, expected = feature_levels(net, x), list(net), []

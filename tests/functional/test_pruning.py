@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from ftd_lightning.functional import keep_mask, make_generator, normalized_distance, pruned_distance, unroll
+from ftd_lightning.functional import (
+    DropLargest,
+    KeepSimilar,
+    make_generator,
+    normalized_distance,
+    pruned_distance,
+    trajectory_matching_loss,
+)
 
 
 def vectors(size=20, count=3, seed=0, dtype=torch.float64):
@@ -27,31 +34,18 @@ def vectors(size=20, count=3, seed=0, dtype=torch.float64):
 def test_drop_largest_by_hand(rate, kept):
     # Differences 2, 4, 0, 5, 3, of both signs.
     student, target = torch.tensor([1.0, 2.0, 7.0, -1.0, 0.0]), torch.tensor([3.0, -2.0, 7.0, 4.0, 3.0])
-    mask = keep_mask(student, target, rule="drop_largest", rate=rate)
+    mask = DropLargest(rate).keep(student, torch.zeros(5), target)
     assert mask.dtype == torch.bool
     assert mask.int().tolist() == kept
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.33, 0.5])
 def test_drop_largest_drops_the_floor_of_the_rate_and_none_smaller_than_kept(rate):
-    student, _, target = vectors(997)
-    keep = keep_mask(student, target, rule="drop_largest", rate=rate)
+    student, start, target = vectors(997)
+    keep = DropLargest(rate).keep(student, start, target)
     difference = (student - target).abs()
     assert int((~keep).sum()) == math.floor(997 * rate)
     assert float(difference[keep].max()) <= float(difference[~keep].min())
-
-
-def test_drop_largest_keeps_what_a_drop_of_the_smallest_would_drop():
-    student, _, target = vectors(100)
-    difference = (student - target).abs()
-    smallest = difference.argsort()[:50]
-    assert keep_mask(student, target, rule="drop_largest", rate=0.5)[smallest].all()
-
-
-def test_drop_largest_does_not_depend_on_the_start():
-    student, start, target = vectors()
-    masks = [keep_mask(student, target, s, rule="drop_largest", rate=0.3) for s in (None, start)]
-    assert masks[0].equal(masks[1])
 
 
 def similarity(s, t):
@@ -61,38 +55,37 @@ def similarity(s, t):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("with_start", [False, True])
-def test_similarity_below_against_a_loop(epsilon, with_start):
+def test_keep_similar_against_a_loop(epsilon):
     pairs = [(0, 0), (0, 2), (-1, 1), (1, 2), (-1, -2), (-4, -1), (3, 3), (5, -5), (1, 3)]
     student, target = torch.tensor(pairs, dtype=torch.float64).T
-    start = torch.full_like(student, 0.5) if with_start else None
-    expected = [similarity(s - 0.5 * with_start, t - 0.5 * with_start) >= epsilon for s, t in pairs]
-    assert keep_mask(student, target, start, rule="similarity_below", epsilon=epsilon).tolist() == expected
+    expected = [similarity(s, t) >= epsilon for s, t in pairs]
+    assert KeepSimilar(epsilon).keep(student, torch.zeros(9), target).tolist() == expected
 
 
-def test_similarity_does_not_depend_on_the_student_and_target_changing_places_or_scale():
+def test_similarity_does_not_depend_on_the_order_or_scale_of_student_and_target():
     student, start, target = vectors(500)
-    options = {"rule": "similarity_below", "epsilon": 0.4}
-    mask = keep_mask(student, target, **options)
+    rule = KeepSimilar(0.4)
+    mask = rule.keep(student, start, target)
     assert 50 < int(mask.sum()) < 450
-    assert keep_mask(target, student, **options).equal(mask)
-    assert keep_mask(-8 * student, -8 * target, **options).equal(mask)
-    assert not keep_mask(student, target, start, **options).equal(mask)
+    assert rule.keep(target, start, student).equal(mask)
+    assert rule.keep(-8 * student, start, -8 * target).equal(mask)
 
 
 def test_masks_are_not_differentiated():
-    student, start, target = (v.clone().requires_grad_() for v in vectors())
-    for rule in ("drop_largest", "similarity_below"):
-        assert not keep_mask(student, target, start, rule=rule, rate=0.5, epsilon=0.5).requires_grad
+    weights = [v.clone().requires_grad_() for v in vectors()]
+    assert not any(rule.keep(*weights).requires_grad for rule in (DropLargest(0.5), KeepSimilar(0.5)))
 
 
-def test_options_out_of_range_are_refused():
-    student, _, target = vectors()
-    with pytest.raises(ValueError, match=r"'drop_smallest' is unknown: choose from \['drop_largest', 'similarity_b"):
-        keep_mask(student, target, rule="drop_smallest")
-    for options in ({"rate": 1.0}, {"rate": -0.1}, {"epsilon": 1.1}, {"rate": math.nan}):
-        with pytest.raises(ValueError, match="must lie in"):
-            keep_mask(student, target, rule="drop_largest", **options)
+@pytest.mark.parametrize("rate", [1.0, -0.1, math.nan])
+def test_a_rate_out_of_range_is_refused(rate, refused):
+    with refused(f"rate={rate}", "[0, 1)"):
+        DropLargest(rate)
+
+
+@pytest.mark.parametrize("epsilon", [1.1, -0.1, math.nan])
+def test_an_epsilon_out_of_range_is_refused(epsilon, refused):
+    with refused(f"epsilon={epsilon}", "[0, 1]"):
+        KeepSimilar(epsilon)
 
 
 def test_pruned_distance_against_a_sort_in_python():
@@ -100,7 +93,7 @@ def test_pruned_distance_against_a_sort_in_python():
     rows = sorted(zip(student.tolist(), start.tolist(), target.tolist(), strict=True), key=lambda r: abs(r[0] - r[2]))
     rows = rows[: 57 - math.floor(57 * 0.3)]
     expected = sum((s - t) ** 2 for s, _, t in rows) / sum((b - t) ** 2 for _, b, t in rows)
-    keep = keep_mask(student, target, rule="drop_largest", rate=0.3)
+    keep = DropLargest(0.3).keep(student, start, target)
     assert float(pruned_distance(student, start, target, keep)) == pytest.approx(expected, rel=1e-12)
 
 
@@ -120,22 +113,16 @@ def test_pruned_distance_gradcheck():
     assert gradcheck(lambda *v: pruned_distance(*v, keep), inputs)
 
 
-@pytest.mark.parametrize("options", [{"rule": "drop_largest"}, {"rule": "similarity_below"}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dropping_nothing_is_trajectory_matching_bit_for_bit(options, dtype):
+@pytest.mark.parametrize(("rule", "dtype"), [(DropLargest(0.0), torch.float32), (KeepSimilar(0.0), torch.float64)])
+def test_dropping_nothing_is_trajectory_matching_bit_for_bit(rule, dtype):
     network = nn.Sequential(nn.Flatten(), nn.Linear(9, 3)).to(dtype)
     start, target, _ = vectors(30, dtype=dtype)
     labels, batches = torch.tensor([0, 1, 2, 0]), [torch.arange(4)] * 3
     found = []
-    for pruned in (True, False):
+    for rules in ((rule,), ()):
         images = torch.randn(4, 1, 3, 3, generator=make_generator(1), dtype=dtype).requires_grad_()
         lr = torch.tensor(0.3, dtype=dtype, requires_grad=True)
-        student = unroll(network, start, images, labels, lr, batches=batches)
-        if pruned:
-            keep = keep_mask(student, target, start, **options)
-            loss = pruned_distance(student, start, target, keep)
-        else:
-            loss = normalized_distance(student, start, target)
+        loss = trajectory_matching_loss(network, start, target, images, labels, lr, batches=batches, rules=rules)
         found.append((loss, *torch.autograd.grad(loss, (images, lr))))
     assert all(a.equal(b) for a, b in zip(*found, strict=True))
     assert float(found[0][1].abs().max()) > 0

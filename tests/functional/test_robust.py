@@ -6,19 +6,26 @@ import pytest
 import torch
 from torch import nn
 
-from ftd_lightning.functional import make_generator, start_noise, trajectory_matching_loss, unroll
+from ftd_lightning.functional import RobustStart, make_generator, start_noise, trajectory_matching_loss, unroll
+
+RESIDUALS = ["displacement", "endpoint"]
+KAPPA, SEED = 0.1, 3
 
 
 @pytest.fixture
 def problem():
     generator = make_generator(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 2)).double()
-    start, target, direction = torch.randn(3, 16, generator=generator, dtype=torch.float64).unbind()
+    start, target = torch.randn(2, 16, generator=generator, dtype=torch.float64).unbind()
     images = torch.randn(4, 1, 2, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     lr = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     batches = [torch.tensor([0, 1, 2]), torch.tensor([3]), torch.tensor([1, 3])]
-    arguments = (network, start, target, images, torch.tensor([0, 1, 0, 1]), lr)
-    return arguments, batches, 0.1 * direction
+    noise = start_noise(start, target, make_generator(SEED, "robust"), kappa=KAPPA)
+    return (network, start, target, images, torch.tensor([0, 1, 0, 1]), lr), {"batches": batches, "seed": SEED}, noise
+
+
+def rules(residual, kappa=KAPPA):
+    return [RobustStart(kappa, residual=residual)]
 
 
 def test_noise_is_in_proportion_to_the_segment():
@@ -29,7 +36,7 @@ def test_noise_is_in_proportion_to_the_segment():
         assert float(eps.std()) == pytest.approx(sigma, rel=0.01)
         assert abs(float(eps.mean())) < 5 * sigma / math.sqrt(len(start))
         assert float(eps.norm() / (start - target).norm()) == pytest.approx(kappa, rel=0.01)
-    # Twice the way, twice the noise, and the same draws.
+    # Twice the displacement, twice the noise, and the same draws.
     further = start_noise(start, 2 * target, make_generator(0), kappa=0.3)
     torch.testing.assert_close(further, 2 * eps)
 
@@ -51,26 +58,18 @@ def test_noise_is_a_function_of_the_generator():
 
 @pytest.mark.parametrize("method", ["adjoint", "graph"])
 def test_against_eq_9_written_out(problem, method):
-    (network, start, target, images, labels, lr), batches, noise = problem
-    theta = unroll(network, start + noise, images, labels, lr, batches=batches, method="graph")
-    way = ((target - start) ** 2).sum()
+    (network, start, target, images, labels, lr), options, noise = problem
+    theta = unroll(network, start + noise, images, labels, lr, **options, method="graph")
+    scale = ((target - start) ** 2).sum()
     student, teacher = theta - (start + noise), target - start
     expected = {
-        "displacement": ((student - teacher) ** 2).sum() / way,
-        "endpoint": ((theta - target) ** 2).sum() / way,
+        "displacement": ((student - teacher) ** 2).sum() / scale,
+        "endpoint": ((theta - target) ** 2).sum() / scale,
     }
+    assert float((expected["displacement"] - expected["endpoint"]).detach().abs()) > 1e-4
     for residual, value in expected.items():
         loss = trajectory_matching_loss(
-            network,
-            start,
-            target,
-            images,
-            labels,
-            lr,
-            batches=batches,
-            unroll=method,
-            noise=noise,
-            residual=residual,
+            network, start, target, images, labels, lr, **options, unroll=method, rules=rules(residual)
         )
         torch.testing.assert_close(loss, value, rtol=1e-12, atol=0)
         got = torch.autograd.grad(loss, [images, lr])
@@ -78,63 +77,42 @@ def test_against_eq_9_written_out(problem, method):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-14)
 
 
-def test_the_readings_differ_by_the_noise(problem):
-    """||r + eps||^2 = ||r||^2 + 2 <r, eps> + ||eps||^2, over the same denominator."""
-    (network, start, target, images, labels, lr), batches, noise = problem
-    arguments = (network, start, target, images, labels, lr)
-    near, far = (
-        trajectory_matching_loss(*arguments, batches=batches, noise=noise, residual=residual)
-        for residual in ("displacement", "endpoint")
-    )
-    theta = unroll(network, start + noise, images, labels, lr, batches=batches)
-    residual = theta - noise - target
-    difference = (2 * residual @ noise + noise @ noise) / ((start - target) ** 2).sum()
-    torch.testing.assert_close(far - near, difference, rtol=1e-10, atol=1e-14)
-    assert float(difference.detach().abs()) > 1e-4
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_noise_of_zero_is_plain_matching_bit_for_bit(problem, residual):
+    arguments, options, _ = problem
+    found = []
+    for chosen in ((), rules(residual, kappa=0.0)):
+        loss = trajectory_matching_loss(*arguments, **options, rules=chosen)
+        found.append([loss, *torch.autograd.grad(loss, [arguments[3], arguments[5]])])
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("residual", ["displacement", "endpoint"])
-def test_no_noise_and_noise_of_zero_are_plain_matching_bit_for_bit(problem, residual):
-    arguments, batches, noise = problem
-    plain = trajectory_matching_loss(*arguments, batches=batches)
-    for eps in (None, torch.zeros_like(noise)):
-        loss = trajectory_matching_loss(*arguments, batches=batches, noise=eps, residual=residual)
-        assert loss.equal(plain)
-        for got, wanted in zip(
-            torch.autograd.grad(loss, [arguments[3], arguments[5]]),
-            torch.autograd.grad(plain, [arguments[3], arguments[5]], retain_graph=True),
-            strict=True,
-        ):
-            assert got.equal(wanted)
-
-
-@pytest.mark.parametrize("residual", ["displacement", "endpoint"])
+@pytest.mark.parametrize("residual", RESIDUALS)
 def test_gradcheck_with_noise(problem, residual):
-    (network, start, target, images, labels, lr), batches, noise = problem
+    (network, start, target, images, labels, lr), options, _ = problem
 
     def loss(images, lr):
         return trajectory_matching_loss(
-            network, start, target, images, labels, lr, batches=batches, noise=noise, residual=residual
+            network, start, target, images, labels, lr, **options, rules=rules(residual, kappa=1.0)
         )
 
     assert torch.autograd.gradcheck(loss, (images, lr))
 
 
-def test_noise_that_lands_on_the_target_is_nothing_done_but_there():
-    """No inner step at all: the two readings disagree as far as they can."""
-    network = nn.Linear(1, 2, bias=False).double()
-    start = torch.zeros(2, dtype=torch.float64)
-    target = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    noise = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    rest = (torch.ones(1, 1, dtype=torch.float64), torch.tensor([0]), torch.tensor(1.0, dtype=torch.float64))
-    values = [
-        float(trajectory_matching_loss(network, start, target, *rest, batches=[], noise=noise, residual=residual))
-        for residual in ("displacement", "endpoint")
-    ]
-    assert values == [1.0, 0.0]
+def test_a_student_whose_noise_reaches_the_target_without_a_step():
+    """The two residuals differ as much as they can: nothing was done, but the student is at the target."""
+    start, target = torch.zeros(2), torch.tensor([3.0, 4.0])
+    for residual, distance in (("displacement", 1.0), ("endpoint", 0.0)):
+        compared = RobustStart(kappa=1.0, residual=residual).compared(target, target - start)
+        assert float((compared - target).square().sum() / 25) == distance
 
 
-def test_an_unknown_residual_is_refused(problem):
-    arguments, batches, noise = problem
-    with pytest.raises(ValueError, match="residual 'end' is unknown"):
-        trajectory_matching_loss(*arguments, batches=batches, noise=noise, residual="end")
+@pytest.mark.parametrize("kappa", [-0.1, math.inf, math.nan])
+def test_kappa_out_of_range_is_refused(kappa, refused):
+    with refused(f"kappa={kappa}"):
+        RobustStart(kappa)
+
+
+def test_an_unknown_residual_is_refused(refused):
+    with refused("residual='end'", "displacement", "endpoint"):
+        RobustStart(0.1, residual="end")

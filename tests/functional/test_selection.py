@@ -51,10 +51,9 @@ def squared(a, b):
     return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1024])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_against_loops_whatever_the_chunks(chunk, dtype, monkeypatch):
-    monkeypatch.setattr(selection, "CHUNK", chunk)
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float32), (7, torch.float64), (1024, torch.float32)], ids=str)
+def test_against_loops_whatever_the_blocks(rows, dtype, monkeypatch):
+    monkeypatch.setattr(selection, "ROWS_PER_BLOCK", rows)
     features = draw(40, 3, dtype=dtype)
     assert herding(features, 15).tolist() == herding_reference(features, 15)
     assert k_center(features, 15).tolist() == k_center_reference(features, 15, [])

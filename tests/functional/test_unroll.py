@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import gc
+import importlib
 import weakref
 from types import SimpleNamespace
 
@@ -10,10 +12,12 @@ import torch
 from torch import nn
 from torch.autograd import grad, gradcheck
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import cross_entropy, one_hot, softmax
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, dropout, one_hot, scaled_dot_product_attention, softmax
 
 from ftd_lightning.functional import (
     chunked_permutations,
+    draws_random_numbers,
     dsa,
     flatten_parameters,
     load_flat,
@@ -23,6 +27,8 @@ from ftd_lightning.functional import (
     unroll,
 )
 from ftd_lightning.models import ConvNet
+
+unroll_module = importlib.import_module("ftd_lightning.functional.unroll")  # the package has a function of that name
 
 METHODS = ["adjoint", "graph"]
 DSA_SINGLE, DSA_MULTIPLE = (functools.partial(dsa, mode=mode) for mode in ("single", "multiple"))
@@ -90,9 +96,16 @@ def test_gradient_in_the_start_matches_finite_differences(smooth, method):
     assert gradcheck(lambda start: loss_of(smooth, method, start=start), (smooth.start.requires_grad_(),))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("norm", ["instance", "batch"])
-@pytest.mark.parametrize("augment", [DSA_SINGLE, DSA_MULTIPLE], ids=["single", "multiple"])
+@pytest.mark.parametrize(
+    ("augment", "norm", "seed"),
+    [
+        (DSA_SINGLE, "instance", 0),
+        (DSA_SINGLE, "batch", 1),
+        (DSA_MULTIPLE, "instance", 2),
+        (DSA_MULTIPLE, "batch", 0),
+    ],
+    ids=["single-instance", "single-batch", "multiple-instance", "multiple-batch"],
+)
 def test_adjoint_equals_the_full_graph(augment, norm, seed):
     p = problem(seed, norm=norm)
     assert {len(batch) for batch in p.batches} == {3, 1}
@@ -119,8 +132,9 @@ def test_gradient_holds_the_second_order_terms_across_steps(method):
     assert relative_difference(truncated, exact) > 0.01
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "norm"), [("adjoint", "instance"), ("adjoint", "batch"), ("adjoint", "none"), ("graph", "batch")]
+)
 def test_student_equals_plain_sgd_training(method, norm):
     """An independent loop: torch.optim.SGD on a network's own parameters, no flat vector, no functional call."""
     p = problem(norm=norm)
@@ -161,8 +175,7 @@ def test_indices_may_repeat_within_and_across_batches():
     assert bool(adjoint[3:].eq(0).all()), "images in no batch have no gradient"
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "norm"), [("adjoint", "instance"), ("adjoint", "batch"), ("graph", "batch")])
 def test_network_is_left_as_it_was(method, norm):
     p = problem(norm=norm)
     before = {name: value.clone() for name, value in p.network.state_dict().items()}
@@ -286,9 +299,14 @@ def test_terms_that_do_not_exist_are_zero():
 
 
 @pytest.mark.parametrize(
-    "augment", [lambda x, generator: torch.ones_like(x), lambda x, generator: 0 * x], ids=["constant", "zero"]
+    ("method", "augment"),
+    [
+        ("adjoint", lambda x, generator: torch.ones_like(x)),
+        ("adjoint", lambda x, generator: 0 * x),
+        ("graph", lambda x, generator: 0 * x),
+    ],
+    ids=["constant", "zero", "graph"],
 )
-@pytest.mark.parametrize("method", METHODS)
 def test_an_augmentation_that_ignores_its_images_gives_them_no_gradient(method, augment):
     p = problem()
     loss = loss_of(p, method, augment=augment)
@@ -373,8 +391,7 @@ def test_memory_of_the_adjoint_grows_by_the_weights_alone():
     assert graph_20 - graph_5 > 20 * 15 * weights, "the counter sees activations where they are kept"
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("length", [-1, 1])
+@pytest.mark.parametrize(("method", "length"), [("adjoint", -1), ("graph", 1)])
 def test_start_of_another_network_is_refused(method, length):
     p = problem()
     wrong = torch.zeros(len(p.start) + length, dtype=torch.float64)
@@ -401,18 +418,109 @@ def test_unknown_unroll_is_refused():
         loss_of(p, "tape")
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dropout", [nn.Dropout, nn.Dropout2d, nn.AlphaDropout])
-def test_active_dropout_is_refused_and_inactive_dropout_is_not(dropout, method):
+@pytest.mark.parametrize(
+    ("layer", "method"), [(nn.Dropout, "adjoint"), (nn.Dropout2d, "graph"), (nn.AlphaDropout, "adjoint")]
+)
+def test_active_dropout_is_refused_and_inactive_dropout_is_not(layer, method, refused):
     p = problem()
-    p.network.insert(0, dropout(0.5))
-    with pytest.raises(ValueError, match="dropout '0' is active"):
+    p.network.insert(0, layer(0.5))
+    with refused("dropout '0' is active", "p to 0"):
         loss_of(p, method)
     p.network[0].p = 0.0
     without = loss_of(p, method)
     p.network[0].p = 0.5
     p.network[0].eval()
     assert loss_of(p, method).equal(without)
+
+
+class Random(nn.Module):
+    """A network that draws random numbers in training mode without a dropout module."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.norm, self.linear = kind, nn.BatchNorm2d(1), nn.Linear(16, 2)
+
+    def forward(self, images):
+        x = self.norm(images).flatten(1)
+        if self.kind == "functional dropout":
+            x = dropout(x, 0.5, training=self.training)
+        elif self.kind == "attention dropout":
+            x = x.view(-1, 4, 4)
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+                x = scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0).flatten(1)
+        elif self.kind == "drop path" and self.training:
+            x = x * (torch.rand(len(x), 1, dtype=x.dtype) < 0.5)
+        return self.linear(x)
+
+
+def random_student(kind, *, training=True):
+    network = Random(kind).double().train(training)
+    images = torch.randn(4, 1, 4, 4, generator=make_generator(0), dtype=torch.float64, requires_grad=True)
+    arguments = (flatten_parameters(network), images, torch.tensor([0, 1, 0, 1]), torch.tensor(0.1))
+    return network, arguments, {"batches": [torch.arange(4)] * 2}
+
+
+KINDS = ["functional dropout", "attention dropout", "drop path"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [(KINDS[0], "adjoint"), (KINDS[0], "graph"), (KINDS[1], "adjoint"), (KINDS[2], "adjoint")]
+)
+def test_a_network_that_draws_random_numbers_is_refused(kind, method, refused):
+    """Its adjoint would repeat each step with other draws, and so be wrong without a sign of it."""
+    network, arguments, options = random_student(kind)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = torch.get_rng_state()
+    for _ in range(2):  # a refusal is not remembered as a pass
+        with refused("Random draws random numbers", "a function of its weights"):
+            unroll(network, *arguments, **options, method=method)
+    assert torch.get_rng_state().equal(state)
+    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_network_passes_in_evaluation_mode_and_is_refused_in_training_mode_after_it(kind, refused):
+    network, arguments, options = random_student(kind, training=False)
+    unroll(network, *arguments, **options).sum().backward()
+    with refused("draws random numbers"):
+        unroll(network.train(), *arguments, **options)
+
+
+def test_the_check_of_a_network_runs_once_per_mode_and_does_not_keep_the_network(monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        unroll_module, "draws_random_numbers", lambda *args, **options: bool(checked.append(args[0].training))
+    )
+    network, arguments, options = random_student("none")
+    for training in (True, True, False, True, False):
+        unroll(network.train(training), *arguments, **options)
+    assert checked == [True, False]
+    held = weakref.ref(network)
+    del network
+    gc.collect()
+    assert held() is None
+
+
+@pytest.mark.parametrize(("kind", "draws"), [*((kind, True) for kind in KINDS), ("none", False)])
+def test_draws_random_numbers_leaves_generator_and_buffers_as_they_were(kind, draws):
+    network, (_, images, *_), _ = random_student(kind)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = torch.get_rng_state()
+    assert draws_random_numbers(network, images.detach()) is draws
+    assert not draws_random_numbers(network.eval(), images.detach())
+    assert torch.get_rng_state().equal(state)
+    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_draws_from_the_generator_of_a_gpu_are_noticed(kind):
+    network, (_, images, *_), _ = random_student(kind)
+    network, images = network.float().cuda(), images.detach().float().cuda()
+    state = torch.cuda.get_rng_state()
+    assert draws_random_numbers(network, images)
+    assert not draws_random_numbers(network.eval(), images)
+    assert torch.cuda.get_rng_state().equal(state)
 
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(10, 3), (12, 4), (5, 1), (7, 6), (100, 33)])
