@@ -7,7 +7,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.lightning_cli import run

@@ -13,7 +13,6 @@ from jsonargparse import ArgumentParser
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-
 SECTION = re.compile(r"\n\n(?=[A-Z]\w*:\n)")  # of a docstring in Google style
 
 
@@ -75,6 +74,23 @@ def spelled_out(command: Callable[..., Any], arguments: Sequence[str]) -> list[s
         else:
             rewritten.append(f"--{name}")  # the parser reports the missing value
     return rewritten
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the options of a command from those that it hands on to fits: those with a dot in their name.
+
+    Example:
+        >>> split_overrides(["--ipc", "1", "--data.root", "images", "--minutes=2", "--model.lr=-1"])
+        (['--ipc', '1', '--minutes=2'], ['--data.root', 'images', '--model.lr=-1'])
+    """
+    own: list[str] = []
+    overrides: list[str] = []
+    current = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            current = overrides if "." in argument.partition("=")[0] else own
+        current.append(argument)
+    return own, overrides
 
 
 def parse_command(

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
@@ -69,6 +71,10 @@ class ImageShape(NamedTuple):
     in_channels: int
     num_classes: int
     image_size: int
+
+    def zeros(self, count: int) -> Tensor:
+        """Make black images to try a network on, (count, C, H, W) float32."""
+        return torch.zeros(count, self.in_channels, self.image_size, self.image_size)
 
 
 @dataclass(frozen=True)

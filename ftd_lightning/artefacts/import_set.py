@@ -12,8 +12,8 @@ from torch import Tensor
 from ftd_lightning.artefacts.foreign_tensors import FLOATS, INTEGERS, read_tensor
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.data import DistillationDataModule, SyntheticSet
-from ftd_lightning.data.datasets import unit_range
 from ftd_lightning.data.files import versions
+from ftd_lightning.data.images import unit_range
 from ftd_lightning.errors import InputError
 
 

@@ -52,7 +52,7 @@ class DistributionMatching(ClassMatching):
         lr_images: float = 1.0,
         momentum: float = 0.5,
         lr_network: float = 0.01,
-        augment: Augmentation | dict[str, Any] | str = STRATEGY,
+        augment: dict[str, Any] | str | Augmentation = STRATEGY,
         iterations_per_epoch: int = 100,
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,

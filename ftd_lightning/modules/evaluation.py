@@ -169,8 +169,8 @@ class SyntheticEvaluation(PhaseModule):
     def protocol(self) -> EvaluationProtocol:
         """The protocol over as many epochs as the trainer's limits allow now: a resumed fit may have more.
 
-        Convention: ``max_epochs`` decides, else ``max_steps``; beside it, ``max_steps`` merely interrupts the fit. Without
-        either the learning rate never drops.
+        Convention: ``max_epochs`` decides, else ``max_steps``; beside it, ``max_steps`` merely interrupts the fit.
+        Without either the learning rate never drops.
         """
         hparams, trainer = self.hparams, self.trainer
         epochs = 2 * self.epoch + 2

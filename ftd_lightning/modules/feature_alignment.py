@@ -95,7 +95,7 @@ class FeatureAlignment(ClassMatching):
         lr_milestones: list[int] | None = None,
         momentum: float = 0.5,
         lr_network: float = 0.01,
-        augment: Augmentation | dict[str, Any] | str = "",
+        augment: dict[str, Any] | str | Augmentation = "",
         iterations_per_epoch: int = 100,
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ftd_lightning.data import DistillationDataModule
-    from ftd_lightning.data.images import Images
+    from ftd_lightning.contracts import DataSource, Images
+    from ftd_lightning.training.evaluation_protocol import EvaluationProtocol
 
 DEPTHS, WIDTHS = (1, 2, 3, 4), (32, 64, 128, 256)
 TOPS = (5, 10, 20)
@@ -124,14 +124,12 @@ def rank_correlations(
 
 def measure_architecture(
     architecture: Architecture,
-    data: DistillationDataModule,
+    data: DataSource,
     images: Images,
+    protocol: EvaluationProtocol,
     *,
     side: str,
     networks: int,
-    epochs: int,
-    lr: float,
-    augment: str,
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -141,12 +139,10 @@ def measure_architecture(
         architecture: what to build.
         data: set up; gives shapes and test images.
         images: synthetic or real ones to train on, on the device.
+        protocol: of the training.
         side: name of what they are, "proxy" or "real": both draw initialisations and augmentation of their own, so that
             chance does not correlate them.
         networks: how many, trained together.
-        epochs: over the images, by the evaluation's protocol.
-        lr: learning rate.
-        augment: DSA strategy.
         seed: decides initialisations, batches and augmentation.
         device: where to train.
 
@@ -154,12 +150,12 @@ def measure_architecture(
         {"mean", "std", "n", "seconds"}.
     """
     began = time.perf_counter()
-    fresh = FreshNetworks("convnet", architecture._asdict(), data)
+    fresh = FreshNetworks("convnet", architecture._asdict(), data.description().shape)
     built = [fresh.build(seed, side, architecture.name, index).to(device) for index in range(networks)]
-    keys, settings = (seed, side, architecture.name, "training"), {"epochs": epochs, "lr": lr, "strategy": augment}
+    draws = derive_seed(seed, side, architecture.name, "training")
     # Not compiled: each architecture would be compiled anew for a few hundred steps.
-    train_fresh_networks(built, *images, seed=derive_seed(*keys), compile=False, **settings)  # type: ignore[arg-type]
-    test = [part.to(device) for part in data.test]
+    train_fresh_networks(built, *images, protocol, seed=draws, compile=False)
+    test = [part.to(device) for part in data.part("test")]
     accuracies = torch.tensor([accuracy(network, *test) for network in built])
     return {**mean_and_std(accuracies), "seconds": round(time.perf_counter() - began, 3)}
 

@@ -1,48 +1,31 @@
 """``ftd compare``: many methods on one data set, or one method over the values of a setting, with one command.
 
-A thin wrapper over ``ftd fit``: each step is one that anyone can type. A step that is done is not done again, one that
-was interrupted goes on from its last checkpoint; a row that fails is reported, and the others go on.
+A thin wrapper over ``ftd fit``: each step is one that anyone can type. A finished step is not repeated, an
+interrupted one resumes from its last checkpoint; a row that fails is reported, and the others continue.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import signal
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
+from pathlib import Path  # noqa: TC003
+from typing import TYPE_CHECKING, Any
 
+from ftd_lightning.command_line import parse_command, split_overrides
 from ftd_lightning.data.files import replacing
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies.comparison_plan import load
 from ftd_lightning.studies.comparison_plot import draw_plot, write_pictures
 from ftd_lightning.studies.comparison_table import gather, markdown, state, text
-from ftd_lightning.studies.fit_steps import FitError, Slice, is_done, run_step
+from ftd_lightning.studies.fit_steps import FitError, TimeSlice, exiting_on_sigterm, is_done, run_step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ftd_lightning.studies.comparison_plan import Comparison, Row
 
 
-def parser() -> argparse.ArgumentParser:
-    """Make the command's parser."""
-    words = argparse.ArgumentParser(
-        prog="ftd compare",
-        allow_abbrev=False,
-        description="Run the rows of a comparison (see configs/digits/compare.yaml) and write compare.json, compare.md "
-        "and pictures into its run folder. Resumes where it stopped. Further words (--data.root DIR) go to every fit, "
-        "with --teacher., --distill. or --evaluate. in front (--evaluate.trainer.max_epochs 10) to those of one phase.",
-    )
-    words.add_argument("--config", type=Path, required=True, help="its YAML file")
-    words.add_argument("--only", nargs="+", default=[], metavar="ROW", help="run just these rows")
-    words.add_argument("--minutes", type=float, help="stop after so long; the same command again goes on")
-    return words
-
-
-def advance(job: Comparison, rows: Sequence[Row], time_slice: Slice) -> tuple[dict[str, str], bool]:
+def advance(job: Comparison, rows: Sequence[Row], time_slice: TimeSlice) -> tuple[dict[str, str], bool]:
     """Do what there is time for.
 
     Returns:
@@ -81,41 +64,47 @@ def report(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
     if "plot" in results:
         draw_plot(results["plot"], results["title"], job.folder / f"{job.file.stem}.png")
     with replacing(job.folder / "compare.json") as part:
-        part.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+        part.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with replacing(job.folder / "compare.md") as part:
-        part.write_text(markdown(results, networks))
+        part.write_text(markdown(results, networks), encoding="utf-8")
     print(f"\n{results['title']}\n\n{text(results, networks)}\n")
     return results
 
 
-def _terminated(number: int, frame: Any) -> NoReturn:
-    """End as an exception does, so that the child ends as well."""
-    sys.exit(128 + number)
+def compare(
+    *,
+    config: Path,
+    only: list[str] | None = None,
+    minutes: float | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Run the rows of a comparison and tabulate them.
 
+    See configs/digits/compare.yaml. Writes compare.json, compare.md and pictures into the comparison's run folder, and
+    resumes where it stopped. Further options (--data.root DIR) go to every fit; those with --teacher., --distill. or
+    --evaluate. in front (--evaluate.trainer.max_epochs 10) go to the fits of that phase.
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
+    Args:
+        config: the comparison's YAML file.
+        only: run just these rows.
+        minutes: stop after so long; the same command continues.
+        overrides: further options, for the fits.
 
     Raises:
-        InputError: for a comparison that cannot be read, or a row, config or store that is not there.
+        InputError: for a comparison that cannot be read, or a row, config or store that does not exist.
         SystemExit: with code 1 where a row failed.
     """
-    options, further = parser().parse_known_args(arguments)
-    wrong = [word for word in further if word.startswith("-") and "." not in word and not word[1:2].isdigit()]
-    if wrong:
-        parser().error(f"unrecognized arguments: {' '.join(wrong)}")
-    job = load(options.config, further, options.only)
-    time_slice = Slice(options.minutes)
-    rows = [row for name, row in job.rows.items() if not options.only or name in options.only]
-    previous = signal.signal(signal.SIGTERM, _terminated)
+    only = only or []
+    job = load(config, overrides, only)
+    rows = [row for name, row in job.rows.items() if not only or name in only]
     threads = os.environ.get("OMP_NUM_THREADS")
     if "threads" in job.given and threads is None:
         os.environ["OMP_NUM_THREADS"] = str(job.given["threads"])  # of the children
     try:
-        failures, in_time = advance(job, rows, time_slice)
-        report(job, failures)
+        with exiting_on_sigterm():
+            failures, in_time = advance(job, rows, TimeSlice(minutes))
+            report(job, failures)
     finally:
-        signal.signal(signal.SIGTERM, previous)
         if threads is None:
             os.environ.pop("OMP_NUM_THREADS", None)
     print(f"results   {job.folder / 'compare.json'}, compare.md, and pictures")
@@ -125,3 +114,9 @@ def main(arguments: Sequence[str]) -> None:
         print("not done: run the same command again")
     if failures:
         sys.exit(1)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``ftd compare``."""
+    own, overrides = split_overrides(arguments)
+    compare(**parse_command(compare, "compare", own, skip=["overrides"]), overrides=overrides)

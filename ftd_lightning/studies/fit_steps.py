@@ -1,4 +1,4 @@
-"""One ``ftd fit`` as a step of a longer job: a child process that may end at any time and is gone on with later."""
+"""One ``ftd fit`` as a step of a longer job: a child process that may end at any time and is resumed later."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 
@@ -76,7 +76,7 @@ class FitStep(NamedTuple):
         return self.folder / "checkpoints" / "last.ckpt"
 
 
-class Slice:
+class TimeSlice:
     """The time that one command may take; None is no end.
 
     Args:
@@ -97,7 +97,7 @@ def device_name() -> str:
         return torch.cuda.get_device_name(0)
     model = ""
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     model = model or platform.processor() or platform.machine()
     # A child goes by the variable as it is now; this process read it when it began.
@@ -110,20 +110,34 @@ def read_notes(folder: Path) -> dict[str, Any]:
     """Read what was noted of a step: "seconds" and "slices" so far, "devices", and "finished": target -> seconds."""
     empty: dict[str, Any] = {"seconds": 0.0, "slices": 0, "devices": [], "finished": {}}
     with suppress(OSError, json.JSONDecodeError):
-        empty |= json.loads((folder / "wall_time.json").read_text())
+        empty |= json.loads((folder / "wall_time.json").read_text(encoding="utf-8"))
     return empty
 
 
 def write_notes(folder: Path, notes: dict[str, Any]) -> None:
     """Note it, atomically."""
     with replacing(folder / "wall_time.json") as part:
-        part.write_text(json.dumps(notes) + "\n")
+        part.write_text(json.dumps(notes) + "\n", encoding="utf-8")
 
 
 def is_done(step: FitStep) -> bool:
     """Whether a step is noted as finished and its files say so too."""
     targets = [int(target) for target in read_notes(step.folder)["finished"]]
     return any(target >= step.target for target in targets) and step.finished()
+
+
+@contextmanager
+def exiting_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit while steps run, so that the child is ended as well."""
+
+    def leave(number: int, frame: Any) -> NoReturn:
+        sys.exit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
@@ -177,7 +191,7 @@ class _Echo:
         return lines[-1].removeprefix("ftd: error: ").strip()
 
 
-def run_step(step: FitStep, time_slice: Slice, *, listen: bool = False) -> bool:
+def run_step(step: FitStep, time_slice: TimeSlice, *, listen: bool = False) -> bool:
     """Run a step to its end or to that of the time slice, and note the wall time that it took.
 
     Args:

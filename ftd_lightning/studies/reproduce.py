@@ -1,201 +1,30 @@
 """``ftd reproduce``: teachers, distillation and evaluations of one cell of the paper's tables, and a record of them.
 
-A thin wrapper over ``ftd fit``: each step is one that anyone can type. A step that is done is not done again, one that
-was interrupted goes on from its last checkpoint.
+A thin wrapper over ``ftd fit``: each step is one that anyone can type. A finished step is not repeated, an interrupted
+one resumes from its last checkpoint.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import signal
-import sys
-from dataclasses import dataclass
+from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-from ftd_lightning.data import SyntheticSet, TrajectoryStore
+from ftd_lightning.command_line import parse_command, split_overrides
 from ftd_lightning.data.files import replacing
-from ftd_lightning.data.trajectory_store import teacher_file
-from ftd_lightning.errors import InputError
-from ftd_lightning.functional.seeding import derive_seed
-from ftd_lightning.studies.fit_steps import FitStep, Slice, is_done, read_notes, run_step
+from ftd_lightning.studies.fit_steps import TimeSlice, exiting_on_sigterm, is_done, read_notes, run_step
+from ftd_lightning.studies.reproduction_plan import Cell, plan
 from ftd_lightning.studies.reproduction_record import free_name, make_record, write_record
-from ftd_lightning.studies.resolved_configs import CONFIGS, PHASES, identity, resolved, suffix, words_by_phase
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from ftd_lightning.studies.fit_steps import FitStep
+    from ftd_lightning.studies.reproduction_plan import Reproduction
 
 RECORDS = Path("notebooks/results")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Make the command's parser."""
-    words = argparse.ArgumentParser(
-        prog="ftd reproduce",
-        allow_abbrev=False,
-        description="Train teachers, distil and evaluate as configs/DATASET says, and append a record. Resumes where "
-        "it stopped. Further words (--data.root DIR) go to every fit, with --teacher., --distill. or --evaluate. in "
-        "front (--teacher.model.epochs 10) to those of one phase.",
-    )
-    words.add_argument("--dataset", default="cifar10", help="a folder of configs")
-    words.add_argument("--ipc", type=int, default=10, help="images per class")
-    words.add_argument("--method", default="ftd", help="ftd, mtt, or what configs/DATASET/distill_METHOD_ipcN.yaml has")
-    words.add_argument("--teachers", type=int, help="how many; by default as the config says")
-    words.add_argument("--iterations", type=int, help="of the distillation; by default as the config says")
-    words.add_argument("--epochs", type=int, help="of the evaluations; by default as the config says")
-    words.add_argument("--minutes", type=float, help="stop after so long; the same command again goes on")
-    return words
-
-
-@dataclass
-class Reproduction:
-    """What a command asks for, and where it lies."""
-
-    options: argparse.Namespace
-    words: dict[str, list[str]]
-    configs: dict[str, Path]
-    settings: dict[str, dict[str, Any]]  # resolved, a phase
-    published: dict[str, int]  # teachers, iterations and epochs of the configs as they are
-    teachers: int
-    iterations: int
-    epochs: int
-    teacher_folder: Path
-    folder: Path
-
-    def teacher_step(self) -> FitStep:
-        """The fit of the teachers; runs that want the same ones share it."""
-        store = self.teacher_folder / "trajectories"
-
-        def finished() -> bool:
-            return all(teacher_file(store, index).is_file() for index in range(self.teachers))
-
-        words = (*self.words["teacher"], "--model.teachers", str(self.teachers))
-        title = f"{self.teachers} teachers"
-        return FitStep(title, self.configs["teacher"], self.teacher_folder, words, finished, self.teachers)
-
-    def distill_step(self) -> FitStep:
-        """The distillation."""
-        file = self.folder / "distill" / "set.safetensors"
-
-        def finished() -> bool:
-            return file.is_file() and SyntheticSet.load(file).metadata["iterations"] >= self.iterations
-
-        words = (*self.words["distill"], "--model.trajectories", str(self.folder / "trajectories"))
-        words += ("--trainer.max_steps", str(self.iterations))
-        title = f"distillation, {self.iterations} iterations"
-        return FitStep(title, self.configs["distill"], file.parent, words, finished, self.iterations)
-
-    def evaluation_step(self, iterate: str, images: str) -> FitStep:
-        """The evaluation of raw or averaged images, of the last iterate or the one chosen on held-out images."""
-        file = self.folder / "distill" / {"last": "set.safetensors", "chosen": "best.safetensors"}[iterate]
-        folder = self.folder / f"evaluate_{images}_{iterate}"
-        words = (*self.words["evaluate"], "--data.synthetic", str(file), "--data.ema", str(images == "ema").lower())
-        words += ("--trainer.max_epochs", str(self.epochs))
-        title = f"evaluation of {images} images, {iterate}"
-        done = (folder / "evaluation.json").is_file
-        return FitStep(title, self.configs["evaluate"], folder, words, done, self.epochs)
-
-    def evaluations(self) -> dict[tuple[str, str], FitStep]:
-        """Evaluations of what the distillation made, by (images, iterate); two of the same images are one."""
-        last, best = (self.folder / "distill" / f"{name}.safetensors" for name in ("set", "best"))
-        synthetic = SyntheticSet.load(last)
-        same = best.is_file() and (SyntheticSet.load(best).metadata["iterations"] == synthetic.metadata["iterations"])
-        steps = {}
-        for images in ("raw", "ema") if synthetic.ema_images is not None else ("raw",):
-            steps[images, "last"] = self.evaluation_step("last", images)
-            if best.is_file():
-                steps[images, "chosen"] = steps[images, "last"] if same else self.evaluation_step("chosen", images)
-        return steps
-
-    def link_teachers(self) -> None:
-        """Give the distillation a store of just the teachers that it wants: the shared one may hold more.
-
-        Raises:
-            InputError: for teachers that another command recorded with other settings.
-        """
-        store, settings = TrajectoryStore(self.teacher_folder / "trajectories"), self.settings["teacher"]["model"]
-        wanted = settings["init_args"]
-        keys = ("epochs", "rho", "alpha", "adaptive", "lr", "momentum", "weight_decay")
-        pairs = {key: (store.metadata.get(key), wanted[key]) for key in keys}
-        pairs["seed"] = (store.teacher_metadata(0).get("seed"), derive_seed(wanted["seed"], "teacher", 0))
-        network = store.metadata.get("network", {})
-        pairs["network_options"] = (network.get("options"), wanted.get("network_options") or {})
-        for key, (there, asked) in pairs.items():
-            if there != asked:
-                raise InputError(f"{store.path}: its teachers have {key} {there}, {asked} is asked for; move them away")
-        own = self.folder / "trajectories"
-        own.mkdir(parents=True, exist_ok=True)
-        for file in store.files[: self.teachers]:
-            link = own / file.name
-            if not link.is_symlink():
-                link.symlink_to(os.path.relpath(file, own))
-
-    def check_settings(self) -> None:
-        """Remember the settings of a run's folder; refuse to go on there with others.
-
-        Raises:
-            InputError: for a folder that was begun with other settings: a config has changed since.
-        """
-        file = self.folder / "settings.json"
-        now = {f"{phase}.{key}": v for phase in PHASES for key, v in identity(self.settings[phase]).items()}
-        before = json.loads(file.read_text()) if file.is_file() else now
-        changed = sorted(key for key in {*now} & {*before} if now[key] != before[key])
-        if changed:
-            raise InputError(f"{self.folder}: was begun with another {', '.join(changed)}; move it away to begin anew")
-        with replacing(file) as part:
-            part.write_text(json.dumps(now, indent=1) + "\n")
-
-
-def plan(arguments: Sequence[str]) -> Reproduction:
-    """Find configs, settings and folders for a command.
-
-    Raises:
-        InputError: for configs that are not there.
-    """
-    options, further = parser().parse_known_args(arguments)
-    wrong = [word for word in further if word.startswith("-") and "." not in word and not word[1:2].isdigit()]
-    if wrong:
-        parser().error(f"unrecognized arguments: {' '.join(wrong)}")
-    counts = {"teachers": options.teachers, "iterations": options.iterations, "epochs": options.epochs}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value} must be at least 1")
-    words, folder = words_by_phase(further), CONFIGS / options.dataset
-    configs = {"distill": folder / f"distill_{options.method}_ipc{options.ipc}.yaml"}
-    distill = resolved(configs["distill"])
-    trajectories = distill["model"]["init_args"].get("trajectories")
-    if trajectories is None:
-        raise InputError(f"{configs['distill']}: its method has no teachers; ftd reproduce is for those that do")
-    store = Path(trajectories)  # runs/DATASET/TEACHER/trajectories
-    configs |= {"teacher": folder / f"{store.parent.name}.yaml", "evaluate": folder / "evaluate.yaml"}
-    plain = {phase: distill if phase == "distill" else resolved(configs[phase]) for phase in PHASES}
-    full = {phase: resolved(configs[phase], words[phase]) if words[phase] else plain[phase] for phase in PHASES}
-
-    def sizes(settings: dict[str, dict[str, Any]]) -> tuple[int, int, int]:
-        teachers = settings["teacher"]["model"]["init_args"]["teachers"]
-        return teachers, settings["distill"]["trainer"]["max_steps"], settings["evaluate"]["trainer"]["max_epochs"]
-
-    def changes(phase: str) -> dict[str, Any]:
-        old, new = identity(plain[phase]), identity(full[phase])
-        return {key: value for key, value in new.items() if old.get(key) != value}
-
-    published = dict(zip(counts, sizes(plain), strict=True))
-    asked = dict(zip(counts, sizes(full), strict=True)) | {key: v for key, v in counts.items() if v is not None}
-    name = f"reproduce_{options.method}_ipc{options.ipc}_{asked['teachers']}teachers"
-    if asked["iterations"] != published["iterations"]:
-        name += f"_{asked['iterations']}iterations"
-    if asked["epochs"] != published["epochs"]:
-        name += f"_evaluated{asked['epochs']}epochs"
-    name += suffix({f"{phase}.{key}": value for phase in PHASES for key, value in changes(phase).items()})
-    root, teacher = store.parent.parent, store.parent.name + suffix(changes("teacher"))
-    return Reproduction(options, words, configs, full, published, **asked, teacher_folder=root / teacher,
-                        folder=root / name)  # fmt: skip
-
-
-def advance(job: Reproduction, time_slice: Slice) -> tuple[list[FitStep], bool]:
-    """Do what there is time for; give the steps that are known by now, and whether all are done."""
+def advance(job: Reproduction, time_slice: TimeSlice) -> tuple[list[FitStep], bool]:
+    """Run what there is time for; return the steps known so far, and whether all are done."""
     job.check_settings()
     steps: list[FitStep] = []
 
@@ -218,26 +47,41 @@ def advance(job: Reproduction, time_slice: Slice) -> tuple[list[FitStep], bool]:
     return steps, all(done(step) for step in dict.fromkeys(job.evaluations().values()))
 
 
-def _terminated(number: int, frame: Any) -> NoReturn:
-    """End as an exception does, so that the child ends as well."""
-    sys.exit(128 + number)
+def reproduce(
+    *,
+    dataset: str = "cifar10",
+    ipc: int = 10,
+    method: str = "ftd",
+    teachers: int | None = None,
+    iterations: int | None = None,
+    epochs: int | None = None,
+    minutes: float | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Train teachers, distil and evaluate as configs/DATASET says, and append a record.
 
+    Resumes where it stopped. Further options (--data.root DIR) go to every fit; those with --teacher., --distill. or
+    --evaluate. in front (--teacher.model.epochs 10) go to the fits of that phase.
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
+    Args:
+        dataset: a folder of configs.
+        ipc: images per class.
+        method: ftd, mtt, or what configs/DATASET/distill_METHOD_ipcN.yaml has.
+        teachers: how many; by default as the config says.
+        iterations: of the distillation; by default as the config says.
+        epochs: of the evaluations; by default as the config says.
+        minutes: stop after so long; the same command continues.
+        overrides: further options, for the fits.
 
     Raises:
-        InputError: for a config that is not there, settings that do not fit what lies there, or a fit that fails.
+        InputError: for a config that does not exist, settings other than those that its folder was begun with, or a
+            fit that fails.
     """
-    options, _ = parser().parse_known_args(arguments)
-    time_slice = Slice(options.minutes)
-    job = plan(arguments)
+    time_slice = TimeSlice(minutes)
+    job = plan(Cell(dataset, ipc, method, teachers, iterations, epochs), overrides)
     written = job.folder / "record.txt"  # names the record of this run
-    previous = signal.signal(signal.SIGTERM, _terminated)
-    try:
+    with exiting_on_sigterm():
         steps, all_done = advance(job, time_slice)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     print()
     for step in steps:
         notes = read_notes(step.folder)
@@ -246,11 +90,17 @@ def main(arguments: Sequence[str]) -> None:
     if not all_done:
         print("not done: run the same command again")
         return
-    if not written.is_file() or not Path(written.read_text().strip()).is_file():
-        record = make_record(job, arguments)
-        path = free_name(RECORDS, f"{job.options.dataset}_{job.folder.name.removeprefix('reproduce_')}")
+    if not written.is_file() or not Path(written.read_text(encoding="utf-8").strip()).is_file():
+        record = make_record(job, overrides)
+        path = free_name(RECORDS, f"{dataset}_{job.folder.name.removeprefix('reproduce_')}")
         # Its name first: a kill between the two leaves a name without a file, and the next command writes it.
         with replacing(written) as part:
-            part.write_text(f"{path}\n")
+            part.write_text(f"{path}\n", encoding="utf-8")
         write_record(path, record)
-    print(f"done: {written.read_text().strip()}; make results puts it into the README")
+    print(f"done: {written.read_text(encoding='utf-8').strip()}; make results puts it into the README")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``ftd reproduce``."""
+    own, overrides = split_overrides(arguments)
+    reproduce(**parse_command(reproduce, "reproduce", own, skip=["overrides"]), overrides=overrides)

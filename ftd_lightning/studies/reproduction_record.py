@@ -20,7 +20,7 @@ from ftd_lightning.training.evaluation_protocol import mean_and_std
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ftd_lightning.studies.reproduce import Reproduction
+    from ftd_lightning.studies.reproduction_plan import Reproduction
 
 KIND = "reproduction"
 ABSOLUTE = re.compile(r"(?<![\w.~/-])[/~][^\s,'\"\]}]*")
@@ -40,22 +40,12 @@ def without_machine_paths(value: Any) -> Any:
     return ABSOLUTE.sub(lambda found: Path(found[0]).name, value) if isinstance(value, str) else value
 
 
-def command(job: Reproduction, arguments: Sequence[str]) -> str:
-    """Write the command as people type it."""
-    options = job.options
-    words = [f"{key.upper()}={getattr(options, key)}" for key in ("dataset", "ipc", "method")]
-    sizes = {key: getattr(options, key) for key in ("teachers", "iterations", "epochs")}
-    words += [f"{key.upper()}={value}" for key, value in sizes.items() if value is not None]
-    own = {f"--{key}" for key in vars(options)}
-    further: list[str] = []
-    skip = False
-    for word in arguments:
-        is_own = word.split("=")[0] in own
-        if not (skip or is_own):
-            further.append(word)
-        skip = is_own and "=" not in word
-    further = without_machine_paths(further)
-    return shlex.join(["make", "reproduce", *words, *([f"ARGS={shlex.join(further)}"] if further else [])])
+def command(job: Reproduction, overrides: Sequence[str]) -> str:
+    """Format the command as people type it."""
+    given = {key.upper(): value for key, value in job.cell._asdict().items() if value is not None}
+    options = [f"{key}={value}" for key, value in given.items()]
+    overrides = without_machine_paths(overrides)
+    return shlex.join(["make", "reproduce", *options, *([f"ARGS={shlex.join(overrides)}"] if overrides else [])])
 
 
 def _seconds(folder: Path, target: int) -> float | None:
@@ -68,7 +58,7 @@ def _seconds(folder: Path, target: int) -> float | None:
 def _best_on_test(folder: Path, images: str) -> dict[str, Any] | None:
     """The highest mean test accuracy that was seen while distilling; None where none was."""
     file = folder / "evaluations.json"
-    entries = json.loads(file.read_text()) if file.is_file() else []
+    entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     seen = [entry for entry in entries if (entry["images"], entry["part"]) == (images, "test")]
     if not seen:
         return None
@@ -100,12 +90,12 @@ def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "data": {**settings["data"], "init_args": data}, "trainer": trainer}
 
 
-def make_record(job: Reproduction, arguments: Sequence[str]) -> dict[str, Any]:
+def make_record(job: Reproduction, overrides: Sequence[str]) -> dict[str, Any]:
     """Gather the record of a finished reproduction.
 
     Args:
         job: what was run.
-        arguments: the words of its command.
+        overrides: options of its command that went to the fits.
 
     Returns:
         What the file holds. Accuracies are fractions on the real test images: those of "last" and
@@ -114,7 +104,8 @@ def make_record(job: Reproduction, arguments: Sequence[str]) -> dict[str, Any]:
     """
     distill, evaluations = job.distill_step(), job.evaluations()
     synthetic = SyntheticSet.load(distill.folder / "set.safetensors")
-    results = {key: json.loads((step.folder / "evaluation.json").read_text()) for key, step in evaluations.items()}
+    files = {key: step.folder / "evaluation.json" for key, step in evaluations.items()}
+    results = {key: json.loads(file.read_text(encoding="utf-8")) for key, file in files.items()}
     accuracy = {
         images: {
             **{
@@ -133,10 +124,10 @@ def make_record(job: Reproduction, arguments: Sequence[str]) -> dict[str, Any]:
     folders = {job.teacher_folder, distill.folder, *(step.folder for step in evaluations.values())}
     record = {
         "kind": KIND,
-        "command": command(job, arguments),
-        "dataset": job.options.dataset,
-        "ipc": job.options.ipc,
-        "method": job.options.method,
+        "command": command(job, overrides),
+        "dataset": job.cell.dataset,
+        "ipc": job.cell.ipc,
+        "method": job.cell.method,
         "teachers": _teachers(job),
         "iterations": synthetic.metadata["iterations"],
         "chosen_iteration": chosen,
@@ -174,4 +165,4 @@ def free_name(folder: Path, name: str) -> Path:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a record, atomically."""
     with replacing(path) as part:
-        part.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+        part.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")

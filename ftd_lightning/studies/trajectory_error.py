@@ -88,7 +88,9 @@ def check_set(synthetic: SyntheticSet, store: TrajectoryStore, expert_epochs: in
         InputError: for another network, data set or transform, teachers shorter than a segment, or a set without a
             step size.
     """
-    recorded = {key: synthetic.metadata[key] for key in ("network", "dataset") if key in synthetic.metadata}
+    recorded: dict[str, Any] = {
+        key: synthetic.metadata[key] for key in ("network", "dataset") if key in synthetic.metadata
+    }
     check_compatible(store, {**recorded, "transform": synthetic.transform.describe()})
     if expert_epochs > store.epochs:
         raise InputError(
