@@ -7,10 +7,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+import ftd_lightning
 from ftd_lightning.errors import DivergenceError, InputError
-from ftd_lightning.lightning_cli import run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,9 +103,13 @@ def _dispatch(arguments: list[str]) -> None:
     first = arguments[0] if arguments else ""
     if first in ("-h", "--help"):
         print(help_text())
+    elif first == "--version":
+        print(f"ftd {ftd_lightning.__version__}")
     elif first in COMMANDS and (module := COMMANDS[first].module) is not None:
         importlib.import_module(module).main(arguments[1:])
     elif first in COMMANDS or first.startswith("-") or not first:
+        from ftd_lightning.lightning_cli import run  # help and version shall not wait for Lightning
+
         run(arguments)
     else:
         near = difflib.get_close_matches(first, COMMANDS, n=1)
@@ -122,6 +124,8 @@ def _known_error(error: BaseException | None) -> BaseException | None:
     Only explicit causes are followed: the parser raises its own error *from* that of a constructor, whereas an error
     raised while another is handled is a bug.
     """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     while error is not None and not isinstance(error, (InputError, DivergenceError, MisconfigurationException)):
         error = error.__cause__
     return error

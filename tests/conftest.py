@@ -1,5 +1,6 @@
 """What several tests share: a check of error messages, and real images where they lie beside the checkout."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -58,6 +59,32 @@ def tiny_root(tmp_path_factory):
 def imagenet_root(tmp_path_factory):
     """Give a folder with imagenet/{train,val}: the classes of imagenette, 50 and 20 images of each."""
     return unpacked(tmp_path_factory.mktemp("ilsvrc"), "imagenet", "ImageNet")
+
+
+@pytest.fixture(scope="session")
+def merged():
+    """Give ``merged(config, *arguments)``: what ``ftd fit --config`` reads, with bases and defaults, as plain values.
+
+    The parser is built once, and nothing is instantiated.
+    """
+    from lightning.pytorch import LightningDataModule, LightningModule
+
+    from ftd_lightning.lightning_cli import FTDCLI, with_bases
+
+    class ParserOnly(FTDCLI):
+        def parse_arguments(self, parser, args):
+            raise StopIteration(parser)
+
+    try:
+        ParserOnly(LightningModule, LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, args=[])
+    except StopIteration as stop:
+        parser = stop.value
+
+    @functools.cache
+    def read(config, *arguments):
+        return parser.parse_args(with_bases(["fit", "--config", str(config), *arguments])).as_dict()["fit"]
+
+    return read
 
 
 @pytest.fixture(scope="session")

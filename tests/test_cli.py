@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 
-from ftd_lightning import SyntheticSet, TrajectoryStore, cli, lightning_cli
+from ftd_lightning import SyntheticSet, TrajectoryStore, cli, lightning_cli, modules
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional import Augmentation, DropLargest, RobustStart
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NO_FITS = ("compare", "cross", "nas", "study")  # those of ftd compare and ftd nas
@@ -41,12 +43,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     return int(stop.value.code or 0), capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    with contextlib.suppress(SystemExit):
-        cli.main(["fit", *arguments, "--print_config"])
-    return yaml.safe_load(capsys.readouterr().out)
-
-
 # By how a config's name begins; the longest counts.
 CLASSES = {
     "teacher": "FlatTeacher",
@@ -59,20 +55,58 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("config", ALL, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_shipped_config_parses_and_can_be_printed(config: Path, here: Path, capsys) -> None:
-    shown = printed(capsys, "--config", str(config))
-    own = yaml.safe_load(config.read_text())
-    kind = "evaluate" if config.parent.name == "evaluate" else config.stem
-    prefix = max((name for name in CLASSES if kind.startswith(name)), key=len)
-    assert shown["model"]["class_path"].rsplit(".", 1)[-1] == CLASSES[prefix]
-    for part in ("model", "data"):
-        for key, value in own.get(part, {}).get("init_args", {}).items():
-            assert shown[part]["init_args"][key] == value, key
-    if config.parent.name != "base":
-        logger = shown["trainer"]["logger"]["init_args"]
-        assert logger["save_dir"] == f"runs/{config.parent.name}"
-        assert logger["name"] == config.stem
+@pytest.mark.parametrize("folder", sorted({path.parent for path in ALL}), ids=lambda path: path.name)
+def test_every_shipped_config_builds_its_module(folder: Path, here: Path, merged) -> None:
+    """The parser knows every key, and the module takes every value, as Python would give it."""
+    for config in sorted(folder.glob("*.yaml")):
+        if config not in ALL or config == CONFIGS / "base" / "distill.yaml":  # no config of its own: has no teachers
+            continue
+        settings = merged(config)
+        kind = "evaluate" if folder.name == "evaluate" else config.stem
+        prefix = max((name for name in CLASSES if kind.startswith(name)), key=len)
+        module_class = getattr(modules, CLASSES[prefix])
+        assert settings["model"]["class_path"].endswith(CLASSES[prefix]), config
+        module = module_class(**settings["model"]["init_args"])
+        assert module.hparams["seed"] == settings["model"]["init_args"]["seed"] == 0
+        if folder.name != "base":
+            logger = settings["trainer"]["logger"]["init_args"]
+            assert (logger["save_dir"], logger["name"]) == (f"runs/{folder.name}", config.stem), config
+
+
+def test_an_unknown_key_of_a_config_is_found(here: Path, capsys) -> None:
+    (here / "typo.yaml").write_text("model: {class_path: FlatTeacher, init_args: {epoch: 3}}\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", "typo.yaml"])
+    assert stop.value.code == 2
+    assert "epoch" in capsys.readouterr().err
+
+
+# The DSA of the rivals resamples as its authors' code does; that of teachers and students as torch's default of then.
+CORNERS = {"teacher_ftd": True, "distill_ftd_ipc1": True, "distill_dsa_ipc1": False, "distill_dm_ipc1": False}
+
+
+@pytest.mark.parametrize("name", CORNERS)
+def test_augmentation_from_yaml_has_the_defaults_of_its_module(name: str, here: Path, merged) -> None:
+    config = CONFIGS / "digits" / f"{name}.yaml"
+
+    def augment(*arguments: str):
+        settings = merged(config, *arguments)["model"]
+        module_class = getattr(modules, settings["class_path"].rsplit(".", 1)[-1])
+        return module_class(**settings["init_args"]).augment
+
+    aligned = CORNERS[name]
+    assert augment() == Augmentation("crop_scale_rotate", "single", aligned)
+    assert augment("--model.augment=flip") == Augmentation("flip", "single", aligned)
+    assert augment("--model.augment", "") == Augmentation("", "single", aligned)
+    assert augment(f"--model.augment.align_corners={not aligned}") == Augmentation(
+        "crop_scale_rotate", "single", not aligned
+    )
+
+
+def test_rules_from_yaml_are_objects(here: Path, merged) -> None:
+    for config, rules in (("distill_mtt_robust_ipc1", [RobustStart(0.1)]), ("distill_pp_ipc1", [DropLargest(0.1)])):
+        settings = merged(CONFIGS / "digits" / f"{config}.yaml")["model"]["init_args"]
+        assert list(modules.TrajectoryMatching(**settings).rules) == rules
 
 
 # Columns of the published tables: n, m, max start epoch, syn batch, lr of the pixels, lr of the step size, initial step
@@ -108,12 +142,12 @@ DEPTH = {"cifar10": 3, "cifar100": 3, "tiny-imagenet": 4, **dict.fromkeys(IMAGEN
 
 
 @pytest.mark.parametrize(("method", "dataset", "ipc"), PUBLISHED)
-def test_settings_are_the_published_ones(method: str, dataset: str, ipc: int, here: Path, capsys) -> None:
-    config = printed(capsys, "--config", str(CONFIGS / dataset / f"distill_{method}_ipc{ipc}.yaml"))
+def test_settings_are_the_published_ones(method: str, dataset: str, ipc: int, here: Path, merged) -> None:
+    config = merged(CONFIGS / dataset / f"distill_{method}_ipc{ipc}.yaml")
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
     averages = [c["init_args"]["decay"] for c in trainer["callbacks"] if c["class_path"].endswith("SyntheticEMA")]
     teacher_config = CONFIGS / dataset / f"{Path(model['trajectories']).parent.name}.yaml"
-    teacher = printed(capsys, "--config", str(teacher_config))
+    teacher = merged(teacher_config)
     settings = teacher["model"]["init_args"]
     keys = ("syn_steps", "expert_epochs", "max_start_epoch", "syn_batch", "lr_images", "lr_step_size", "step_size_init")
     alpha = settings["alpha"] if settings["rho"] else None
@@ -139,18 +173,19 @@ CELLS = [(method, dataset, ipc) for method in MATCHING for dataset in ("cifar10"
 
 
 @pytest.mark.parametrize(("method", "dataset", "ipc"), [*CELLS, *(("dm", "tiny-imagenet", ipc) for ipc in (1, 10))])
-def test_settings_of_class_matching_are_the_published_ones(method, dataset, ipc, here: Path, capsys) -> None:
-    config = printed(capsys, "--config", str(CONFIGS / dataset / f"distill_{method}_ipc{ipc}.yaml"))
+def test_settings_of_class_matching_are_the_published_ones(method, dataset, ipc, here: Path, merged) -> None:
+    config = merged(CONFIGS / dataset / f"distill_{method}_ipc{ipc}.yaml")
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
-    found = (model["init"], model["augment"], model["lr_images"])
+    strategy = model["augment"] and model["augment"]["strategy"]
+    found = (model["init"], strategy, model["lr_images"])
     assert (*found, trainer["max_steps"]) == (*MATCHING[method][:3], MATCHING[method][3][ipc])
-    keys = ("ipc", "batch_real", "momentum", "lr_network", "augment_mode", "align_corners")
-    assert tuple(model[key] for key in keys) == (ipc, 256, 0.5, 0.01, "single", False)
+    keys = ("ipc", "batch_real", "momentum", "lr_network")
+    assert tuple(model[key] for key in keys) == (ipc, 256, 0.5, 0.01)
     assert (data["dataset"], data["zca"]) == (dataset, False)
     assert model["network_options"] == {"width": 128, "depth": DEPTH[dataset]}
     if method != "dm":  # the table of loops is the module's
         assert (model["outer_loops"], model["inner_epochs"]) == (None, None)
-    evaluation = printed(capsys, "--config", str(CONFIGS / dataset / "evaluate.yaml"))["model"]["init_args"]
+    evaluation = merged(CONFIGS / dataset / "evaluate.yaml")["model"]["init_args"]
     assert evaluation["network_options"] == model["network_options"]
 
 
@@ -161,8 +196,10 @@ def test_a_config_may_build_on_another(here: Path, capsys) -> None:
         "base: first.yaml\nmodel: {init_args: {epochs: 4}}\ndata: DistillationDataModule\n"
     )
     (here / "deep" / "third.yaml").write_text("base: ../second.yaml\nmodel: {init_args: {teachers: 7}}\n")
-    for words in (["--config", "deep/third.yaml"], ["--config=deep/third.yaml"]):
-        settings = printed(capsys, *words, "--model.rho=0.25")["model"]["init_args"]
+    for words in (["--config", "deep/third.yaml"], ["--config=deep/third.yaml"], ["-c", "deep/third.yaml"]):
+        with contextlib.suppress(SystemExit):
+            cli.main(["fit", *words, "--model.rho=0.25", "--print_config"])
+        settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
         assert [settings[key] for key in ("lr", "epochs", "teachers", "rho")] == [0.5, 4, 7, 0.25]
     (here / "first.yaml").unlink()
     code, line = refusal(capsys, "fit", "--config", "second.yaml")
@@ -170,10 +207,10 @@ def test_a_config_may_build_on_another(here: Path, capsys) -> None:
     assert line == "ftd: error: second.yaml: builds on first.yaml, which is not there"
 
 
-def test_any_value_can_be_overridden(here: Path, capsys) -> None:
+def test_any_value_can_be_overridden(here: Path, merged) -> None:
     config = str(CONFIGS / "cifar10" / "distill_ftd_ipc10.yaml")
     arguments = ["--model.ipc", "3", "--data.zca", "false", "--trainer.max_steps", "7"]
-    shown = printed(capsys, "--config", config, *arguments, "--trainer.callbacks+=ModelSummary")
+    shown = merged(config, *arguments, "--trainer.callbacks+=ModelSummary")
     assert shown["model"]["init_args"]["ipc"] == 3
     assert shown["data"]["init_args"]["zca"] is False
     assert shown["trainer"]["max_steps"] == 7
@@ -225,7 +262,10 @@ def teachers(here: Path, trajectories: Path) -> list[str]:
         (["--model.ipc=100"], ["100 images per class are asked for", "class 0"]),
         (["--model.ipc=0"], ["ipc=0"]),
         (["--model.augment=flop"], ["no operation 'flop'"]),
-        (["--model.network=convnet", "--model.network_options={width: 8}"], ["teachers have network", "'width': 8"]),
+        (
+            ["--model.network=convnet", "--model.network_options={width: 8}"],
+            ["its teachers are convnet(", "convnet(width=8)"],
+        ),
         (["--data.zca=true"], ["teachers have transform", "zca"]),
     ],
 )
@@ -265,9 +305,64 @@ def test_other_errors_keep_their_traceback(here: Path, monkeypatch: pytest.Monke
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "FTDCLI", broken)
+    monkeypatch.setattr(lightning_cli, "FTDCLI", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main([])
+        cli.main(["fit"])
+
+
+def test_a_bug_behind_a_refused_input_is_a_bug(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Raised while an InputError is handled, an error is ours; raised *from* it, it is the parser's wrapping."""
+
+    def broken(*args, **kwargs):
+        try:
+            raise InputError("refused")
+        except InputError:
+            raise KeyError("a bug")  # noqa: B904  the point
+
+    monkeypatch.setattr(lightning_cli, "FTDCLI", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        cli.main(["fit"])
+
+    def wrapping(*args, **kwargs):
+        raise ValueError("of the parser") from InputError("epochs=0 must be at least 1")
+
+    monkeypatch.setattr(lightning_cli, "FTDCLI", wrapping)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit"])
+    assert (stop.value.code, capsys.readouterr().err) == (1, "ftd: error: epochs=0 must be at least 1\n")
+    with pytest.raises(ValueError, match="of the parser"):
+        cli.main(["--debug", "fit"])
+
+
+def test_what_lightning_refuses_is_one_line(here: Path, capsys) -> None:
+    code, line = refusal(
+        capsys, "fit", "--config", str(CONFIGS / "digits" / "teacher_mtt.yaml"), "--trainer.fast_dev_run=-3"
+    )
+    assert code == 1
+    assert line.startswith("ftd: error: ")
+    assert "-3" in line
+
+
+def test_help_names_every_command(capsys) -> None:
+    cli.main(["--help"])
+    shown = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in shown
+        assert command.summary in shown
+    for name in ("fit", "validate", "test", "predict", "compare", "export", "import", "info", "nas", "reproduce"):
+        assert name in cli.COMMANDS
+    for command in [name for name, command in cli.COMMANDS.items() if command.module]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"ftd {command}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["exprot"])
+    assert stop.value.code == 2
+    assert "did you mean export?" in capsys.readouterr().err
 
 
 def test_own_callbacks_loggers_and_plugins_are_left_alone(here: Path) -> None:

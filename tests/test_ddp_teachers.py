@@ -38,7 +38,7 @@ def fit(folder, *, ckpt_path=None, callbacks=(), trainer=None, **teacher):
 
 
 def store_files(folder):
-    return {path.name: path.read_bytes() for path in (folder / "trajectories").glob("*.safetensors")}
+    return {path.name: path.read_bytes() for path in (folder / "trajectories").glob("teacher_*.safetensors")}
 
 
 COMMON = """
@@ -117,7 +117,10 @@ def test_two_ranks_record_the_teachers_of_one_process(run: Path, tmp_path: Path,
     expected = store_files(tmp_path)
     assert len(expected) == 3
     assert store_files(run / "teachers" / norm) == expected
-    assert sorted(path.name for path in (run / "teachers" / norm / "trajectories").iterdir()) == sorted(expected)
+    assert sorted(path.name for path in (run / "teachers" / norm / "trajectories").iterdir()) == [
+        "data.safetensors",
+        *sorted(expected),
+    ]
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])

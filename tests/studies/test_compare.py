@@ -16,7 +16,7 @@ from ftd_lightning.callbacks import SyntheticSetWriter
 from ftd_lightning.callbacks.peak_memory import PeakMemory
 from ftd_lightning.studies import compare, comparison_plan, comparison_table, fit_steps
 from ftd_lightning.studies.comparison_plot import plot_points
-from ftd_lightning.studies.fit_steps import Slice, read_notes
+from ftd_lightning.studies.fit_steps import TimeSlice, read_notes
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLBACKS = """[
@@ -85,7 +85,7 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, mo
     command = ["compare", "--config", str(study)]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Slice, "left", lambda self: -1 if list(Path("runs").rglob("last.ckpt")) else 1)
+        patch.setattr(TimeSlice, "left", lambda self: -1 if list(Path("runs").rglob("last.ckpt")) else 1)
         cli.main([*command, "--only", "mtt", "--minutes=9"])
     assert capsys.readouterr().out.splitlines()[-1] == "not done: run the same command again"
     assert len(commands) == 1
@@ -313,7 +313,7 @@ def test_notes_are_of_the_columns_that_there_are() -> None:
 PUBLISHED = {
     "dc": ["--model.augment", "", "--trainer.max_epochs", 300],
     "cafe": ["--model.augment", "", "--trainer.max_epochs", 600],
-    **{name: ["--model.align_corners", False] for name in ("dsa", "dm", "cafe+dsa")},
+    **{name: ["--model.augment.align_corners", False] for name in ("dsa", "dm", "cafe+dsa")},
 }
 
 

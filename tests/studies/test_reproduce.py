@@ -10,8 +10,9 @@ import pytest
 from fits import record
 
 from ftd_lightning import SyntheticSet, TrajectoryStore, cli
-from ftd_lightning.studies import fit_steps, reproduce, results_table
-from ftd_lightning.studies.fit_steps import FitStep, Slice, is_done, read_notes, run_step
+from ftd_lightning.studies import fit_steps, reproduction_plan, results_table
+from ftd_lightning.studies.fit_steps import FitStep, TimeSlice, is_done, read_notes, run_step
+from ftd_lightning.studies.reproduction_plan import Cell
 from ftd_lightning.studies.reproduction_record import without_machine_paths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def planned(*overrides: str, **cell) -> reproduction_plan.Reproduction:
+    return reproduction_plan.plan(Cell("digits", 1, **cell), overrides)
+
+
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that has to fail with exit code 1; give its line."""
     with pytest.raises(SystemExit) as stop:
@@ -67,7 +72,7 @@ def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, ca
         return -1 if list(Path("runs").rglob("last.ckpt")) else 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(Slice, "left", over)
+        patch.setattr(TimeSlice, "left", over)
         cli.main(["reproduce", *COMMAND, "--minutes=9", *SMALL])
     assert capsys.readouterr().out.splitlines()[-1] == "not done: run the same command again"
     assert len(commands) == 1
@@ -145,28 +150,25 @@ def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, ca
 
 
 def test_runs_that_want_the_same_teachers_share_them(here: Path) -> None:
-    def job(*words):
-        return reproduce.plan(["--dataset=digits", "--ipc=1", *words])
-
-    plain, fewer, iterations = job("--method=ftd"), job("--method=ftd", "--teachers=3"), job("--iterations=7")
+    plain, fewer, iterations = planned(), planned(teachers=3), planned(iterations=7)
     assert plain.teacher_folder == fewer.teacher_folder == iterations.teacher_folder == Path("runs/digits/teacher_ftd")
     assert len({plain.folder, fewer.folder, iterations.folder}) == 3
     assert (plain.teachers, fewer.teachers, iterations.iterations) == (8, 3, 7)
-    assert job("--method=mtt").teacher_folder == Path("runs/digits/teacher_mtt")
-    elsewhere, other = job("--data.root=/elsewhere", "--data.num_workers", "2"), job("--teacher.model.rho=0.5")
+    assert planned(method="mtt").teacher_folder == Path("runs/digits/teacher_mtt")
+    elsewhere, other = planned("--data.root=/elsewhere", "--data.num_workers", "2"), planned("--teacher.model.rho=0.5")
     assert (elsewhere.folder, elsewhere.teacher_folder) == (plain.folder, plain.teacher_folder)
     assert other.folder != plain.folder
     assert other.teacher_folder != plain.teacher_folder
-    matching = job("--distill.model.syn_steps=3")
+    matching = planned("--distill.model.syn_steps=3")
     assert matching.folder != plain.folder
     assert matching.teacher_folder == plain.teacher_folder
 
 
 def test_a_store_that_holds_more_lends_as_many_as_are_wanted(here: Path) -> None:
-    words = ["--dataset=digits", "--ipc=1", "--method=mtt", "--data.max_per_class=14", "--data.batch_size=32"]
+    words = ["--data.max_per_class=14", "--data.batch_size=32"]
     words += ["--teacher.model.epochs=4", "--teacher.model.lr=0.1", "--teacher.model.augment="]
     words += ["--teacher.model.network_options={width: 4, depth: 1}"]
-    job = reproduce.plan([*words, "--teachers=1"])
+    job = planned(*words, method="mtt", teachers=1)
     store = record(here)
     job.teacher_folder.mkdir(parents=True)
     store.rename(job.teacher_folder / "trajectories")
@@ -174,11 +176,11 @@ def test_a_store_that_holds_more_lends_as_many_as_are_wanted(here: Path) -> None
     job.link_teachers()
     job.link_teachers()
     assert len(TrajectoryStore(job.folder / "trajectories")) == 1
-    assert not reproduce.plan([*words, "--teachers=3"]).teacher_step().finished()
+    assert not planned(*words, method="mtt", teachers=3).teacher_step().finished()
 
 
 def test_teachers_of_other_settings_and_changed_configs_are_refused(here: Path, refused) -> None:
-    job = reproduce.plan(["--dataset=digits", "--ipc=1", "--method=mtt"])
+    job = planned(method="mtt")
     job.teacher_folder.mkdir(parents=True)
     record(here).rename(job.teacher_folder / "trajectories")
     with refused("its teachers have epochs 4, 30 is asked for"):
@@ -193,12 +195,12 @@ def test_teachers_of_other_settings_and_changed_configs_are_refused(here: Path, 
 def test_a_folder_has_one_process_at_a_time_and_a_failed_fit_is_named(here: Path, refused) -> None:
     step = FitStep("a step", Path("nowhere.yaml"), here / "run", (), lambda: True, 1)
     with refused("a step", "exit code 2"):
-        run_step(step, Slice(None))
+        run_step(step, TimeSlice(None))
     assert not is_done(step)
     with (here / "run" / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with refused(here / "run", "another process is at work there"):
-            run_step(step, Slice(None))
+            run_step(step, TimeSlice(None))
 
 
 def test_bad_input_is_one_line(here: Path, capsys) -> None:

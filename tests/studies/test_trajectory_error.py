@@ -9,7 +9,8 @@ from fits import small_data
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning import SyntheticSet, TrajectoryStore
-from ftd_lightning.data import Images, write_teacher
+from ftd_lightning.contracts import Images
+from ftd_lightning.data import write_teacher
 from ftd_lightning.errors import DivergenceError
 from ftd_lightning.functional import chunked_permutations, flatten_parameters, load_flat, make_generator, unroll
 from ftd_lightning.models import ConvNet
@@ -41,7 +42,7 @@ def network() -> ConvNet:
 def synthetic(data) -> SyntheticSet:
     """Real images as a synthetic set: 3 steps for an epoch, without augmentation."""
     labels = torch.arange(10)
-    first = torch.stack([data.train.pictures[data.train.labels == label][0] for label in labels])
+    first = torch.stack([data.train.images[data.train.labels == label][0] for label in labels])
     return SyntheticSet(
         first,
         labels,
@@ -76,7 +77,7 @@ def test_against_the_parts_written_out(synthetic, trajectories: Path, data, netw
     def real_loss(weights):
         load_flat(network, weights)
         with torch.no_grad():
-            return float(cross_entropy(network(data.train.pictures), data.train.labels))
+            return float(cross_entropy(network(data.train.images), data.train.labels))
 
     assert (curve.teacher, curve.epochs) == (1, [1, 2, 3, 4])
     assert curve.initial_loss == pytest.approx(real_loss(teacher[0]), rel=1e-5)
