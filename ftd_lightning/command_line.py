@@ -6,7 +6,8 @@ import inspect
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -34,6 +35,11 @@ def command_parser(command: Callable[..., Any], name: str, *, skip: Collection[s
     return parser
 
 
+def _is_list(annotation: Any) -> bool:
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return any(get_origin(kind) in (list, Sequence) for kind in kinds)
+
+
 def spelled_out(command: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
     """Rewrite what people type as the parser wants it.
 
@@ -45,7 +51,7 @@ def spelled_out(command: Callable[..., Any], arguments: Sequence[str]) -> list[s
         arguments: of the command line.
 
     Example:
-        >>> def draw(*, class_names: list[str], ema: bool = False) -> None: ...
+        >>> def draw(*, class_names: list[str] | None, ema: bool = False) -> None: ...
         >>> spelled_out(draw, ["set", "--class-names", "cat", "dog", "--ema"])
         ['set', '--ema=true', '--class_names=["cat", "dog"]']
     """
@@ -62,7 +68,7 @@ def spelled_out(command: Callable[..., Any], arguments: Sequence[str]) -> list[s
         name = option.removeprefix("--").replace("-", "_")
         if types.get(name) is bool and not equals:
             rewritten.append(f"--{name}=true")
-        elif get_origin(types.get(name)) in (list, Sequence) and not value.startswith("["):
+        elif _is_list(types.get(name)) and not value.startswith("["):
             gathering = lists.setdefault(name, [])
             gathering += [value] if equals else []
         else:

@@ -15,7 +15,7 @@ from ftd_lightning import (
     TrajectoryStore,
 )
 from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter, TrajectoryRecorder
-from ftd_lightning.data.datasets import unit_range
+from ftd_lightning.data.images import unit_range
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_pictures_of_the_initial_images_are_the_originals(job: Path, cifar_root:
     """Whitening undone: the inverse error, on the transform that travelled with the set."""
     synthetic = SyntheticSet.load(job / "set.safetensors")
     plain = DistillationDataModule(dataset="cifar10", root=str(cifar_root), download=False)
-    train, _ = plain.spec.load(cifar_root, False)
+    train, _ = plain.spec.load()
     originals = unit_range(train.pictures[:64])
     whitened = synthetic.transform.apply(originals)
     assert (whitened - originals).abs().mean() > 0.1, "the transform does something"
@@ -76,9 +76,9 @@ def test_distilled_pictures_stay_near_where_they_began_and_did_move(job: Path, c
 
     start = random_real_images(real.train, 1, 0)
     assert torch.equal(start.labels, synthetic.labels)
-    distance = (synthetic.images - start.pictures).abs().mean()
+    distance = (synthetic.images - start.images).abs().mean()
     assert 0 < distance < 0.5
-    before = real.transform.invert(start.pictures).clamp(0, 1)
+    before = real.transform.invert(start.images).clamp(0, 1)
     assert (pictures - before).abs().mean() < 0.2
 
 

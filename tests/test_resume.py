@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 from fits import record
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "digits"

@@ -163,7 +163,8 @@ def describe_store(path: Path) -> Description:
     store = TrajectoryStore(path)
     each = [store.teacher_metadata(index) for index in range(len(store))]
     last = [value for one in each for value in _last(one.get("accuracies", []))]
-    size = sum(file.stat().st_size for file in store.files)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    lengths = f"{store.epochs} to {max(store.lengths)}" if max(store.lengths) > store.epochs else str(store.epochs)
     kinds = {dumps(one.get("versions"), sort_keys=True) for one in each}
     facts = {
         "teachers": len(store),
@@ -174,7 +175,7 @@ def describe_store(path: Path) -> Description:
         "metadata": store.metadata,
     }
     rows = [
-        ("teachers", f"{len(store)} of {store.epochs} epochs, {store.num_parameters:,} weights each"),
+        ("teachers", f"{len(store)} of {lengths} epochs, {store.num_parameters:,} weights each"),
         *_training(store.metadata),
         *_accuracy_row(last),
         ("on disk", f"{size / 2**20:,.1f} MiB"),

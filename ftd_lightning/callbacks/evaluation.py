@@ -159,13 +159,14 @@ class EvaluateSynthetic(Callback):
         if self.lr is None and synthetic.step_size is None:
             raise InputError("EvaluateSynthetic: this method learns no step size: give lr")
         lr = float(synthetic.step_size) if self.lr is None else self.lr  # type: ignore[arg-type]
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         train_fresh_networks(
             networks,
             images.detach().clone(),
             synthetic.labels.to(device),
             EvaluationProtocol(epochs=self.epochs, lr=lr, augment=module.augmentation()),
             seed=derive_seed(*keys),
-            progress=f"evaluation of {name} images" if trainer.is_global_zero else None,
+            progress=f"evaluation of {name} images" if shown else None,
             indices=own,
             losses=self._losses,
         )

@@ -109,14 +109,17 @@ class Reproduction:
         """
         store, settings = TrajectoryStore(self.teacher_folder / "trajectories"), self.settings["teacher"]["model"]
         wanted = settings["init_args"]
-        keys = ("epochs", "rho", "alpha", "adaptive", "lr", "momentum", "weight_decay")
-        pairs = {key: (store.metadata.get(key), wanted[key]) for key in keys}
+        keys = ("rho", "alpha", "adaptive", "lr", "momentum", "weight_decay")
+        pairs = {"epochs": (store.epochs, wanted["epochs"])}
+        pairs |= {key: (store.metadata.get(key), wanted[key]) for key in keys}
         pairs["seed"] = (store.teacher_metadata(0).get("seed"), derive_seed(wanted["seed"], "teacher", 0))
         network = store.metadata.get("network", {})
         pairs["network_options"] = (network.get("options"), wanted.get("network_options") or {})
-        for key, (there, asked) in pairs.items():
-            if there != asked:
-                raise InputError(f"{store.path}: its teachers have {key} {there}, {asked} is asked for; move them away")
+        for key, (recorded, asked) in pairs.items():
+            if recorded != asked:
+                raise InputError(
+                    f"{store.path}: its teachers have {key} {recorded}, {asked} is asked for; move them away"
+                )
         own = self.folder / "trajectories"
         own.mkdir(parents=True, exist_ok=True)
         for file in (*store.files[: self.teachers], store_data_file(store.path)):

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A first distillation, with pictures
 #
-# 1,294 real digits of 8x8 pixels become ten synthetic ones, one a class. Everything runs on a CPU in about a minute:
+# 1,294 real digits of 8x8 pixels become ten synthetic ones, one per class. Everything runs on a CPU in about a minute:
 # the settings here are smaller than those of `make demo`, and so are the results.
 
 # %%
@@ -20,15 +20,16 @@ from lightning.pytorch import Trainer
 from ftd_lightning import DistillationDataModule, FlatTeacher, SyntheticSet, TrajectoryMatching, TrajectoryStore
 from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.callbacks.tensorboard import picture_grid
+from ftd_lightning.functional import Augmentation
 from ftd_lightning.models import build_network
-from ftd_lightning.training import train_fresh_networks
-from ftd_lightning.training.evaluation_protocol import accuracy
+from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, accuracy, train_fresh_networks
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # images this small keep no second thread busy
 folder = Path(tempfile.mkdtemp())
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 network = {"network": "convnet", "network_options": {"width": 16, "depth": 2}}
+strategy = "crop_scale_rotate"  # a digit is not its mirror image, and 4 of 8 px cut out would hide too much
 data = DistillationDataModule(dataset="digits", batch_size=128)
 data.setup()
 len(data.train.labels), len(data.val.labels), len(data.test.labels)
@@ -40,7 +41,7 @@ len(data.train.labels), len(data.val.labels), len(data.test.labels)
 # every epoch.
 
 # %%
-teachers = FlatTeacher(**network, teachers=4, epochs=15, lr=0.05, rho=0.02, augment="crop_scale_rotate")
+teachers = FlatTeacher(**network, teachers=4, epochs=15, lr=0.05, rho=0.02, augment=strategy)
 recorder = TrajectoryRecorder(str(folder / "teachers"))
 Trainer(max_epochs=-1, callbacks=[recorder], limit_val_batches=0, num_sanity_val_steps=0, **quiet).fit(teachers, data)
 store = TrajectoryStore(folder / "teachers")
@@ -61,7 +62,7 @@ matching = TrajectoryMatching(
     lr_images=30.0,
     lr_step_size=1e-4,
     step_size_init=0.05,
-    augment="crop_scale_rotate",
+    augment=strategy,
 )
 callbacks = [SyntheticEMA(0.98), SyntheticSetWriter(str(folder / "set.safetensors"))]
 data = DistillationDataModule(dataset="digits")
@@ -94,7 +95,7 @@ def measure(images, labels, lr):
     for seed in range(3):
         torch.manual_seed(seed)
         fresh.append(build_network("convnet", 1, 10, 8, width=16, depth=2))
-    train_fresh_networks(fresh, images, labels, epochs=300, lr=lr, strategy="crop_scale_rotate")
+    train_fresh_networks(fresh, images, labels, EvaluationProtocol(epochs=300, lr=lr, augment=Augmentation(strategy)))
     accuracies = torch.tensor([accuracy(net, *data.test) for net in fresh])
     return f"{100 * accuracies.mean():.1f} ± {100 * accuracies.std(correction=0):.1f} %"
 

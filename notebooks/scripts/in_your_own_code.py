@@ -1,8 +1,9 @@
 # %% [markdown]
-# # The modules in an existing Lightning code base
+# # Your own data set, network and Trainer
 #
-# Suppose that you have a LightningDataModule, a LightningModule and a way to start a Trainer. This notebook distils
-# your data for your network without touching either, and then trains your module on the result.
+# Suppose that you have a torchvision-style data set, a network of your own (here with BatchNorm) and a way to start a
+# Trainer. This notebook distils your data for your network: teachers, distillation with an evaluation on the way, and
+# evaluation are three fits.
 
 # %%
 import logging
@@ -14,102 +15,104 @@ warnings.filterwarnings("ignore")  # before the imports that warn
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 from sklearn.datasets import load_digits
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
+from torchvision.datasets import VisionDataset
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
-torch.manual_seed(0)  # your DataLoader shuffles by the global generator
-folder = Path(tempfile.mkdtemp())
-quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 # %% [markdown]
-# ## What is there already
+# ## What you have
+
 
 # %%
-images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
-images = images.float().view(-1, 1, 8, 8) / 16
-train, test = (images[:1400], labels[:1400]), (images[1400:], labels[1400:])
+class YourImages(VisionDataset):
+    """Pictures as torchvision's data sets give them: PIL images and classes."""
 
+    classes = tuple("0123456789")
 
-class YourData(LightningDataModule):
-    def train_dataloader(self):
-        return DataLoader(TensorDataset(*train), batch_size=64, shuffle=True)
+    def __init__(self, train):
+        super().__init__(root="")
+        images, targets = load_digits(return_X_y=True)
+        part = slice(0, 1400) if train else slice(1400, None)
+        self.images, self.targets = (images[part].reshape(-1, 8, 8) * 15.9375).astype("uint8"), targets[part].tolist()
 
-    def test_dataloader(self):
-        return DataLoader(TensorDataset(*test), batch_size=256)
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.images[index]), self.targets[index]
 
 
 def your_network():
-    layers = [torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.AvgPool2d(2), torch.nn.Flatten()]
-    return torch.nn.Sequential(*layers, torch.nn.Linear(256, 10))
-
-
-class YourModule(LightningModule):
-    def __init__(self, lr):
-        super().__init__()
-        self.network, self.lr = your_network(), lr
-
-    def training_step(self, batch, batch_idx):
-        return torch.nn.functional.cross_entropy(self.network(batch[0]), batch[1])
-
-    def test_step(self, batch, batch_idx):
-        self.log("accuracy", (self.network(batch[0]).argmax(1) == batch[1]).float().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(256, 10))
 
 
 # %% [markdown]
-# ## Teachers and distillation
+# ## The whole job
 #
-# Two of our modules and two callbacks, in your Trainer. A network may be an object, a function that builds one, or an
-# import path. The distillation needs real images to start from, since your data module does not hold them as tensors.
+# `from_datasets` reads both data sets once; every phase is then a module in an ordinary Trainer with your logger and
+# your checkpoints. The modules add their own recorder and set writer where you gave none.
 
 # %%
-from ftd_lightning import FlatTeacher, SyntheticSet, TrajectoryMatching
-from ftd_lightning.callbacks import SyntheticSetWriter, TrajectoryRecorder
+from ftd_lightning import DistillationDataModule, FlatTeacher, SyntheticEvaluation, TrajectoryMatching
+from ftd_lightning.callbacks import EvaluateSynthetic
 
-teachers = FlatTeacher(your_network, teachers=3, epochs=15, lr=0.1, rho=0.02, augment="")
-recorder = TrajectoryRecorder(str(folder / "teachers"))
-Trainer(max_epochs=-1, callbacks=[recorder], num_sanity_val_steps=0, **quiet).fit(teachers, YourData())
+folder = Path(tempfile.mkdtemp())
 
+
+def fit(module, name, *callbacks, synthetic=None, **limits):
+    data = DistillationDataModule.from_datasets(
+        YourImages(train=True), YourImages(train=False), batch_size=64, synthetic=synthetic
+    )
+    checkpoint = ModelCheckpoint(folder / name, save_last=True)
+    trainer = Trainer(
+        logger=CSVLogger(folder, name, version=0),
+        callbacks=[checkpoint, *callbacks],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **limits,
+    )
+    trainer.fit(module, data)
+    if isinstance(module, SyntheticEvaluation):
+        trainer.test(module, data, verbose=False)
+    return type(module).load_from_checkpoint(checkpoint.last_model_path, network=your_network)
+
+
+teacher = fit(
+    FlatTeacher(your_network, teachers=3, epochs=15, lr=0.1, rho=0.02, augment=""),
+    "teachers",
+    max_epochs=-1,
+)
 matching = TrajectoryMatching(
-    str(folder / "teachers"),
+    folder / "teachers/version_0/trajectories",
     your_network,
-    ipc=1,
     syn_steps=20,
     max_start_epoch=8,
-    lr_images=3.0,
+    lr_images=10.0,
     step_size_init=0.1,
     augment="",
-    real=train,
 )
-Trainer(max_steps=200, callbacks=[SyntheticSetWriter(str(folder / "set.safetensors"))], **quiet).fit(matching)
+distilled = fit(matching, "distillation", EvaluateSynthetic(2, networks=2, epochs=100), max_steps=200)
+for synthetic in ("random", str(folder / "distillation/version_0/set.safetensors")):
+    evaluation = SyntheticEvaluation(your_network, networks=3, augment="", lr=0.05)
+    fit(evaluation, "evaluation", synthetic=synthetic, max_epochs=200)
+    for name, accuracy in evaluation.results["accuracy"].items():
+        print(f"trained on 10 images ({name}): {100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %")
 
 # %% [markdown]
-# ## Your module on ten images
-#
-# A set is a dataset of (image, label) pairs, and brings the learning rate that it was learned for.
+# `load_from_checkpoint` gave the modules back, with their networks and images:
 
 # %%
-synthetic = SyntheticSet.load(folder / "set.safetensors")
-
-
-def train_yours(dataset, epochs, lr):
-    torch.manual_seed(0)
-    module = YourModule(lr)
-    trainer = Trainer(max_epochs=epochs, num_sanity_val_steps=0, **quiet)
-    trainer.fit(module, DataLoader(dataset, batch_size=64, shuffle=True))
-    return trainer.test(module, YourData(), verbose=False)[0]["accuracy"]
-
-
-began = TensorDataset(matching.initial_images, synthetic.labels)
-step_size = float(synthetic.step_size)
-print(f"ten synthetic images, lr {step_size:.3f}: {100 * train_yours(synthetic.dataset(), 200, step_size):.1f} %")
-print(f"the ten real ones they began as:  {100 * train_yours(began, 200, step_size):.1f} %")
-print(f"all 1,400 real images:            {100 * train_yours(TensorDataset(*train), 15, 0.05):.1f} %")
+print(teacher.network(torch.zeros(2, 1, 8, 8)).shape)
+print(distilled.synthetic_set().pictures().shape, distilled.synthetic_set().class_names)
 
 # %% [markdown]
 # ## Parts of it
@@ -124,8 +127,10 @@ torch.manual_seed(0)
 net = your_network()
 start = flatten_parameters(net)
 target = start + 0.01 * torch.randn_like(start)
-ten, lr = synthetic.images.clone().requires_grad_(), torch.tensor(0.1, requires_grad=True)
-steps = chunked_permutations(len(ten), 5, make_generator(0))
-loss = trajectory_matching_loss(net, start, target, ten, synthetic.labels, lr, batches=steps)
+synthetic = distilled.synthetic_set()
+images, step_size = synthetic.images.clone().requires_grad_(), torch.tensor(0.1, requires_grad=True)
+batches = chunked_permutations(len(images), 5, make_generator(0))
+loss = trajectory_matching_loss(net, start, target, images, synthetic.labels, step_size, batches=batches)
 loss.backward()
-print(f"loss {float(loss):.3f}, |d loss / d images| {float(ten.grad.norm()):.4f}, d loss / d lr {float(lr.grad):.3f}")
+print(f"loss {float(loss):.3f}, |d loss / d images| {float(images.grad.norm()):.4f}")
+print(f"d loss / d step size {float(step_size.grad):.3f}")

@@ -20,10 +20,10 @@ from lightning.pytorch import Trainer
 from ftd_lightning import DistillationDataModule, FlatTeacher, SyntheticSet, TrajectoryMatching, TrajectoryStore
 from ftd_lightning.callbacks import SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.callbacks.tensorboard import picture_grid
+from ftd_lightning.functional import Augmentation
 from ftd_lightning.models import build_network
 from ftd_lightning.studies.trajectory_error import measure_trajectory_error
-from ftd_lightning.training import train_fresh_networks
-from ftd_lightning.training.evaluation_protocol import accuracy
+from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, accuracy, train_fresh_networks
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
@@ -59,8 +59,8 @@ for key in ("method", "dataset", "network", "augmentation", "teachers", "iterati
 # %% [markdown]
 # ## What networks see, and what people see
 #
-# The networks were trained on whitened images: neighbouring pixels carry no common information any more, which is why
-# the values below look like noise with edges. The set brings the inverse of the whitening, and with it the pictures.
+# The networks were trained on whitened images: neighbouring pixels no longer share information, which is why
+# the values below look like noise with edges. The set contains the inverse of the whitening, and with it the pictures.
 
 # %%
 values = (synthetic.images - synthetic.images.amin()) / (synthetic.images.amax() - synthetic.images.amin())
@@ -87,15 +87,14 @@ others = {
     "ConvNet, no norm": {"width": 16, "depth": 2, "norm": "none"},
     "ConvNet, max pooling": {"width": 16, "depth": 2, "pooling": "max"},
 }
+step_size = float(synthetic.step_size)
+protocol = EvaluationProtocol(epochs=200, lr=step_size, augment=Augmentation("crop_scale_rotate"))
 for name, options in others.items():
     fresh = []
     for seed in range(3):
         torch.manual_seed(seed)
         fresh.append(build_network("convnet", 1, 10, 8, **options))
-    step_size = float(synthetic.step_size)
-    train_fresh_networks(
-        fresh, synthetic.images, synthetic.labels, epochs=200, lr=step_size, strategy="crop_scale_rotate"
-    )
+    train_fresh_networks(fresh, synthetic.images, synthetic.labels, protocol)
     measured = torch.tensor([accuracy(net, *data.test) for net in fresh])
     print(f"{name:24}{100 * measured.mean():.1f} ± {100 * measured.std(correction=0):.1f} %")
 

@@ -69,7 +69,7 @@ def test_a_set_in_about_ten_lines(tmp_path: Path, capsys) -> None:
     found = {word: what.strip() for word, what in rows(text).items()}
     assert found["method"] == "ftd, 12 iterations, 1 skipped"
     assert found["data set"] == "cifar10 (seed 0, val_fraction 0.1)"
-    assert found["images"] == "4 of 3 x 32 x 32, 2 a class; with EMA images"
+    assert found["images"] == "4 of 3 x 32 x 32, 2 per class; with EMA images"
     assert found["values"] == "-2 to 3, as networks see them"
     assert found["classes"] == "2: ant, bee"
     assert found["labels"] == "hard"
@@ -88,7 +88,7 @@ def test_a_whitened_soft_set_that_says_little_of_itself(tmp_path: Path, capsys) 
     SyntheticSet(torch.zeros(3, 1, 8, 8), soft, class_names=["0", "1"], transform=whitening).save(path)
     found = {word: what.strip() for word, what in rows(said(capsys, path)).items()}
     assert found["method"] == "unknown"
-    assert found["images"] == "3 of 1 x 8 x 8, 1 to 2 a class; no EMA images"
+    assert found["images"] == "3 of 1 x 8 x 8, 1 to 2 per class; no EMA images"
     assert found["labels"] == "soft, probabilities"
     assert found["step size"].startswith("none")
     assert found["transform"].startswith("ZCA whitening, eps 0.1")
@@ -135,7 +135,7 @@ def test_one_teacher_and_a_whitening(trajectories: Path, tmp_path: Path, capsys)
     assert rows(text)["teacher"].strip().startswith("number 1, seed ")
     Whitening.fit(torch.rand(40, 1, 4, 4)).save(tmp_path / "zca.safetensors")
     text = said(capsys, tmp_path / "zca.safetensors")
-    assert rows(text)["transform"].strip() == "ZCA whitening, eps 0.1, 16 values an image"
+    assert rows(text)["transform"].strip() == "ZCA whitening, eps 0.1, 16 values per image"
 
 
 def test_what_is_none_of_these_is_refused(tmp_path: Path, capsys) -> None:

@@ -103,6 +103,14 @@ def test_without_held_out_images_nothing_is_chosen(tmp_path: Path) -> None:
     assert not (tmp_path / "best.safetensors").exists()
 
 
+@pytest.mark.parametrize("bar", [True, False])
+def test_its_progress_bar_is_shown_where_the_trainer_shows_one(tmp_path, trajectories, capsys, bar: bool) -> None:
+    measure = EvaluateSynthetic(every_n_epochs=1, networks=1, epochs=1)
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[measure], enable_progress_bar=bar)
+    trainer.fit(small_matching(trajectories, iterations_per_epoch=2), datamodule=small_data())
+    assert ("evaluation of raw images" in capsys.readouterr().err) == bar
+
+
 def test_global_randomness_is_left_alone(tmp_path: Path, trajectories: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

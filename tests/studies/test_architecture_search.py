@@ -3,6 +3,8 @@ import torch
 from fits import small_data
 from scipy.stats import spearmanr
 
+from ftd_lightning.contracts import Images
+from ftd_lightning.functional import Augmentation
 from ftd_lightning.models import ConvNet
 from ftd_lightning.studies.architecture_search import (
     Architecture,
@@ -12,6 +14,7 @@ from ftd_lightning.studies.architecture_search import (
     search_space,
     training_flops,
 )
+from ftd_lightning.training.evaluation_protocol import EvaluationProtocol
 
 
 def test_the_space_is_that_of_table_5() -> None:
@@ -70,24 +73,19 @@ def test_operations_are_three_times_those_of_a_forward_pass() -> None:
 def test_a_measurement_is_a_function_of_its_seed_and_architecture() -> None:
     data = small_data(synthetic="random", ipc=2)
     data.setup()
-    images = data.synthetic_set.images, data.synthetic_set.labels
-    settings = {
-        "networks": 2,
-        "epochs": 20,
-        "lr": 0.05,
-        "augment": "crop",
-        "device": torch.device("cpu"),
-        "side": "proxy",
-    }
+    images = Images(data.synthetic_set.images, data.synthetic_set.labels)
+    protocol = EvaluationProtocol(epochs=20, lr=0.05, augment=Augmentation("crop"))
+    settings = {"networks": 2, "device": torch.device("cpu"), "side": "proxy"}
 
     def measure(one: Architecture, seed: int) -> dict:
-        found = measure_architecture(one, data, images, seed=seed, **settings)
+        found = measure_architecture(one, data, images, protocol, seed=seed, **settings)
         return {key: value for key, value in found.items() if key != "seconds"}
 
     one = Architecture(1, 8, "relu", "instance", "avg")
     first = measure(one, 0)
     assert first == measure(one, 0)
     assert first != measure(one, 1)
-    assert measure_architecture(one, data, images, seed=0, **{**settings, "side": "real"})["mean"] != first["mean"]
+    other = measure_architecture(one, data, images, protocol, seed=0, **{**settings, "side": "real"})
+    assert other["mean"] != first["mean"]
     assert first["n"] == 2
     assert first["mean"] > 0.2, "it has learned something"

@@ -152,7 +152,7 @@ def test_batchnorm_takes_the_statistics_of_the_batch_and_keeps_its_own(data) -> 
     weights, images = flatten_parameters(network), Images(*data.train)
     loss = mean_loss(network, weights, images, batch_size=len(images.labels))
     assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
-    assert loss == pytest.approx(float(cross_entropy(network(images.pictures), images.labels).detach()), rel=1e-5)
+    assert loss == pytest.approx(float(cross_entropy(network(images.images), images.labels).detach()), rel=1e-5)
 
 
 def test_the_loss_is_the_mean_whatever_the_batch_size(data, network) -> None:
@@ -185,6 +185,6 @@ def test_what_does_not_fit_is_told_in_one_line(synthetic, trajectories: Path, da
     with refused("its teachers have network", "'width': 8"):
         measured(synthetic, trajectories, data, network)
     del synthetic.metadata["network"], synthetic.metadata["settings"]
-    with refused("does not say its syn_steps", "--syn-steps"):
+    with refused("does not record its syn_steps", "--syn-steps"):
         measured(synthetic, trajectories, data, network)
     assert measured(synthetic, trajectories, data, network, syn_steps=1, expert_epochs=4)[0].epochs == [4]
