@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional import flatten_parameters, make_generator, seeded
-from ftd_lightning.models import NETWORKS, ConvNet, build_network, reset_parameters
+from ftd_lightning.functional import make_generator, seeded
+from ftd_lightning.models import NETWORKS, ConvNet, build_network
 from ftd_lightning.models.convnet import Activation, Norm, Pooling
 
 
@@ -172,33 +172,3 @@ def test_options_that_the_network_does_not_take_are_refused(name):
 
 def test_input_errors_are_value_errors():
     assert issubclass(InputError, ValueError)
-
-
-def test_reset_parameters_draws_what_building_draws():
-    """From the same seed a network reset is the network built, running statistics included."""
-    with seeded(3):
-        built = ConvNet(3, 10, 8, width=4, depth=2, norm="batch")
-    used = ConvNet(3, 10, 8, width=4, depth=2, norm="batch")
-    used(pictures(4, 8))
-    before = flatten_parameters(used)
-    with seeded(3):
-        reset_parameters(used)
-    assert not flatten_parameters(used).equal(before)
-    assert all(value.equal(built.state_dict()[name]) for name, value in used.state_dict().items())
-
-
-class Scale(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, images):
-        return self.scale * images
-
-
-def test_reset_parameters_refuses_weights_that_cannot_be_drawn_again():
-    with pytest.raises(InputError, match=r"its part '1' \(Scale\) has no reset_parameters\(\)"):
-        reset_parameters(nn.Sequential(nn.Linear(2, 2), Scale()))
-    with pytest.raises(InputError, match=r"Scale cannot be initialised again: its part 'itself' \(Scale\)"):
-        reset_parameters(Scale())
-    reset_parameters(nn.Sequential(nn.ReLU(), nn.Flatten()))  # nothing to draw, nothing to refuse
