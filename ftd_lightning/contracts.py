@@ -2,7 +2,7 @@
 
 A data source is whatever implements the methods of :class:`DataSource`; ``DistillationDataModule`` is one, and
 ``DistillationDataModule.from_datamodule`` makes one of any LightningDataModule. The reverse direction is a single
-question: a data source asks the module that is being fitted whether it brings its own batches
+question: a data source asks the module that is being fitted whether it has its own batches
 (:class:`BringsBatches`), and otherwise how to deal the images out (:class:`PlansBatches`).
 
 Convention: *images* are what networks see, standardised or whitened, of no fixed range; *pictures* are uint8 or float32
@@ -139,7 +139,7 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class BringsBatches(Protocol):
-    """A module that brings its own training batches, as a distillation does."""
+    """A module that has its own training batches, as a distillation does."""
 
     def iteration_loader(self) -> Iterable[Any]:
         """Return the training loader; it is sized and has ``state_dict`` and ``load_state_dict``."""

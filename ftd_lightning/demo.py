@@ -1,7 +1,7 @@
 """The whole job on the embedded digits: ``python -m ftd_lightning.demo``, or ``make demo``.
 
 Every step is an ordinary ``ftd fit`` that anyone can type; this runs them in a row, and says what they gave. A step
-that was interrupted goes on from its last checkpoint, one that is done is not done again.
+that was interrupted resumes from its last checkpoint, a finished one is not repeated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``ftd export``: a synthetic set as PNGs in class folders, with metadata and a card, for the eye and other tools."""
+"""``ftd export``: a synthetic set as PNGs in class folders, with metadata and a card, for people and other tools."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class FitProgress(ProgressBar):
-    """Counts batches from the first to the last of the fit, where Lightning's bars begin anew with every epoch.
+    """Counts batches from the first to the last of the fit, where Lightning's bars restart with every epoch.
 
     Teachers have thousands of short epochs: what one wants to know is when all of them are done.
 
@@ -59,7 +59,7 @@ class FitProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move on by one; refresh the words only when the bar is drawn, because metrics cost a wait for the device."""
+        """Move on by one; refresh the text only when the bar is drawn, because metrics cost a wait for the device."""
         if self._bar is not None and self._bar.update():
             if isinstance(pl_module, ReportsProgress):
                 self._bar.set_description_str(pl_module.progress_label(), refresh=False)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def picture_grid(pictures: Tensor, labels: Tensor, *, per_class: int = 10, smallest: int = 32) -> Tensor:
-    """Lay pictures out, one column a class, in real colours.
+    """Lay pictures out, one column per class, in real colours.
 
     Args:
         pictures: (N, C, H, W) in [0, 1].

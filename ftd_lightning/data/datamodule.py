@@ -52,7 +52,7 @@ class NoLoaders(CombinedLoader):
 class DistillationDataModule(ImageDataModule):
     """Images of one data set, transformed and held as tensors on the training device.
 
-    What it trains on depends on the module that is fitted: one that brings its own batches (a distillation) gets those;
+    What it trains on depends on the module that is fitted: one that has its own batches (a distillation) gets those;
     with ``synthetic`` given, others get its images, else the real training images. It is a ``contracts.DataSource``.
 
     Args:

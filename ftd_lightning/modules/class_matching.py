@@ -73,7 +73,7 @@ class ClassMatching(Distillation):
     def iteration_loader(self) -> IterationCounter:
         """Make a loader of bare iterations: real images are drawn here, class by class."""
         loader = IterationCounter(self.hparams["iterations_per_epoch"])
-        loader.load_state_dict({"iteration": self.step})  # loaders may be made anew in every epoch
+        loader.load_state_dict({"iteration": self.step})  # loaders may be built again in every epoch
         return loader
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

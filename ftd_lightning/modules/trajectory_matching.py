@@ -174,7 +174,7 @@ class TrajectoryMatching(Distillation):
             rank=self.global_rank,
             segments=self.hparams["segments_per_step"],
         )
-        loader.load_state_dict({"iteration": self.step})  # loaders may be made anew in every epoch
+        loader.load_state_dict({"iteration": self.step})  # loaders may be built again in every epoch
         return loader
 
     def configure_optimizers(self) -> torch.optim.SGD:

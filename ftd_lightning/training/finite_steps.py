@@ -66,7 +66,7 @@ class FiniteSteps:
         self.in_a_row = (self.in_a_row.to(skip.device) + 1) * skip
 
     def state(self) -> tuple[int, int]:
-        """Give both counts, for a checkpoint."""
+        """Return both counts, for a checkpoint."""
         return int(self.skipped), int(self.in_a_row)
 
     def load(self, state: tuple[int, int]) -> None:

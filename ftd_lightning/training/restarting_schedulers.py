@@ -1,4 +1,4 @@
-"""Learning-rate schedulers that begin anew with every teacher."""
+"""Learning-rate schedulers that restart with every teacher."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RestartingSchedulers:
             scheduler.step()
 
     def state(self) -> list[dict[str, Any]] | None:
-        """Return the beginning, for a checkpoint."""
+        """Return the initial states, for a checkpoint."""
         return self._beginning
 
     def load(self, state: list[dict[str, Any]] | None) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import flatten_parameters, make_generator, seeded, trajectory_matching_loss
-from ftd_lightning.models import NETWORKS, VGG11, AlexNet, ResNet18, build_network, reset_parameters
+from ftd_lightning.models import NETWORKS, VGG11, AlexNet, ResNet18, build_network
 from ftd_lightning.models.layers import Norm
 
 RESNETS = ["resnet18", "resnet18_ap"]
@@ -255,24 +255,6 @@ def test_adjoint_equals_the_full_graph(name):
     for adjoint, graph in zip(*results, strict=True):
         assert graph.norm() > 0
         assert (adjoint - graph).norm() < 1e-10 * graph.norm()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_reset_parameters_draws_all_weights_as_building_does(name):
-    built = network_of(name, norm="batch")
-    used = network_of(name, norm="batch")
-    with torch.no_grad():
-        for p in used.parameters():
-            p.fill_(3.0)
-    used(pictures(2, 32))
-    with seeded(0, name):
-        reset_parameters(used)
-    assert all(value.equal(built.state_dict()[key]) for key, value in used.state_dict().items())
-    with seeded(1, name):
-        reset_parameters(used)
-    moved = {key for key, p in used.named_parameters() if not p.equal(built.get_parameter(key))}
-    norms = {key for key, module in used.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    assert moved == {key for key, _ in used.named_parameters() if key.rpartition(".")[0] not in norms}
 
 
 @pytest.mark.parametrize("name", NAMES)
