@@ -1,6 +1,7 @@
 """A fit that was stopped anywhere and resumed in a plain Trainer ends with the bits of one that was never stopped."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from fits import SMALL, make_trainer, record, small_data, small_matching
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ftd_lightning import FlatTeacher, SyntheticEvaluation, SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA
@@ -43,6 +45,20 @@ class Kill(Callback):
 
     def on_validation_end(self, *args) -> None:
         self._hit("validated")
+
+
+class Stop(Callback):
+    """Stops after the n-th batch, as the timer of ``max_time`` does or as the system asks for by SIGTERM."""
+
+    def __init__(self, by: str, count: int) -> None:
+        self.by, self.left = by, count
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self.left -= 1
+        if self.left == 0 and self.by == "max_time":
+            trainer.should_stop = True
+        elif self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def checkpointing(folder: Path, rhythm) -> ModelCheckpoint:
@@ -122,6 +138,11 @@ def check(case: Case, folder: Path, stops: list[tuple]) -> None:
         place = folder / str(number)
         if hook == "max_steps":
             case.run(place, rhythm, max_steps=count)
+        elif hook == "max_time":
+            case.run(place, rhythm, Stop(hook, count))
+        elif hook == "SIGTERM":
+            with pytest.raises(SIGTERMException):
+                case.run(place, rhythm, Stop(hook, count))
         else:
             with pytest.raises(KilledError):
                 case.run(place, rhythm, Kill(hook, count))
@@ -147,6 +168,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_few_stops(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
     stops = [*FEW, (2, "max_steps", 7), ("end", "max_steps", 8)]
+    stops += [(3, "max_time", 7), ("end", "max_time", 8), (2, "SIGTERM", 7)]
     if name in ("teachers", "evaluation"):
         stops += [(1, "validation", 2), ("validated", "validated", 2), ("validated", "batch", 7)]
     check(cases[name], tmp_path, stops)
@@ -161,4 +183,5 @@ def test_every_step(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
     stops = [(rhythm, "batch", n) for rhythm in (1, 2, 3, 7, "end") for n in range(2, length)]
     stops += [(rhythm, "epoch end", n) for rhythm in (1, 2, 3, "end") for n in (1, 2, 3)]
     stops += [(rhythm, "max_steps", n) for rhythm in (1, 2, 3, "end") for n in (1, 3, 5, 7, 10)]
+    stops += [(rhythm, "max_time", n) for rhythm in (1, 2, "end") for n in (3, 5, 7)]
     check(cases[name], tmp_path, stops)

@@ -65,3 +65,12 @@ def test_the_run_s_own_error_is_the_one_that_comes_out(tmp_path: Path, trajector
     with pytest.raises(RuntimeError, match="the real reason"), pytest.warns(UserWarning, match="not written"):
         distil(tmp_path, trajectories, callbacks=[Break(), writer])
     assert not writer.path.exists()
+
+
+def test_a_set_of_other_settings_is_not_overwritten(tmp_path: Path, trajectories: Path, refused) -> None:
+    distil(tmp_path, trajectories, steps=1, callbacks=[SyntheticSetWriter()])
+    before = (tmp_path / "set.safetensors").read_bytes()
+    with refused("set.safetensors", "syn_steps", "name another folder"):
+        distil(tmp_path, trajectories, steps=1, callbacks=[SyntheticSetWriter()], syn_steps=2)
+    assert (tmp_path / "set.safetensors").read_bytes() == before
+    distil(tmp_path, trajectories, steps=1, callbacks=[SyntheticSetWriter()], compile=False)  # decides no number

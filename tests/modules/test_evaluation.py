@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from fits import SMALL, make_trainer, small_data
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
@@ -128,6 +128,57 @@ def test_other_iterates_are_reported_under_their_own_names(tmp_path: Path) -> No
     table = (tmp_path / "evaluation.md").read_text().splitlines()
     assert table[0].startswith("| set | network | networks | last iterate | chosen on held-out images | best on test")
     assert table[2].startswith("| random | convnet | 2 | ")
+
+
+def test_held_out_images_that_the_set_has_seen_are_labelled(tmp_path: Path) -> None:
+    data = small_data(val_fraction=0.0)
+    data.setup()
+    seen = SyntheticSet(
+        *images_and_labels(),
+        torch.tensor(0.1),
+        class_names=data.class_names,
+        transform=data.transform,
+        metadata={"method": "mtt", **data.describe()},
+    )
+    seen.save(tmp_path / "seen.safetensors")
+    for synthetic, label in ((str(tmp_path / "seen.safetensors"), True), ("random", False)):
+        module, data = SyntheticEvaluation(network_options=SMALL, networks=1), small_data(synthetic=synthetic)
+        trainer = make_trainer(tmp_path, max_epochs=2, check_val_every_n_epoch=1)
+        trainer.fit(module, datamodule=data)
+        trainer.test(module, datamodule=data, verbose=False)
+        assert ("held_out_seen" in module.results) == label
+        assert ("(seen by the set)" in (tmp_path / "evaluation.md").read_text()) == label
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 4}, {"max_epochs": -1, "max_steps": 8}])
+def test_the_learning_rate_drops_at_half_of_the_fit_however_it_is_limited(tmp_path: Path, limits) -> None:
+    rates = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *args) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = SyntheticEvaluation(network_options=SMALL, networks=1, lr=0.5)
+    data = small_data(synthetic="random", ipc=2, batch_size=10)
+    make_trainer(tmp_path, callbacks=[Watch()], **limits).fit(module, datamodule=data)
+    assert rates == pytest.approx([0.5] * 4 + [0.05] * 4)
+
+
+def test_an_extended_fit_drops_its_rate_at_half_of_the_whole(tmp_path: Path) -> None:
+    def run(epochs: int, **options) -> SyntheticEvaluation:
+        module = SyntheticEvaluation(network_options=SMALL, networks=1, lr=0.05)
+        trainer = make_trainer(tmp_path, max_epochs=epochs)
+        trainer.fit(module, datamodule=small_data(synthetic="random"), **options)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module
+
+    run(2)
+    run(8, ckpt_path=str(tmp_path / "2.ckpt"))
+    state = torch.load(tmp_path / "8.ckpt", weights_only=True)
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.005)
+    run(3, ckpt_path=str(tmp_path / "2.ckpt"))
+    state = torch.load(tmp_path / "3.ckpt", weights_only=True)
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.005)
 
 
 def test_networks_are_fresh_and_each_has_its_own_seed(tmp_path: Path) -> None:
