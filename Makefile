@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# A file's tests share what is costly to make, so a worker takes whole files.
+WORKERS ?= --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check bench reproduce results notebooks clean
+.PHONY: help setup demo test test-fast lint types check bench reproduce results notebooks clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.ready: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -20,8 +22,11 @@ setup: $(VENV)/.ready  ## make .venv and install everything into it
 demo: setup  ## distil the embedded digits: teachers, distillation, evaluation, a table and a picture
 	$(BIN)/python -m ftd_lightning.demo
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest
+test: setup  ## run all tests
+	$(BIN)/python -m pytest $(WORKERS)
+
+test-fast: setup  ## run the tests that take no more than seconds each
+	$(BIN)/python -m pytest $(WORKERS) -m 'not slow'
 
 lint: setup  ## check style and form
 	$(BIN)/ruff check .

@@ -17,6 +17,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"
 
 
+@pytest.fixture(autouse=True)
+def default_precision():
+    """Undo what the ``ftd`` command sets for its process: files record it."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def refused():
     """Give ``refused(*parts)``: a block has to raise an InputError of one line in which every part occurs."""

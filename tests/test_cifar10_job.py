@@ -17,6 +17,8 @@ from ftd_lightning import (
 from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.data.images import unit_range
 
+pytestmark = pytest.mark.slow  # all of CIFAR-10 is unpacked and whitened
+
 
 @pytest.fixture(scope="module")
 def job(cifar_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

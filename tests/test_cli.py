@@ -218,6 +218,7 @@ def test_any_value_can_be_overridden(here: Path, merged) -> None:
     assert len(shown["trainer"]["callbacks"]) == 7
 
 
+@pytest.mark.slow
 def test_the_three_steps(here: Path) -> None:
     """Teachers, distillation, evaluation: three ordinary fits, joined by two artefacts on disk."""
     fit("digits/teacher_ftd.yaml", *TEACHERS)

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from fits import make_trainer, record, small_data, small_matching
 
 from ftd_lightning import SyntheticSet
 from ftd_lightning.callbacks import SyntheticEMA
+
+pytestmark = pytest.mark.slow  # processes
 
 RUN = """
 import sys

@@ -17,6 +17,8 @@ from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA
 from ftd_lightning.errors import InputError
 from ftd_lightning.models import ConvNet
 
+pytestmark = pytest.mark.slow  # processes
+
 RUN = """
 import sys
 sys.path.insert(0, {tests!r})

@@ -18,6 +18,8 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.functional import gsam_direction, gsam_perturbation, load_flat
 from ftd_lightning.models import ConvNet
 
+pytestmark = pytest.mark.slow  # processes
+
 THREE = {"teachers": 3, "epochs": 3, "rho": 0.1, "momentum": 0.9, "augment": "crop_scale"}
 FOUR = {**THREE, "teachers": 4}
 

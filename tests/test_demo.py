@@ -12,6 +12,8 @@ from PIL import Image
 from ftd_lightning import demo, lightning_cli
 from ftd_lightning.errors import InputError
 
+pytestmark = pytest.mark.slow  # fits as commands run them
+
 SHORT = {
     "teacher_mtt": ["--model.teachers=2", "--model.epochs=3"],
     "teacher_ftd": ["--model.teachers=2", "--model.epochs=3"],

@@ -13,6 +13,7 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 @pytest.mark.filterwarnings(
     "ignore"
 )  # of the progress and loggers of whoever copies it, which are Lightning's defaults
+@pytest.mark.slow
 def test_plugging_into_other_lightning_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code = re.search(r"<!-- test: plug-in -->\n```python\n(.*?)```", README, re.DOTALL).group(1)

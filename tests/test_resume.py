@@ -8,7 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from fits import record
+
+pytestmark = pytest.mark.slow  # commands that are killed and run again
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "digits"
 RUN = "from ftd_lightning.cli import main; main()"

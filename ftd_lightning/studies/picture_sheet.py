@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def set_picture(synthetic: SyntheticSet, *, ema: bool = False) -> Image.Image:
-    """Lay a set's images out, one column per class, ten images of each at most, enlarged to 64 px where they are smaller.
+    """Lay a set's images out, one column per class, at most ten images of each, enlarged to 64 px if they are smaller.
 
     Raises:
         InputError: if averaged images are asked for and there are none.

@@ -20,6 +20,7 @@ def plain(value: Any) -> Any:
     config, a tuple a list.
 
     Example:
+        >>> from ftd_lightning.functional import Augmentation
         >>> plain((1, 2)), plain(Augmentation("flip"))["strategy"]
         ([1, 2], 'flip')
     """

@@ -56,6 +56,7 @@ def test_metadata_cannot_change_the_kind_of_a_file(tmp_path):
     assert TensorFile(tmp_path / "f", kind="thing").metadata["format"] == 1
 
 
+@pytest.mark.slow
 def test_equal_contents_are_equal_bytes_whatever_the_order_of_keys_or_the_process(tmp_path):
     paths = [tmp_path / name for name in "abc"]
     write_tensors(paths[0], some_tensors(), kind="thing", metadata=METADATA)
@@ -249,6 +250,7 @@ def test_threads_that_write_one_file_at_the_same_time_do_not_disturb_each_other(
     assert os.listdir(tmp_path) == ["f"]
 
 
+@pytest.mark.slow
 def test_processes_that_write_one_file_at_the_same_time_do_not_disturb_each_other(tmp_path):
     path, context = tmp_path / "f", multiprocessing.get_context("spawn")
     writers = [context.Process(target=write_numbers, args=(path, writer, 60)) for writer in range(2)]
@@ -338,6 +340,7 @@ else:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and fork are there on Unix only")
+@pytest.mark.slow
 def test_kill_in_the_middle_of_a_write_leaves_a_whole_file_and_nothing_that_piles_up(tmp_path):
     command = [sys.executable, "-c", KILLED_WRITERS, tmp_path / "weights.safetensors", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -211,6 +211,7 @@ def test_file_is_plain_safetensors(full, whitening, tmp_path):
     assert header["network"] == METADATA["network"]
 
 
+@pytest.mark.slow
 def test_loading_unpickles_nothing(full, tmp_path):
     full.save(tmp_path / "set.safetensors")
     program = (

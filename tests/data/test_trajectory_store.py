@@ -293,6 +293,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+@pytest.mark.slow
 def test_memory_for_a_teacher_does_not_grow_with_its_epochs(tmp_path):
     # Without the setting, glibc keeps some freed tensors, which then count.
     done = subprocess.run(
@@ -333,6 +334,7 @@ print(json.dumps({"growth": peak - before, "fds": handles()[0] - fds, "mapped": 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_memory_and_open_files_do_not_grow_with_the_teachers(tmp_path):
     for teacher in range(30):
         write_teacher(tmp_path, teacher, snapshots(teacher, epochs=10, parameters=80_000), SHARED)

@@ -238,6 +238,7 @@ def test_pooling_variant_by_option_is_the_one_by_name():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_adjoint_equals_the_full_graph(name):
     with seeded(0, "problem"):
         network = build_network(name, 3, 3, 32).double()

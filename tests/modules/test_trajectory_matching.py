@@ -198,6 +198,7 @@ def test_batchnorm_teachers_can_be_matched(tmp_path: Path) -> None:
     assert torch.isfinite(distil(tmp_path, record(tmp_path, **options), steps=3).images).all()
 
 
+@pytest.mark.slow
 def test_a_compiled_fit_learns_the_same_and_says_how_long_compiling_took(tmp_path, trajectories, caplog) -> None:
     eager = distil(tmp_path, trajectories, steps=3, augment="crop_scale")
     with caplog.at_level("INFO"):

@@ -64,6 +64,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, monkeypatch, capsys) -> None:
     commands, start = [], subprocess.Popen
 

@@ -58,6 +58,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, capsys) -> None:
     commands = []
     start = subprocess.Popen
@@ -149,6 +150,7 @@ def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, ca
     assert row[-1] == "-"
 
 
+@pytest.mark.slow
 def test_runs_that_want_the_same_teachers_share_them(here: Path) -> None:
     plain, fewer, iterations = planned(), planned(teachers=3), planned(iterations=7)
     assert plain.teacher_folder == fewer.teacher_folder == iterations.teacher_folder == Path("runs/digits/teacher_ftd")
@@ -192,6 +194,7 @@ def test_teachers_of_other_settings_and_changed_configs_are_refused(here: Path, 
         job.check_settings()
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_process_at_a_time_and_a_failed_fit_is_named(here: Path, refused) -> None:
     step = FitStep("a step", Path("nowhere.yaml"), here / "run", (), lambda: True, 1)
     with refused("a step", "exit code 2"):
