@@ -17,6 +17,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"
 
 
+def pytest_collection_modifyitems(items):
+    """Mark what waits for real images to be unpacked as slow."""
+    for item in items:
+        if {"cifar_root", "tiny_root", "imagenet_root"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def default_precision():
     """Undo what the ``ftd`` command sets for its process: files record it."""

@@ -17,8 +17,6 @@ from ftd_lightning import (
 from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.data.images import unit_range
 
-pytestmark = pytest.mark.slow  # all of CIFAR-10 is unpacked and whitened
-
 
 @pytest.fixture(scope="module")
 def job(cifar_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -6,8 +6,6 @@ import torch
 
 from ftd_lightning.data import DistillationDataModule, get_dataset
 
-pytestmark = pytest.mark.slow  # all of CIFAR-10 is unpacked
-
 
 @pytest.fixture(scope="module")
 def data(cifar_root):

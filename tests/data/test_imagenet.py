@@ -147,7 +147,6 @@ def test_descriptions_contain_the_fingerprint_of_the_images(imagenet_root, tmp_p
     assert ready(imagenet_root, cache_dir=str(tmp_path)).describe() == data.describe()
 
 
-@pytest.mark.slow
 def test_teachers_distillation_and_evaluation(imagenet_root, tmp_path, run_phases):
     store, synthetic, accuracies = run_phases(tmp_path, 5, dataset="imagenette", root=str(imagenet_root))
     assert store.metadata["network"]["image_size"] == 128
