@@ -110,7 +110,7 @@ class Reproduction:
         store, settings = TrajectoryStore(self.teacher_folder / "trajectories"), self.settings["teacher"]["model"]
         wanted = settings["init_args"]
         keys = ("rho", "alpha", "adaptive", "lr", "momentum", "weight_decay")
-        pairs = {"epochs": (store.epochs, wanted["epochs"])}
+        pairs: dict[str, tuple[Any, Any]] = {"epochs": (store.epochs, wanted["epochs"])}
         pairs |= {key: (store.metadata.get(key), wanted[key]) for key in keys}
         pairs["seed"] = (store.teacher_metadata(0).get("seed"), derive_seed(wanted["seed"], "teacher", 0))
         network = store.metadata.get("network", {})
