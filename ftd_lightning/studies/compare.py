@@ -46,7 +46,7 @@ def advance(job: Comparison, rows: Sequence[Row], time_slice: TimeSlice) -> tupl
                         continue
                     return failures, False
                 except FitError as error:
-                    failed[step.folder] = f"{step.title}: {error.last_words}" if error.last_words else str(error)
+                    failed[step.folder] = f"{step.title}: {error.last_line}" if error.last_line else str(error)
                 except InputError as error:
                     failed[step.folder] = str(error)
             failures[row.name] = failed[step.folder]

@@ -11,15 +11,15 @@ from ftd_lightning.data.coresets import BASELINES
 from ftd_lightning.errors import InputError
 
 KEYS = {
-    *("title", "dataset", "ipc", "run", "fits", "threads", "words"),
+    *("title", "dataset", "ipc", "run", "fits", "threads", "arguments"),
     *("teachers", "evaluate", "networks", "rows", "plot"),
 }
 ROW_KEYS = {
     *("label", "synthetic", "distill", "set", "teachers", "ema", "x", "reference"),
-    *("distill_words", "evaluate", "evaluate_words"),
+    *("distill_arguments", "evaluate", "evaluate_arguments"),
 }
 SOURCES = ("synthetic", "distill", "set")
-TEACHER_KEYS = {"config", "words", "store"}
+TEACHER_KEYS = {"config", "arguments", "store"}
 BY_FEATURES = ("herding", "k-center")
 MAPPINGS = ("rows", "networks", "teachers")
 

@@ -20,7 +20,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.lightning_cli import with_bases
 from ftd_lightning.studies.comparison_checks import check
 from ftd_lightning.studies.fit_steps import FitStep
-from ftd_lightning.studies.resolved_configs import NO_SETTING, PHASES, words_by_phase
+from ftd_lightning.studies.resolved_configs import NO_SETTING, PHASES, arguments_by_phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,17 +29,17 @@ PEAK_MEMORY = "--trainer.callbacks+=ftd_lightning.callbacks.peak_memory.PeakMemo
 COUNTS = ("teachers", "max_steps", "max_epochs", "trajectories", "synthetic", "ema")  # these do decide numbers here
 
 
-def as_words(given: Iterable[Any] | None) -> tuple[str, ...]:
-    """Write what YAML read as the words of a command.
+def as_arguments(given: Iterable[Any] | None) -> tuple[str, ...]:
+    """Write what YAML read as the arguments of a command.
 
     Example:
-        >>> as_words(["--data.zca", True, "--model.rho", 0.005, "--model.augment", ""])
+        >>> as_arguments(["--data.zca", True, "--model.rho", 0.005, "--model.augment", ""])
         ('--data.zca', 'true', '--model.rho', '0.005', '--model.augment', '')
     """
-    return tuple(word if isinstance(word, str) else json.dumps(word) for word in given or ())
+    return tuple(argument if isinstance(argument, str) else json.dumps(argument) for argument in given or ())
 
 
-def deciding(words: Sequence[str]) -> list[list[str]]:
+def deciding(arguments: Sequence[str]) -> list[list[str]]:
     """Pair settings with their values, without those that decide no number: where files lie, what computes.
 
     Example:
@@ -48,11 +48,11 @@ def deciding(words: Sequence[str]) -> list[list[str]]:
     """
     without = {f"--{part}.{key}" for part, keys in NO_SETTING.items() for key in keys if key not in COUNTS}
     pairs: list[list[str]] = []
-    for word in words:
-        if word.startswith("--"):
-            pairs.append(word.split("=", 1))
+    for argument in arguments:
+        if argument.startswith("--"):
+            pairs.append(argument.split("=", 1))
         elif pairs:
-            pairs[-1].append(word)
+            pairs[-1].append(argument)
     return [pair for pair in pairs if pair[0] not in without]
 
 
@@ -66,9 +66,11 @@ def contents(config: Path) -> list[dict[str, Any]]:
         there = ", ".join(sorted(path.name for path in config.parent.glob("*.yaml"))) or "no configs there"
         raise InputError(f"{config}: no such config; there are {there}")
     parts = []
-    for word in with_bases(["--config", str(config)]):
-        if word != "--config":
-            part = yaml.safe_load(Path(word).read_text() if "\n" not in word and Path(word).is_file() else word)
+    for argument in with_bases(["--config", str(config)]):
+        if argument != "--config":
+            part = yaml.safe_load(
+                Path(argument).read_text() if "\n" not in argument and Path(argument).is_file() else argument
+            )
             if not isinstance(part, dict):
                 raise InputError(f"{config}: is no config of a fit")
             part.get("trainer", {}).pop("logger", None)
@@ -76,9 +78,9 @@ def contents(config: Path) -> list[dict[str, Any]]:
     return parts
 
 
-def name_of(config: Path, words: Sequence[str], *depends: str) -> str:
+def name_of(config: Path, arguments: Sequence[str], *depends: str) -> str:
     """Name a fit's folder: its config, and a hash of its settings and of what it starts from."""
-    text = json.dumps([contents(config), deciding(words), depends], sort_keys=True, default=str)
+    text = json.dumps([contents(config), deciding(arguments), depends], sort_keys=True, default=str)
     return f"{config.stem}_{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
@@ -104,12 +106,12 @@ class Row:
 
 @dataclass
 class Comparison:
-    """A YAML file, and the words that a command adds to it."""
+    """A YAML file, and the arguments that a command adds to it."""
 
     file: Path
     given: dict[str, Any]
     rows: dict[str, Row]
-    words: dict[str, list[str]]  # a phase
+    arguments: dict[str, list[str]]  # a phase
 
     @property
     def folder(self) -> Path:
@@ -123,8 +125,10 @@ class Comparison:
 
     @property
     def networks(self) -> dict[str, tuple[str, ...]]:
-        """Words of each network that sets are evaluated on; one without a name and words by default."""
-        return {str(name): as_words(words) for name, words in (self.given.get("networks") or {"": []}).items()}
+        """Arguments of each network that sets are evaluated on; one without a name and arguments by default."""
+        return {
+            str(name): as_arguments(arguments) for name, arguments in (self.given.get("networks") or {"": []}).items()
+        }
 
     def config(self, name: str) -> Path:
         """Find a config, which is named relative to the comparison's file."""
@@ -141,14 +145,14 @@ class Comparison:
         if "store" in entry:
             return None
         config = self.config(entry["config"])
-        words = (*as_words(entry.get("words")), *self.words["teacher"])
-        folder = self.fits / name_of(config, words)
+        arguments = (*as_arguments(entry.get("arguments")), *self.arguments["teacher"])
+        folder = self.fits / name_of(config, arguments)
 
         def finished() -> bool:
             count = _saved(folder).get("model", {}).get("init_args", {}).get("teachers", 0)
             return count > 0 and all(teacher_file(folder / "trajectories", i).is_file() for i in range(count))
 
-        return FitStep(f"teachers {name}", config, folder, words, finished, 1)
+        return FitStep(f"teachers {name}", config, folder, arguments, finished, 1)
 
     def store(self, row: Row) -> tuple[Path, str] | None:
         """Say where a row's teachers lie, and what names them for good; None where it has none."""
@@ -166,8 +170,8 @@ class Comparison:
         if "distill" not in row.given:
             return None
         config, store = self.config(row.given["distill"]), self.store(row)
-        words = (*as_words(row.given.get("distill_words")), *self.words["distill"])
-        folder = self.fits / name_of(config, words, *([store[1]] if store else []))
+        arguments = (*as_arguments(row.given.get("distill_arguments")), *self.arguments["distill"])
+        folder = self.fits / name_of(config, arguments, *([store[1]] if store else []))
         file = folder / "set.safetensors"
 
         def finished() -> bool:
@@ -182,7 +186,7 @@ class Comparison:
             return made.get("rounds", 0) >= rounds or 0 <= steps <= made["iterations"]
 
         further = ["--model.trajectories", str(store[0])] if store else []
-        return FitStep(f"{row.name}: distillation", config, folder, (*words, *further, PEAK_MEMORY), finished, 1)
+        return FitStep(f"{row.name}: distillation", config, folder, (*arguments, *further, PEAK_MEMORY), finished, 1)
 
     def set_file(self, row: Row) -> Path | None:
         """Say where a row's set lies; None for real images."""
@@ -195,8 +199,8 @@ class Comparison:
         """Give an evaluation of a row."""
         config = self.config(row.given.get("evaluate", self.given["evaluate"]))
         ema = str(bool(row.given.get("ema", False))).lower()
-        words = ("--data.dataset", str(self.given["dataset"]), "--data.ema", ema, *self.networks[network])
-        words += (*as_words(row.given.get("evaluate_words")), *self.words["evaluate"])
+        arguments = ("--data.dataset", str(self.given["dataset"]), "--data.ema", ema, *self.networks[network])
+        arguments += (*as_arguments(row.given.get("evaluate_arguments")), *self.arguments["evaluate"])
         distill, file = self.distill_step(row), self.set_file(row)
         source = ["--data.synthetic", str(file or row.given["synthetic"])]
         if file is None:
@@ -209,9 +213,9 @@ class Comparison:
             depends = [distill.folder.name]
         else:
             depends = [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()]
-        folder = self.fits / name_of(config, words, *depends)
+        folder = self.fits / name_of(config, arguments, *depends)
         title = f"{row.name}: evaluation{f' on {network}' if network else ''}"
-        return FitStep(title, config, folder, (*words, *source), (folder / "evaluation.json").is_file, 1)
+        return FitStep(title, config, folder, (*arguments, *source), (folder / "evaluation.json").is_file, 1)
 
     def steps(self, row: Row) -> list[FitStep]:
         """Give the fits of a row in the order in which they are done."""
@@ -226,7 +230,7 @@ def load(file: Path, further: Sequence[str] = (), only: Sequence[str] = ()) -> C
 
     Args:
         file: the YAML file.
-        further: words of the command for fits, those of one phase with --teacher., --distill. or --evaluate. in front.
+        further: arguments for the fits; those of one phase begin with --teacher., --distill. or --evaluate.
         only: names of the rows that are to be run, whose configs have to be there; all by default.
 
     Raises:
@@ -243,7 +247,7 @@ def load(file: Path, further: Sequence[str] = (), only: Sequence[str] = ()) -> C
     unknown = [name for name in only if name not in rows]
     if unknown:
         raise InputError(f"{file}: has no row {', '.join(unknown)}; there are {', '.join(rows)}")
-    own, added = words_by_phase(as_words(given.get("words"))), words_by_phase(further)
+    own, added = arguments_by_phase(as_arguments(given.get("arguments"))), arguments_by_phase(further)
     job = Comparison(file, given, rows, {phase: [*own[phase], *added[phase]] for phase in PHASES})
     for name in only or rows:
         job.steps(rows[name])  # reads every config

@@ -34,13 +34,13 @@ class FitError(InputError):
     """A fit of a job that failed.
 
     Args:
-        message: for people who see the fit's own words above it.
-        last_words: the last line that the fit wrote to standard error, where it was listened to.
+        message: for people who see the output of the fit above it.
+        last_line: the last line that the fit wrote to standard error, where it was listened to.
     """
 
-    def __init__(self, message: str, last_words: str = "") -> None:
+    def __init__(self, message: str, last_line: str = "") -> None:
         super().__init__(message)
-        self.last_words = last_words
+        self.last_line = last_line
 
 
 class FitStep(NamedTuple):
@@ -50,7 +50,7 @@ class FitStep(NamedTuple):
         title: for people.
         config: its file.
         folder: where its logs and checkpoints go; two jobs that name the same folder share the fit.
-        words: of the command, after the config.
+        arguments: of the command, after the config.
         finished: looks at what the fit left on disk.
         target: how far it goes (teachers, iterations, epochs): a step may be taken further later.
     """
@@ -58,17 +58,17 @@ class FitStep(NamedTuple):
     title: str
     config: Path
     folder: Path
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     finished: Callable[[], bool]
     target: int
 
     @property
     def command(self) -> list[str]:
-        """Words after ``ftd``; with a checkpoint there, those of a run that goes on from it."""
+        """Arguments after ``ftd``; with a checkpoint there, those of a run that goes on from it."""
         own_folder = ["--trainer.logger.init_args.save_dir", str(self.folder.parent)]
         own_folder += ["--trainer.logger.init_args.name", self.folder.name]
         resumed = ["--ckpt_path", "last"] if self.checkpoint.exists() else []
-        return ["fit", "--config", str(self.config), *self.words, *own_folder, *resumed]
+        return ["fit", "--config", str(self.config), *self.arguments, *own_folder, *resumed]
 
     @property
     def checkpoint(self) -> Path:
@@ -235,7 +235,7 @@ def run_step(step: FitStep, time_slice: TimeSlice, *, listen: bool = False) -> b
             write_notes(step.folder, notes)
     if by_itself and not done:
         reason = f"with exit code {child.returncode}" if child.returncode else "before its work was done"
-        message = f"{step.title}: the fit in {step.folder} ended {reason}; its own words are above"
+        message = f"{step.title}: the fit in {step.folder} ended {reason}; see its output above"
         raise FitError(message, echo.last_line() if echo else "")
     after = step.checkpoint.stat().st_mtime_ns if step.checkpoint.exists() else None
     if not done and after == before:

@@ -15,7 +15,7 @@ from ftd_lightning.data.trajectory_store import teacher_file
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.studies.fit_steps import FitStep
-from ftd_lightning.studies.resolved_configs import CONFIGS, PHASES, identity, resolved, suffix, words_by_phase
+from ftd_lightning.studies.resolved_configs import CONFIGS, PHASES, arguments_by_phase, identity, resolved, suffix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Reproduction:
     """What a command asks for, and where it lies."""
 
     cell: Cell
-    words: dict[str, list[str]]
+    arguments: dict[str, list[str]]
     configs: dict[str, Path]
     settings: dict[str, dict[str, Any]]  # resolved, a phase
     published: dict[str, int]  # teachers, iterations and epochs of the configs as they are
@@ -63,9 +63,9 @@ class Reproduction:
         def finished() -> bool:
             return all(teacher_file(store, index).is_file() for index in range(self.teachers))
 
-        words = (*self.words["teacher"], "--model.teachers", str(self.teachers))
+        arguments = (*self.arguments["teacher"], "--model.teachers", str(self.teachers))
         title = f"{self.teachers} teachers"
-        return FitStep(title, self.configs["teacher"], self.teacher_folder, words, finished, self.teachers)
+        return FitStep(title, self.configs["teacher"], self.teacher_folder, arguments, finished, self.teachers)
 
     def distill_step(self) -> FitStep:
         """The distillation."""
@@ -74,20 +74,26 @@ class Reproduction:
         def finished() -> bool:
             return file.is_file() and SyntheticSet.load(file).metadata["iterations"] >= self.iterations
 
-        words = (*self.words["distill"], "--model.trajectories", str(self.folder / "trajectories"))
-        words += ("--trainer.max_steps", str(self.iterations))
+        arguments = (*self.arguments["distill"], "--model.trajectories", str(self.folder / "trajectories"))
+        arguments += ("--trainer.max_steps", str(self.iterations))
         title = f"distillation, {self.iterations} iterations"
-        return FitStep(title, self.configs["distill"], file.parent, words, finished, self.iterations)
+        return FitStep(title, self.configs["distill"], file.parent, arguments, finished, self.iterations)
 
     def evaluation_step(self, iterate: str, images: str) -> FitStep:
         """The evaluation of raw or averaged images, of the last iterate or the one chosen on held-out images."""
         file = self.folder / "distill" / {"last": "set.safetensors", "chosen": "best.safetensors"}[iterate]
         folder = self.folder / f"evaluate_{images}_{iterate}"
-        words = (*self.words["evaluate"], "--data.synthetic", str(file), "--data.ema", str(images == "ema").lower())
-        words += ("--trainer.max_epochs", str(self.epochs))
+        arguments = (
+            *self.arguments["evaluate"],
+            "--data.synthetic",
+            str(file),
+            "--data.ema",
+            str(images == "ema").lower(),
+        )
+        arguments += ("--trainer.max_epochs", str(self.epochs))
         title = f"evaluation of {images} images, {iterate}"
         done = (folder / "evaluation.json").is_file
-        return FitStep(title, self.configs["evaluate"], folder, words, done, self.epochs)
+        return FitStep(title, self.configs["evaluate"], folder, arguments, done, self.epochs)
 
     def evaluations(self) -> dict[tuple[str, str], FitStep]:
         """Evaluations of what the distillation made, by (images, iterate); two of the same images are one."""
@@ -157,7 +163,7 @@ def plan(cell: Cell, overrides: Sequence[str] = ()) -> Reproduction:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} must be at least 1")
-    words, folder = words_by_phase(overrides), CONFIGS / cell.dataset
+    arguments, folder = arguments_by_phase(overrides), CONFIGS / cell.dataset
     configs = {"distill": folder / f"distill_{cell.method}_ipc{cell.ipc}.yaml"}
     distill = resolved(configs["distill"])
     trajectories = distill["model"]["init_args"].get("trajectories")
@@ -166,7 +172,7 @@ def plan(cell: Cell, overrides: Sequence[str] = ()) -> Reproduction:
     store = Path(trajectories)  # runs/DATASET/TEACHER/trajectories
     configs |= {"teacher": folder / f"{store.parent.name}.yaml", "evaluate": folder / "evaluate.yaml"}
     plain = {phase: distill if phase == "distill" else resolved(configs[phase]) for phase in PHASES}
-    full = {phase: resolved(configs[phase], words[phase]) if words[phase] else plain[phase] for phase in PHASES}
+    full = {phase: resolved(configs[phase], arguments[phase]) if arguments[phase] else plain[phase] for phase in PHASES}
 
     def sizes(settings: dict[str, dict[str, Any]]) -> tuple[int, int, int]:
         teachers = settings["teacher"]["model"]["init_args"]["teachers"]
@@ -185,5 +191,5 @@ def plan(cell: Cell, overrides: Sequence[str] = ()) -> Reproduction:
         name += f"_evaluated{asked['epochs']}epochs"
     name += suffix({f"{phase}.{key}": value for phase in PHASES for key, value in changes(phase).items()})
     root, teacher = store.parent.parent, store.parent.name + suffix(changes("teacher"))
-    return Reproduction(cell, words, configs, full, published, **asked, teacher_folder=root / teacher,
+    return Reproduction(cell, arguments, configs, full, published, **asked, teacher_folder=root / teacher,
                         folder=root / name)  # fmt: skip

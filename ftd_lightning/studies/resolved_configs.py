@@ -31,28 +31,28 @@ NO_SETTING = {
 }
 
 
-def words_by_phase(words: Iterable[str]) -> dict[str, list[str]]:
-    """Give every phase its words of the command.
+def arguments_by_phase(arguments: Iterable[str]) -> dict[str, list[str]]:
+    """Give every phase its arguments of the command.
 
     Example:
-        >>> words_by_phase(["--data.root", "here", "--teacher.model.epochs=3"])["teacher"]
+        >>> arguments_by_phase(["--data.root", "here", "--teacher.model.epochs=3"])["teacher"]
         ['--data.root', 'here', '--model.epochs=3']
-        >>> words_by_phase(["--data.root", "here", "--teacher.model.epochs=3"])["distill"]
+        >>> arguments_by_phase(["--data.root", "here", "--teacher.model.epochs=3"])["distill"]
         ['--data.root', 'here']
     """
     split: dict[str, list[str]] = {phase: [] for phase in PHASES}
     phases: Sequence[str] = PHASES
-    for word in words:
-        if word.startswith("--"):
-            first, _, rest = word.removeprefix("--").partition(".")
-            phases, word = ((first,), f"--{rest}") if first in PHASES else (PHASES, word)
+    for argument in arguments:
+        if argument.startswith("--"):
+            first, _, rest = argument.removeprefix("--").partition(".")
+            phases, argument = ((first,), f"--{rest}") if first in PHASES else (PHASES, argument)
         for phase in phases:
-            split[phase].append(word)
+            split[phase].append(argument)
     return split
 
 
-def resolved(config: Path, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a config as a fit would: with what it builds on, the words after it, and every default.
+def resolved(config: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a config as a fit would: with what it builds on, the arguments after it, and every default.
 
     Raises:
         InputError: for a config that is not there, naming those that are.
@@ -67,7 +67,7 @@ def resolved(config: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(shown):
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
-            lightning_cli.run(["fit", "--config", str(config), *words, "--print_config"])
+            lightning_cli.run(["fit", "--config", str(config), *arguments, "--print_config"])
         except SystemExit as end:
             if end.code:
                 raise

@@ -46,7 +46,7 @@ def write(path: Path, **changes) -> Path:
         "evaluate": str(config / "evaluate.yaml"),
         "rows": {
             "mtt": {"label": "MTT", **mtt, "x": 0.2},
-            "mtt+wide": {**mtt, "evaluate_words": ["--model.networks", 3]},
+            "mtt+wide": {**mtt, "evaluate_arguments": ["--model.networks", 3]},
             "random": {"synthetic": "random", "x": 0.1},
         },
         **changes,
@@ -76,13 +76,13 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, mo
     distill = str(ROOT / "configs" / "digits" / "distill_mtt_ipc1.yaml")
     mtt = {"distill": distill, "teachers": "mtt"}
     rows = {
-        "broken": {**mtt, "distill_words": ["--model.prune_by", "guess"]},
+        "broken": {**mtt, "distill_arguments": ["--model.prune_by", "guess"]},
         "mtt": {"label": "MTT", **mtt, "x": 0.2},
         "random": {"synthetic": "random", "x": 0.1},
         "whole": {"synthetic": "real", "reference": True},
     }
     teachers = {"mtt": {"store": str(trajectories)}}
-    study = write(here / "study.yaml", words=SMALL, teachers=teachers, rows=rows, plot={"x": "value"})
+    study = write(here / "study.yaml", arguments=SMALL, teachers=teachers, rows=rows, plot={"x": "value"})
     command = ["compare", "--config", str(study)]
 
     with monkeypatch.context() as patch:
@@ -96,7 +96,7 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, mo
     with pytest.raises(SystemExit) as stop:
         cli.main(command)
     assert stop.value.code == 1
-    assert [words[-2:] == ["--ckpt_path", "last"] for words in commands] == [False, True, False, False, False]
+    assert [arguments[-2:] == ["--ckpt_path", "last"] for arguments in commands] == [False, True, False, False, False]
     results = json.loads(Path("runs/small/compare.json").read_text())
     assert (results["title"], results["dataset"], results["ipc"]) == ("small", "digits", 1)
     found = {row["name"]: row for row in results["rows"]}
@@ -168,8 +168,8 @@ def test_rows_share_what_is_the_same(here: Path) -> None:
         assert [a == b for a, b in zip(found, mtt, strict=True)] == [True] * same + [False] * (3 - same)
     job = comparison_plan.load(file)
     _, distill, evaluation = job.steps(job.rows["mtt"])
-    assert distill.words[-3:-1] == ("--model.trajectories", str(mtt[0] / "trajectories"))
-    assert evaluation.words[-2:] == ("--data.synthetic", str(mtt[1] / "set.safetensors"))
+    assert distill.arguments[-3:-1] == ("--model.trajectories", str(mtt[0] / "trajectories"))
+    assert evaluation.arguments[-2:] == ("--data.synthetic", str(mtt[1] / "set.safetensors"))
 
 
 def test_a_changed_config_begins_anew_but_a_comment_does_not(here: Path) -> None:
@@ -189,8 +189,8 @@ def test_sets_as_files_on_several_networks(here: Path, trajectories: Path) -> No
     file = write(here / "s.yaml", networks=networks, rows={"mine": {"set": "set.safetensors", "ema": True}})
     job = comparison_plan.load(file)
     first, second = job.steps(job.rows["mine"])
-    assert first.words[2:4] == ("--data.ema", "true")
-    assert second.words[4:8] == ("--model.network", "alexnet", "--model.network_options", "{}")
+    assert first.arguments[2:4] == ("--data.ema", "true")
+    assert second.arguments[4:8] == ("--model.network", "alexnet", "--model.network_options", "{}")
     assert first.folder != second.folder
     synthetic = SyntheticSet.load("set.safetensors")
     synthetic.images += 1
@@ -226,7 +226,7 @@ def test_a_plot_takes_rows_that_are_done_by_rising_x() -> None:
         ({"rows": {"a": {"synthetic": "k-center", "teachers": "dtf"}}}, "unknown teachers dtf; there are mtt, ftd"),
         ({"rows": {"a": {"synthetic": "random", "epochs": 3}}}, "row a: unknown epochs"),
         ({"rows": {"a/b": {"synthetic": "random"}}}, "names a file too"),
-        ({"teachers": {"mtt": {"words": []}}}, "give either config or store"),
+        ({"teachers": {"mtt": {"arguments": []}}}, "give either config or store"),
         ({"row": {}}, "unknown row"),
         ({"dataset": None}, "lacks dataset"),
         ({"rows": ["random"]}, "rows is no mapping"),
@@ -301,14 +301,14 @@ def test_threads_are_those_of_the_children(here: Path, monkeypatch) -> None:
 def test_notes_are_of_the_columns_that_there_are() -> None:
     results = {"title": "t", "rows": [], "teachers": {}, "device": ""}
     one, several = comparison_table.markdown(results), comparison_table.markdown(results, ["convnet", "alexnet"])
-    for words, where in (
+    for arguments, where in (
         ("Best on test: ", [one]),
         ("Chosen on held-out: ", [one]),
         ("A column for each network", [several]),
         ("Seconds of a distillation include measuring it on the way (EvaluateSynthetic)", [one, several]),
         ("measuring on the way included", [one, several]),
     ):
-        assert [said for said in (one, several) if words in said] == where
+        assert [said for said in (one, several) if arguments in said] == where
 
 
 PUBLISHED = {
@@ -321,7 +321,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", ["cifar10/compare_ipc10", "cifar10/cross_architecture_ipc50", "digits/compare"])
 def test_methods_without_teachers_are_evaluated_as_published(name: str) -> None:
     rows = comparison_plan.load(ROOT / "configs" / f"{name}.yaml").rows
-    found = {method: rows[method].given["evaluate_words"] for method in PUBLISHED if method in rows}
+    found = {method: rows[method].given["evaluate_arguments"] for method in PUBLISHED if method in rows}
     assert {"dc", "cafe"} <= set(found)
     end = 2 if name.startswith("digits") else None  # where all rows train for as long
     assert found == {method: PUBLISHED[method][:end] for method in found}

@@ -167,10 +167,10 @@ def test_runs_that_want_the_same_teachers_share_them(here: Path) -> None:
 
 
 def test_a_store_that_holds_more_lends_as_many_as_are_wanted(here: Path) -> None:
-    words = ["--data.max_per_class=14", "--data.batch_size=32"]
-    words += ["--teacher.model.epochs=4", "--teacher.model.lr=0.1", "--teacher.model.augment="]
-    words += ["--teacher.model.network_options={width: 4, depth: 1}"]
-    job = planned(*words, method="mtt", teachers=1)
+    arguments = ["--data.max_per_class=14", "--data.batch_size=32"]
+    arguments += ["--teacher.model.epochs=4", "--teacher.model.lr=0.1", "--teacher.model.augment="]
+    arguments += ["--teacher.model.network_options={width: 4, depth: 1}"]
+    job = planned(*arguments, method="mtt", teachers=1)
     store = record(here)
     job.teacher_folder.mkdir(parents=True)
     store.rename(job.teacher_folder / "trajectories")
@@ -178,7 +178,7 @@ def test_a_store_that_holds_more_lends_as_many_as_are_wanted(here: Path) -> None
     job.link_teachers()
     job.link_teachers()
     assert len(TrajectoryStore(job.folder / "trajectories")) == 1
-    assert not planned(*words, method="mtt", teachers=3).teacher_step().finished()
+    assert not planned(*arguments, method="mtt", teachers=3).teacher_step().finished()
 
 
 def test_teachers_of_other_settings_and_changed_configs_are_refused(here: Path, refused) -> None:
@@ -215,9 +215,9 @@ def test_bad_input_is_one_line(here: Path, capsys) -> None:
     assert "configs/digit/" in line
     assert "cifar10" in line
     assert "--teachers 0" in refusal(capsys, "--dataset=digits", "--ipc=1", "--teachers=0")
-    for words in (["--teacher", "3"], ["--dataset=digits", "--ipc=1", "--model.epoch=3"]):
+    for arguments in (["--teacher", "3"], ["--dataset=digits", "--ipc=1", "--model.epoch=3"]):
         with pytest.raises(SystemExit) as stop:
-            cli.main(["reproduce", *words])
+            cli.main(["reproduce", *arguments])
         assert stop.value.code == 2
     assert not Path("runs").exists()
 
