@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from json import JSONDecodeError, dumps, loads
+from json import dumps
 from pathlib import Path  # noqa: TC003 -- the command line reads signatures when it runs
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ftd_lightning.command_line import parse_command
-from ftd_lightning.data import store_data, synthetic_set, trajectory_store
-from ftd_lightning.data.files import KEY, TensorFile
-from ftd_lightning.data.trajectory_store import TrajectoryStore
+from ftd_lightning.data import SyntheticSet, TrajectoryStore, store_data, synthetic_set, trajectory_store
+from ftd_lightning.data.store_data import load_store_data
+from ftd_lightning.data.tensor_file import TensorFile, file_kind
+from ftd_lightning.data.trajectory_store import check_teacher, epoch_name
+from ftd_lightning.data.transform import Whitening
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,13 +94,13 @@ def describe_set(path: Path) -> Description:
     Raises:
         InputError: for a file that is missing, broken or something else.
     """
-    file = TensorFile(path, kind=synthetic_set.KIND)
-    images, labels, metadata = file["images"], file["labels"], file.metadata
-    names = metadata.get("class_names", [])
+    synthetic = SyntheticSet.load(path)
+    images, labels, names = synthetic.images, synthetic.labels, synthetic.class_names
+    metadata = {**synthetic.metadata, "class_names": names, "transform": synthetic.transform.describe()}
     soft = labels.ndim == 2
     counts = (labels.argmax(1) if soft else labels).bincount(minlength=len(names)).tolist()
-    step_size = float(file["step_size"]) if "step_size" in file.names else None
-    ema = "ema_images" in file.names
+    step_size = synthetic.learning_rate
+    ema = synthetic.ema_images is not None
     per_class = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     low, high = (float(value) for value in torch.aminmax(images))
     facts = {
@@ -191,11 +192,11 @@ def describe_store(path: Path) -> Description:
 def describe_teacher(path: Path) -> Description:
     """Describe one teacher's file."""
     file = TensorFile(path, kind=trajectory_store.KIND)
-    metadata = file.metadata
-    weights = file.numel("epoch_0000")
+    epochs, metadata = check_teacher(file), file.metadata
+    weights = file.numel(epoch_name(0))
     rows = [
         ("teacher", f"number {metadata.get('teacher')}, seed {metadata.get('seed')}"),
-        ("epochs", f"{metadata.get('epochs')}, {weights:,} weights"),
+        ("epochs", f"{epochs}, {weights:,} weights"),
         *_training(metadata),
         *_accuracy_row(_last(metadata.get("accuracies", []))),
         *_stored(metadata, "versions"),
@@ -205,22 +206,23 @@ def describe_teacher(path: Path) -> Description:
 
 def describe_whitening(path: Path) -> Description:
     """Describe a cached whitening."""
-    file = TensorFile(path, kind="whitening")
-    values, transform = file.numel("mean"), file.metadata["transform"]
+    whitening = Whitening.load(path)
+    values = whitening.mean.numel()
     rows = [
-        ("transform", f"ZCA whitening, eps {phrase(transform['eps'])}, {values} values per image"),
-        ("fitted on", f"images of fingerprint {transform['fitted_on']}"),
+        ("transform", f"ZCA whitening, eps {phrase(whitening.eps)}, {values} values per image"),
+        ("fitted on", f"images of fingerprint {whitening.fitted_on}"),
     ]
-    return Description("whitening", rows, {"values": values, "metadata": file.metadata})
+    return Description("whitening", rows, {"values": values, "metadata": {"transform": whitening.describe()}})
 
 
 def describe_store_data(path: Path) -> Description:
     """Describe what a store keeps of the images that its teachers were trained on."""
-    metadata = TensorFile(path, kind=store_data.KIND).metadata
+    data = load_store_data(path)
+    metadata = {**data.metadata(), "class_names": data.class_names, "shape": data.shape._asdict()}
     rows = [
         ("data set", _named(metadata["dataset"])),
         ("images", phrase(metadata["shape"])),
-        ("classes", phrase(", ".join(map(str, metadata["class_names"])))),
+        ("classes", phrase(", ".join(data.class_names))),
         ("transform", _transform(metadata["transform"])),
     ]
     return Description("trajectory data", rows, {"metadata": metadata})
@@ -232,19 +234,6 @@ FILES = {
     store_data.KIND: describe_store_data,
     "whitening": describe_whitening,
 }
-
-
-def _kind(path: Path) -> str:
-    """Read the kind of a file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = loads((file.metadata() or {}).get(KEY, "{}"))
-    except (SafetensorError, OSError, JSONDecodeError) as error:
-        raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
-    kind: str | None = header.get("kind")
-    if kind is None:
-        raise InputError(f"{path}: a safetensors file of another program; ftd import may be able to read it")
-    return kind
 
 
 def describe(path: Path) -> Description:
@@ -260,7 +249,9 @@ def describe(path: Path) -> Description:
         return describe_store(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
-    kind = _kind(path)
+    kind = file_kind(path)
+    if kind is None:
+        raise InputError(f"{path}: a safetensors file of another program; ftd import may be able to read it")
     if kind not in FILES:
         raise InputError(f"{path}: is a {kind.replace('_', ' ')}; info knows sets, stores, teachers and whitenings")
     return FILES[kind](path)

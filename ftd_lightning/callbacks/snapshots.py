@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftd_lightning.data.files import TensorFile, write_tensors
+from ftd_lightning.data.files import write_tensors
+from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.data.trajectory_store import KIND as TEACHER
 from ftd_lightning.data.trajectory_store import epoch_name, teacher_file
 from ftd_lightning.functional.unroll import flatten_parameters

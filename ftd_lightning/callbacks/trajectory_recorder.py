@@ -11,9 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ftd_lightning.callbacks.snapshots import Snapshots
 from ftd_lightning.contracts import BringsBatches, DataSource, PlansBatches, TrainsTeachers, data_source
-from ftd_lightning.data.files import TensorFile, versions
+from ftd_lightning.data.files import versions
 from ftd_lightning.data.store_data import write_store_data
 from ftd_lightning.data.teacher_metadata import differences
+from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.data.trajectory_store import KIND, TrajectoryStore, teacher_file, write_teacher
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.description import describe_network

@@ -20,9 +20,10 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
-from ftd_lightning.data.files import TensorFile, fingerprint, write_tensors
+from ftd_lightning.data.files import fingerprint, write_tensors
 from ftd_lightning.data.images import Parts, Pictures
 from ftd_lightning.data.pixel_statistics import measure
+from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:

@@ -17,10 +17,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 import ftd_lightning
-from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEY = "ftd_lightning"
+FORMAT = 1
+UNKNOWN = "0" * 16  # stands for a checksum until the values have been written
 # As the safetensors format abbreviates them, in the order in which its own writer sorts tensors: wide ones first.
 DTYPES = {
     torch.int64: "I64",
@@ -65,14 +65,19 @@ def fingerprint(*tensors: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_raw(tensor.detach().cpu().contiguous()))
+        digest.update(raw(tensor.detach().cpu().contiguous()))
     return digest.hexdigest()
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not copied; numpy does not know all dtypes of torch."""
-    raw: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return raw
+def checksum(values: bytes | memoryview) -> str:
+    """Hash bytes against accidents, such as a flipped bit; 16 hex digits."""
+    return hashlib.blake2b(values, digest_size=len(UNKNOWN) // 2).hexdigest()
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU, not copied; numpy does not know all dtypes of torch."""
+    values: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return values
 
 
 @contextmanager
@@ -158,17 +163,10 @@ def write_in_turn(
     Raises:
         ValueError: if a tensor does not have the dtype or shape that was announced.
     """
-    described = json.dumps({**metadata, "kind": kind, "format": 1}, sort_keys=True)
-    header: dict[str, Any] = {"__metadata__": {KEY: described}}
-    end = 0
-    for name, dtype, shape in layout:
-        begin, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    checksums = dict.fromkeys((name for name, *_ in layout), UNKNOWN)
+    recorded = {**metadata, "kind": kind, "format": FORMAT}
     with replacing(path) as part, part.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+        file.write(_header(layout, recorded, checksums))
         remaining = iter(tensors)
         for name, dtype, shape in layout:
             tensor = next(remaining).detach().cpu().contiguous()
@@ -176,75 +174,25 @@ def write_in_turn(
                 raise ValueError(
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {dtype} {tuple(shape)}"
                 )
-            file.write(_raw(tensor))
+            checksums[name] = checksum(raw(tensor))
+            file.write(raw(tensor))
             del tensor  # before the next one is read
+        file.seek(0)
+        file.write(_header(layout, recorded, checksums))  # as long as before
 
 
-def _version(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def _open(path: Path) -> Any:
-    """Open a safetensors file of which header and values belong together.
-
-    safetensors opens the path once for each, and a writer may replace the file in between.
-    """
-    while True:
-        before = _version(path)
-        try:
-            file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError, RuntimeError):
-            if _version(path) == before:
-                raise
-        else:
-            if _version(path) == before:
-                return file
-
-
-class TensorFile:
-    """An open safetensors file of this library: its metadata, and tensors read one by one.
-
-    Args:
-        path: the file.
-        kind: what the file must be, e.g. "synthetic_set".
-
-    Raises:
-        InputError: for a file that is missing, truncated, or not of this library and kind.
-    """
-
-    def __init__(self, path: Path, *, kind: str) -> None:
-        self.path = path
-        if not path.is_file():
-            raise InputError(f"{path}: no such file")
-        try:
-            self._file = _open(path)
-            header = json.loads((self._file.metadata() or {}).get(KEY, "{}"))
-        except (SafetensorError, OSError, RuntimeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: truncated, or not a safetensors file ({error}); make it again") from error
-        if header.get("kind") != kind:
-            found = header.get("kind", "a file that another program wrote")
-            raise InputError(f"{path}: a {kind.replace('_', ' ')} is needed here, this is {found.replace('_', ' ')}")
-        self.metadata: dict[str, Any] = header
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the tensors."""
-        return set(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        try:
-            tensor: Tensor = self._file.get_tensor(name)
-        except SafetensorError as error:
-            raise InputError(f"{self.path}: has no tensor {name!r} ({error}); make it again") from error
-        return tensor
-
-    def numel(self, name: str) -> int:
-        """Number of values of a tensor, without reading it."""
-        if name not in self.names:
-            raise InputError(f"{self.path}: has no tensor {name!r}; make it again")
-        return int(torch.Size(self._file.get_slice(name).get_shape()).numel())
-
-    def with_prefix(self, prefix: str) -> dict[str, Tensor]:
-        """Read all tensors whose names begin with a prefix; the keys lack it."""
-        return {name.removeprefix(prefix): self[name] for name in sorted(self.names) if name.startswith(prefix)}
+def _header(
+    layout: Sequence[tuple[str, torch.dtype, torch.Size]], metadata: Mapping[str, Any], checksums: Mapping[str, str]
+) -> bytes:
+    """Format what comes before the values: the header's length as 8 bytes, and the header as JSON."""
+    content = {**metadata, "checksums": checksums, "checksum": UNKNOWN}
+    described = json.dumps(content, sort_keys=True)
+    described = json.dumps({**content, "checksum": checksum(described.encode())}, sort_keys=True)
+    header: dict[str, Any] = {"__metadata__": {KEY: described}}
+    end = 0
+    for name, dtype, shape in layout:
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

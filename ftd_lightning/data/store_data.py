@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftd_lightning.contracts import DataDescription, ImageShape
-from ftd_lightning.data.files import TensorFile, write_tensors
+from ftd_lightning.data.files import write_tensors
+from ftd_lightning.data.schema import STORE_METADATA, check_metadata, refuse
 from ftd_lightning.data.teacher_metadata import differences
+from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.data.transform import load_transform
 
 if TYPE_CHECKING:
@@ -44,14 +46,27 @@ def read_store_data(folder: str | Path) -> DataDescription | None:
         InputError: for a broken or foreign file.
     """
     path = store_data_file(folder)
-    if not path.exists():
-        return None
+    return load_store_data(path) if path.exists() else None
+
+
+def load_store_data(path: Path) -> DataDescription:
+    """Read such a file.
+
+    Raises:
+        InputError: for a missing, broken or foreign file.
+    """
     file = TensorFile(path, kind=KIND)
+    metadata = file.metadata
+    check_metadata(metadata, STORE_METADATA, path, required=("shape", "class_names", "transform", "dataset"))
+    if set(metadata["shape"]) != set(ImageShape._fields):
+        refuse(
+            path, "shape", f"is {metadata['shape']!r:.60}, {', '.join(ImageShape._fields)} are needed; make it again"
+        )
     return DataDescription(
-        shape=ImageShape(**file.metadata["shape"]),
-        class_names=file.metadata["class_names"],
-        transform=load_transform(file.metadata["transform"], file.with_prefix(PREFIX)),
-        dataset=file.metadata["dataset"],
+        shape=ImageShape(**metadata["shape"]),
+        class_names=metadata["class_names"],
+        transform=load_transform(metadata["transform"], file.with_prefix(PREFIX), where=path),
+        dataset=metadata["dataset"],
     )
 
 

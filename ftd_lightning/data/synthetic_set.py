@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.utils.data import TensorDataset
 
-from ftd_lightning.data.files import TensorFile, write_tensors
+from ftd_lightning.data import schema
+from ftd_lightning.data.files import write_tensors
+from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.data.transform import Standardization, load_transform
 from ftd_lightning.errors import InputError
 
@@ -27,6 +28,11 @@ def _own(header: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in header.items() if key not in ("kind", "format", "class_names", "transform")}
 
 
+def _metadata(path: Path, file: TensorFile) -> dict[str, Any]:
+    schema.check_metadata(file.metadata, schema.SET_METADATA, path, required=("class_names", "transform"))
+    return file.metadata
+
+
 def _identity() -> ImageTransform:
     return Standardization([0.0], [1.0])
 
@@ -39,8 +45,10 @@ class SyntheticSet:
 
     Attributes:
         images: (N, C, H, W) float32.
-        labels: (N,) int64 classes, or (N, K) float32 probabilities.
-        step_size: scalar float32 > 0, the learned inner learning rate; None where none was learned.
+        labels: (N,) int64 classes, or (N, K) float32: probabilities, or the targets that a method learns, where
+            ``metadata["label_kind"]`` is "target".
+        step_size: float32 > 0, the learned inner learning rate, a scalar or (n,), one per inner step; None where none
+            was learned.
         ema_images: (N, C, H, W), their moving average; None where none was kept.
         class_names: K names, in label order.
         transform: maps pictures in [0, 1] to such images, and back.
@@ -57,20 +65,58 @@ class SyntheticSet:
     transform: ImageTransform = field(default_factory=_identity)
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, path: str | Path) -> None:
-        """Write the set, atomically.
+    @property
+    def learning_rate(self) -> float | None:
+        """The step size as one number, the mean of several; None where none was learned."""
+        return None if self.step_size is None else float(self.step_size.detach().float().mean())
+
+    def check(self, where: object) -> None:
+        """Refuse a set that is not as its attributes are described.
+
+        Args:
+            where: names it in the message, e.g. its file.
 
         Raises:
-            InputError: if any value is not finite: such a set is never written over a good one.
+            InputError: naming the field.
         """
-        tensors = {"images": self.images, "labels": self.labels}
-        if self.step_size is not None:
-            tensors["step_size"] = self.step_size
+        schema.check_metadata(self.metadata, schema.SET_METADATA, where)
+        schema.check_metadata({"class_names": self.class_names}, schema.SET_METADATA, where)
+        schema.check_images(self.images, "images", where)
         if self.ema_images is not None:
-            tensors["ema_images"] = self.ema_images
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise InputError(f"{path}: not written, {name} holds values that are not finite; lower the pixels' lr")
+            schema.check_images(self.ema_images, "ema_images", where, like=self.images)
+        kind = schema.label_kind(self.labels, self.metadata)
+        schema.check_labels(self.labels, len(self.images), len(self.class_names) or None, kind, where)
+        if self.step_size is not None:
+            schema.check_step_size(self.step_size, where)
+        description, tensors = self.transform.describe(), self.transform.tensors()
+        schema.check_transform(description, tensors, where)
+        schema.check_channels(description, tensors, self.images, where)
+
+    def save(self, path: str | Path) -> None:
+        """Write the set, atomically; float64 values, as of a fit with precision 64-true, become float32.
+
+        Raises:
+            InputError: for a set that is not as described, e.g. with values that are not finite: such a set is never
+                written over a good one.
+        """
+        def in_file(tensor: Tensor) -> Tensor:
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        written = replace(
+            self,
+            images=in_file(self.images),
+            labels=in_file(self.labels),
+            step_size=None if self.step_size is None else in_file(self.step_size),
+            ema_images=None if self.ema_images is None else in_file(self.ema_images),
+        )
+        written.check(f"{path}: not written")
+        named = {
+            "images": written.images,
+            "labels": written.labels,
+            "step_size": written.step_size,
+            "ema_images": written.ema_images,
+        }
+        tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in self.transform.tensors().items()}
         metadata = {**self.metadata, "class_names": self.class_names, "transform": self.transform.describe()}
         write_tensors(Path(path), tensors, kind=KIND, metadata=metadata)
@@ -80,25 +126,29 @@ class SyntheticSet:
         """Read a set.
 
         Raises:
-            InputError: for a file that is missing, truncated, or not a synthetic set.
+            InputError: for a file that is missing, truncated, damaged, not a synthetic set, or not as described above.
 
         Example:
-            >>> import tempfile
+            >>> import tempfile, torch
             >>> path = tempfile.mkdtemp() + "/set.safetensors"
             >>> SyntheticSet(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1])).save(path)
             >>> SyntheticSet.load(path).images.shape
             torch.Size([2, 1, 4, 4])
         """
-        file = TensorFile(Path(path), kind=KIND)
-        return cls(
+        path = Path(path)
+        file = TensorFile(path, kind=KIND)
+        metadata = _metadata(path, file)
+        loaded = cls(
             images=file["images"],
             labels=file["labels"],
             step_size=file["step_size"] if "step_size" in file.names else None,
             ema_images=file["ema_images"] if "ema_images" in file.names else None,
-            class_names=file.metadata["class_names"],
-            transform=load_transform(file.metadata["transform"], file.with_prefix(PREFIX)),
-            metadata=_own(file.metadata),
+            class_names=metadata["class_names"],
+            transform=load_transform(metadata["transform"], file.with_prefix(PREFIX), where=path),
+            metadata=_own(metadata),
         )
+        loaded.check(path)
+        return loaded
 
     @staticmethod
     def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -107,7 +157,7 @@ class SyntheticSet:
         Raises:
             InputError: as for :meth:`load`.
         """
-        return _own(TensorFile(Path(path), kind=KIND).metadata)
+        return _own(_metadata(Path(path), TensorFile(Path(path), kind=KIND)))
 
     def dataset(self, *, ema: bool = False) -> TensorDataset:
         """Return (image, label) pairs for an ordinary DataLoader.

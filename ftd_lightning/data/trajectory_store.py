@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ftd_lightning.contracts import ImageShape
-from ftd_lightning.data.files import TensorFile, fingerprint, write_in_turn
+from ftd_lightning.data.files import fingerprint, write_in_turn
+from ftd_lightning.data.schema import TEACHER_METADATA, check_finite, check_metadata, refuse
 from ftd_lightning.data.store_data import read_store_data, store_data_file
 from ftd_lightning.data.teacher_metadata import OWN_KEYS, differences
+from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.data.transform import Standardization
 from ftd_lightning.errors import DivergenceError, InputError
 
@@ -40,6 +42,21 @@ def epoch_name(epoch: int) -> str:
 def teacher_file(folder: str | Path, teacher: int) -> Path:
     """Name the file of a teacher."""
     return Path(folder) / f"teacher_{teacher:04d}.safetensors"
+
+
+def check_teacher(file: TensorFile) -> int:
+    """Refuse a teacher's file whose metadata or layout is not that of a teacher; return its number of epochs."""
+    check_metadata(file.metadata, TEACHER_METADATA, file.path, required=("network", "epochs"))
+    epochs: int = file.metadata["epochs"]
+    names = [epoch_name(epoch) for epoch in range(epochs + 1)] if epochs < len(file.names) else ["epochs"]
+    if not file.names.issuperset(names):
+        raise InputError(f"{file.path}: does not hold the epochs that it names; record this teacher again")
+    first = file.layout(names[0])
+    for name in names:
+        dtype, shape = file.layout(name)
+        if dtype not in (torch.float32, torch.float64) or len(shape) != 1 or (dtype, shape) != first:
+            refuse(file.path, name, f"is {dtype} {shape}, the weights of every epoch are floats of one shape, (P,)")
+    return epochs
 
 
 class TrajectoryStore:
@@ -85,9 +102,7 @@ class TrajectoryStore:
     def _open(self, path: Path) -> dict[str, Any]:
         """Note the length of a teacher, and return what it should share with the others."""
         file = TensorFile(path, kind=KIND)
-        epochs = file.metadata.get("epochs", -1)
-        if epoch_name(epochs) not in file.names:
-            raise InputError(f"{path}: does not hold the epochs that it names; record this teacher again")
+        epochs = check_teacher(file)
         self.lengths.append(epochs)
         shared = {key: value for key, value in file.metadata.items() if key not in OWN_KEYS}
         return {**shared, "parameters": file.numel(epoch_name(0))}
@@ -168,7 +183,11 @@ class TrajectoryStore:
                 "are recorded"
             )
         file = self._file(teacher)
-        return Segment(file[epoch_name(start_epoch)], file[epoch_name(start_epoch + expert_epochs)])
+        ends = [epoch_name(epoch) for epoch in (start_epoch, start_epoch + expert_epochs)]
+        segment = Segment(*(file[name] for name in ends))
+        for name, weights in zip(ends, segment, strict=True):
+            check_finite(weights, name, file.path)
+        return segment
 
     def trained(self, teacher: int) -> Tensor:
         """Read the weights of a teacher after its last epoch: (P,)."""
@@ -194,6 +213,7 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
         The file.
 
     Raises:
+        InputError: for metadata that no store can hold, or none of the network.
         DivergenceError: if an epoch is not finite, or equal to the one before: such a trajectory matches nothing. No
             file is written.
     """
@@ -214,6 +234,7 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
     dtype, shape = snapshots[0].dtype, snapshots[0].shape
     layout = [(epoch_name(epoch), dtype, shape) for epoch in range(epochs + 1)]
     recorded = {**metadata, "teacher": teacher, "epochs": epochs}
+    check_metadata(recorded, TEACHER_METADATA, f"{path}: not written", required=("network",))
     write_in_turn(path, layout, map(checked, range(epochs + 1)), kind=KIND, metadata=recorded)
     return path
 

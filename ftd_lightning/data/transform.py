@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftd_lightning.contracts import ImageTransform as ImageTransform  # noqa: TC001
-from ftd_lightning.data.files import TensorFile, fingerprint, write_tensors
+from ftd_lightning.data.files import fingerprint, write_tensors
+from ftd_lightning.data.schema import check_transform
+from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -139,7 +141,9 @@ class Whitening:
             InputError: for a file that is missing, broken, or something else.
         """
         file = TensorFile(path, kind="whitening")
-        return cls.build(file.metadata["transform"], {name: file[name] for name in ("mean", "inverse", "matrix")})
+        tensors = {name: file[name] for name in ("mean", "inverse", "matrix")}
+        check_transform(file.metadata.get("transform"), tensors, path)
+        return cls.build(file.metadata["transform"], tensors)
 
     @classmethod
     def build(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Whitening:
@@ -153,20 +157,28 @@ class Whitening:
         )
 
 
-def load_transform(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ImageTransform:
+def load_transform(
+    description: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: object = "this file"
+) -> ImageTransform:
     """Build a transform again from what its ``describe()`` and ``tensors()`` returned.
 
+    Args:
+        description: of the transform.
+        tensors: of the transform.
+        where: names the file in messages.
+
     Raises:
-        InputError: for an unknown kind.
+        InputError: for an unknown kind, or constants that are missing or make no sense.
 
     Example:
         >>> t = Standardization([0.5], [0.25])
         >>> load_transform(t.describe(), t.tensors()).describe() == t.describe()
         True
     """
+    check_transform(description, tensors, where)
     kind = description.get("kind")
     if kind == "standardization":
         return Standardization(description["mean"], description["std"])
     if kind == "zca":
         return Whitening.build(description, tensors)
-    raise InputError(f"unknown image transform {kind!r}: this file needs a newer ftd_lightning")
+    raise InputError(f"{where}: has the unknown image transform {kind!r:.60}: it needs a newer ftd_lightning")

@@ -35,7 +35,7 @@ def write(folder: Path, teachers: int, *, width: int) -> None:
     for teacher in range(teachers):
         generator = make_generator("teacher of noise", teacher)
         snapshots = [torch.randn(size, generator=generator) for _ in range(EPOCHS + 1)]
-        write_teacher(folder / "store", teacher, snapshots, {"network": "noise"})
+        write_teacher(folder / "store", teacher, snapshots, {"network": {"name": "noise"}})
         lists = [
             [part.view(shape).clone() for part, shape in zip(s.split([h.numel() for h in shapes]), shapes, strict=True)]
             for s in snapshots

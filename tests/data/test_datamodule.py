@@ -416,7 +416,7 @@ def test_soft_labels_reach_the_batches(ready, synthetic_file):
         {"images": torch.zeros(20, 3, 8, 8), "ema_images": None},
         {"images": torch.zeros(20, 1, 16, 16), "ema_images": None},
         {"class_names": list("0123456789")[::-1]},
-        {"class_names": ["cat", "dog"]},
+        {"class_names": list("abcdefghij")},
     ],
     ids=["channels", "size", "order of classes", "classes"],
 )
@@ -479,7 +479,7 @@ def test_trainer_gives_each_module_what_it_trains_on(tmp_path, synthetic_file):
     assert sum(len(labels) for _, labels in real) == 1437 - sum(round(0.1 * n) for n in TRAIN_OF_EACH_DIGIT)
     synthetic = fit(Asking(), DistillationDataModule(root=root, synthetic=synthetic_file()), tmp_path)
     assert sum(len(labels) for _, labels in synthetic) == 20
-    write_teacher(tmp_path / "teachers", 0, [torch.zeros(2), torch.ones(2)], {})
+    write_teacher(tmp_path / "teachers", 0, [torch.zeros(2), torch.ones(2)], {"network": {"name": "tiny"}})
     segments = fit(
         AskingForSegments(TrajectoryStore(tmp_path / "teachers")), DistillationDataModule(root=root), tmp_path
     )
@@ -516,7 +516,7 @@ class ValidatingSegments(Validating, AskingForSegments):
 @pytest.mark.parametrize("segments", [False, True])
 def test_without_validation_nothing_is_warned_of_and_the_trainer_keeps_its_settings(tmp_path, segments):
     data = DistillationDataModule(root=str(tmp_path), val_fraction=0.1 if segments else 0.0)
-    write_teacher(tmp_path / "teachers", 0, [torch.zeros(2), torch.ones(2)], {})
+    write_teacher(tmp_path / "teachers", 0, [torch.zeros(2), torch.ones(2)], {"network": {"name": "tiny"}})
     module = ValidatingSegments(TrajectoryStore(tmp_path / "teachers")) if segments else Validating()
     trainer = Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, log_every_n_steps=1)
     trainer.fit(module, datamodule=data)

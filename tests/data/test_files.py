@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ftd_lightning.data.files import KEY, TensorFile, fingerprint, replacing, versions, write_in_turn, write_tensors
+from ftd_lightning.data.files import KEY, fingerprint, replacing, versions, write_in_turn, write_tensors
+from ftd_lightning.data.tensor_file import TensorFile
 
 METADATA = {"network": {"name": "convnet", "width": 8}, "epochs": 3, "accuracies": [0.1, 0.25], "note": "naïve"}
 
@@ -113,7 +114,9 @@ ALL_DTYPES = {
 @pytest.mark.parametrize("tensors", [ALL_DTYPES, {}, some_tensors()], ids=["all dtypes", "none", "some"])
 def test_files_are_those_that_safetensors_writes(tmp_path, tensors):
     write_tensors(tmp_path / "f", tensors, kind="thing", metadata=METADATA)
-    header = json.dumps({**METADATA, "kind": "thing", "format": 1}, sort_keys=True)
+    with safe_open(tmp_path / "f", framework="pt") as file:
+        header = file.metadata()[KEY]
+    assert json.loads(header).items() >= {**METADATA, "kind": "thing", "format": 1}.items()
     save_file(tensors, tmp_path / "theirs", metadata={KEY: header})
     assert (tmp_path / "f").read_bytes() == (tmp_path / "theirs").read_bytes()
 
@@ -366,3 +369,44 @@ def test_versions_name_what_a_result_depends_on():
         assert versions()["float32_matmul_precision"] == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def flipped(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def test_flipped_bit_of_a_tensor_is_found_and_the_others_can_be_read(tmp_path, refused):
+    write_tensors(tmp_path / "f", {"a": torch.zeros(8), "b": torch.ones(8)}, kind="thing", metadata={})
+    flipped(tmp_path / "f", -1)
+    file = TensorFile(tmp_path / "f", kind="thing")
+    assert torch.equal(file["a"], torch.zeros(8))
+    with refused("f: is damaged, b has another checksum"):
+        file["b"]
+
+
+def test_flipped_bit_of_the_metadata_is_found(tmp_path, refused):
+    write_tensors(tmp_path / "f", {"a": torch.zeros(8)}, kind="thing", metadata={"method": "mtt"})
+    flipped(tmp_path / "f", (tmp_path / "f").read_bytes().index(b"mtt"))
+    with refused("f: is damaged, its metadata has another checksum"):
+        TensorFile(tmp_path / "f", kind="thing")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(2, "newer version"), ("1", "'1'"), (0, "0"), (None, "None"), (True, "True")]
+)
+def test_other_formats_are_refused_as_such(tmp_path, refused, number, words):
+    text = json.dumps({"kind": "thing", "format": number})
+    save_file({"a": torch.zeros(2)}, tmp_path / "f", metadata={KEY: text})
+    with refused("f: ", "format", words):
+        TensorFile(tmp_path / "f", kind="thing")
+
+
+def test_files_of_0_1_have_no_checksums_and_are_read(tmp_path):
+    save_file(
+        {"a": torch.ones(2)}, tmp_path / "f", metadata={KEY: json.dumps({"kind": "thing", "format": 1, "x": [2]})}
+    )
+    file = TensorFile(tmp_path / "f", kind="thing")
+    assert torch.equal(file["a"], torch.ones(2))
+    assert file.metadata["x"] == [2]

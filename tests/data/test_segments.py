@@ -17,7 +17,7 @@ def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
     for teacher in range(TEACHERS):
         weights = [torch.tensor([float(teacher), float(epoch), 0.5]) for epoch in range(EPOCHS + 1)]
-        write_teacher(folder, teacher, weights, {"network": "tiny"})
+        write_teacher(folder, teacher, weights, {"network": {"name": "tiny"}})
     return TrajectoryStore(folder)
 
 

@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 
 from ftd_lightning.contracts import DataDescription, ImageShape
 from ftd_lightning.data import Standardization, TrajectoryStore, Whitening, write_teacher
-from ftd_lightning.data.files import TensorFile
 from ftd_lightning.data.store_data import read_store_data, store_data_file, write_store_data
+from ftd_lightning.data.tensor_file import TensorFile
 
 SHAPE = ImageShape(in_channels=1, num_classes=2, image_size=4)
 DATASET = {"name": "toy", "seed": 0, "fingerprint": "ab"}
@@ -28,7 +28,7 @@ def described(request, pictures):
 def record(folder, **metadata):
     for teacher in range(2):
         weights = [torch.full((3,), float(epoch + teacher)) for epoch in range(3)]
-        write_teacher(folder, teacher, weights, {"network": "tiny", "dataset": DATASET, **metadata})
+        write_teacher(folder, teacher, weights, {"network": {"name": "tiny"}, "dataset": DATASET, **metadata})
     return folder
 
 

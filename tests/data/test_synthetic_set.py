@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from ftd_lightning.data import Standardization, SyntheticSet, Whitening
-from ftd_lightning.data.files import TensorFile, write_tensors
+from ftd_lightning.data.files import write_tensors
+from ftd_lightning.data.tensor_file import TensorFile
 
 METADATA = {
     "dataset": {"name": "toy", "val_fraction": 0.1},
     "network": {"name": "convnet", "width": 8},
     "augment": "color,crop",
-    "scores": [0.25, None],
+    "scores": {"raw": {"mean": 0.25, "std": None}},
     "versions": {"torch": "2"},
 }
 

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ftd_lightning.data import TrajectoryStore, check_compatible, write_teacher
-from ftd_lightning.data.files import TensorFile, write_tensors
+from ftd_lightning.data.files import write_tensors
+from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.errors import DivergenceError
 
 NETWORK = {"name": "convnet", "width": 8}
@@ -26,7 +27,7 @@ def snapshots(teacher, epochs=4, parameters=6):
 
 def record(folder, teachers, **changes):
     for teacher in teachers:
-        metadata = {**SHARED, "seed": 1000 + teacher, "accuracies": [0.1 * teacher], **changes}
+        metadata = {**SHARED, "seed": 1000 + teacher, "accuracies": [0.05 * teacher], **changes}
         write_teacher(folder, teacher, snapshots(teacher), metadata)
     return folder
 
@@ -61,7 +62,7 @@ def test_store_says_what_its_teachers_share_and_each_says_its_own(folder):
     assert (len(store), store.epochs, store.num_parameters) == (3, 4, 6)
     assert store.metadata == {**SHARED, "parameters": 6}
     assert store.teacher_metadata(2)["seed"] == 1002
-    assert store.teacher_metadata(2)["accuracies"] == [0.2]
+    assert store.teacher_metadata(2)["accuracies"] == [0.1]
     assert store.teacher_metadata(2)["network"] == NETWORK
 
 
