@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import os
+import signal
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import ftd_lightning
 from ftd_lightning.errors import DivergenceError, InputError
+from ftd_lightning.terminal import EndedBySignal, plain_where_needed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+# What the operating system refuses, rather than what a bug of ours would ask of it.
+REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 
 class Command(NamedTuple):
@@ -20,25 +31,33 @@ class Command(NamedTuple):
     Attributes:
         summary: a line for ``ftd --help``.
         module: whose ``main(arguments)`` runs it, imported when needed; None for a verb of LightningCLI.
+        resume: what to do after it was ended by a signal.
     """
 
     summary: str
     module: str | None = None
+    resume: str = "run it again"
 
 
+CONTINUES = "the same command continues"
 COMMANDS = {
-    "fit": Command("train teachers, distil them into a set, or train networks on a set: what the config's module does"),
+    "fit": Command(
+        "train teachers, distil them into a set, or train networks on a set: what the config's module does",
+        resume="resume with the same command and --ckpt_path last",
+    ),
     "validate": Command("measure a checkpoint on the held-out training images"),
     "test": Command("measure a checkpoint on the test images"),
     "predict": Command("run a checkpoint's predict step"),
     "compare": Command(
-        "run several methods or values of a setting, and tabulate them", "ftd_lightning.studies.compare"
+        "run several methods or values of a setting, and tabulate them", "ftd_lightning.studies.compare", CONTINUES
     ),
     "export": Command("write a set as PNGs in class folders, with a card", "ftd_lightning.artefacts.export"),
     "import": Command("make a set of a file of images and one of labels", "ftd_lightning.artefacts.import_set"),
     "info": Command("describe a set, a store, a teacher or a whitening", "ftd_lightning.artefacts.info"),
-    "nas": Command("rank architectures by training them on a set", "ftd_lightning.studies.nas"),
-    "reproduce": Command("run one cell of the published tables and record it", "ftd_lightning.studies.reproduce"),
+    "nas": Command("rank architectures by training them on a set", "ftd_lightning.studies.nas", CONTINUES),
+    "reproduce": Command(
+        "run one cell of the published tables and record it", "ftd_lightning.studies.reproduce", CONTINUES
+    ),
     "trajectory-error": Command(
         "measure how far a student on a set drifts from its teachers", "ftd_lightning.studies.trajectory_error_command"
     ),
@@ -80,23 +99,37 @@ def help_text() -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command as a program: a mistake in the input is one line on standard error and exit code 1.
 
+    SIGTERM and Ctrl-C end it with exit code 143 and 130, and one line that says how to resume.
+
     Args:
         args: what follows ``ftd``; None takes it from the process. ``--debug`` before the command raises such mistakes
             with their traceback.
     """
+    plain_where_needed(sys.stdout)
+    plain_where_needed(sys.stderr)
     arguments = list(sys.argv[1:] if args is None else args)
     verb = next((index for index, argument in enumerate(arguments) if argument in COMMANDS), len(arguments))
     options = arguments[:verb]
     debug = "--debug" in options
     options = [option for option in options if option != "--debug"]
+    command = COMMANDS.get(arguments[verb]) if verb < len(arguments) else None
+    ended = EndedBySignal()
     try:
-        _dispatch([*options, *arguments[verb:]])
+        with ended:
+            _dispatch([*options, *arguments[verb:]])
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         known = None if debug else _known_error(error)
         if known is None:
             raise
-        print(f"ftd: error: {' '.join(str(known).split())}", file=sys.stderr)
+        print(f"ftd: error: {' '.join(known.split())}", file=sys.stderr)
         sys.exit(1)
+    if ended.signal is not None:
+        how = "terminated" if ended.signal == signal.SIGTERM else "interrupted"
+        print(f"ftd: {how}: {command.resume if command else 'run it again'}", file=sys.stderr)
+        sys.exit(128 + ended.signal)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -118,14 +151,18 @@ def _dispatch(arguments: list[str]) -> None:
         sys.exit(2)
 
 
-def _known_error(error: BaseException | None) -> BaseException | None:
-    """Find the error that a user can mend behind the one that was raised.
+def _known_error(error: BaseException | None) -> str | None:
+    """Return the message of the error that a user can mend behind the one that was raised; None where there is none.
 
     Only explicit causes are followed: the parser raises its own error *from* that of a constructor, whereas an error
     raised while another is handled is a bug.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    while error is not None and not isinstance(error, (InputError, DivergenceError, MisconfigurationException)):
+    while error is not None:
+        if isinstance(error, (InputError, DivergenceError, MisconfigurationException)):
+            return str(error)
+        if isinstance(error, OSError) and error.errno in REFUSALS and error.filename is not None:
+            return f"{os.fsdecode(error.filename)}: {error.strerror}"
         error = error.__cause__
-    return error
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
 
 import ftd_lightning
@@ -69,10 +70,21 @@ def _with_base(config: str, built_on: tuple[Path, ...] = ()) -> list[str]:
     """Split a config into those it builds on and its own content; one without a base stays as it is."""
     file = Path(config)
     try:
+        if not file.is_file():
+            return [config]  # YAML instead of a file, or a name that the parser reports
+    except (OSError, ValueError):  # too long for a name, or with a null byte
+        return [config]
+    try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return [config]  # YAML instead of a file, or a file whose fault the parser reports
-    if not isinstance(content, dict) or "base" not in content:
+        json.dumps(content, default=str)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "it contains itself" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise InputError(f"{file}: is no plain YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: is no config: settings are a mapping, e.g. model: ...")
+    if "base" not in content:
         return [config]
     base = file.parent / str(content.pop("base"))
     if not base.is_file():
@@ -83,8 +95,44 @@ def _with_base(config: str, built_on: tuple[Path, ...] = ()) -> list[str]:
     return [*_with_base(str(base), chain), yaml.safe_dump(content, sort_keys=False)]
 
 
+def check_checkpoint(path: str) -> None:
+    """Refuse a file that is no checkpoint of Lightning, before anything is read from it or begun.
+
+    Args:
+        path: what follows ``--ckpt_path``; Lightning's own words, such as "last", and remote paths are left to it.
+
+    Raises:
+        InputError: for a file that is missing, broken, or something else. No code in it is run.
+    """
+    if path in ("last", "hpc") or "://" in path or path.startswith("registry"):
+        return
+    if path == "best":
+        raise InputError("ckpt_path best: nothing has been measured yet when a command starts; name the file, or last")
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        complete = isinstance(content, dict) and {"pytorch-lightning_version", "state_dict"} <= content.keys()
+    except Exception as error:  # a foreign file can make torch raise anything
+        raise InputError(
+            f"{path}: no checkpoint that can be read: it is broken, something else, or would run code when read"
+        ) from error
+    if not complete:
+        raise InputError(f"{path}: is not a checkpoint of Lightning")
+
+
 class FTDCLI(LightningCLI):
     """LightningCLI with this library's defaults; everything else is as in Lightning's documentation."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Check what Lightning would fail on with a traceback."""
+        super().parse_arguments(parser, args)
+        config = self.config.get(self.config.get("subcommand") or "") or self.config
+        seed = config.get("seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything={seed} must be from 0 to {2**32 - 1}")
+        if config.get("ckpt_path"):
+            check_checkpoint(str(config["ckpt_path"]))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add a progress bar over the whole fit and atomic checkpoints, unless the config has its own."""

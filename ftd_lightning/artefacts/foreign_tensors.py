@@ -39,7 +39,7 @@ def _read_numpy(path: Path) -> Tensor:
             raise ValueError("an archive of several arrays")
         # torch has no arrays of the other byte order.
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-    except (ValueError, TypeError, EOFError, OSError) as error:
+    except (ValueError, TypeError, EOFError, OSError, MemoryError) as error:
         raise InputError(f"{path}: not one plain array of numbers that numpy.save wrote") from error
 
 

@@ -5,6 +5,7 @@ One metadata key holds JSON: safetensors keeps several in no fixed order, which 
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -89,6 +90,8 @@ def replacing(path: Path) -> Iterator[Path]:
     killed is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, a file is to be written here", str(path))
     prefix = f".{path.name}.{_machine()}-"
     for left in path.parent.glob(f"{glob.escape(prefix)}*.part"):
         writer = left.name.removeprefix(prefix).partition("-")[0]
@@ -100,6 +103,10 @@ def replacing(path: Path) -> Iterator[Path]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(part)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # names the file, not its part
     finally:
         part.unlink(missing_ok=True)
 

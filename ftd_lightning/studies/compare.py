@@ -19,7 +19,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.studies.comparison_plan import load
 from ftd_lightning.studies.comparison_plot import draw_plot, write_pictures
 from ftd_lightning.studies.comparison_table import gather, markdown, state, text
-from ftd_lightning.studies.fit_steps import FitError, TimeSlice, exiting_on_sigterm, is_done, run_step
+from ftd_lightning.studies.fit_steps import FitError, TimeSlice, is_done, run_step
 
 if TYPE_CHECKING:
     from ftd_lightning.studies.comparison_plan import Comparison, Row
@@ -101,9 +101,8 @@ def compare(
     if "threads" in job.given and threads is None:
         os.environ["OMP_NUM_THREADS"] = str(job.given["threads"])  # of the children
     try:
-        with exiting_on_sigterm():
-            failures, in_time = advance(job, rows, TimeSlice(minutes))
-            report(job, failures)
+        failures, in_time = advance(job, rows, TimeSlice(minutes))
+        report(job, failures)
     finally:
         if threads is None:
             os.environ.pop("OMP_NUM_THREADS", None)

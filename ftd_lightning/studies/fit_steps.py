@@ -15,7 +15,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -124,20 +124,6 @@ def is_done(step: FitStep) -> bool:
     """Whether a step is noted as finished and its files say so too."""
     targets = [int(target) for target in read_notes(step.folder)["finished"]]
     return any(target >= step.target for target in targets) and step.finished()
-
-
-@contextmanager
-def exiting_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit while steps run, so that the child is ended as well."""
-
-    def leave(number: int, frame: Any) -> NoReturn:
-        sys.exit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

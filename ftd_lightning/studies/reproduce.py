@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ftd_lightning.command_line import parse_command, split_overrides
 from ftd_lightning.data.files import replacing
-from ftd_lightning.studies.fit_steps import TimeSlice, exiting_on_sigterm, is_done, read_notes, run_step
+from ftd_lightning.studies.fit_steps import TimeSlice, is_done, read_notes, run_step
 from ftd_lightning.studies.reproduction_plan import Cell, plan
 from ftd_lightning.studies.reproduction_record import free_name, make_record, write_record
 
@@ -80,8 +80,7 @@ def reproduce(
     time_slice = TimeSlice(minutes)
     job = plan(Cell(dataset, ipc, method, teachers, iterations, epochs), overrides)
     written = job.folder / "record.txt"  # names the record of this run
-    with exiting_on_sigterm():
-        steps, all_done = advance(job, time_slice)
+    steps, all_done = advance(job, time_slice)
     print()
     for step in steps:
         notes = read_notes(step.folder)

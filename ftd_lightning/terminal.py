@@ -1,0 +1,93 @@
+"""How a command meets its terminal: signals that end it, and characters that it cannot show."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import TextIO
+
+PLAIN = {"\u00b1": "+-", "\u2016": "||", "\u00d7": "x", "\u2026": "...", "\u03b5": "epsilon", "\u03b4": "delta"}
+    "\u00b1": "+-",
+    "\u2016": "||",
+    "\u00d7": "x",
+    "\u03b5": "epsilon",
+    "\u03b4": "delta",
+    "\u03c3": "sigma",
+    "\u2026": "...",
+}
+ERRORS = "ftd_plain"
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Replace what an encoding lacks by its plain spelling, or else by a question mark."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(ERRORS, _plain)
+
+
+def plain_where_needed(stream: TextIO) -> None:
+    """Let a stream that is not UTF-8 write plain characters instead of failing.
+
+    Example:
+        >>> stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        >>> plain_where_needed(stream); _ = stream.write("93.7 \u00b1 0.4"); stream.flush()
+        >>> stream.buffer.getvalue()
+        b'93.7 +- 0.4'
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=ERRORS)
+
+
+class TerminatedError(SystemExit):
+    """Raised where a command is when SIGTERM arrives."""
+
+
+class EndedBySignal:
+    """Runs a block that SIGTERM and Ctrl-C end quietly; the signal can be read afterwards.
+
+    Within a fit Lightning ends the training at the next batch, so that its callbacks write what is good; anywhere else
+    the block ends at once. Only the main thread receives signals: elsewhere nothing is changed.
+
+    Attributes:
+        signal: what ended the block; None where nothing did.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def _terminate(self, number: int, frame: Any) -> None:
+        self.signal = signal.SIGTERM
+        if signal.getsignal(signal.SIGTERM) == self._terminate:  # no Trainer has taken over
+            raise TerminatedError
+
+    def __enter__(self) -> EndedBySignal:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+            signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        for number, handler in self._previous.items():  # Lightning leaves Ctrl-C ignored
+            signal.signal(number, handler)
+        # Lightning answers Ctrl-C by leaving with code 1, and SIGTERM with an exit of its own.
+        if isinstance(error, KeyboardInterrupt) or (
+            isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+        ):
+            self.signal = signal.SIGINT
+        with contextlib.suppress(ValueError):
+            sys.stdout.flush()
+        return self.signal is not None and (error is None or not isinstance(error, Exception))
