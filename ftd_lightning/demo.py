@@ -16,7 +16,8 @@ import torch
 
 from ftd_lightning import lightning_cli
 from ftd_lightning.data import DistillationDataModule, SyntheticSet
-from ftd_lightning.data.files import replacing, versions
+from ftd_lightning.data.files import versions
+from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies.picture_sheet import set_picture, write_sheet
 
@@ -108,8 +109,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    with replacing(RUNS / "results.json") as part:
-        part.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(RUNS / "results.json", results)
     picture(RUNS / "images.png")
     print(f"\n{table(accuracy)}\n")
     print(f"results   {RUNS / 'results.json'}\nimages    {RUNS / 'images.png'} (initial, MTT, FTD)")

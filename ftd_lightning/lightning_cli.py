@@ -19,8 +19,9 @@ import ftd_lightning
 import ftd_lightning.data
 import ftd_lightning.modules
 from ftd_lightning.callbacks import AtomicCheckpointIO, FitProgress
-from ftd_lightning.errors import InputError
+from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.modules import SyntheticEvaluation
+from ftd_lightning.training.learning_check import summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,6 +151,20 @@ class FTDCLI(LightningCLI):
         """Test the networks that an evaluation trained."""
         if isinstance(self.model, SyntheticEvaluation):
             self.trainer.test(self.model, datamodule=self.datamodule)
+            self._judge(self.model)
+
+    def after_test(self) -> None:
+        """Say which of the networks of an evaluation are not to be trusted."""
+        if isinstance(self.model, SyntheticEvaluation):
+            self._judge(self.model)
+
+    def _judge(self, module: SyntheticEvaluation) -> None:
+        total = module.hparams["networks"]
+        failed = module.results.get("failed", {})
+        if len(failed) == total:
+            raise DivergenceError(summary(failed, total))
+        if failed and self.trainer.is_global_zero:
+            print(f"ftd: warning: {summary(failed, total)}", file=sys.stderr)
 
 
 def run(args: ArgsType = None) -> FTDCLI:

@@ -15,14 +15,6 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 PLAIN = {"\u00b1": "+-", "\u2016": "||", "\u00d7": "x", "\u2026": "...", "\u03b5": "epsilon", "\u03b4": "delta"}
-    "\u00b1": "+-",
-    "\u2016": "||",
-    "\u00d7": "x",
-    "\u03b5": "epsilon",
-    "\u03b4": "delta",
-    "\u03c3": "sigma",
-    "\u2026": "...",
-}
 ERRORS = "ftd_plain"
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.data import SyntheticSet, TrajectoryStore, store_data, synthetic_set, trajectory_store
+from ftd_lightning.data.json_files import without_nan
 from ftd_lightning.data.store_data import load_store_data
 from ftd_lightning.data.tensor_file import TensorFile, file_kind
 from ftd_lightning.data.trajectory_store import check_teacher, epoch_name
@@ -268,7 +269,7 @@ def info(path: Path, *, json: bool = False) -> None:
     if json:
         kind = description.kind.replace(" ", "_")
         facts = {"path": str(path), "kind": kind, **description.facts}
-        print(dumps(facts, indent=2, ensure_ascii=False))
+        print(dumps(without_nan(facts), indent=2, ensure_ascii=False))
         return
     print(f"{path}: {description.kind}")
     width = max(len(name) for name, _ in description.rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,18 +9,17 @@ from lightning.pytorch import Callback
 
 from ftd_lightning.callbacks.last_epoch import is_last_epoch
 from ftd_lightning.contracts import DataSource, LearnsSet, data_source
-from ftd_lightning.data.files import replacing
+from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.training.evaluation_protocol import (
     EvaluationProtocol,
     accuracies,
-    from_all_ranks,
     mean_and_std,
     train_fresh_networks,
 )
-from ftd_lightning.training.ranks import own_share
+from ftd_lightning.training.ranks import from_all_ranks, own_share
 from ftd_lightning.training.run_folder import run_folder
 from ftd_lightning.training.side_by_side import SideBySide
 
@@ -133,8 +131,7 @@ class EvaluateSynthetic(Callback):
                     chosen[name] = float(summary["mean"])
         pl_module.record_scores(scores)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            with replacing(run_folder(trainer) / "evaluations.json") as file:
-                file.write_text(json.dumps(self.history, indent=2) + "\n", encoding="utf-8")
+            write_json(run_folder(trainer) / "evaluations.json", self.history)
         if regular:
             self._regular = list(self.history)
             self._keep_best(trainer, pl_module, chosen, iteration)
@@ -158,7 +155,7 @@ class EvaluateSynthetic(Callback):
         self._losses = self._losses or SideBySide(self.compile, device)  # one for all, which compiles once
         if self.lr is None and synthetic.step_size is None:
             raise InputError("EvaluateSynthetic: this method learns no step size: give lr")
-        lr = float(synthetic.step_size) if self.lr is None else self.lr  # type: ignore[arg-type]
+        lr = float(synthetic.step_size.mean()) if self.lr is None else self.lr  # type: ignore[union-attr]
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         train_fresh_networks(
             networks,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Callback
 
-from ftd_lightning.data.files import replacing
+from ftd_lightning.data.json_files import write_json
 from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
@@ -54,5 +54,4 @@ class PeakMemory(Callback):
         before = json.loads(file.read_text()) if file.is_file() else {}
         highest = {key: round(max(value, before.get(key, 0.0)), 1) for key, value in peaks.items()}
         if highest != before:
-            with replacing(file) as part:
-                part.write_text(json.dumps(highest) + "\n")
+            write_json(file, highest, indent=None)

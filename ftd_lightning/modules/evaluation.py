@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import ExitStack
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from ftd_lightning.contracts import BatchPlan
-from ftd_lightning.data.files import replacing, versions
+from ftd_lightning.data.files import versions
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile
@@ -23,16 +22,22 @@ from ftd_lightning.training.evaluation_protocol import (
     EvaluationProtocol,
     accuracies,
     choose_iterates,
-    from_all_ranks,
-    markdown_table,
     mean_and_std,
     set_lr,
+    write_results,
 )
 from ftd_lightning.training.fresh_networks import Network, refuse_object, right_answers
 from ftd_lightning.training.held_out import held_out_seen
+from ftd_lightning.training.learning_check import check_learning
 from ftd_lightning.training.phase_module import PhaseModule
 from ftd_lightning.training.plain_arguments import not_plain, plain, plain_settings
-from ftd_lightning.training.ranks import RankStates, own_share, refuse_split_loaders, without_gradient_sync
+from ftd_lightning.training.ranks import (
+    RankStates,
+    from_all_ranks,
+    own_share,
+    refuse_split_loaders,
+    without_gradient_sync,
+)
 from ftd_lightning.training.run_folder import run_folder
 from ftd_lightning.training.side_by_side import SideBySide
 
@@ -140,7 +145,7 @@ class SyntheticEvaluation(PhaseModule):
         if synthetic is None or synthetic.step_size is None:
             rank_zero_info(f"the training images have no learned step size: using lr={DEFAULT_LR}")
             return DEFAULT_LR
-        return float(synthetic.step_size)
+        return float(synthetic.step_size.mean())
 
     def on_fit_start(self) -> None:
         """Restore the networks that DDP has overwritten by the first rank's."""
@@ -228,10 +233,8 @@ class SyntheticEvaluation(PhaseModule):
     def on_validation_epoch_end(self) -> None:
         """Log their accuracy, and remember it beside that on the test images, so that an iterate can be chosen."""
         values = self._log_accuracies("val")
-        if self.trainer.sanity_checking or self.trainer.state.fn != "fit":
-            return
         # A fit that is stopped within an epoch validates there too; resumed, it would not have.
-        if not self.epoch_complete:
+        if self.trainer.sanity_checking or self.trainer.state.fn != "fit" or not self.epoch_complete:
             return
         self.trained_epochs = self.epoch + 1  # a checkpoint may be saved before the epoch's end counts it
         if self.source is None:
@@ -278,9 +281,12 @@ class SyntheticEvaluation(PhaseModule):
         chosen = choose_iterates(self.history, values)
         if chosen and self.data is not None and held_out_seen(metadata.get("dataset"), self.data.dataset):
             chosen["held_out_seen"] = "the set was distilled from images that are held out here"
+        assert self.networks is not None
+        failed = check_learning(self.trainer, self.networks, self.device, self.hparams["networks"])
         self.results = {
             "accuracy": {metadata.get("method", "set"): mean_and_std(values)},
             **chosen,
+            **({"failed": failed} if failed else {}),
             "each": values.tolist(),
             "measured_on": "test images; 'accuracy' is that of the networks as they were after the last epoch",
             "seeds": [derive_seed(self.hparams["seed"], "fresh", index) for index in range(len(values))],
@@ -291,7 +297,4 @@ class SyntheticEvaluation(PhaseModule):
             "versions": versions(),
         }
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            with replacing(run_folder(self.trainer) / "evaluation.json") as part:
-                part.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
-            with replacing(run_folder(self.trainer) / "evaluation.md") as part:
-                part.write_text(markdown_table(self.results), encoding="utf-8")
+            write_results(run_folder(self.trainer), self.results)

@@ -6,7 +6,6 @@ interrupted one resumes from its last checkpoint; a row that fails is reported, 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.command_line import parse_command, split_overrides
 from ftd_lightning.data.files import replacing
+from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies.comparison_plan import load
 from ftd_lightning.studies.comparison_plot import draw_plot, write_pictures
@@ -63,8 +63,7 @@ def report(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
     networks = [name for name in job.networks if name]
     if "plot" in results:
         draw_plot(results["plot"], results["title"], job.folder / f"{job.file.stem}.png")
-    with replacing(job.folder / "compare.json") as part:
-        part.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(job.folder / "compare.json", results)
     with replacing(job.folder / "compare.md") as part:
         part.write_text(markdown(results, networks), encoding="utf-8")
     print(f"\n{results['title']}\n\n{text(results, networks)}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -10,6 +9,7 @@ from PIL import Image
 
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.files import replacing
+from ftd_lightning.data.json_files import write_json
 from ftd_lightning.studies.picture_sheet import set_picture, write_sheet
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def look_at_set(folder: Path) -> None:
     with replacing(folder / PICTURE) as part:
         set_picture(synthetic, ema=settings["ema"]).save(part, format="PNG")
     counts = {"images": len(synthetic.labels), "training_images": len(data.train.labels) + len(data.val.labels)}
-    with replacing(folder / COUNTS) as part:
-        part.write_text(json.dumps(counts) + "\n")
+    write_json(folder / COUNTS, counts, indent=None)
 
 
 def write_pictures(job: Comparison, rows: Iterable[Row]) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ftd_lightning.data.files import replacing
+from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -116,8 +116,7 @@ def read_notes(folder: Path) -> dict[str, Any]:
 
 def write_notes(folder: Path, notes: dict[str, Any]) -> None:
     """Note it, atomically."""
-    with replacing(folder / "wall_time.json") as part:
-        part.write_text(json.dumps(notes) + "\n", encoding="utf-8")
+    write_json(folder / "wall_time.json", notes, indent=None)
 
 
 def is_done(step: FitStep) -> bool:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ftd_lightning.contracts import Images
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.files import replacing, versions
+from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Augmentation
 from ftd_lightning.studies.architecture_search import (
@@ -101,7 +102,7 @@ class Search:
             "real": data.train,
         }
         self.images = {side: Images(*(t.to(self.device) for t in part)) for side, part in parts.items()}
-        step_size = 0.01 if synthetic.step_size is None else float(synthetic.step_size)
+        step_size = 0.01 if synthetic.step_size is None else float(synthetic.step_size.mean())
         augment = Augmentation(settings.augment)
         self.protocols = {
             "proxy": EvaluationProtocol(settings.epochs, settings.lr or step_size, augment=augment),
@@ -214,8 +215,7 @@ class Search:
     def write(self, results: dict[str, Any]) -> dict[str, Any]:
         """Write everything, atomically."""
         everything = {**results, "settings": self.identity, "measured": self.measured, "versions": versions()}
-        with replacing(self.file) as part:
-            part.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        write_json(self.file, everything, indent=1)
         return everything
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ftd_lightning.data import SyntheticSet, TrajectoryStore
-from ftd_lightning.data.files import replacing
+from ftd_lightning.data.json_files import write_json
 from ftd_lightning.data.store_data import store_data_file
 from ftd_lightning.data.trajectory_store import teacher_file
 from ftd_lightning.errors import InputError
@@ -145,8 +145,7 @@ class Reproduction:
         changed = sorted(key for key in {*now} & {*before} if now[key] != before[key])
         if changed:
             raise InputError(f"{self.folder}: was begun with another {', '.join(changed)}; move it away to begin anew")
-        with replacing(file) as part:
-            part.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        write_json(file, now, indent=1)
 
 
 def plan(cell: Cell, overrides: Sequence[str] = ()) -> Reproduction:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftd_lightning.data import SyntheticSet, TrajectoryStore
-from ftd_lightning.data.files import replacing, versions
+from ftd_lightning.data.files import versions
+from ftd_lightning.data.json_files import write_json
 from ftd_lightning.studies.fit_steps import read_notes
 from ftd_lightning.training.evaluation_protocol import mean_and_std
 
@@ -164,5 +165,4 @@ def free_name(folder: Path, name: str) -> Path:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a record, atomically."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, record)

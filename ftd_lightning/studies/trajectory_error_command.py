@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.data import DistillationDataModule, SyntheticSet, TrajectoryStore, check_compatible
 from ftd_lightning.data.files import replacing, versions
+from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies.trajectory_error import (
     QUANTITIES,
@@ -211,8 +212,7 @@ def trajectory_error(
 
 def write(curve: dict[str, Any], others: Sequence[dict[str, Any]], folder: Path) -> None:
     """Write a curve as JSON, as PNG (with others beside it) and as TensorBoard scalars."""
-    with replacing(folder / "curve.json") as part:
-        part.write_text(json.dumps(curve, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / "curve.json", curve)
     with replacing(folder / "curve.png") as part:
         draw([curve, *others], part)
     # purge_step: TensorBoard forgets the curve that an earlier run left in this folder.

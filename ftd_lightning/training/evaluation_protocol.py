@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from ftd_lightning.data.files import replacing
+from ftd_lightning.data.json_files import write_json
 from ftd_lightning.data.loader import BatchOrder, TensorLoader
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.training.fresh_networks import right_answers
-from ftd_lightning.training.ranks import all_ranks
+from ftd_lightning.training.learning_check import summary
 from ftd_lightning.training.side_by_side import SideBySide
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -89,17 +92,6 @@ def accuracies(networks: Iterable[nn.Module], images: Tensor, labels: Tensor, *,
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 1024) -> float:
     """Measure the share of images that a network classifies correctly, in [0, 1]."""
     return accuracies([network], images, labels, batch_size=batch_size)[0]
-
-
-def from_all_ranks(own: list[float], total: int) -> list[float]:
-    """Collect on every rank what ``own_share`` dealt out: one number per network, in the networks' order.
-
-    Args:
-        own: a number for each network of this rank, including those that only fill up its share.
-        total: how many networks count.
-    """
-    ranks = all_ranks(own)
-    return [ranks[index % len(ranks)][index // len(ranks)] for index in range(total)]
 
 
 def train_fresh_networks(
@@ -192,4 +184,12 @@ def markdown_table(results: dict[str, Any]) -> str:
     cells = [f"{100 * v['mean']:.1f} ± {100 * v['std']:.1f}" if v else "-" for v in columns.values()]
     lines = [["set", "network", "networks", *columns], ["---"] * 6]
     lines.append([method, str(results["settings"].get("network", "own")), str(last["n"]), *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return table + (f"\n{summary(results['failed'], last['n'])}\n" if results.get("failed") else "")
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write the results of an evaluation as ``evaluation.json`` and as a table, ``evaluation.md``."""
+    write_json(folder / "evaluation.json", results)
+    with replacing(folder / "evaluation.md") as part:
+        part.write_text(markdown_table(results), encoding="utf-8")

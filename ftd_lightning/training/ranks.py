@@ -7,7 +7,7 @@ and saves the first one's state alone. Here each rank's own state is put back an
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import CombinedLoader, move_data_to_device
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
 
+T = TypeVar("T")
 KEYS = ("state_dict", "optimizer_states")
 
 
@@ -43,6 +44,17 @@ def all_ranks(value: Any) -> list[Any]:
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def from_all_ranks(own: list[T], total: int) -> list[T]:
+    """Collect on every rank what ``own_share`` dealt out: one value per network, in the networks' order.
+
+    Args:
+        own: a value for each network of this rank, including those that only fill up its share.
+        total: how many networks count.
+    """
+    ranks = all_ranks(own)
+    return [ranks[index % len(ranks)][index // len(ranks)] for index in range(total)]
 
 
 def without_gradient_sync(trainer: Trainer) -> AbstractContextManager[None]:
