@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import unicodedata
 from contextlib import contextmanager
-from pathlib import Path  # noqa: TC003 -- the command line reads signatures when it runs
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +70,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         InputError: if ``folder`` exists and is not an empty folder.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))  # resolve() raises for a loop of links
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder.name}: is there already and not an empty folder; name another")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,9 @@ def file_kind(path: Path) -> str | None:
     except (SafetensorError, OSError, RuntimeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: truncated, or not a safetensors file ({reason})") from error
-    kind = header.get("kind") if isinstance(header, dict) else None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: its metadata is no mapping; make it again")
+    kind = header.get("kind")
     return kind if isinstance(kind, str) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import seeded
 from ftd_lightning.models import build_network, find_network
-from ftd_lightning.models.description import describe_network, same_network
+from ftd_lightning.models.description import describe_network, parameter_shapes, same_network
 
 if TYPE_CHECKING:
     from ftd_lightning.contracts import ImageShape
@@ -121,6 +122,12 @@ def student_networks(
         raise InputError(
             f"{store.path}: its teachers are {_in_words(recorded)}, which has other parameters than "
             f"{_in_words(described)}; change network and network_options or record other teachers"
+        )
+    weights = sum(math.prod(size) for _, size in parameter_shapes(described))
+    if weights != store.num_parameters:
+        raise InputError(
+            f"{store.path}: its teachers have {store.num_parameters} weights, but their network has {weights}; record "
+            "them again"
         )
     return fresh
 
