@@ -96,11 +96,12 @@ def _with_base(config: str, built_on: tuple[Path, ...] = ()) -> list[str]:
     return [*_with_base(str(base), chain), yaml.safe_dump(content, sort_keys=False)]
 
 
-def check_checkpoint(path: str) -> None:
+def check_checkpoint(path: str, model: str | None = None) -> None:
     """Refuse a file that is no checkpoint of Lightning, before anything is read from it or begun.
 
     Args:
         path: what follows ``--ckpt_path``; Lightning's own words, such as "last", and remote paths are left to it.
+        model: class path of the module that it is for; Lightning would take the checkpoint's without a word.
 
     Raises:
         InputError: for a file that is missing, broken, or something else. No code in it is run.
@@ -120,6 +121,9 @@ def check_checkpoint(path: str) -> None:
         ) from error
     if not complete:
         raise InputError(f"{path}: is not a checkpoint of Lightning")
+    recorded = str(content.get("hyper_parameters", {}).get("_class_path", model))
+    if model is not None and recorded.rpartition(".")[2] != model.rpartition(".")[2]:
+        raise InputError(f"{path}: is a checkpoint of {recorded}, the model here is {model}")
 
 
 class FTDCLI(LightningCLI):
@@ -133,7 +137,8 @@ class FTDCLI(LightningCLI):
         if type(seed) is int and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything={seed} must be from 0 to {2**32 - 1}")
         if config.get("ckpt_path"):
-            check_checkpoint(str(config["ckpt_path"]))
+            model = config.get("model")
+            check_checkpoint(str(config["ckpt_path"]), model.get("class_path") if model else None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add a progress bar over the whole fit and atomic checkpoints, unless the config has its own."""

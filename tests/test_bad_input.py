@@ -366,7 +366,9 @@ def test_checkpoints(kind: str, here: Path, capsys) -> None:
 def test_the_checkpoint_of_another_module(here: Path, capsys) -> None:
     cli.main([*TEACH])
     path = "runs/digits/teacher_mtt/checkpoints/last.ckpt"
-    assert "ftd: error: " in one_line(capsys, *FIT, "--data.synthetic=random", f"--ckpt_path={path}")
+    line = one_line(capsys, *FIT, "--data.synthetic=random", f"--ckpt_path={path}")
+    assert "is a checkpoint of ftd_lightning" in line
+    assert "SyntheticEvaluation" in line
 
 
 def test_what_the_operating_system_refuses(shelf: Path, here: Path, capsys) -> None:

@@ -76,12 +76,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-    part.mkdir()
     try:
+        part.mkdir()
         yield part
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
+    except OSError as error:
+        if error.errno is None or not str(error.filename).startswith(str(part)):
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error  # names the folder, not its part
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

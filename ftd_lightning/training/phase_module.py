@@ -175,6 +175,8 @@ class PhaseModule(LightningModule):
                 f"the checkpoint's network is {state['network']['name']}, not {self.fresh.describe()['name']} as asked "
                 "for here: pass the same network (load_from_checkpoint takes network=)"
             )
+        if missing := sorted({*self.extra_state()} - {*state}):
+            raise InputError(f"the checkpoint is not one of a {type(self).__name__}: it has no {', '.join(missing)}")
         self._first_epoch, self._first_step = state["first"]
         self._resumed = True
         self.restore(state, checkpoint)
