@@ -100,7 +100,7 @@ def main() -> None:
         seconds[step.title] = round(time.perf_counter() - began, 1)
     accuracy: dict[str, Any] = {}
     for name in ROWS:
-        accuracy |= json.loads((RUNS / f"evaluate_{name}" / "evaluation.json").read_text())["accuracy"]
+        accuracy |= json.loads((RUNS / f"evaluate_{name}" / "evaluation.json").read_text(encoding="utf-8"))["accuracy"]
     results = {
         "accuracy": accuracy,
         "dataset": "digits",

@@ -88,7 +88,11 @@ def _with_base(config: str, built_on: tuple[Path, ...] = ()) -> list[str]:
     if "base" not in content:
         return [config]
     base = file.parent / str(content.pop("base"))
-    if not base.is_file():
+    try:
+        there = base.is_file()
+    except (OSError, ValueError):  # too long for a name, or with a null byte
+        there = False
+    if not there:
         raise InputError(f"{file}: builds on {base}, which is not there")
     chain = (*built_on, file.resolve())
     if base.resolve() in chain:
@@ -106,6 +110,8 @@ def check_checkpoint(path: str, model: str | None = None) -> None:
     Raises:
         InputError: for a file that is missing, broken, or something else. No code in it is run.
     """
+    if path.startswith(("http://", "https://")):
+        raise InputError(f"{path}: download the checkpoint first: read from there, it could run code")
     if path in ("last", "hpc") or "://" in path or path.startswith("registry"):
         return
     if path == "best":

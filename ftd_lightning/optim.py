@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.functional.batch_norm import batch_norms
 from ftd_lightning.functional.gsam import gsam_direction, gsam_perturbation
 
@@ -64,7 +65,8 @@ class GSAM(Optimizer):
         perturbed: True during the second run, so that a closure can use :func:`frozen_running_statistics` then.
 
     Raises:
-        ValueError: for a negative rho or alpha, or a base optimizer over other parameters.
+        InputError: (a ValueError) for a rho or alpha that is negative or not finite.
+        ValueError: for a base optimizer over other parameters.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -87,8 +89,7 @@ class GSAM(Optimizer):
         *,
         reduce: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
-        if rho < 0 or alpha < 0:
-            raise ValueError(f"rho and alpha must not be negative, got rho={rho}, alpha={alpha}")
+        check_bounds(GSAM, locals())
         params = list(params)  # type: ignore[assignment]  # an iterator could not be read twice
         base = base_optimizer if isinstance(base_optimizer, Optimizer) else base_optimizer(params)
         super().__init__(params, {"rho": rho, "alpha": alpha, "adaptive": adaptive, **base.defaults})

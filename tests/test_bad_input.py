@@ -12,7 +12,7 @@ import torch
 from fits import record, small_data
 from safetensors.torch import load_file, save_file
 
-from ftd_lightning import SyntheticSet, cli
+from ftd_lightning import SyntheticSet, TrajectoryMatching, cli
 from ftd_lightning.data.files import KEY
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "digits"
@@ -329,6 +329,7 @@ def saved(value):
 CHECKPOINTS = {
     "best": (lambda path: None, "best", "nothing has been measured yet"),
     "missing": (lambda path: None, "bad.ckpt", "no such checkpoint"),
+    "on the web": (lambda path: None, "https://example.com/bad.ckpt", "download the checkpoint first"),
     "a folder": (lambda path: path.mkdir(), "bad.ckpt", "no such checkpoint"),
     "code": (saved(Bomb()), "bad.ckpt", "would run code when read"),
     "another dictionary": (saved({"a": 1}), "bad.ckpt", "is not a checkpoint of Lightning"),
@@ -362,6 +363,72 @@ def test_checkpoints(kind: str, here: Path, capsys) -> None:
     assert not (here / "runs").exists()
 
 
+VALUES = {
+    "teacher_mtt": [
+        ("model.lr", -1, "above 0"),
+        ("model.lr", ".nan", "above 0 and finite"),
+        ("model.lr", ".inf", "above 0 and finite"),
+        ("model.rho", -1, "at least 0"),
+        ("model.rho", ".nan", "at least 0 and finite"),
+        ("model.alpha", -0.5, "at least 0"),
+        ("model.momentum", 2, "must lie in [0, 1)"),
+        ("model.weight_decay", -1, "at least 0"),
+        ("model.teachers", 0, "at least 1"),
+        ("model.epochs", -3, "at least 1"),
+        ("model.seed", -1, "at least 0"),
+        ("model.network_options", "{width: 0, depth: 2}", "width=0"),
+        ("model.network_options", "{width: -4, depth: 2}", "width=-4"),
+        ("model.network_options", "{width: 4, depth: 0}", "depth=0"),
+        ("model.network_options", "{width: 4, dept: 1}", "dept"),
+        ("data.image_size", 100000, "at most 1024"),
+        ("data.val_fraction", 0.999, "must lie in [0, 0.9]"),
+        ("data.val_fraction", -0.1, "must lie in [0, 0.9]"),
+        ("data.zca_eps", -1, "above 0"),
+        ("data.batch_size", 0, "at least 1"),
+        ("data.max_per_class", 0, "at least 1"),
+        ("seed_everything", -1, "must be from 0"),
+        ("trainer.precision", "bf16-true", "bf16-true"),
+        ("trainer.accumulate_grad_batches", 2, "accumulat"),
+        ("trainer.gradient_clip_val", 1, "clipping"),
+        ("trainer.accelerator", "gpu", "gpu"),
+    ],
+    "distill_mtt_ipc1": [
+        ("model.lr_images", -1, "must lie in [0, 1e+12]"),
+        ("model.lr_images", 1e30, "must lie in [0, 1e+12]"),
+        ("model.lr_step_size", -1, "must lie in [0, 1e+12]"),
+        ("model.step_size_init", 0, "above 0"),
+        ("model.syn_steps", 0, "at least 1"),
+        ("model.syn_batch", 0, "at least 1"),
+        ("model.momentum", ".nan", "must lie in [0, 1)"),
+        ("model.augment", "flop", "no operation 'flop'"),
+        ("trainer.max_steps", -5, "max_steps"),
+        ("trainer.enable_checkpointing", "false", "ModelCheckpoint"),
+    ],
+    "evaluate": [
+        ("model.lr", -1, "above 0"),
+        ("model.networks", 0, "at least 1"),
+        ("model.rho", "-.inf", "at least 0 and finite"),
+        ("data.synthetic", "gone.safetensors", "gone.safetensors: no such file"),
+    ],
+}
+CASES = [(config, *case) for config, cases in VALUES.items() for case in cases]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "option", "value", "words"), CASES, ids=lambda value: str(value)[:24])
+def test_values(config: str, option: str, value, words: str, shelf: Path, here: Path, capsys) -> None:
+    """Before anything is trained."""
+    arguments = ["fit", "--config", str(CONFIGS / f"{config}.yaml"), *QUIET]
+    if config.startswith("distill"):
+        arguments += [f"--model.trajectories={shelf / 'trajectories'}", "--model.max_start_epoch=1"]
+    elif config == "evaluate":
+        arguments += ["--data.synthetic=random"]
+    line = one_line(capsys, *arguments, f"--{option}={value}")
+    assert words in line
+    assert not list(here.rglob("*.ckpt"))
+    assert not list(here.rglob("*.safetensors"))
+
+
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
 def test_the_checkpoint_of_another_module(here: Path, capsys) -> None:
     cli.main([*TEACH])
@@ -383,13 +450,14 @@ def test_what_the_operating_system_refuses(shelf: Path, here: Path, capsys) -> N
     words = ["import", "images.pt", "labels.pt", "file/set.safetensors", "--dataset=digits", "--pictures"]
     assert "file" in one_line(capsys, *words, "--step-size=0.1")
     assert "file" in one_line(capsys, *TEACH, "--trainer.logger.init_args.save_dir=file")
-    assert "file" in one_line(capsys, *TEACH, "--data.zca=true", "--data.root=file")
+    assert "file" in one_line(capsys, *TEACH, "--data.zca=true", "--data.cache_dir=file")
     (here / "runs" / "digits" / "evaluate" / "evaluation.json").mkdir(parents=True)
     longer = [argument for argument in FIT if "max_epochs" not in argument]
     line = one_line(capsys, *longer, "--trainer.max_epochs=60", "--data.synthetic=random")
     assert "evaluation.json: is a folder" in line
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_had_enough_is_no_error(shelf: Path) -> None:
     command = f"{sys.executable} -m ftd_lightning info --json {shelf / 'trajectories'} | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
@@ -397,6 +465,7 @@ def test_a_reader_that_has_had_enough_is_no_error(shelf: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_not_utf_8(shelf: Path, here: Path) -> None:
     rewrite(shelf / "set.safetensors", here / "named.safetensors", meta(class_names=lambda n: [*n[:9], "grün ± x"]))
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
@@ -439,5 +508,31 @@ def test_json_of_info_holds_no_nan(shelf: Path, here: Path, capsys) -> None:
 
 
 def test_the_number_of_kinds() -> None:
-    kinds = len(SETS) + len(FILES) + len(STORES) + len(YAMLS) + len(CHECKPOINTS)
+    kinds = sum(map(len, (SETS, FILES, STORES, YAMLS, CHECKPOINTS, CASES)))
     assert kinds >= 100
+
+
+@pytest.mark.parametrize(
+    ("real", "words"),
+    [
+        ((torch.zeros(32, 1, 8, 8), torch.zeros(5, dtype=torch.int64)), "labels are 5, but there are 32 images"),
+        ((torch.zeros(8, 8), torch.zeros(8, dtype=torch.int64)), "images has shape (8, 8)"),
+        ((torch.full((2, 1, 8, 8), NAN), torch.arange(2)), "images has values that are not finite"),
+        ((torch.zeros(2, 1, 8, 8), torch.tensor([0, -1])), "labels run from -1 to 0"),
+        ((torch.zeros(2, 1, 8, 8), [0, 1]), "not a pair of tensors"),
+    ],
+)
+def test_real_images_of_ones_own(real, words: str, shelf: Path, refused) -> None:
+    with refused("real: ", words):
+        TrajectoryMatching(str(shelf / "trajectories"), real=real)
+
+
+def test_a_set_in_memory_is_checked_when_it_is_written(here: Path, refused) -> None:
+    for change, words in (
+        ({"labels": torch.arange(4)}, "labels are 4"),
+        ({"step_size": torch.tensor(0.0)}, "step_size"),
+    ):
+        fields = {"images": torch.zeros(10, 1, 8, 8), "labels": torch.arange(10), **change}
+        with refused("set.safetensors: not written: ", words):
+            SyntheticSet(**fields).save("set.safetensors")
+    assert not (here / "set.safetensors").exists()

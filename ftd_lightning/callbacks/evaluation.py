@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.last_epoch import is_last_epoch
 from ftd_lightning.contracts import DataSource, LearnsSet, data_source
 from ftd_lightning.data.json_files import write_json
@@ -67,8 +68,7 @@ class EvaluateSynthetic(Callback):
         lr: float | None = None,
         compile: Compile = "auto",  # noqa: A002
     ) -> None:
-        if min(every_n_epochs, networks, epochs) < 1:
-            raise InputError("EvaluateSynthetic: every_n_epochs, networks and epochs must be at least 1")
+        check_bounds(EvaluateSynthetic, locals())
         self.every_n_epochs = every_n_epochs
         self.networks = networks
         self.epochs = epochs

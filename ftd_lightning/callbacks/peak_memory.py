@@ -29,7 +29,7 @@ def process_peak() -> float:
         True
     """
     with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
     import resource  # what is left of Unix; on Linux it would count the memory of the process that started this one
 
@@ -51,7 +51,7 @@ class PeakMemory(Callback):
         peaks = {"process": process_peak()}
         if pl_module.device.type == "cuda":
             peaks["device"] = torch.cuda.max_memory_allocated(pl_module.device) / MIB
-        before = json.loads(file.read_text()) if file.is_file() else {}
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         highest = {key: round(max(value, before.get(key, 0.0)), 1) for key, value in peaks.items()}
         if highest != before:
             write_json(file, highest, indent=None)

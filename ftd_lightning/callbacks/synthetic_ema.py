@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import LearnsSet
-from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -29,8 +29,7 @@ class SyntheticEMA(Callback):
     """
 
     def __init__(self, decay: float = 0.9995, warmup: bool = False) -> None:
-        if not 0 <= decay < 1:
-            raise InputError(f"EMA decay={decay} must lie in [0, 1)")
+        check_bounds(SyntheticEMA, locals())
         self.decay = decay
         self.warmup = warmup
         self.average: torch.Tensor | None = None

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchvision.utils import make_grid
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.last_epoch import is_last_epoch
 from ftd_lightning.contracts import LearnsSet
 
@@ -59,6 +60,7 @@ class TensorBoardPictures(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 5, per_class: int = 10) -> None:
+        check_bounds(TensorBoardPictures, locals())
         self.every_n_epochs = every_n_epochs
         self.per_class = per_class
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import (
     BatchPlan,
     BringsBatches,
@@ -61,9 +62,9 @@ class DistillationDataModule(ImageDataModule):
         root: folder of the images or of their downloads.
         batch_size: images per batch, on each rank.
         val_fraction: share of every class's *training* images held out, so that an iterate can be chosen without the
-            test set. 0 trains on all, as the paper does.
+            test set, 0.9 at most. 0 trains on all, as the paper does.
         zca: whiten instead of standardising; fitted on the training images that are not held out.
-        zca_eps: added to the eigenvalues.
+        zca_eps: added to the eigenvalues; above 0.
         max_per_class: keep at most so many images of each class, in training and in test; None keeps all.
         synthetic: train on a synthetic set: its file, "real" (all real images), or ipc real images of each class:
             "random", or chosen by a teacher's features, "herding" and "k-center" (greedy). A file contains its own
@@ -76,8 +77,8 @@ class DistillationDataModule(ImageDataModule):
         num_workers: of that DataLoader.
         seed: decides the held-out images, the random ones, and the order of batches.
         image_size: height and width in pixels that the images are resized to; None: the data set's own.
-        test_fraction: share of every class that becomes the test part, in (0, 1), for a "folder" without ``val/``; the
-            same images for every seed.
+        test_fraction: share of every class that becomes the test part, in (0, 0.9], for a "folder" without ``val/``;
+            the same images for every seed.
         trajectories: store of the teachers whose features "herding" and "k-center" use.
         teacher: which of them.
         cache_dir: folder of decoded images and whitenings; None: ``root``, or the user's cache folder where root cannot
@@ -112,15 +113,8 @@ class DistillationDataModule(ImageDataModule):
         teacher: int = 0,
         cache_dir: str | None = None,
     ) -> None:
+        check_bounds(DistillationDataModule, locals())
         super().__init__(root)
-        if not 0 <= val_fraction < 1:
-            raise InputError(f"val_fraction={val_fraction} must lie in [0, 1)")
-        if not 0 < test_fraction < 1:
-            raise InputError(f"test_fraction={test_fraction} must lie between 0 and 1")
-        numbers = {"batch_size": batch_size, "ipc": ipc, "max_per_class": max_per_class, "image_size": image_size}
-        for name, value in numbers.items():
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
         check_name(dataset)
         # Not to the logger: Lightning refuses names that module and datamodule share with different values.
         self.save_hyperparameters(logger=False)

@@ -70,9 +70,16 @@ def fingerprint(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def checksum(values: bytes | memoryview) -> str:
+def checksum(values: bytes) -> str:
     """Hash bytes against accidents, such as a flipped bit; 16 hex digits."""
     return hashlib.blake2b(values, digest_size=len(UNKNOWN) // 2).hexdigest()
+
+
+def tensor_checksum(tensor: Tensor) -> str:
+    """Hash a tensor with its dtype and shape, as :func:`checksum` does bytes."""
+    digest = hashlib.blake2b(f"{DTYPES[tensor.dtype]} {list(tensor.shape)} ".encode(), digest_size=len(UNKNOWN) // 2)
+    digest.update(raw(tensor.contiguous()))
+    return digest.hexdigest()
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -181,7 +188,7 @@ def write_in_turn(
                 raise ValueError(
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {dtype} {tuple(shape)}"
                 )
-            checksums[name] = checksum(raw(tensor))
+            checksums[name] = tensor_checksum(tensor)
             file.write(raw(tensor))
             del tensor  # before the next one is read
         file.seek(0)

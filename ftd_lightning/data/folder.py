@@ -8,18 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ftd_lightning.data.decoding import (
-    Part,
-    cache_file,
-    cache_metadata,
-    class_files,
-    fill_cache,
-    image_files,
-    in_parallel,
-    is_grey,
-    opened,
-    read_cache,
-)
+from ftd_lightning.data.decoded_cache import DecodedImages, cache_file
+from ftd_lightning.data.decoding import in_parallel, is_grey, opened
+from ftd_lightning.data.image_tree import ImageTree, Part, told_what_is_unreadable
 from ftd_lightning.data.images import ImageDataset, Request
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator
@@ -33,12 +24,12 @@ if TYPE_CHECKING:
 OWN_FOLDERS = ("cache", "whitening")  # what this library keeps under root, beside the classes
 
 
-def _class_folders(folder: Path) -> list[Path]:
+def _class_folders(folder: Path, root: Path) -> list[Path]:
     """The folders of classes, sorted; hidden ones, and this library's own unless they hold images, are left out."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; put the images of each class into a folder of its own there")
     there = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    classes = [path for path in there if path.name not in OWN_FOLDERS or image_files(path)]
+    classes = [path for path in there if path.name not in OWN_FOLDERS or ImageTree(root).images(path)]
     if len(classes) < 2:
         raise InputError(
             f"{folder}: {len(classes)} folders of classes here, at least 2 are needed; put images into "
@@ -67,6 +58,7 @@ def _split(part: Part, folders: Sequence[Path], fraction: float) -> tuple[Part, 
 
 def _parts(root: Path, fraction: float) -> tuple[tuple[str, ...], Part, Part]:
     """The names of the classes, the training part and the test part."""
+    tree = ImageTree(root)
     folders = [root / name for name in ("train", "val") if (root / name).is_dir()]
     if len(folders) == 1:
         (missing,) = {"train", "val"} - {folders[0].name}
@@ -75,15 +67,18 @@ def _parts(root: Path, fraction: float) -> tuple[tuple[str, ...], Part, Part]:
             "which the share data.test_fraction becomes the test part"
         )
     if not folders:
-        classes = _class_folders(root)
-        return tuple(path.name for path in classes), *_split(class_files(classes), classes, fraction)
-    train, val = (_class_folders(folder) for folder in folders)
-    for here, there in ((train, val), (val, train)):
-        other = {path.name for path in there}
-        for path in here:
-            if path.name not in other:
-                raise InputError(f"{there[0].parent / path.name}: no such folder, but there is {path}")
-    return tuple(path.name for path in train), class_files(train), class_files(val)
+        classes = _class_folders(root, root)
+        names, parts = classes, _split(tree.part(classes), classes, fraction)
+    else:
+        train, val = (_class_folders(folder, root) for folder in folders)
+        for here, there in ((train, val), (val, train)):
+            other = {path.name for path in there}
+            for path in here:
+                if path.name not in other:
+                    raise InputError(f"{there[0].parent / path.name}: no such folder, but there is {path}")
+        names, parts = train, (tree.part(train), tree.part(val))
+    tree.tell_what_is_skipped()
+    return tuple(path.name for path in names), *parts
 
 
 def _survey(files: Sequence[Path]) -> tuple[int, int]:
@@ -100,6 +95,11 @@ def _survey(files: Sequence[Path]) -> tuple[int, int]:
     return (1 if all(grey for grey, _ in seen) else 3), size
 
 
+def _form(train: Part, image_size: int | None) -> dict[str, int]:
+    channels, native = _survey(train.files)
+    return {"channels": channels, "size": image_size or native, "native_size": native}
+
+
 def find_folder(request: Request) -> ImageDataset:
     """Describe images in ``train/<class>/`` and ``val/<class>/`` under root, or in ``<class>/`` under root.
 
@@ -107,18 +107,19 @@ def find_folder(request: Request) -> ImageDataset:
     seed. Classes are folders in alphabetical order, with any folders below. There is one channel if all training images
     are grey, else three; the size is the most common one of the training images (of its sides the shorter) if none is
     asked for; mean and std are those of all pixels of the training images. What was found goes into descriptions, with
-    a fingerprint of the decoded images.
+    a fingerprint of the decoded images. GIFs, hidden files and whatever else is no image are skipped and counted.
 
     Raises:
-        InputError: for another layout, a class without images, or an unreadable image, naming the folder or file.
+        InputError: for another layout, a class without images, an unreadable image, or a link that leads elsewhere (see
+            :class:`~ftd_lightning.data.image_tree.ImageTree`), naming the folder or file.
     """
     root = request.root
-    names, train, test = _parts(root, request.test_fraction)
+    with told_what_is_unreadable():
+        names, train, test = _parts(root, request.test_fraction)
     path = cache_file(request.cache, "folder", request.image_size or "native", root, {"train": train, "test": test})
-    if not path.is_file():
-        channels, native = _survey(train.files)
-        fill_cache(path, train, test, channels=channels, size=request.image_size or native, native_size=native)
-    metadata = cache_metadata(path)
+    form, sizes = partial(_form, train, request.image_size), ("in_channels", "image_size", "native_size")
+    decoded = DecodedImages(path, train, test, form, sizes)
+    metadata = decoded.metadata()
     # Told only where it was used, so that whoever reads a description can ask for the same images.
     split = {} if (root / "train").is_dir() else {"test_fraction": request.test_fraction}
     shape = {key: metadata[key] for key in ("in_channels", "image_size")}
@@ -127,7 +128,7 @@ def find_folder(request: Request) -> ImageDataset:
         class_names=names,
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
-        load=partial(read_cache, path),
+        load=decoded.load,
         native_size=metadata["native_size"],
         identify=partial(dict, contents),
         **shape,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ftd_lightning.data.decoding import cache_file, cache_metadata, class_files, fill_cache, read_cache
+from ftd_lightning.data.decoded_cache import DecodedImages, cache_file
+from ftd_lightning.data.image_tree import ImageTree, told_what_is_unreadable
 from ftd_lightning.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Parts, Request
 from ftd_lightning.errors import InputError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 IMAGE_SIZE = 128
 
@@ -91,30 +89,30 @@ SUBSETS: dict[str, dict[str, str]] = {
 }
 
 
-def _decoded(name: str, size: int, request: Request) -> Path:
-    """Return the cache of the decoded images, which is filled where it is missing."""
+def _decoded(name: str, size: int, request: Request) -> DecodedImages:
     root = request.root
-    tree, wnids = root / "imagenet" if (root / "imagenet").is_dir() else root, list(SUBSETS[name])
-    missing = [f"{part}/{wnid}" for part in ("train", "val") for wnid in wnids if not (tree / part / wnid).is_dir()]
+    with told_what_is_unreadable():
+        tree, wnids = root / "imagenet" if (root / "imagenet").is_dir() else root, list(SUBSETS[name])
+        missing = [f"{part}/{wnid}" for part in ("train", "val") for wnid in wnids if not (tree / part / wnid).is_dir()]
     if missing:
         raise InputError(
             f"{root}: the images of {name} are missing ({len(missing)} of {2 * len(wnids)} folders, the first is "
             f"{missing[0]}) and cannot be downloaded; put ILSVRC 2012 as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG "
             f"into {root / 'imagenet'}, or set data.root to the folder that contains both"
         )
-    train, test = (class_files([tree / part / wnid for wnid in wnids]) for part in ("train", "val"))
+    images = ImageTree(tree)
+    train, test = (images.part([tree / part / wnid for wnid in wnids]) for part in ("train", "val"))
+    images.tell_what_is_skipped()
     path = cache_file(request.cache, name, size, tree, {"train": train, "test": test})
-    if not path.is_file():
-        fill_cache(path, train, test, channels=3, size=size)
-    return path
+    return DecodedImages(path, train, test, partial(dict, channels=3, size=size))
 
 
 def _load(name: str, size: int, request: Request) -> Parts:
-    return read_cache(_decoded(name, size, request))
+    return _decoded(name, size, request).load()
 
 
 def _identify(name: str, size: int, request: Request) -> dict[str, Any]:
-    return {"fingerprint": cache_metadata(_decoded(name, size, request))["fingerprint"]}
+    return {"fingerprint": _decoded(name, size, request).metadata()["fingerprint"]}
 
 
 def find_subset(name: str, request: Request) -> ImageDataset:

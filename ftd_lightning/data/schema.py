@@ -34,7 +34,12 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
         >>> is_number(1, 0), is_number(True), is_number(float("nan")), is_number(2.0, 0, 1)
         (True, False, False, False)
     """
-    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+    if type(value) not in (int, float):
+        return False
+    try:
+        return math.isfinite(value) and low <= value <= high
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _is_count(value: Any) -> bool:

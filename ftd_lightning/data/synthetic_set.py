@@ -99,6 +99,7 @@ class SyntheticSet:
             InputError: for a set that is not as described, e.g. with values that are not finite: such a set is never
                 written over a good one.
         """
+
         def in_file(tensor: Tensor) -> Tensor:
             return tensor.float() if tensor.is_floating_point() else tensor
 

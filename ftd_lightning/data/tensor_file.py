@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ftd_lightning.data.files import DTYPES, FORMAT, KEY, UNKNOWN, checksum, raw
+from ftd_lightning.data.files import DTYPES, FORMAT, KEY, UNKNOWN, checksum, tensor_checksum
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ class TensorFile:
         if "checksum" in header or "checksums" in header:
             own = header.get("checksum")
             content = text.replace(f'"checksum": "{own}"', f'"checksum": "{UNKNOWN}"')
-            if own != checksum(content.encode()) or not isinstance(header.get("checksums"), dict):
+            checksums = header.get("checksums")
+            if own != checksum(content.encode()) or not isinstance(checksums, dict) or self.names != checksums.keys():
                 raise InputError(f"{self.path}: is damaged, its metadata has another checksum; make it again")
 
     @property
@@ -118,7 +119,7 @@ class TensorFile:
         except (SafetensorError, OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: has no tensor {name!r} ({reason}); make it again") from error
-        if self._checksums is not None and self._checksums.get(name) != checksum(raw(tensor.contiguous())):
+        if self._checksums is not None and self._checksums[name] != tensor_checksum(tensor):
             raise InputError(f"{self.path}: is damaged, {name} has another checksum; make it again")
         return tensor
 

@@ -13,15 +13,13 @@ from urllib.error import URLError
 from torchvision.datasets.utils import check_integrity, download_url
 from tqdm.auto import tqdm
 
-from ftd_lightning.data.decoding import Part, cache_file, cache_metadata, class_files, fill_cache, read_cache
-from ftd_lightning.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Parts, Request
+from ftd_lightning.data.decoded_cache import DecodedImages, cache_file
+from ftd_lightning.data.image_tree import ImageTree, Part, told_what_is_unreadable
+from ftd_lightning.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Request
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
-
-    from ftd_lightning.data.cache_folder import CacheFolder
 
 NAME = "tiny-imagenet-200"
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -52,11 +50,18 @@ def _download(folder: Path) -> None:
     shutil.rmtree(part)
 
 
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: is no text in UTF-8; take it from the official archive") from error
+
+
 def _class_names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
     """The first word of each class in words.txt, with its WordNet id where that is not unique; else the id alone."""
     names = {wnid: wnid for wnid in wnids}
     if (folder / "words.txt").is_file():
-        for line in (folder / "words.txt").read_text(encoding="utf-8").splitlines():
+        for line in _lines(folder / "words.txt"):
             wnid, _, words = line.partition("\t")
             if wnid in names and words.strip():
                 names[wnid] = words.split(",")[0].strip().replace(" ", "_")
@@ -71,23 +76,24 @@ def _wnids(folder: Path) -> list[str]:
     if not there:
         raise InputError(f"{train}: no folders of classes here; the layout of the official archive is needed")
     file = folder / "wnids.txt"
-    listed = file.read_text(encoding="utf-8").split() if file.is_file() else []
+    listed = " ".join(_lines(file)).split() if file.is_file() else []
     return listed if sorted(listed) == there else there
 
 
-def _test_part(folder: Path, wnids: list[str]) -> Part:
+def _test_part(folder: Path, tree: ImageTree, wnids: list[str]) -> Part:
     """The images of val/, which lie in one folder, by the labels of val_annotations.txt."""
     annotations = folder / "val" / "val_annotations.txt"
     if not annotations.is_file():
         raise InputError(f"{annotations}: no such file; the layout of the official archive is needed")
     labels = {wnid: label for label, wnid in enumerate(wnids)}
-    part = Part([], [])
-    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
+    part, images = Part([], []), folder / "val" / "images"
+    there = set(tree.images(images))
+    for number, line in enumerate(_lines(annotations), start=1):
         name, wnid = (*line.split("\t"), "", "")[:2]
         if wnid not in labels:
             raise InputError(f"{annotations}, line {number}: class {wnid!r} has no folder in train/")
-        file = folder / "val" / "images" / name
-        if not file.is_file():
+        file = images / name
+        if file not in there:
             raise InputError(f"{file}: no such image, but line {number} of {annotations.name} names it")
         part.files.append(file)
         part.labels.append(labels[wnid])
@@ -97,20 +103,8 @@ def _test_part(folder: Path, wnids: list[str]) -> Part:
     return part
 
 
-def _decoded(cache: CacheFolder, folder: Path, train: Part, test: Part, size: int) -> Path:
-    """Return the cache of the decoded images, which is filled where it is missing."""
-    path = cache_file(cache, "tiny-imagenet", size, folder, {"train": train, "test": test})
-    if not path.is_file():
-        fill_cache(path, train, test, channels=3, size=size)
-    return path
-
-
-def _load(decoded: Callable[[], Path]) -> Parts:
-    return read_cache(decoded())
-
-
-def _identify(decoded: Callable[[], Path]) -> dict[str, Any]:
-    return {"fingerprint": cache_metadata(decoded())["fingerprint"]}
+def _identify(decoded: DecodedImages) -> dict[str, Any]:
+    return {"fingerprint": decoded.metadata()["fingerprint"]}
 
 
 def find_tiny_imagenet(request: Request) -> ImageDataset:
@@ -130,16 +124,22 @@ def find_tiny_imagenet(request: Request) -> ImageDataset:
             )
         request.root.mkdir(parents=True, exist_ok=True)
         _download(folder)
-    wnids, size = _wnids(folder), request.image_size or IMAGE_SIZE
-    train, test = class_files([folder / "train" / wnid for wnid in wnids]), _test_part(folder, wnids)
-    decoded = partial(_decoded, request.cache, folder, train, test, size)
+    with told_what_is_unreadable():
+        wnids, size = _wnids(folder), request.image_size or IMAGE_SIZE
+        names = _class_names(folder, wnids)
+        # What is skipped is not told: the archive has a text file beside the images of every class.
+        tree = ImageTree(folder)
+        train = tree.part([folder / "train" / wnid for wnid in wnids])
+        test = _test_part(folder, tree, wnids)
+    path = cache_file(request.cache, "tiny-imagenet", size, folder, {"train": train, "test": test})
+    decoded = DecodedImages(path, train, test, partial(dict, channels=3, size=size))
     return ImageDataset(
-        class_names=_class_names(folder, wnids),
+        class_names=names,
         in_channels=3,
         image_size=size,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        load=partial(_load, decoded),
+        load=decoded.load,
         native_size=IMAGE_SIZE,
         identify=partial(_identify, decoded),
     )

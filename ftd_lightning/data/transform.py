@@ -11,7 +11,7 @@ import torch
 
 from ftd_lightning.contracts import ImageTransform as ImageTransform  # noqa: TC001
 from ftd_lightning.data.files import fingerprint, write_tensors
-from ftd_lightning.data.schema import check_transform
+from ftd_lightning.data.schema import check_transform, refuse
 from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.errors import InputError
 
@@ -143,6 +143,8 @@ class Whitening:
         file = TensorFile(path, kind="whitening")
         tensors = {name: file[name] for name in ("mean", "inverse", "matrix")}
         check_transform(file.metadata.get("transform"), tensors, path)
+        if file.metadata["transform"].get("kind") != "zca":
+            refuse(path, "transform.kind", "is not zca; make it again")
         return cls.build(file.metadata["transform"], tensors)
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ftd_lightning.data.files import fingerprint
 from ftd_lightning.data.images import unit_range
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def cached_whitening(pictures: Tensor, name: str, *, eps: float, cache: CacheFolder) -> Whitening:
     """Read the whitening of some pictures from the cache, or fit it and write it there, atomically.
 
+    It is fitted again where the file is damaged, or something else.
+
     Args:
         pictures: (N, C, H, W), uint8 or float32 in [0, 1].
         name: of the data set, for the file's name, which says all that a whitening depends on.
@@ -28,18 +30,27 @@ def cached_whitening(pictures: Tensor, name: str, *, eps: float, cache: CacheFol
         cache: the file lies in its folder ``whitening``.
 
     Raises:
-        InputError: for a broken file, or where it cannot be written.
+        InputError: where it cannot be written.
     """
     data = fingerprint(pictures)
     file = f"zca_{name.replace(' ', '-')}_{data}_{eps}_kornia{version('kornia')}.safetensors"
     path = cache.file("whitening", file)
-    if path.is_file():
-        return Whitening.load(path)
     values = pictures[0].numel()
+    if path.is_file():
+        try:
+            whitening = Whitening.load(path)
+            if (whitening.mean.numel(), whitening.eps, whitening.fitted_on) == (values, eps, data):
+                return whitening
+            reason = f"{path}: is of other pictures"
+        except InputError as error:
+            reason = str(error).removesuffix("; make it again")
+        rank_zero_warn(f"{reason}; the whitening is fitted again")
     rank_zero_info(f"fitting the whitening, {values} x {values}, on {len(pictures)} images")
     whitening = Whitening.fit(unit_range(pictures), eps=eps, fitted_on=data)
     try:
         whitening.save(path)
     except OSError as error:
-        raise InputError(f"{path}: the whitening cannot be written there ({error}); set data.cache_dir") from error
+        raise InputError(
+            f"{path}: the whitening cannot be written there ({error.strerror or error}); set data.cache_dir"
+        ) from error
     return whitening

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ftd_lightning.errors import InputError
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.functional.rules import MatchingRule
 
 
@@ -46,8 +46,7 @@ class DropLargest(MatchingRule):
     name: ClassVar[str] = "pp"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate < 1:
-            raise InputError(f"rate={self.rate} of parameter pruning must lie in [0, 1)")
+        check_bounds(DropLargest, vars(self))
 
     @torch.no_grad()
     def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor:
@@ -80,8 +79,7 @@ class KeepSimilar(MatchingRule):
     name: ClassVar[str] = "pp"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon <= 1:
-            raise InputError(f"epsilon={self.epsilon} of parameter pruning must lie in [0, 1]")
+        check_bounds(KeepSimilar, vars(self))
 
     @torch.no_grad()
     def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor:

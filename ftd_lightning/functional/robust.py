@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.rules import MatchingRule
 
@@ -74,8 +75,7 @@ class RobustStart(MatchingRule):
     name: ClassVar[str] = "robust"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.kappa < math.inf:
-            raise InputError(f"kappa={self.kappa} of robust learning must be 0 or a positive number")
+        check_bounds(RobustStart, vars(self))
         if self.residual not in get_args(Residual):
             raise InputError(f"residual={self.residual!r} is unknown: choose from {list(get_args(Residual))}")
 

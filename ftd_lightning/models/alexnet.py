@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.models.layers import NORMS, check_option, check_size
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class AlexNet(nn.Sequential):
         norm: "none", "batch", "layer", "instance" or "group" (4 groups).
 
     Raises:
-        InputError: for an unknown norm, or an image that three poolings leave nothing of.
+        InputError: for a number out of range, an unknown norm, or an image that three poolings leave nothing of.
 
     Example:
         >>> import torch
@@ -38,6 +39,7 @@ class AlexNet(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, num_classes: int, image_size: int, norm: Norm = "none") -> None:
+        check_bounds(AlexNet, locals())
         check_option("AlexNet", "norm", norm)
         enlarged = 4 if in_channels == 1 else 0
         check_size("AlexNet", image_size, halvings=PLAN.count(None), least=2 ** PLAN.count(None) - enlarged)

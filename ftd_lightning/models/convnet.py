@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor, nn
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.layers import NORMS, Norm, check_option
 
@@ -41,7 +42,8 @@ class ConvNet(nn.Sequential):
         pooling: "none", "max" or "avg".
 
     Raises:
-        InputError: for an unknown option, a size that pooling does not divide, or a width that 4 groups do not.
+        InputError: for a number out of range, an unknown option, a size that pooling does not divide, or a width that 4
+            groups do not.
 
     Example:
         >>> import torch
@@ -60,6 +62,7 @@ class ConvNet(nn.Sequential):
         activation: Activation = "relu",
         pooling: Pooling = "avg",
     ) -> None:
+        check_bounds(ConvNet, locals())
         for what, value, known in (
             ("norm", norm, get_args(Norm)),
             ("activation", activation, get_args(Activation)),
@@ -68,7 +71,7 @@ class ConvNet(nn.Sequential):
             check_option("ConvNet", what, value, known)
         if norm == "group" and width % 4:
             raise InputError(f"ConvNet's norm 'group' has 4 groups, which do not divide width {width}")
-        if pooling != "none" and (depth < 1 or image_size % 2**depth):
+        if pooling != "none" and image_size % 2**depth:
             raise InputError(f"ConvNet of depth {depth} cannot halve {image_size} px {depth} times: lower the depth")
         layers: list[nn.Module] = []
         size = image_size

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.models.layers import NORMS, check_option, check_size
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class ResNet18(nn.Sequential):
         average_pooling: give every convolution of stride 2 a stride of 1 and average 2x2 places after it.
 
     Raises:
-        InputError: for an unknown norm, or an image that is too small.
+        InputError: for a number out of range, an unknown norm, or an image that is too small.
 
     Example:
         >>> import torch
@@ -100,6 +101,7 @@ class ResNet18(nn.Sequential):
         norm: Norm = "instance",
         average_pooling: bool = False,
     ) -> None:
+        check_bounds(ResNet18, locals())
         check_option("ResNet18", "norm", norm)
         name, least = ("ResNet18 with instance norm", 9) if norm == "instance" else ("ResNet18", 8)
         check_size(name, image_size, halvings=3, least=least)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.models.layers import NORMS, check_option, check_size
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class VGG11(nn.Sequential):
         norm: "none", "batch", "layer", "instance" or "group" (4 groups).
 
     Raises:
-        InputError: for an unknown norm, or an image that five poolings leave nothing of.
+        InputError: for a number out of range, an unknown norm, or an image that five poolings leave nothing of.
 
     Example:
         >>> import torch
@@ -38,6 +39,7 @@ class VGG11(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, num_classes: int, image_size: int, norm: Norm = "instance") -> None:
+        check_bounds(VGG11, locals())
         check_option("VGG11", "norm", norm)
         check_size("VGG11", image_size, halvings=len(STAGES), least=2 ** len(STAGES))
         layers: list[nn.Module] = []

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ftd_lightning.contracts import Images
 from ftd_lightning.data.iterations import IterationCounter
 from ftd_lightning.data.loader import fits_on
-from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.modules.distillation import Distillation
@@ -20,7 +18,6 @@ from ftd_lightning.training.fresh_networks import Network, refuse_object
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-AT_LEAST_1 = ("ipc", "batch_real", "iterations_per_epoch")
 TRAIN_BATCH = 256  # synthetic images per step of the network's own training, in all of these methods
 
 
@@ -54,15 +51,12 @@ class ClassMatching(Distillation):
         """Check what ``__init__`` of a subclass got and saved as hyper-parameters.
 
         Raises:
-            InputError: for counts below 1, or a module where fresh networks are drawn.
+            InputError: for a module where fresh networks are drawn.
         """
-        for name in AT_LEAST_1:
-            if self.hparams[name] < 1:
-                raise InputError(f"{name}={self.hparams[name]} must be at least 1")
         refuse_object(network)
         self.augment = augment
         self._architecture = network
-        self._real = None if real is None else Images(*real)
+        self.keep_real(real)
 
     def build(self) -> None:
         """Make the initial synthetic set."""

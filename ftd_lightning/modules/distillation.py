@@ -14,6 +14,7 @@ from ftd_lightning.data.coresets import random_real_images
 from ftd_lightning.data.datamodule import NoLoaders
 from ftd_lightning.data.files import versions
 from ftd_lightning.data.iterations import IterationLoader
+from ftd_lightning.data.schema import check_images, check_labels
 from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.data.transform import Standardization
 from ftd_lightning.errors import DivergenceError, InputError
@@ -61,7 +62,7 @@ class Distillation(PhaseModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._real: Images | None = None
+        self._real: Images | None = None  # see keep_real
         self._finite = FiniteSteps()
         self._loss: Tensor | None = None
         self._loaded_shape: torch.Size | None = None  # of the images of a checkpoint, where no data is at hand
@@ -94,6 +95,20 @@ class Distillation(PhaseModule):
     def configure_callbacks(self) -> list[Callback]:
         """Add a writer of the set where the trainer has none."""
         return self.missing_callbacks(SyntheticSetWriter)
+
+    def keep_real(self, real: tuple[Tensor, Tensor] | None) -> None:
+        """Keep the argument ``real``, images (N, C, H, W) of floats and classes (N,) int64.
+
+        Raises:
+            InputError: for other shapes or types, values that are not finite, or another number of labels than images.
+        """
+        if real is None:
+            return
+        if len(real) != 2 or not all(isinstance(part, Tensor) for part in real):
+            raise InputError("real: is not a pair of tensors, images and labels")
+        self._real = Images(*real)
+        check_images(self._real.images.float(), "images", "real")
+        check_labels(self._real.labels, len(self._real.images), None, "class", "real")
 
     def make_images(self) -> None:
         """Make the initial synthetic set, from the argument ``real`` or the data source's training images.

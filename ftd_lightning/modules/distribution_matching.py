@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.functional.augment import STRATEGY, Augmentation
 from ftd_lightning.functional.batch_norm import batch_norms
 from ftd_lightning.functional.distribution_matching import distribution_distance, embed
@@ -57,6 +58,7 @@ class DistributionMatching(ClassMatching):
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
+        check_bounds(DistributionMatching, locals())
         super().__init__()
         augmentation = Augmentation.of(augment, align_corners=False)
         augment, network_options = plain(augmentation), plain(network_options)

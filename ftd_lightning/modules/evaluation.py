@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import BatchPlan
 from ftd_lightning.data.files import versions
-from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile
 from ftd_lightning.functional.seeding import derive_seed
@@ -89,9 +89,8 @@ class SyntheticEvaluation(PhaseModule):
         compile: Compile = "auto",  # noqa: A002
         rho: float = 0.0,
     ) -> None:
+        check_bounds(SyntheticEvaluation, locals())
         super().__init__()
-        if networks < 1:
-            raise InputError(f"networks={networks} must be at least 1")
         refuse_object(network)
         SideBySide(compile, torch.device("cpu"), rho=rho)  # refuses settings that make no sense
         self.augment = Augmentation.of(augment)

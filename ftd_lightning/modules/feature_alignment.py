@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.batch_norm import batch_norms
@@ -76,7 +77,7 @@ class FeatureAlignment(ClassMatching):
         round_steps: iterations that the present round has had.
 
     Raises:
-        InputError: for counts below 1, or unknown loops or augmentation.
+        InputError: for numbers out of range, or unknown loops or augmentation.
     """
 
     def __init__(
@@ -100,14 +101,12 @@ class FeatureAlignment(ClassMatching):
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
+        check_bounds(FeatureAlignment, locals())
         super().__init__()
         augmentation, self.loops = Augmentation.of(augment, align_corners=False), Loops.of(loops)
         augment, loops, network_options = plain(augmentation), plain(self.loops), plain(network_options)
         self.save_hyperparameters(ignore=not_plain(network))
         self.keep(network, augmentation, real)
-        for name in ("rounds", "query"):
-            if self.hparams[name] < 1:
-                raise InputError(f"{name}={self.hparams[name]} must be at least 1")
         self.round, self.round_steps = -1, 0
         self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
         self._outer = self._new_outer_watcher()

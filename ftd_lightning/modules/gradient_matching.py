@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Augmentation
 from ftd_lightning.functional.batch_norm import batch_norms
@@ -55,7 +56,8 @@ class GradientMatching(ClassMatching):
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
 
     Raises:
-        InputError: for counts below 1, an unknown augmentation, or an ipc without published loops that names none.
+        InputError: for numbers out of range, an unknown augmentation, or an ipc without published loops that names
+            none.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class GradientMatching(ClassMatching):
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
+        check_bounds(GradientMatching, locals())
         super().__init__()
         augmentation = Augmentation.of(augment, align_corners=False)
         augment, network_options = plain(augmentation), plain(network_options)
@@ -82,9 +85,7 @@ class GradientMatching(ClassMatching):
         self.keep(network, augmentation, real)
         published = PUBLISHED_LOOPS.get(ipc, (None, None))
         loops = (outer_loops or published[0], inner_epochs or published[1])
-        for name, given, value in zip(("outer_loops", "inner_epochs"), (outer_loops, inner_epochs), loops, strict=True):
-            if given is not None and given < 1:
-                raise InputError(f"{name}={given} must be at least 1")
+        for name, value in zip(("outer_loops", "inner_epochs"), loops, strict=True):
             if value is None:
                 raise InputError(f"ipc={ipc} has no published loops (those are {list(PUBLISHED_LOOPS)}): give {name}")
         self.outer_loops, self.inner_epochs = (int(value) for value in loops if value)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.trajectory_recorder import TrajectoryRecorder
 from ftd_lightning.contracts import BatchPlan, DataDescription, TeacherProgress
 from ftd_lightning.data.files import versions
@@ -73,8 +74,8 @@ class FlatTeacher(PhaseModule):
         network: the teacher being trained.
 
     Raises:
-        InputError: for counts below 1, another ``parallel``, an ``nn.Module`` as network, or, when the fit starts, a
-            network with dropout: a student must be a function of its weights.
+        InputError: for numbers out of range, another ``parallel``, an ``nn.Module`` as network, or, when the fit
+            starts, a network with dropout: a student must be a function of its weights.
     """
 
     def __init__(
@@ -94,9 +95,8 @@ class FlatTeacher(PhaseModule):
         parallel: Parallel = "teachers",
         compile: Compile = "auto",  # noqa: A002
     ) -> None:
+        check_bounds(FlatTeacher, locals())
         super().__init__()
-        if teachers < 1 or epochs < 1:
-            raise InputError(f"teachers={teachers} and epochs={epochs} must both be at least 1")
         if parallel not in get_args(Parallel):
             raise InputError(f"parallel={parallel!r} is unknown: choose from {list(get_args(Parallel))}")
         refuse_object(network)

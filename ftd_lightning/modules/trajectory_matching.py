@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ftd_lightning.contracts import DataDescription, Images
+from ftd_lightning.bounds import check_bounds
+from ftd_lightning.contracts import DataDescription
 from ftd_lightning.data.segments import SegmentBatch, SegmentLoader
 from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
-from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.inner_step import compile_seconds
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 # Far below any step size that trains a network, far above float32's smallest number.
 SMALLEST_STEP_SIZE = 1e-8
-AT_LEAST_1 = ("ipc", "syn_steps", "syn_batch", "iterations_per_epoch", "segments_per_step")
 
 
 class TrajectoryMatching(Distillation):
@@ -61,7 +60,7 @@ class TrajectoryMatching(Distillation):
         max_start_epoch: segments start at an epoch in {0 .. max_start_epoch - 1}.
         syn_batch: synthetic images per inner step; None takes all of them.
         lr_images: learning rate of the pixels.
-        lr_step_size: learning rate of the step size.
+        lr_step_size: learning rate of the step size; 0 keeps it as it is.
         step_size_init: inner learning rate at the start.
         momentum: of both.
         augment: DSA of the inner steps: an ``Augmentation``, its fields as a mapping, or a strategy; "" for none.
@@ -77,7 +76,8 @@ class TrajectoryMatching(Distillation):
         rules: variants of the matching loss, as objects or as in a config; see ``functional.MatchingRule``.
 
     Raises:
-        InputError: when the model is configured, for teachers that do not fit or segments that were not recorded.
+        InputError: for numbers out of range; when the model is configured, for teachers that do not fit or segments
+            that were not recorded.
     """
 
     step_size: nn.Parameter
@@ -106,13 +106,8 @@ class TrajectoryMatching(Distillation):
         compile: Compile = "auto",  # noqa: A002
         rules: list[MatchingRule] | list[dict[str, Any]] | None = None,
     ) -> None:
+        check_bounds(TrajectoryMatching, locals())
         super().__init__()
-        counts = (ipc, syn_steps, syn_batch, iterations_per_epoch, segments_per_step)
-        for name, value in zip(AT_LEAST_1, counts, strict=True):
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
-        if not 0 < step_size_init < float("inf"):
-            raise InputError(f"step_size_init={step_size_init} must be positive")
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
         self.augment = Augmentation.of(augment)
         self.rules = matching_rules(rules or [])
@@ -120,7 +115,7 @@ class TrajectoryMatching(Distillation):
         augment, rules = plain(self.augment), plain(self.rules)
         self.save_hyperparameters(ignore=not_plain(network))
         self._architecture = network
-        self._real = None if real is None else Images(*real)
+        self.keep_real(real)
         self._compile_seconds = 0.0
         self._teachers: dict[str, Any] = {}
 

@@ -69,7 +69,9 @@ def contents(config: Path) -> list[dict[str, Any]]:
     for argument in with_bases(["--config", str(config)]):
         if argument != "--config":
             part = yaml.safe_load(
-                Path(argument).read_text() if "\n" not in argument and Path(argument).is_file() else argument
+                Path(argument).read_text(encoding="utf-8")
+                if "\n" not in argument and Path(argument).is_file()
+                else argument
             )
             if not isinstance(part, dict):
                 raise InputError(f"{config}: is no config of a fit")
@@ -87,7 +89,7 @@ def name_of(config: Path, arguments: Sequence[str], *depends: str) -> str:
 def _saved(folder: Path) -> dict[str, Any]:
     """Give the resolved settings that a fit left beside its logs; empty where it has not begun."""
     file = folder / "config.yaml"
-    read: dict[str, Any] = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    read: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return read
 
 
@@ -239,7 +241,7 @@ def load(file: Path, further: Sequence[str] = (), only: Sequence[str] = ()) -> C
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     try:
-        given = yaml.safe_load(file.read_text())
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{file}: is no YAML: {' '.join(str(error).split())}") from error
     check(str(file), given)

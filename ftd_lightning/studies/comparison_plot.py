@@ -30,7 +30,7 @@ def look_at_set(folder: Path) -> None:
     """
     if (folder / COUNTS).is_file():
         return
-    settings = yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
     data = DistillationDataModule(**settings)
     data.prepare_data()
     data.setup()

@@ -15,6 +15,7 @@ import torch
 from jsonargparse import ArgumentParser
 from tqdm.auto import tqdm
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import Images
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.files import replacing, versions
@@ -61,6 +62,9 @@ class SearchSettings:
         augment: DSA strategy of both.
         seed: draws architectures, initialisations, batches and augmentation.
         threads: of the CPU; null leaves torch's own choice. They decide no number.
+
+    Raises:
+        InputError: for numbers out of range.
     """
 
     out: str
@@ -76,6 +80,9 @@ class SearchSettings:
     augment: str = STRATEGY
     seed: int = 0
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_bounds(SearchSettings, vars(self))
 
 
 class Search:
@@ -172,7 +179,7 @@ class Search:
         times = []
         for epochs in (1, 3):
             began = time.perf_counter()
-            protocol = replace(self.protocols[side], epochs=epochs, lr=0.0)
+            protocol = replace(self.protocols[side], epochs=epochs)
             train_fresh_networks([network], images, labels, protocol, compile=False)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()

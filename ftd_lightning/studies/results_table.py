@@ -90,7 +90,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     records = []
     for path in sorted(folder.glob("*.json")):
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
             if record["kind"] != "reproduction":
                 raise KeyError(record["kind"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -134,9 +134,9 @@ def main() -> None:
     """Write the table of all records into the README of this folder."""
     if not README.is_file():
         raise InputError(f"{README} is not here: run this in the project's folder")
-    text = with_table(README.read_text(), read_records(RECORDS))
+    text = with_table(README.read_text(encoding="utf-8"), read_records(RECORDS))
     with replacing(README) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Loops:
         window: accuracies that each loop looks at.
 
     Raises:
-        InputError: for counts below 1 or another kind.
+        InputError: for numbers out of range or another kind.
     """
 
     kind: Literal["dynamic", "fixed"] = "dynamic"
@@ -38,9 +39,7 @@ class Loops:
     def __post_init__(self) -> None:
         if self.kind not in ("dynamic", "fixed"):
             raise InputError(f"loops: kind={self.kind!r} is unknown: choose from ['dynamic', 'fixed']")
-        for name in ("outer_max", "inner_max", "window"):
-            if getattr(self, name) < 1:
-                raise InputError(f"loops: {name}={getattr(self, name)} must be at least 1")
+        check_bounds(Loops, vars(self))
 
     @classmethod
     def of(cls, value: Loops | Mapping[str, Any] | None) -> Loops:

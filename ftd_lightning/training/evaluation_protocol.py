@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.data.files import replacing
 from ftd_lightning.data.json_files import write_json
 from ftd_lightning.data.loader import BatchOrder, TensorLoader
@@ -37,6 +38,9 @@ class EvaluationProtocol:
         momentum: of SGD.
         weight_decay: of SGD.
         augment: of every batch, drawn for each network.
+
+    Raises:
+        InputError: for numbers out of range.
     """
 
     epochs: int = 1000
@@ -45,6 +49,9 @@ class EvaluationProtocol:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augment: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        check_bounds(EvaluationProtocol, vars(self))
 
     def optimizer(self, networks: Iterable[nn.Module]) -> torch.optim.SGD:
         """Make one optimizer over the weights of all networks."""

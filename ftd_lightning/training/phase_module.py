@@ -175,11 +175,12 @@ class PhaseModule(LightningModule):
                 f"the checkpoint's network is {state['network']['name']}, not {self.fresh.describe()['name']} as asked "
                 "for here: pass the same network (load_from_checkpoint takes network=)"
             )
-        if missing := sorted({*self.extra_state()} - {*state}):
-            raise InputError(f"the checkpoint is not one of a {type(self).__name__}: it has no {', '.join(missing)}")
         self._first_epoch, self._first_step = state["first"]
         self._resumed = True
-        self.restore(state, checkpoint)
+        try:
+            self.restore(state, checkpoint)
+        except KeyError as error:
+            raise InputError(f"the checkpoint is not one of a {type(self).__name__}: it has no {error}") from error
 
     def on_fit_start(self) -> None:
         """Begin to count, unless the fit is resumed; refuse settings that change what is computed."""

@@ -242,7 +242,7 @@ def test_an_export_that_is_cut_short_leaves_nothing(
     (tmp_path / ".out.part" / "old.png").write_text("")
     monkeypatch.setattr(module, "write_png", cut_short)
     with pytest.raises(stop):
-        cli.main(["export", str(path), str(tmp_path / "out")])
+        module.main([str(path), str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
     cli.main(["export", str(path), str(tmp_path / "out")])

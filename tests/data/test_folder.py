@@ -71,7 +71,7 @@ def test_description_says_what_was_found_and_copies_share_it(both, tmp_path_fact
     assert ready(both, image_size=8).describe()["dataset"]["image_size"] == 8
 
 
-@pytest.mark.parametrize(("fraction", "each"), [(0.2, 2), (0.5, 5), (0.01, 1), (0.99, 9)])
+@pytest.mark.parametrize(("fraction", "each"), [(0.2, 2), (0.5, 5), (0.01, 1), (0.9, 9)])
 def test_one_folder_is_split_by_class_and_fraction(flat, fraction, each):
     data = ready(flat, test_fraction=fraction)
     assert data.test.labels.bincount().tolist() == [each] * 3
@@ -184,7 +184,7 @@ def test_teachers_distillation_and_evaluation_on_ones_own_images(imagenet_root, 
     """Three classes of real images at their own size but for an argument, split by the fraction."""
     (tmp_path / "images").mkdir()
     for wnid in list(SUBSETS["imagenette"])[:3]:
-        (tmp_path / "images" / wnid).symlink_to(imagenet_root / "imagenet" / "train" / wnid)
+        shutil.copytree(imagenet_root / "imagenet" / "train" / wnid, tmp_path / "images" / wnid)
     store, synthetic, accuracies = run_phases(
         tmp_path / "runs", 3, dataset="folder", root=str(tmp_path / "images"), image_size=32, test_fraction=0.4
     )

@@ -119,7 +119,7 @@ def test_no_pooling_keeps_the_size():
     assert ConvNet(3, 10, 9, width=4, depth=4, pooling="none")[-1].in_features == 4 * 81
 
 
-@pytest.mark.parametrize(("size", "depth"), [(28, 3), (8, 4), (33, 1), (32, 0)])
+@pytest.mark.parametrize(("size", "depth"), [(28, 3), (8, 4), (33, 1)])
 def test_size_that_pooling_does_not_divide_is_refused(size, depth):
     with pytest.raises(InputError, match=rf"depth {depth} cannot halve {size} px {depth} times: lower the depth"):
         ConvNet(3, 10, size, depth=depth)

@@ -232,7 +232,7 @@ def test_query_accuracy_is_the_mean_over_classes_of_the_network_of_the_moment(tm
 
 # Rounds of four iterations, ended by the accuracies of all of them, by the maximum, or by a count.
 ROUNDS_OF_FOUR = {
-    "accuracies": {"lambda_1": 2.0, "window": 4, "outer_max": 10},
+    "accuracies": {"lambda_1": 1.0, "window": 4, "outer_max": 10},
     "maximum": {"lambda_1": 0.0, "window": 2, "outer_max": 4},
     "count": {"kind": "fixed", "outer_max": 4},
 }

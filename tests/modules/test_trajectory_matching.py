@@ -138,10 +138,16 @@ def test_nine_in_a_row_do_not(tmp_path, trajectories, monkeypatch) -> None:
     assert distil(tmp_path, trajectories, steps=22).skipped_steps == 18
 
 
-def test_infinite_pixels_are_never_written(tmp_path: Path, trajectories: Path) -> None:
+def test_infinite_pixels_are_never_written(tmp_path: Path, trajectories: Path, monkeypatch) -> None:
+    def overflow(
+        self: trajectory_matching.TrajectoryMatching,
+    ) -> torch.optim.SGD:  # by a rate that the constructor refuses
+        return torch.optim.SGD([{"params": [self.images], "lr": 1e38}, {"params": [self.step_size], "lr": 0.0}])
+
+    monkeypatch.setattr(trajectory_matching.TrajectoryMatching, "configure_optimizers", overflow)
     writer = SyntheticSetWriter(str(tmp_path / "set.safetensors"))
     with pytest.raises((InputError, DivergenceError)):
-        distil(tmp_path, trajectories, steps=30, callbacks=[writer], lr_images=1e38)
+        distil(tmp_path, trajectories, steps=30, callbacks=[writer])
     if writer.path.exists():
         assert torch.isfinite(SyntheticSet.load(writer.path).images).all()
 
@@ -156,7 +162,7 @@ def test_infinite_pixels_are_never_written(tmp_path: Path, trajectories: Path) -
         ({}, {"val_fraction": 0.2}, "its teachers have dataset"),
         ({"trajectories": Path("nowhere")}, {}, "nowhere: no teachers here"),
         ({"ipc": 0}, {}, "ipc=0 must be at least 1"),
-        ({"step_size_init": -1.0}, {}, "must be positive"),
+        ({"step_size_init": -1.0}, {}, "step_size_init=-1.0 must be above 0"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line(tmp_path, trajectories, options, data, message) -> None:

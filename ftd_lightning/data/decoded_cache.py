@@ -1,0 +1,160 @@
+"""Image files decoded once, into a cache that later runs map into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ftd_lightning.data.decoding import decode
+from ftd_lightning.data.files import fingerprint, write_tensors
+from ftd_lightning.data.images import Parts, Pictures
+from ftd_lightning.data.pixel_statistics import measure
+from ftd_lightning.data.schema import is_number, refuse
+from ftd_lightning.data.tensor_file import TensorFile
+from ftd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from ftd_lightning.data.cache_folder import CacheFolder
+    from ftd_lightning.data.image_tree import Part
+
+KIND = "decoded_images"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DecodedImages:
+    """Both parts of a data set, decoded. The cache is filled where it is missing, and again where it is damaged.
+
+    Attributes:
+        path: of the cache; see :func:`cache_file`.
+        train: files and labels of the training part.
+        test: those of the test part.
+        form: returns ``channels`` and ``size`` of the pictures, and what else to record. It is called before decoding.
+        sizes: what must be recorded as a positive integer.
+    """
+
+    path: Path
+    train: Part
+    test: Part
+    form: Callable[[], Mapping[str, Any]]
+    sizes: tuple[str, ...] = ("in_channels", "image_size")
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what was recorded beside the pictures; it fits their shapes.
+
+        Raises:
+            InputError: for an unreadable image, or where the cache cannot be written.
+        """
+        return self._from_cache(self._checked_metadata)
+
+    def load(self) -> Parts:
+        """Map both parts into memory, after a look at every byte of them.
+
+        Raises:
+            InputError: as for :meth:`metadata`.
+        """
+        return self._from_cache(self._checked_parts)
+
+    def _from_cache(self, read: Callable[[TensorFile], T]) -> T:
+        if self.path.is_file():
+            try:
+                return read(TensorFile(self.path, kind=KIND))
+            except InputError as error:
+                rank_zero_warn(f"{str(error).removesuffix('; make it again')}; the images are decoded again")
+        fill_cache(self.path, self.train, self.test, **self.form())
+        return read(TensorFile(self.path, kind=KIND))
+
+    def _checked_metadata(self, file: TensorFile) -> dict[str, Any]:
+        metadata = file.metadata
+        for key in self.sizes:
+            if type(metadata.get(key)) is not int or metadata[key] < 1:
+                refuse(self.path, key, f"is {metadata.get(key)!r:.60}")
+        channels, size = metadata["in_channels"], metadata["image_size"]
+        for name, part in (("train", self.train), ("test", self.test)):
+            wanted = torch.uint8, (len(part.files), channels, size, size)
+            if file.layout(f"{name}.pictures") != wanted:
+                refuse(self.path, f"{name}.pictures", "are not the pictures of these files")
+        for key in ("mean", "std"):
+            values = metadata.get(key)
+            if not isinstance(values, list) or len(values) != channels or not all(is_number(v, 0, 1) for v in values):
+                refuse(self.path, key, f"is {values!r:.60}")
+        if not isinstance(metadata.get("fingerprint"), str):
+            refuse(self.path, "fingerprint", "is missing")
+        return metadata
+
+    def _checked_parts(self, file: TensorFile) -> Parts:
+        self._checked_metadata(file)
+        train, test = (Pictures(file[f"{part}.pictures"], file[f"{part}.labels"]) for part in ("train", "test"))
+        for name, found, part in (("train", train, self.train), ("test", test, self.test)):
+            if not torch.equal(found.labels, torch.tensor(part.labels, dtype=torch.int64)):
+                refuse(self.path, f"{name}.labels", "are not the labels of these files")
+        return train, test
+
+
+def cache_file(cache: CacheFolder, name: str, size: int | str, base: Path, parts: Mapping[str, Part]) -> Path:
+    """Name the cache of decoded files by all that it depends on.
+
+    Args:
+        cache: the file lies in its folder ``cache``.
+        name: of the data set.
+        size: of the pictures.
+        base: names of files are taken relative to it, so that a tree that is moved keeps its cache.
+        parts: the files by part; their names, labels, lengths and times of change are hashed.
+
+    Raises:
+        InputError: for a file that does not exist, such as a dangling link.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for part, (files, labels) in parts.items():
+        for file, label in zip(files, labels, strict=True):
+            try:
+                stat = file.stat()
+            except OSError as error:
+                raise InputError(f"{file}: cannot be read ({error.strerror}); replace it or remove it") from error
+            line = f"{part}|{label}|{file.relative_to(base).as_posix()}|{stat.st_size}|{stat.st_mtime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+    return cache.file("cache", f"{name}_{size}_{digest.hexdigest()}.safetensors")
+
+
+def fill_cache(path: Path, train: Part, test: Part, *, channels: int, size: int, **metadata: Any) -> None:
+    """Decode both parts and write them to a cache, all at once; an interruption leaves no file.
+
+    Beside the pictures it records their size, what :func:`measure` finds in the training part, and a fingerprint of the
+    pictures and labels, which copies of the files share.
+
+    Raises:
+        InputError: for an unreadable image, for more than memory holds, or where the cache cannot be written.
+    """
+    needed = 3 * (len(train.files) + len(test.files)) * channels * size**2  # writing makes two copies
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > memory:
+        raise InputError(
+            f"{path.parent}: decoding to {size} px takes {needed / 2**30:.0f} GiB of memory, "
+            f"this machine has {memory / 2**30:.0f}; set data.image_size lower"
+        )
+    parts = {
+        name: decode(part, channels=channels, size=size, what=f"decoding {name} images to {size} px")
+        for name, part in (("train", train), ("test", test))
+    }
+    tensors = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part._asdict().items()}
+    found = {
+        "in_channels": channels,
+        "image_size": size,
+        **measure(parts["train"].pictures),
+        "fingerprint": fingerprint(*tensors.values()),
+    }
+    try:
+        write_tensors(path, tensors, kind=KIND, metadata={**found, **metadata})
+    except OSError as error:
+        raise InputError(
+            f"{path}: the decoded images cannot be written there ({error.strerror or error}); set data.cache_dir"
+        ) from error
