@@ -163,6 +163,7 @@ def _known_error(error: BaseException | None) -> str | None:
         if isinstance(error, (InputError, DivergenceError, MisconfigurationException)):
             return str(error)
         if isinstance(error, OSError) and error.errno in REFUSALS and error.filename is not None:
-            return f"{os.fsdecode(error.filename)}: {error.strerror}"
+            name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else error.filename
+            return f"{name}: {error.strerror}"
         error = error.__cause__
     return None
