@@ -19,7 +19,7 @@ SHORT = {
     "teacher_ftd": ["--model.teachers=2", "--model.epochs=3"],
     "distill_mtt_ipc1": ["--trainer.max_steps=4", "--model.iterations_per_epoch=2", "--model.max_start_epoch=2"],
     "distill_ftd_ipc1": ["--trainer.max_steps=4", "--model.iterations_per_epoch=2", "--model.max_start_epoch=2"],
-    "evaluate": ["--trainer.max_epochs=2"],
+    "evaluate": ["--trainer.max_epochs=12"],  # until networks have learned something of their set
 }
 
 

@@ -288,7 +288,8 @@ KILLED_WRITERS = """
 import os, random, signal, struct, sys, time
 from pathlib import Path
 import torch
-from ftd_lightning.data.files import TensorFile, write_tensors
+from ftd_lightning.data.files import write_tensors
+from ftd_lightning.data.tensor_file import TensorFile
 
 torch.set_num_threads(1)
 os.fsync = lambda handle: None  # guards against power cuts, not kills; without it most of the time goes into writing

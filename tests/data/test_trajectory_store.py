@@ -286,9 +286,10 @@ class Snapshots(list):
         return torch.full((size,), float(epoch))
 
 size = 4_000_000
-write_teacher(sys.argv[1], 0, Snapshots(range(2)), {})
+metadata = {"network": json.loads(sys.argv[2])}
+write_teacher(sys.argv[1], 0, Snapshots(range(2)), metadata)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_teacher(sys.argv[1], 1, Snapshots(range(12)), {})
+write_teacher(sys.argv[1], 1, Snapshots(range(12)), metadata)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
@@ -298,7 +299,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 def test_memory_for_a_teacher_does_not_grow_with_its_epochs(tmp_path):
     # Without the setting, glibc keeps some freed tensors, which then count.
     done = subprocess.run(
-        [sys.executable, "-c", WRITE_LONG, tmp_path],
+        [sys.executable, "-c", WRITE_LONG, tmp_path, json.dumps(NETWORK)],
         capture_output=True,
         text=True,
         check=True,

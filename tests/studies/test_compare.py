@@ -30,7 +30,7 @@ SMALL = [
     *("--distill.model.max_start_epoch", 3, "--distill.trainer.max_steps", 40),
     *("--distill.trainer.callbacks", CALLBACKS),
     *("--evaluate.model.network_options", {"width": 4, "depth": 1}, "--evaluate.model.networks", 2),
-    *("--evaluate.trainer.max_epochs", 4, "--evaluate.trainer.check_val_every_n_epoch", 2),
+    *("--evaluate.trainer.max_epochs", 12, "--evaluate.trainer.check_val_every_n_epoch", 4),
 ]
 
 

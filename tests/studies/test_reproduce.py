@@ -33,7 +33,10 @@ SMALL = [
     ),
     *("--evaluate.model.network_options={width: 4, depth: 1}", "--evaluate.model.networks=2"),
 ]
-COMMAND = ["--dataset=digits", "--ipc", "1", "--method", "ftd", "--teachers", "2", "--iterations", "4", "--epochs", "3"]
+COMMAND = [
+    *("--dataset=digits", "--ipc", "1", "--method", "ftd"),
+    *("--teachers", "2", "--iterations", "4", "--epochs", "12"),
+]
 
 
 @pytest.fixture
@@ -86,7 +89,7 @@ def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, ca
     assert commands[1][-2:] == ["--ckpt_path", "last"]
     assert not any("--ckpt_path" in command for command in commands[2:])
     (folder,) = Path("runs/digits").glob("reproduce_*")
-    assert folder.name.startswith("reproduce_ftd_ipc1_2teachers_4iterations_evaluated3epochs_")
+    assert folder.name.startswith("reproduce_ftd_ipc1_2teachers_4iterations_evaluated12epochs_")
     (teachers,) = Path("runs/digits").glob("teacher_ftd*")
     assert read_notes(teachers)["slices"] == 2
     assert teachers.name != "teacher_ftd", "not where the config's own teachers go"
@@ -100,12 +103,12 @@ def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, ca
     assert str(here) not in text
     found = json.loads(text)
     assert found["command"].startswith(
-        "make reproduce DATASET=digits IPC=1 METHOD=ftd TEACHERS=2 ITERATIONS=4 EPOCHS=3 "
+        "make reproduce DATASET=digits IPC=1 METHOD=ftd TEACHERS=2 ITERATIONS=4 EPOCHS=12 "
     )
     assert "--teacher.model.epochs 100" in found["command"]
     assert "minutes" not in found["command"]
     assert (found["dataset"], found["ipc"], found["method"], found["iterations"]) == ("digits", 1, "ftd", 4)
-    assert found["evaluation_epochs"] == 3
+    assert found["evaluation_epochs"] == 12
     assert found["config"] == {"teachers": 8, "iterations": 500, "epochs": 1000}
     assert (found["teachers"]["count"], found["teachers"]["epochs"], found["teachers"]["accuracy"]["n"]) == (2, 100, 2)
     store = TrajectoryStore(folder / "trajectories")
