@@ -114,7 +114,7 @@ BOUNDS: dict[str, Count | Range] = {
     "max_start_epoch": Count(),
     "segments_per_step": Count(),
     "iterations_per_epoch": Count(),
-    "every_n_epochs": Count(),
+    "every_n_epochs": Count(0),  # 0: never
     "lr_milestones": Count(0),
     "architectures": Count(2),  # one alone has no rank
     "real_architectures": Count(2),

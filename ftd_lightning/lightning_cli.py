@@ -2,102 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
 
 import ftd_lightning
 import ftd_lightning.data
 import ftd_lightning.modules
-from ftd_lightning.callbacks import AtomicCheckpointIO, FitProgress
+from ftd_lightning.callbacks import (
+    AtomicCheckpointIO,
+    EvaluateSynthetic,
+    FitProgress,
+    HyperparameterReport,
+    TensorBoardPictures,
+)
+from ftd_lightning.contracts import LearnsSet, data_source
 from ftd_lightning.errors import DivergenceError, InputError
-from ftd_lightning.modules import SyntheticEvaluation
+from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation
+from ftd_lightning.shipped_configs import run_folder_of, with_config_files
 from ftd_lightning.training.learning_check import summary
+from ftd_lightning.training.phase_module import PhaseModule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
-def _with_default(configured: Any, kind: type, default: Any) -> list[Any]:
-    """Add a default to a trainer's callbacks or plugins, unless one of its kind is configured."""
+def _with_defaults(configured: Any, defaults: Mapping[type, Any]) -> list[Any]:
+    """Add to a trainer's callbacks or plugins the default of each kind of which none is configured."""
     parts = list(configured) if isinstance(configured, (list, tuple)) else [] if configured is None else [configured]
-    return parts if any(isinstance(part, kind) for part in parts) else [*parts, default]
-
-
-def with_bases(arguments: Sequence[str]) -> list[str]:
-    """Put the configs that a config builds on before it: those it names under ``base``, relative to itself.
-
-    ``--config F`` (or ``-c F``) becomes ``--config BASE --config <F without base>``, which LightningCLI merges like any
-    two configs.
-
-    Args:
-        arguments: of a command.
-
-    Raises:
-        InputError: for a base that does not exist, or configs that build on each other.
-
-    Example:
-        >>> with_bases(["fit", "--trainer.max_steps", "3"])
-        ['fit', '--trainer.max_steps', '3']
-    """
-    expanded: list[str] = []
-    remaining = iter(arguments)
-    for argument in remaining:
-        option, equals, value = argument.partition("=")
-        if argument.startswith("-c") and len(option) > 2:  # -cF
-            option, equals, value = "-c", "=", argument[2:]
-        if option not in ("-c", "--config"):
-            expanded.append(argument)
-            continue
-        config = value if equals else next(remaining, None)
-        if config is None:
-            expanded.append(argument)
-            continue
-        for part in _with_base(config):
-            expanded += ["--config", part]
-    return expanded
-
-
-def _with_base(config: str, built_on: tuple[Path, ...] = ()) -> list[str]:
-    """Split a config into those it builds on and its own content; one without a base stays as it is."""
-    file = Path(config)
-    try:
-        if not file.is_file():
-            return [config]  # YAML instead of a file, or a name that the parser reports
-    except (OSError, ValueError):  # too long for a name, or with a null byte
-        return [config]
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        json.dumps(content, default=str)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = "it contains itself" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise InputError(f"{file}: is no plain YAML: {reason}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: is no config: settings are a mapping, e.g. model: ...")
-    if "base" not in content:
-        return [config]
-    base = file.parent / str(content.pop("base"))
-    try:
-        there = base.is_file()
-    except (OSError, ValueError):  # too long for a name, or with a null byte
-        there = False
-    if not there:
-        raise InputError(f"{file}: builds on {base}, which is not there")
-    chain = (*built_on, file.resolve())
-    if base.resolve() in chain:
-        raise InputError(f"{file}: builds on {base}, which builds on it in turn")
-    return [*_with_base(str(base), chain), yaml.safe_dump(content, sort_keys=False)]
+    missing = [part for kind, part in defaults.items() if not any(isinstance(own, kind) for own in parts)]
+    return [*parts, *missing]
 
 
 def check_checkpoint(path: str, model: str | None = None) -> None:
@@ -147,12 +88,35 @@ class FTDCLI(LightningCLI):
             check_checkpoint(str(config["ckpt_path"]), model.get("class_path") if model else None)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add a progress bar over the whole fit and atomic checkpoints, unless the config has its own."""
+        """Add what only records, and atomic checkpoints, unless the config has its own."""
         config = self._get(self.config_init, "trainer", default={})
-        if config.get("enable_progress_bar") is not False:
-            kwargs["callbacks"] = _with_default(config.get("callbacks"), ProgressBar, FitProgress())
-        kwargs["plugins"] = _with_default(config.get("plugins"), CheckpointIO, AtomicCheckpointIO())
+        kwargs["callbacks"] = _with_defaults(config.get("callbacks"), self._recording(config))
+        kwargs["plugins"] = _with_defaults(config.get("plugins"), {CheckpointIO: AtomicCheckpointIO()})
         return super().instantiate_trainer(**kwargs)
+
+    def _recording(self, trainer: Mapping[str, Any]) -> dict[type, Callback]:
+        """Give the callbacks that record a fit of this library's modules, by kind; they change none of its results."""
+        model, callbacks = self.model, dict[type, Callback]()
+        if trainer.get("enable_progress_bar") is not False:
+            callbacks[ProgressBar] = FitProgress()
+        if not isinstance(model, PhaseModule):
+            return callbacks
+        callbacks[HyperparameterReport] = HyperparameterReport()
+        if isinstance(model, LearnsSet):
+            callbacks[TensorBoardPictures] = TensorBoardPictures()
+            if data_source(self.datamodule) is not None:
+                callbacks[EvaluateSynthetic] = EvaluateSynthetic()
+        if trainer.get("enable_checkpointing") is not False:
+            often = 100 if isinstance(model, SyntheticEvaluation) else 1  # its epochs are a step or two
+            # The validation of a teacher belongs to its epoch; the others are measured when they are due.
+            after_validation = isinstance(model, FlatTeacher)
+            callbacks[ModelCheckpoint] = ModelCheckpoint(
+                save_last=True,
+                save_top_k=1,
+                every_n_epochs=often,
+                save_on_train_epoch_end=None if after_validation else True,
+            )
+        return callbacks
 
     def before_fit(self) -> None:
         """Allow TF32 on a GPU: the published numbers were made with it, and it is several times as fast."""
@@ -190,10 +154,15 @@ def run(args: ArgsType = None) -> FTDCLI:
     """
     # Lightning 2.6 under torch 2.13 and newer; nothing that a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-    # Lightning warns when it is given arguments, which is how bases are merged.
+    # Lightning warns when it is given arguments, in which names of configs have become files.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
+    defaults: dict[str, Any] = {"num_sanity_val_steps": 0, "log_every_n_steps": 10}
     if args is None or isinstance(args, list):
-        args = with_bases(sys.argv[1:] if args is None else args)
+        args, config = with_config_files(sys.argv[1:] if args is None else args)
+        if config is not None:
+            folder, name = run_folder_of(config)
+            board = {"save_dir": str(folder), "name": name, "version": "", "default_hp_metric": False}
+            defaults["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": board}
     return FTDCLI(
         LightningModule,
         LightningDataModule,
@@ -203,5 +172,6 @@ def run(args: ArgsType = None) -> FTDCLI:
         auto_configure_optimizers=False,
         parser_kwargs={"prog": "ftd", "version": ftd_lightning.__version__},
         save_config_kwargs={"overwrite": True},
+        trainer_defaults=defaults,
         args=args,
     )

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.callbacks.last_epoch import is_last_epoch
+from ftd_lightning.callbacks.last_epoch import is_due, is_last_epoch
 from ftd_lightning.contracts import DataSource, LearnsSet, data_source
 from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
@@ -44,7 +44,8 @@ class EvaluateSynthetic(Callback):
 
     Args:
         every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``; also after the last one. What is
-            measured after the last one alone is listed, and chooses nothing: a resumed run does not measure it.
+            measured after the last one alone is listed, and chooses nothing: a resumed run does not measure it. None:
+            four times in a fit; 0: never.
         networks: fresh networks per measurement.
         epochs: of each over the synthetic set.
         keep_best: write the set whose mean val accuracy is the highest so far to ``best.safetensors`` beside the logs.
@@ -60,9 +61,9 @@ class EvaluateSynthetic(Callback):
 
     def __init__(
         self,
-        every_n_epochs: int = 5,
+        every_n_epochs: int | None = None,
         networks: int = 2,
-        epochs: int = 1000,
+        epochs: int = 500,
         keep_best: bool = True,
         seed: int = 0,
         lr: float | None = None,
@@ -89,7 +90,7 @@ class EvaluateSynthetic(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what it cannot measure before anything is learned."""
-        if not isinstance(pl_module, LearnsSet):
+        if not isinstance(pl_module, LearnsSet) or self.every_n_epochs == 0:
             return
         self._source(trainer)
         pl_module.evaluation_network(self.seed)
@@ -108,11 +109,11 @@ class EvaluateSynthetic(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure where it is due."""
-        if not isinstance(pl_module, LearnsSet):
+        if not isinstance(pl_module, LearnsSet) or self.every_n_epochs == 0:
             return
         complete = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         iteration = pl_module.synthetic_set().metadata["iterations"]
-        regular = complete and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        regular = complete and is_due(trainer, self.every_n_epochs, times=4)
         if not regular and not is_last_epoch(trainer):
             return
         # A run that resumes from a checkpoint of this very iteration measures it again.

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchvision.utils import make_grid
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.callbacks.last_epoch import is_last_epoch
+from ftd_lightning.callbacks.last_epoch import is_due, is_last_epoch
 from ftd_lightning.contracts import LearnsSet
 
 if TYPE_CHECKING:
@@ -55,11 +55,12 @@ class TensorBoardPictures(Callback):
     """Shows the synthetic images in real colours, whitening undone, and histograms of their values.
 
     Args:
-        every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``.
+        every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``, and at the beginning and the end;
+            None: ten times in a fit; 0: never between.
         per_class: pictures of each class at most.
     """
 
-    def __init__(self, every_n_epochs: int = 5, per_class: int = 10) -> None:
+    def __init__(self, every_n_epochs: int | None = None, per_class: int = 10) -> None:
         check_bounds(TensorBoardPictures, locals())
         self.every_n_epochs = every_n_epochs
         self.per_class = per_class
@@ -71,7 +72,7 @@ class TensorBoardPictures(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the present images."""
-        if is_last_epoch(trainer) or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        if is_last_epoch(trainer) or is_due(trainer, self.every_n_epochs, times=10):
             self._show(trainer, pl_module)
 
     def _show(self, trainer: Trainer, module: LightningModule) -> None:
