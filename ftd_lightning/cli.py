@@ -15,7 +15,7 @@ from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.terminal import EndedBySignal, plain_where_needed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 # What the operating system refuses, rather than what a bug of ours would ask of it.
@@ -106,18 +106,30 @@ def main(args: Sequence[str] | None = None) -> None:
         args: what follows ``ftd``; None takes it from the process. ``--debug`` before the command raises such mistakes
             with their traceback.
     """
-    plain_where_needed(sys.stdout)
-    plain_where_needed(sys.stderr)
     arguments = list(sys.argv[1:] if args is None else args)
     verb = next((index for index, argument in enumerate(arguments) if argument in COMMANDS), len(arguments))
     options = arguments[:verb]
     debug = "--debug" in options
     options = [option for option in options if option != "--debug"]
     command = COMMANDS.get(arguments[verb]) if verb < len(arguments) else None
+    resume = command.resume if command else "run it again"
+    as_program(lambda: _dispatch([*options, *arguments[verb:]]), resume=resume, debug=debug)
+
+
+def as_program(run: Callable[[], None], *, resume: str, debug: bool = False) -> None:
+    """Run a function as a program; see :func:`main`.
+
+    Args:
+        run: what to do.
+        resume: what to do after it was ended by a signal.
+        debug: raise mistakes of the user with their traceback.
+    """
+    plain_where_needed(sys.stdout)
+    plain_where_needed(sys.stderr)
     ended = EndedBySignal()
     try:
         with ended:
-            _dispatch([*options, *arguments[verb:]])
+            run()
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
@@ -129,7 +141,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(1)
     if ended.signal is not None:
         how = "terminated" if ended.signal == signal.SIGTERM else "interrupted"
-        print(f"ftd: {how}: {command.resume if command else 'run it again'}", file=sys.stderr)
+        print(f"ftd: {how}: {resume}", file=sys.stderr)
         sys.exit(128 + ended.signal)
 
 

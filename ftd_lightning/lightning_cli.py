@@ -31,7 +31,7 @@ from ftd_lightning.training.learning_check import summary
 from ftd_lightning.training.phase_module import PhaseModule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 
 def _with_defaults(configured: Any, defaults: Mapping[type, Any]) -> list[Any]:

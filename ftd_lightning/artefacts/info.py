@@ -16,6 +16,7 @@ from ftd_lightning.data.tensor_file import TensorFile, file_kind
 from ftd_lightning.data.trajectory_store import check_teacher, epoch_name
 from ftd_lightning.data.transform import Whitening
 from ftd_lightning.errors import InputError
+from ftd_lightning.training.evaluation_protocol import per_cent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def _scores(scores: Any) -> str:
     parts = []
     for name, score in scores.items():
         if isinstance(score, dict) and {"mean", "std", "n"} <= set(score):
-            parts.append(f"{name} {100 * score['mean']:.1f} ± {100 * score['std']:.1f} % ({score['n']} networks)")
+            parts.append(f"{name} {per_cent(score)} % ({score['n']} networks)")
         else:
             parts.append(f"{name} {phrase(score)}")
     return "; ".join(parts)

@@ -16,11 +16,12 @@ KEYS = {
 }
 ROW_KEYS = {
     *("label", "synthetic", "distill", "set", "teachers", "ema", "x", "reference"),
-    *("distill_arguments", "evaluate", "evaluate_arguments"),
+    *("distill_arguments", "iterate", "evaluate", "evaluate_arguments"),
 }
 SOURCES = ("synthetic", "distill", "set")
 TEACHER_KEYS = {"config", "arguments", "store"}
 BY_FEATURES = ("herding", "k-center")
+ITERATES = ("last", "chosen")  # on held-out images, while it was distilled
 MAPPINGS = ("rows", "networks", "teachers")
 
 
@@ -41,6 +42,8 @@ def _check_row(where: str, given: dict[str, Any], teachers: dict[str, Any]) -> N
         raise InputError(f"{where}: synthetic is one of {', '.join(BASELINES)}; give a file as set")
     if "set" in given and not Path(given["set"]).is_file():
         raise InputError(f"{where}: its set {given['set']} is not there")
+    if given.get("iterate", "last") not in ITERATES or ("iterate" in given and "distill" not in given):
+        raise InputError(f"{where}: iterate is one of {', '.join(ITERATES)}, of a row that distils")
     name = given.get("teachers")
     if name is not None and name not in teachers:
         raise InputError(f"{where}: unknown teachers {name}; there are {', '.join(teachers) or 'none'}")

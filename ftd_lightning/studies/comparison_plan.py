@@ -7,83 +7,37 @@ comparisons that name the same ``fits``, share what is the same, and a config th
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ftd_lightning.data import SyntheticSet
+from ftd_lightning.data import SyntheticSet, TrajectoryStore
+from ftd_lightning.data.store_data import store_data_file
 from ftd_lightning.data.trajectory_store import teacher_file
 from ftd_lightning.errors import InputError
-from ftd_lightning.lightning_cli import with_bases
+from ftd_lightning.shipped_configs import find_config, read_config
 from ftd_lightning.studies.comparison_checks import check
+from ftd_lightning.studies.fit_names import PHASES, TEACHERS, arguments_by_phase, as_arguments, name_of, teacher_count
 from ftd_lightning.studies.fit_steps import FitStep
-from ftd_lightning.studies.resolved_configs import NO_SETTING, PHASES, arguments_by_phase
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 PEAK_MEMORY = "--trainer.callbacks+=ftd_lightning.callbacks.peak_memory.PeakMemory"
-COUNTS = ("teachers", "max_steps", "max_epochs", "trajectories", "synthetic", "ema")  # these do decide numbers here
 
 
-def as_arguments(given: Iterable[Any] | None) -> tuple[str, ...]:
-    """Write what YAML read as the arguments of a command.
-
-    Example:
-        >>> as_arguments(["--data.zca", True, "--model.rho", 0.005, "--model.augment", ""])
-        ('--data.zca', 'true', '--model.rho', '0.005', '--model.augment', '')
-    """
-    return tuple(argument if isinstance(argument, str) else json.dumps(argument) for argument in given or ())
-
-
-def deciding(arguments: Sequence[str]) -> list[list[str]]:
-    """Pair settings with their values, without those that decide no number: where files lie, what computes.
-
-    Example:
-        >>> deciding(["--data.root", "here", "--model.lr=3", "--data.zca", "true"])
-        [['--model.lr', '3'], ['--data.zca', 'true']]
-    """
-    without = {f"--{part}.{key}" for part, keys in NO_SETTING.items() for key in keys if key not in COUNTS}
-    pairs: list[list[str]] = []
-    for argument in arguments:
-        if argument.startswith("--"):
-            pairs.append(argument.split("=", 1))
-        elif pairs:
-            pairs[-1].append(argument)
-    return [pair for pair in pairs if pair[0] not in without]
-
-
-def contents(config: Path) -> list[dict[str, Any]]:
-    """Read a config and what it builds on, base first, without the names of logs.
-
-    Raises:
-        InputError: for a config that is not there, naming those that are, or one that is no YAML.
-    """
-    if not config.is_file():
-        there = ", ".join(sorted(path.name for path in config.parent.glob("*.yaml"))) or "no configs there"
-        raise InputError(f"{config}: no such config; there are {there}")
-    parts = []
-    for argument in with_bases(["--config", str(config)]):
-        if argument != "--config":
-            part = yaml.safe_load(
-                Path(argument).read_text(encoding="utf-8")
-                if "\n" not in argument and Path(argument).is_file()
-                else argument
-            )
-            if not isinstance(part, dict):
-                raise InputError(f"{config}: is no config of a fit")
-            part.get("trainer", {}).pop("logger", None)
-            parts.append(part)
-    return parts
-
-
-def name_of(config: Path, arguments: Sequence[str], *depends: str) -> str:
-    """Name a fit's folder: its config, and a hash of its settings and of what it starts from."""
-    text = json.dumps([contents(config), deciding(arguments), depends], sort_keys=True, default=str)
-    return f"{config.stem}_{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+def link_teachers(store: Path, count: int, folder: Path) -> None:
+    """Make a store of the first teachers of another one, which may hold more, without copying them."""
+    teachers = TrajectoryStore(store)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (*teachers.files[:count], store_data_file(store)):
+        link = folder / file.name
+        if file.is_file() and not link.is_symlink():
+            link.symlink_to(os.path.relpath(file, folder))
 
 
 def _saved(folder: Path) -> dict[str, Any]:
@@ -133,8 +87,8 @@ class Comparison:
         }
 
     def config(self, name: str) -> Path:
-        """Find a config, which is named relative to the comparison's file."""
-        return self.file.parent / name
+        """Find a config: one beside the comparison's file, one by its path, or a shipped one."""
+        return find_config(name, near=self.file.parent)
 
     def teachers(self, name: str) -> dict[str, Any]:
         """Give the entry of some teachers."""
@@ -147,14 +101,15 @@ class Comparison:
         if "store" in entry:
             return None
         config = self.config(entry["config"])
-        arguments = (*as_arguments(entry.get("arguments")), *self.arguments["teacher"])
+        given = (*as_arguments(entry.get("arguments")), *self.arguments["teacher"])
+        count, arguments = teacher_count(config, given)
         folder = self.fits / name_of(config, arguments)
 
         def finished() -> bool:
-            count = _saved(folder).get("model", {}).get("init_args", {}).get("teachers", 0)
-            return count > 0 and all(teacher_file(folder / "trajectories", i).is_file() for i in range(count))
+            return all(teacher_file(folder / "trajectories", index).is_file() for index in range(count))
 
-        return FitStep(f"teachers {name}", config, folder, arguments, finished, 1)
+        number = (TEACHERS, str(count))
+        return FitStep(f"teachers {name}", config, folder, (*arguments, *number), finished, target=count)
 
     def store(self, row: Row) -> tuple[Path, str] | None:
         """Say where a row's teachers lie, and what names them for good; None where it has none."""
@@ -171,9 +126,12 @@ class Comparison:
         """Give the distillation of a row; None where it has none. Rows with the same one share it."""
         if "distill" not in row.given:
             return None
-        config, store = self.config(row.given["distill"]), self.store(row)
+        config, store, teachers = self.config(row.given["distill"]), self.store(row), None
         arguments = (*as_arguments(row.given.get("distill_arguments")), *self.arguments["distill"])
-        folder = self.fits / name_of(config, arguments, *([store[1]] if store else []))
+        depends = [store[1]] if store else []
+        if store and (teachers := self.teacher_step(row.given["teachers"])) is not None:
+            depends.append(str(teachers.target))
+        folder = self.fits / name_of(config, arguments, *depends)
         file = folder / "set.safetensors"
 
         def finished() -> bool:
@@ -187,15 +145,24 @@ class Comparison:
             # A method that counts rounds ends by itself, if max_steps (-1: none) does not end it before.
             return made.get("rounds", 0) >= rounds or 0 <= steps <= made["iterations"]
 
-        further = ["--model.trajectories", str(store[0])] if store else []
-        return FitStep(f"{row.name}: distillation", config, folder, (*arguments, *further, PEAK_MEMORY), finished, 1)
+        trajectories, prepare = store[0] if store else None, None
+        if store and teachers is not None:
+            trajectories = folder / "teachers"
+            prepare = partial(link_teachers, store[0], teachers.target, trajectories)
+        further = ["--model.trajectories", str(trajectories)] if trajectories else []
+        arguments = (*arguments, *further, PEAK_MEMORY)
+        return FitStep(f"{row.name}: distillation", config, folder, arguments, finished, prepare=prepare)
 
     def set_file(self, row: Row) -> Path | None:
-        """Say where a row's set lies; None for real images."""
+        """Say where a row's set lies; None for real images. A chosen iterate that is the last one is the last one."""
         step = self.distill_step(row)
-        if step is not None:
-            return step.folder / "set.safetensors"
-        return Path(row.given["set"]) if "set" in row.given else None
+        if step is None:
+            return Path(row.given["set"]) if "set" in row.given else None
+        last, best = step.folder / "set.safetensors", step.folder / "best.safetensors"
+        if row.given.get("iterate", "last") == "last" or not best.is_file():
+            return last
+        made = [SyntheticSet.load(file).metadata["iterations"] for file in (last, best)]
+        return last if made[0] == made[1] else best
 
     def evaluation_step(self, row: Row, network: str) -> FitStep:
         """Give an evaluation of a row."""
@@ -212,12 +179,12 @@ class Comparison:
                 source += ["--data.trajectories", str(store[0])]
                 depends.append(store[1])
         elif distill is not None:
-            depends = [distill.folder.name]
+            depends = [distill.folder.name, *(["best"] if file.stem == "best" else [])]
         else:
             depends = [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()]
         folder = self.fits / name_of(config, arguments, *depends)
         title = f"{row.name}: evaluation{f' on {network}' if network else ''}"
-        return FitStep(title, config, folder, (*arguments, *source), (folder / "evaluation.json").is_file, 1)
+        return FitStep(title, config, folder, (*arguments, *source), (folder / "evaluation.json").is_file)
 
     def steps(self, row: Row) -> list[FitStep]:
         """Give the fits of a row in the order in which they are done."""
@@ -227,30 +194,35 @@ class Comparison:
         return [*(step for step in first if step is not None), *evaluations]
 
 
-def load(file: Path, further: Sequence[str] = (), only: Sequence[str] = ()) -> Comparison:
-    """Read a comparison and check all that can be known before the first fit.
+def of(
+    given: Any, file: Path, further: Sequence[str] = (), only: Sequence[str] = (), *, name: str | None = None
+) -> Comparison:
+    """Check all that can be known of a comparison before its first fit.
 
     Args:
-        file: the YAML file.
+        given: what its YAML file holds.
+        file: that file, beside which its configs are looked for; it need not exist.
         further: arguments for the fits; those of one phase begin with --teacher., --distill. or --evaluate.
         only: names of the rows that are to be run, whose configs have to be there; all by default.
+        name: what errors call it; by default the file.
 
     Raises:
-        InputError: for a file, a config, a row, teachers or a key that is not there or not known.
+        InputError: for a config, a row, teachers or a key that is not there or not known.
     """
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: is no YAML: {' '.join(str(error).split())}") from error
-    check(str(file), given)
-    rows = {str(name): Row(str(name), entry) for name, entry in given["rows"].items()}
-    unknown = [name for name in only if name not in rows]
+    name = name or str(file)
+    check(name, given)
+    rows = {str(row): Row(str(row), entry) for row, entry in given["rows"].items()}
+    unknown = [row for row in only if row not in rows]
     if unknown:
-        raise InputError(f"{file}: has no row {', '.join(unknown)}; there are {', '.join(rows)}")
+        raise InputError(f"{name}: has no row {', '.join(unknown)}; there are {', '.join(rows)}")
     own, added = arguments_by_phase(as_arguments(given.get("arguments"))), arguments_by_phase(further)
     job = Comparison(file, given, rows, {phase: [*own[phase], *added[phase]] for phase in PHASES})
-    for name in only or rows:
-        job.steps(rows[name])  # reads every config
+    for row in only or rows:
+        job.steps(rows[row])  # reads every config
     return job
+
+
+def load(file: Path, further: Sequence[str] = (), only: Sequence[str] = ()) -> Comparison:
+    """Read a comparison: a file, or a shipped one by its name; see :func:`of`."""
+    path = find_config(file)
+    return of(read_config(path), path, further, only)

@@ -11,7 +11,8 @@ from ftd_lightning.data.files import versions
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies.comparison_plot import COUNTS, plot_points
 from ftd_lightning.studies.fit_steps import is_done, read_notes
-from ftd_lightning.studies.reproduction_record import without_machine_paths
+from ftd_lightning.studies.machine_paths import without_machine_paths
+from ftd_lightning.training.evaluation_protocol import per_cent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -44,10 +45,15 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _seconds(steps: Iterable[FitStep | None]) -> float | None:
-    """Wall time of fits that are done; None where there is none to do."""
-    there = [step for step in steps if step is not None]
-    return round(sum(read_notes(step.folder)["seconds"] for step in there), 1) if there else None
+def seconds_of(steps: Iterable[FitStep | None]) -> float | None:
+    """Wall time of fits that are done; of teachers that others joined later, their share. None where none is timed."""
+    total: float | None = None
+    for step in (step for step in steps if step is not None):
+        finished = {int(target): seconds for target, seconds in read_notes(step.folder)["finished"].items()}
+        further = [target for target in finished if target >= step.target]
+        if further:
+            total = (total or 0.0) + finished[min(further)] * step.target / min(further)
+    return None if total is None else round(total, 1)
 
 
 def _accuracy(folder: Path) -> dict[str, Any]:
@@ -98,10 +104,11 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
         **facts,
         "accuracy": next(iter(accuracy.values())),
         **({"networks": accuracy} if "" not in accuracy else {}),
+        "epochs": _read(first.folder / "evaluation.json")["epochs"],
         "seconds": {
-            "teachers": _seconds([job.teacher_step(teachers) if teachers is not None else None]),
-            "distillation": _seconds([distill]),
-            "evaluation": _seconds(evaluations.values()),
+            "teachers": seconds_of([job.teacher_step(teachers) if teachers is not None else None]),
+            "distillation": seconds_of([distill]),
+            "evaluation": seconds_of(evaluations.values()),
         },
         "peak_memory_MiB": _read(distill.folder / FILE) if distill else None,
         "images": counts.get("images"),
@@ -119,7 +126,7 @@ def _teachers(job: Comparison) -> dict[str, dict[str, Any]]:
         try:
             step = job.teacher_step(name)
             if step is not None and is_done(step):
-                found[name] = {"seconds": _seconds([step])}
+                found[name] = {"seconds": seconds_of([step])}
         except InputError as error:
             found[name] = {"seconds": None, "reason": str(error)}
     return found
@@ -134,6 +141,7 @@ def gather(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
         "config": str(job.file),
         "dataset": job.given["dataset"],
         "ipc": job.given.get("ipc", 1),
+        "networks": [name for name in job.networks if name],
         "rows": rows,
         "teachers": _teachers(job),
         "device": "; ".join(sorted({name for row in rows for name in row.get("devices", [])})),
@@ -146,10 +154,6 @@ def gather(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
     return cleaned
 
 
-def _per_cent(value: Mapping[str, Any] | None) -> str:
-    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f} ({value['n']})" if value else "-"
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
@@ -160,7 +164,9 @@ def _cells(row: dict[str, Any], networks: Sequence[str]) -> list[str]:
         said = "to do" if row["state"] == "to do" else f"failed: {row['reason']}"
         return [row["label"], said, *["-"] * (measured + 5)]
     kinds = row["accuracy"].values()
-    accuracy = [_per_cent(row["networks"][name]["last"]) for name in networks] or [_per_cent(kind) for kind in kinds]
+    accuracy = [per_cent(row["networks"][name]["last"], count=True) for name in networks] or [
+        per_cent(kind, count=True) for kind in kinds
+    ]
     seconds, peak = row["seconds"], row["peak_memory_MiB"] or {}
     cells = [row["label"], *accuracy, *(_number(seconds[key]) for key in ("teachers", "distillation", "evaluation"))]
     share = "-" if row["share"] is None else f"{100 * row['share']:.3g} %"
@@ -174,32 +180,39 @@ def columns(networks: Sequence[str]) -> list[str]:
     return ["method", *(networks or kinds), *rest]
 
 
-def table(results: Mapping[str, Any], networks: Sequence[str] = ()) -> list[list[str]]:
-    """Lay results out as lines of cells, the names of the columns first.
-
-    Args:
-        results: the content of ``compare.json``.
-        networks: names of those that the sets were evaluated on, where there are several.
-    """
+def table(results: Mapping[str, Any]) -> list[list[str]]:
+    """Lay the content of ``compare.json`` out as lines of cells, the names of the columns first."""
+    networks = results.get("networks", [])
     head = columns(networks)
     return [head, *(_cells(row, networks)[: len(head)] for row in results["rows"])]
 
 
-def markdown(results: Mapping[str, Any], networks: Sequence[str] = ()) -> str:
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Format lines of cells as a Markdown table; the first one is its head.
+
+    Example:
+        >>> print(markdown_table([["set", "accuracy"], ["DC|DSA", "91.1"]]))
+        | set | accuracy |
+        | --- | --- |
+        | DC\\|DSA | 91.1 |
+    """
+    head, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])
+
+
+def markdown(results: Mapping[str, Any]) -> str:
     """Write the content of ``compare.md``."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in table(results, networks)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    networks, rows = results.get("networks", []), markdown_table(table(results))
     said = {
         n: f"failed: {v['reason']}" if "reason" in v else f"{v['seconds']:.0f} s"
         for n, v in results["teachers"].items()
     }
     teachers = "".join(f"- teachers {name}: {what}\n" for name, what in said.items())
     below = "".join(f"- {note}\n" for note in notes(networks))
-    return f"# {results['title']}\n\n{rows}\n{teachers}{below}- {results['device'] or 'nothing is done yet'}\n"
+    return f"# {results['title']}\n\n{rows}\n\n{teachers}{below}- {results['device'] or 'nothing is done yet'}\n"
 
 
-def text(results: Mapping[str, Any], networks: Sequence[str] = ()) -> str:
+def text(results: Mapping[str, Any]) -> str:
     """Lay the same out for a terminal; what a row failed of takes the rest of its line.
 
     Example:
@@ -207,7 +220,7 @@ def text(results: Mapping[str, Any], networks: Sequence[str] = ()) -> str:
         >>> print(text({"rows": [row]}).splitlines()[-1])
         DC      failed: no such config
     """
-    lines = table(results, networks)
+    lines = table(results)
     said = [row["state"] != "done" for row in results["rows"]]
     plain = [line for line, short in zip(lines, [False, *said], strict=True) if not short]
     widths = [max(map(len, column)) for column in zip(*plain, strict=True)]

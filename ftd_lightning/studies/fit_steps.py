@@ -8,14 +8,15 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import torch
 
@@ -53,6 +54,7 @@ class FitStep(NamedTuple):
         arguments: of the command, after the config.
         finished: looks at what the fit left on disk.
         target: how far it goes (teachers, iterations, epochs): a step may be taken further later.
+        prepare: done before the fit is started.
     """
 
     title: str
@@ -60,7 +62,8 @@ class FitStep(NamedTuple):
     folder: Path
     arguments: tuple[str, ...]
     finished: Callable[[], bool]
-    target: int
+    target: int = 1
+    prepare: Callable[[], None] | None = None
 
     @property
     def command(self) -> list[str]:
@@ -77,7 +80,7 @@ class FitStep(NamedTuple):
 
 
 class TimeSlice:
-    """The time that one command may take; None is no end.
+    """The time that one command may take; None has no end.
 
     Args:
         minutes: from now.
@@ -150,12 +153,21 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-class _Echo:
-    """Hands on what a child writes to standard error as it comes, and keeps its end."""
+class _Listener:
+    """Reads what a child writes to standard error, hands it on, and keeps its end.
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+    Args:
+        child: whose standard error is a pipe.
+        to: where to write it.
+        bars: show its progress bars on the terminal, one line at a time.
+    """
+
+    def __init__(self, child: subprocess.Popen[bytes], to: TextIO, *, bars: bool) -> None:
         self._end = b""
         self._pipe = child.stderr
+        self._to = to
+        self._bars = bars and sys.stderr.isatty()
+        self._shown = 0  # length of the line on the terminal
         # A daemon: grandchildren may hold the pipe open when the child is long gone.
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -166,23 +178,37 @@ class _Echo:
         with self._pipe:
             while chunk := os.read(self._pipe.fileno(), 1 << 14):
                 self._end = (self._end + chunk)[-4096:]
-                sys.stderr.write(decoder.decode(chunk))
-                sys.stderr.flush()
+                text = decoder.decode(chunk)
+                self._to.write(text)
+                self._to.flush()
+                bars = [line for line in re.split(r"[\r\n]+", text) if "%|" in line] if self._bars else []
+                if bars:
+                    self._show(bars[-1].strip()[: shutil.get_terminal_size().columns - 1])
+        if self._shown:
+            self._show("")
+
+    def _show(self, line: str) -> None:
+        sys.stderr.write(f"\r{line.ljust(self._shown)}\r")
+        sys.stderr.flush()
+        self._shown = len(line)
+
+    def wait(self) -> None:
+        """Wait until all has been read, or grandchildren hold the pipe open."""
+        self._thread.join(2.0)
 
     def last_line(self) -> str:
         """Give the last line that is not empty, without the command's name."""
-        self._thread.join(2.0)
         lines = re.split(r"[\r\n]+", self._end.decode(errors="replace").strip())
         return lines[-1].removeprefix("ftd: error: ").strip()
 
 
-def run_step(step: FitStep, time_slice: TimeSlice, *, listen: bool = False) -> bool:
+def run_step(step: FitStep, time_slice: TimeSlice, *, quiet: bool = False) -> bool:
     """Run a step to its end or to that of the time slice, and note the wall time that it took.
 
     Args:
         step: the fit.
         time_slice: how long it may take.
-        listen: hear what it says on standard error, so that the error of a failed fit has its last line.
+        quiet: keep what it writes in ``output.txt`` of its folder; on a terminal its progress is shown.
 
     Returns:
         Whether it is finished.
@@ -191,15 +217,19 @@ def run_step(step: FitStep, time_slice: TimeSlice, *, listen: bool = False) -> b
         FitError: if the fit fails.
         InputError: if another process is at work in its folder.
     """
+    if step.prepare is not None:
+        step.prepare()
     notes, began = read_notes(step.folder), time.monotonic()
     before = step.checkpoint.stat().st_mtime_ns if step.checkpoint.exists() else None
     notes["slices"] += 1
     notes["devices"] = sorted({*notes["devices"], device_name()})
     earlier = noted = notes["seconds"]
-    with _held(step.folder) as lock:
+    with _held(step.folder) as lock, ExitStack() as stack:
         command = [sys.executable, "-m", "ftd_lightning", *step.command]
-        child = subprocess.Popen(command, pass_fds=[lock], stderr=subprocess.PIPE if listen else None)
-        echo = _Echo(child) if listen else None
+        out = stack.enter_context((step.folder / "output.txt").open("a", encoding="utf-8")) if quiet else None
+        child = subprocess.Popen(command, pass_fds=[lock], stdout=out, stderr=subprocess.PIPE)
+        listener = _Listener(child, out or sys.stderr, bars=quiet)
+        stack.callback(listener.wait)
         try:
             while child.poll() is None and time_slice.left() > 0:
                 with suppress(subprocess.TimeoutExpired):
@@ -220,8 +250,8 @@ def run_step(step: FitStep, time_slice: TimeSlice, *, listen: bool = False) -> b
             write_notes(step.folder, notes)
     if by_itself and not done:
         reason = f"with exit code {child.returncode}" if child.returncode else "before its work was done"
-        message = f"{step.title}: the fit in {step.folder} ended {reason}; see its output above"
-        raise FitError(message, echo.last_line() if echo else "")
+        where = f"see {step.folder / 'output.txt'}" if quiet else "see its output above"
+        raise FitError(f"{step.title}: the fit in {step.folder} ended {reason}; {where}", listener.last_line())
     after = step.checkpoint.stat().st_mtime_ns if step.checkpoint.exists() else None
     if not done and after == before:
         print(f"{step.title}: no checkpoint was written in this slice; the next one needs more minutes to get on")

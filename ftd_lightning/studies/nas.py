@@ -22,6 +22,7 @@ from ftd_lightning.data.files import replacing, versions
 from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Augmentation
+from ftd_lightning.shipped_configs import with_config_files
 from ftd_lightning.studies.architecture_search import (
     DEPTHS,
     WIDTHS,
@@ -248,10 +249,10 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd nas``."""
     parser = ArgumentParser(prog="ftd nas", description=__doc__, default_env=False)
-    parser.add_argument("--config", action="config")
+    parser.add_argument("-c", "--config", action="config")
     parser.add_class_arguments(SearchSettings, as_group=False)
     parser.add_class_arguments(DistillationDataModule, "data")
-    parsed = parser.parse_args(list(arguments)).as_dict()
+    parsed = parser.parse_args(with_config_files(arguments)[0]).as_dict()
     settings = SearchSettings(**{option.name: parsed[option.name] for option in fields(SearchSettings)})
     if settings.threads:
         torch.set_num_threads(settings.threads)

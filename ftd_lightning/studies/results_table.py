@@ -1,18 +1,27 @@
-"""The README's table of reproduced results, made of all records: ``python -m ftd_lightning.studies.results_table``."""
+"""The tables of measured results in the documents, made of all records: ``python -m ftd_lightning.studies.results_table``.
+
+Records are the files of ``notebooks/results``: those of ``ftd reproduce``, and ``compare.json`` of comparisons.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.data.files import replacing
 from ftd_lightning.errors import InputError
+from ftd_lightning.studies.comparison_table import markdown_table
+from ftd_lightning.studies.comparison_table import table as comparison_rows
+from ftd_lightning.studies.summary import short_rows
+from ftd_lightning.training.evaluation_protocol import per_cent
 
-README = Path("README.md")
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
 RECORDS = Path("notebooks/results")
-OPENING, CLOSING = "<!-- results -->", "<!-- /results -->"
+SHORT = (0, 1, 4, 5, 6)  # columns of a comparison that a page has room for: method, last iterate, seconds
 
 # Test accuracy in per cent by data set, method and ipc: Tables 1 and 2 of FTD, which repeats MTT's.
 PAPER: dict[str, dict[str, dict[int, float]]] = {
@@ -45,10 +54,6 @@ def _of(value: int, size: str, published: bool) -> str:
     return f"{value} of {PAPER_SIZES[size]}" if published and value != PAPER_SIZES[size] else str(value)
 
 
-def _accuracy(value: dict[str, Any] | None) -> str:
-    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f} ({value['n']})" if value else "-"
-
-
 def row(record: dict[str, Any]) -> list[str]:
     """Lay one record out. The paper's number stands beside the whole data set and the published network only."""
     data = record["settings"]["distill"]["data"]["init_args"]
@@ -66,7 +71,7 @@ def row(record: dict[str, Any]) -> list[str]:
     teachers = _of(record["teachers"]["count"], "teachers", published)
     accuracy = record["accuracy"]
     cells = [
-        f"{_accuracy(accuracy['raw'][key])} / {_accuracy(accuracy['ema'][key])}"
+        f"{per_cent(accuracy['raw'][key], count=True)} / {per_cent(accuracy['ema'][key], count=True)}"
         for key in ("last", "chosen_on_held_out", "best_on_test")
     ]
     return [
@@ -81,62 +86,83 @@ def row(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Read all records of a folder, by data set, ipc and method.
+def read_records(folder: Path, kind: str = "reproduction") -> list[dict[str, Any]]:
+    """Read all records of a kind, reproductions by data set, ipc and method.
 
     Raises:
-        InputError: for a JSON file that is none.
+        InputError: for a JSON file that is no record.
     """
     records = []
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["kind"] != "reproduction":
+            if record["kind"] not in ("reproduction", "comparison"):
                 raise KeyError(record["kind"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: a record of ftd reproduce is needed here") from error
-        records.append(record)
+            raise InputError(f"{path}: a record of ftd reproduce or ftd compare is needed here") from error
+        records += [record] if record["kind"] == kind else []
+    if kind == "comparison":
+        return records
     sizes = ("dataset", "ipc", "method")
     return sorted(records, key=lambda record: [*(record[key] for key in sizes), -record["teachers"]["count"]])
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Lay records out as a Markdown table; accuracies in per cent, with the number of networks behind each.
+    """Lay reproductions out as a Markdown table; accuracies in per cent, with the number of networks behind each.
 
     Example:
         >>> print(table([]))
         No run is on record yet.
     """
-    if not records:
-        return "No run is on record yet."
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *(row(record) for record in records)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table([COLUMNS, *map(row, records)]) if records else "No run is on record yet."
 
 
-def with_table(readme: str, records: list[dict[str, Any]]) -> str:
-    """Put the table between the README's markers.
+def _comparison(name: str, lines: Callable[[dict[str, Any]], Sequence[Sequence[str]]]) -> str:
+    """Lay the comparison of a shipped config out, of the record that names it."""
+    for record in read_records(RECORDS, "comparison"):
+        if record["config"].removesuffix(".yaml").endswith(name):
+            return markdown_table(lines(record))
+    return "No run is on record yet."
+
+
+def _shortened(record: dict[str, Any]) -> list[list[str]]:
+    return [[line[column] for column in SHORT if column < len(line)] for line in comparison_rows(record)]
+
+
+# Name of the markers -> file, and the table between them.
+TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "demo": (Path("README.md"), lambda: _comparison("demo", short_rows)),
+    "compare": (Path("docs/reproduction.md"), lambda: _comparison("compare", _shortened)),
+    "results": (Path("docs/reproduction.md"), lambda: table(read_records(RECORDS))),
+}
+
+
+def with_table(text: str, name: str, content: str) -> str:
+    """Put a table between the markers of its name.
 
     Raises:
         InputError: for a text without them.
 
     Example:
-        >>> with_table("<!-- results -->old<!-- /results -->", []).splitlines()
-        ['<!-- results -->', 'No run is on record yet.', '<!-- /results -->']
+        >>> with_table("<!-- demo -->old<!-- /demo -->", "demo", "new").splitlines()
+        ['<!-- demo -->', 'new', '<!-- /demo -->']
     """
-    before, opening, rest = readme.partition(OPENING)
-    _, closing, after = rest.partition(CLOSING)
-    if not (opening and closing):
-        raise InputError(f"the README has no {OPENING} ... {CLOSING} to put the table between")
-    return f"{before}{OPENING}\n{table(records)}\n{CLOSING}{after}"
+    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
+    if not (found and end):
+        raise InputError(f"there is no {opening} ... {closing} to put the table between")
+    return f"{before}{opening}\n{content}\n{closing}{after}"
 
 
 def main() -> None:
-    """Write the table of all records into the README of this folder."""
-    if not README.is_file():
-        raise InputError(f"{README} is not here: run this in the project's folder")
-    text = with_table(README.read_text(encoding="utf-8"), read_records(RECORDS))
-    with replacing(README) as part:
-        part.write_text(text, encoding="utf-8")
+    """Write all tables into the documents of this folder."""
+    for name, (path, content) in TABLES.items():
+        if not path.is_file():
+            raise InputError(f"{path} is not here: run this in the project's folder")
+        text = with_table(path.read_text(encoding="utf-8"), name, content())
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ftd_lightning.training.learning_check import summary
 from ftd_lightning.training.side_by_side import SideBySide
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -154,6 +154,22 @@ def mean_and_std(values: Tensor) -> dict[str, float | int]:
     return {"mean": float(values.mean()), "std": float(values.std(correction=0)), "n": len(values)}
 
 
+def per_cent(value: Mapping[str, Any] | None, *, count: bool = False) -> str:
+    """Format accuracies as every table does: mean ± standard deviation, in per cent.
+
+    Args:
+        value: as from :func:`mean_and_std`; None where there is none.
+        count: say over how many networks.
+
+    Example:
+        >>> per_cent({"mean": 0.937, "std": 0.004, "n": 5}), per_cent({"mean": 0.5, "std": 0.0, "n": 2}, count=True)
+        ('93.7 ± 0.4', '50.0 ± 0.0 (2)')
+    """
+    if not value:
+        return "-"
+    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}" + (f" ({value['n']})" if count else "")
+
+
 def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str, Any]:
     """Summarise the test accuracy of other iterates than the last: chosen on held-out images, and best on test.
 
@@ -188,7 +204,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         chosen: results.get("chosen_on_held_out"),
         "best on test (an upper bound)": results.get("best_on_test"),
     }
-    cells = [f"{100 * v['mean']:.1f} ± {100 * v['std']:.1f}" if v else "-" for v in columns.values()]
+    cells = [per_cent(value) for value in columns.values()]
     lines = [["set", "network", "networks", *columns], ["---"] * 6]
     lines.append([method, str(results["settings"].get("network", "own")), str(last["n"]), *cells])
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)

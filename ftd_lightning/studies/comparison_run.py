@@ -1,0 +1,93 @@
+"""Running the fits of a comparison, and writing what they gave."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ftd_lightning.data.files import replacing
+from ftd_lightning.data.json_files import write_json
+from ftd_lightning.errors import InputError
+from ftd_lightning.studies.comparison_plot import draw_plot, write_pictures
+from ftd_lightning.studies.comparison_table import gather, markdown, state
+from ftd_lightning.studies.fit_steps import FitError, is_done, run_step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from ftd_lightning.studies.comparison_plan import Comparison, Row
+    from ftd_lightning.studies.fit_steps import TimeSlice
+
+
+@contextmanager
+def threads_of(job: Comparison) -> Iterator[None]:
+    """Give the fits the threads that the comparison names, unless the environment does."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if "threads" in job.given and threads is None:
+        os.environ["OMP_NUM_THREADS"] = str(job.given["threads"])
+    try:
+        yield
+    finally:
+        if threads is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
+
+
+def advance(
+    job: Comparison, rows: Sequence[Row], time_slice: TimeSlice, *, quiet: bool = False
+) -> tuple[dict[str, str], bool]:
+    """Do what there is time for.
+
+    Args:
+        job: the comparison.
+        rows: those of it that are wanted.
+        time_slice: how long it may take.
+        quiet: a line for each fit, whose own output goes into its folder; else everything.
+
+    Returns:
+        Why rows failed, by their names, and whether there was time for all.
+    """
+    failures: dict[str, str] = {}
+    failed: dict[Path, str] = {}  # what several rows need fails once
+    total, number = len({step.folder for row in rows for step in job.steps(row)}), 0
+    for row in rows:
+        for step in job.steps(row):
+            if is_done(step):
+                continue
+            if time_slice.left() <= 0:
+                return failures, False
+            if step.folder not in failed:
+                number += 1
+                began = time.monotonic()
+                head = f"[{number}/{total}] {step.title}"
+                print(head if quiet else f"\n{step.title}\n  ftd {' '.join(step.command)}", flush=True)
+                try:
+                    done = run_step(step, time_slice, quiet=quiet)
+                    if quiet:
+                        print(f"{'':<{len(head.partition(' ')[0])}} {time.monotonic() - began:.0f} s", flush=True)
+                    if done:
+                        continue
+                    return failures, False
+                except FitError as error:
+                    failed[step.folder] = f"{step.title}: {error.last_line}" if error.last_line else str(error)
+                except InputError as error:
+                    failed[step.folder] = str(error)
+            failures[row.name] = failed[step.folder]
+            print(f"{row.name} failed: {failed[step.folder]}", flush=True)
+            break
+    return failures, True
+
+
+def report(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
+    """Write pictures, plot, ``compare.json`` and ``compare.md`` of what there is; return the content of the first."""
+    done = [row for row in job.rows.values() if state(job, row, failures)["state"] == "done"]
+    write_pictures(job, done)
+    results = gather(job, failures)
+    if "plot" in results:
+        draw_plot(results["plot"], results["title"], job.folder / f"{job.file.stem}.png")
+    write_json(job.folder / "compare.json", results)
+    with replacing(job.folder / "compare.md") as part:
+        part.write_text(markdown(results), encoding="utf-8")
+    return results

@@ -1,0 +1,118 @@
+"""A cell of the published tables as a comparison: its rows are the images and iterates of one distillation."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.modules import FlatTeacher
+from ftd_lightning.shipped_configs import read_config
+from ftd_lightning.studies.comparison_plan import Comparison, of
+from ftd_lightning.studies.fit_names import TEACHERS, deciding
+from ftd_lightning.studies.published import Published, published
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+IMAGES = {"raw": False, "ema": True}
+
+
+class Cell(NamedTuple):
+    """A cell of the published tables, and how much of its published size is run; None is all of it.
+
+    Attributes:
+        dataset: a data set's name, or a folder of shipped configs.
+        ipc: images per class.
+        method: as in ``distill_METHOD_ipcN``.
+        teachers: how many.
+        iterations: of the distillation.
+        epochs: of the evaluations.
+    """
+
+    dataset: str = "cifar10"
+    ipc: int = 10
+    method: str = "ftd"
+    teachers: int | None = None
+    iterations: int | None = None
+    epochs: int | None = None
+
+
+@dataclass
+class Reproduction:
+    """A cell, the sizes that its configs have, and the comparison that runs it."""
+
+    cell: Cell
+    configs: Published
+    published: dict[str, int]  # teachers, iterations and epochs of the configs as they are
+    job: Comparison
+
+
+def averages_images(config: Path) -> bool:
+    """Tell whether a distillation's config keeps a moving average of the images."""
+    callbacks = read_config(config).get("trainer", {}).get("callbacks") or []
+    return any(str(callback.get("class_path", "")).endswith("SyntheticEMA") for callback in callbacks)
+
+
+def plan(cell: Cell, overrides: Sequence[str] = ()) -> Reproduction:
+    """Find what a command asks for.
+
+    Args:
+        cell: what to reproduce.
+        overrides: options for the fits.
+
+    Raises:
+        InputError: for settings that do not ship, a method without teachers, or numbers below 1.
+    """
+    for name in ("teachers", "iterations", "epochs"):
+        value = getattr(cell, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1")
+    configs = published(cell.dataset, cell.ipc, cell.method)
+    if configs.teacher is None:
+        raise InputError(f"{configs.distill}: its method has no teachers; ftd reproduce is for those that do")
+    teacher, distill, evaluate = map(read_config, (configs.teacher, configs.distill, configs.evaluate))
+    count: int = inspect.signature(FlatTeacher).parameters["teachers"].default
+    sizes = {
+        "teachers": teacher["model"]["init_args"].get("teachers", count),
+        "iterations": distill["trainer"]["max_steps"],
+        "epochs": evaluate["trainer"]["max_epochs"],
+    }
+    asked = {name: getattr(cell, name) or size for name, size in sizes.items()}
+    common = {
+        "distill": str(configs.distill),
+        "distill_arguments": [*configs.ipc, "--trainer.max_steps", asked["iterations"]],
+        "evaluate_arguments": ["--trainer.max_epochs", asked["epochs"]],
+        "teachers": "teachers",
+    }
+    kinds = [name for name, ema in IMAGES.items() if not ema or averages_images(configs.distill)]
+    rows = {
+        f"{name}-{iterate}": {"label": f"{name}, {iterate}", "ema": IMAGES[name], "iterate": iterate, **common}
+        for name in kinds
+        for iterate in ("last", "chosen")
+    }
+    name = f"reproduce_{cell.method}_ipc{cell.ipc}_{asked['teachers']}teachers"
+    name += f"_{asked['iterations']}iterations" if asked["iterations"] != sizes["iterations"] else ""
+    name += f"_evaluated{asked['epochs']}epochs" if asked["epochs"] != sizes["epochs"] else ""
+    if changed := deciding(overrides):
+        name += "_" + hashlib.blake2b(json.dumps(changed).encode(), digest_size=3).hexdigest()
+    runs = Path("runs") / cell.dataset
+    given: dict[str, Any] = {
+        "title": f"{cell.dataset}, {cell.ipc} images per class, {cell.method.upper()}",
+        "dataset": read_config(configs.evaluate)["data"]["init_args"]["dataset"],
+        "ipc": cell.ipc,
+        "run": str(runs / name),
+        "fits": str(runs / "fits"),
+        "arguments": list(configs.arguments),
+        "teachers": {"teachers": {"config": str(configs.teacher), "arguments": [TEACHERS, asked["teachers"]]}},
+        "evaluate": str(configs.evaluate),
+        "rows": rows,
+    }
+    if configs.arguments:  # of a subset of ImageNet: an evaluation names its data set after the shared arguments
+        given["dataset"] = cell.dataset
+    job = of(given, configs.distill.parent / "reproduce.yaml", overrides, name="ftd reproduce")
+    return Reproduction(cell, configs, sizes, job)
