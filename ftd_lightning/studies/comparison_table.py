@@ -191,10 +191,10 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     """Format lines of cells as a Markdown table; the first one is its head.
 
     Example:
-        >>> print(markdown_table([["set", "accuracy"], ["DC|DSA", "91.1"]]))
+        >>> print(markdown_table([["set", "accuracy"], ["DC", "88.3"]]))
         | set | accuracy |
         | --- | --- |
-        | DC\\|DSA | 91.1 |
+        | DC | 88.3 |
     """
     head, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])

@@ -84,9 +84,11 @@ def settings_of(config: Path) -> dict[str, Any]:
     content = copy.deepcopy(read_config(config))
     for part, without in NO_SETTING.items():
         values = content.get(part)
-        values = values.get("init_args", {}) if isinstance(values, dict) and part != "trainer" else values
-        for key in without if isinstance(values, dict) else ():
-            values.pop(key, None)
+        if isinstance(values, dict) and part != "trainer":
+            values = values.get("init_args")
+        if isinstance(values, dict):
+            for key in without:
+                values.pop(key, None)
     return content
 
 

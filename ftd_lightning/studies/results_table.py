@@ -1,4 +1,4 @@
-"""The tables of measured results in the documents, made of all records: ``python -m ftd_lightning.studies.results_table``.
+"""The tables of measured results in the documents: ``python -m ftd_lightning.studies.results_table``.
 
 Records are the files of ``notebooks/results``: those of ``ftd reproduce``, and ``compare.json`` of comparisons.
 """
