@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from ftd_lightning.data import DistillationDataModule, SyntheticSet, TrajectoryStore
     from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation, TrajectoryMatching
+    from ftd_lightning.studies.distill_datasets import distill
 
 # Imported when first asked for: `ftd_lightning.functional` alone needs torch and nothing else.
 _HOMES = {
@@ -19,6 +20,7 @@ _HOMES = {
     "SyntheticSet": "ftd_lightning.data",
     "TrajectoryMatching": "ftd_lightning.modules",
     "TrajectoryStore": "ftd_lightning.data",
+    "distill": "ftd_lightning.studies.distill_datasets",
 }
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "TrajectoryMatching",
     "TrajectoryStore",
     "__version__",
+    "distill",
 ]
 
 

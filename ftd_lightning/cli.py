@@ -52,6 +52,9 @@ COMMANDS = {
         "run several methods or values of a setting, and tabulate them", "ftd_lightning.studies.compare", CONTINUES
     ),
     "configs": Command("list the configs that ship, print one, or copy one", "ftd_lightning.artefacts.configs"),
+    "distill": Command(
+        "distil a folder of images, or a data set, in a number of minutes", "ftd_lightning.studies.distill", CONTINUES
+    ),
     "export": Command("write a set as PNGs in class folders, with a card", "ftd_lightning.artefacts.export"),
     "import": Command("make a set of a file of images and one of labels", "ftd_lightning.artefacts.import_set"),
     "info": Command("describe a set, a store, a teacher or a whitening", "ftd_lightning.artefacts.info"),

@@ -12,6 +12,7 @@ from ftd_lightning.data.cifar import find_cifar10, find_cifar100
 from ftd_lightning.data.folder import find_folder
 from ftd_lightning.data.imagenet import SUBSETS, find_subset
 from ftd_lightning.data.images import ImageDataset, Parts, Pictures, Request
+from ftd_lightning.data.images_file import find_images_file
 from ftd_lightning.data.tiny_imagenet import find_tiny_imagenet
 from ftd_lightning.errors import InputError
 
@@ -48,6 +49,7 @@ DATASETS: dict[str, Callable[[Request], ImageDataset]] = {
     "tiny-imagenet": find_tiny_imagenet,
     **{name: partial(find_subset, name) for name in SUBSETS},
     "folder": find_folder,
+    "images": find_images_file,
 }
 
 

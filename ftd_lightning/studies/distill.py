@@ -1,0 +1,264 @@
+"""``ftd distill SOURCE``: from images to a distilled set of them, in a number of minutes, with one command.
+
+A comparison of three rows (random real images, the method, all real images), whose configs a plan has written. The plan
+is made once, from what a step costs on this device; the same command follows it and resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ftd_lightning.bounds import check_bounds
+from ftd_lightning.command_line import parse_command, split_overrides
+from ftd_lightning.data import DistillationDataModule, SyntheticSet
+from ftd_lightning.data.datasets import DATASETS, check_name
+from ftd_lightning.data.files import replacing
+from ftd_lightning.data.json_files import write_json
+from ftd_lightning.errors import InputError
+from ftd_lightning.shipped_configs import find_config
+from ftd_lightning.studies.comparison_plan import of
+from ftd_lightning.studies.comparison_run import advance, report, threads_of
+from ftd_lightning.studies.distill_configs import planned_configs, published_configs
+from ftd_lightning.studies.distill_plan import Survey, describe, make_plan
+from ftd_lightning.studies.fit_names import arguments_by_phase
+from ftd_lightning.studies.fit_steps import TimeSlice, device_name
+from ftd_lightning.studies.picture_sheet import set_picture
+from ftd_lightning.studies.published import belonging, published
+from ftd_lightning.studies.summary import keep_set, short_table, write_summary
+
+if TYPE_CHECKING:
+    from ftd_lightning.studies.comparison_plan import Comparison
+
+MINUTES = 30.0  # of a plan for a folder, if none are given
+PLAN = "plan.json"
+# Nothing is chosen by what would be measured while distilling, and it takes time.
+UNMEASURED = (
+    "--distill.trainer.callbacks+=ftd_lightning.callbacks.EvaluateSynthetic",
+    "--distill.trainer.callbacks.init_args.every_n_epochs=0",
+)
+
+
+class Source(NamedTuple):
+    """Images to distil.
+
+    Attributes:
+        name: of the data set, in ``data.datasets.DATASETS``.
+        root: folder of its files; None: where data sets lie by default.
+        title: for people.
+    """
+
+    name: str
+    root: str | None
+    title: str
+
+
+def find_source(source: str) -> Source:
+    """Find images: a folder of classes, which wins, or a data set by its name.
+
+    Raises:
+        InputError: for what is neither.
+
+    Example:
+        >>> find_source("digits")
+        Source(name='digits', root=None, title='digits')
+    """
+    path = Path(source)
+    if path.is_dir():
+        return Source("folder", str(path), path.resolve().name)
+    if path.exists():
+        raise InputError(f"{source}: is a file; give a folder with a folder of images for each class")
+    if source == "folder" or any(sign in source for sign in "/\\"):
+        raise InputError(f"{source}: no such folder; give a folder of classes, or one of {', '.join(sorted(DATASETS))}")
+    check_name(source)
+    return Source(source, None, source)
+
+
+def survey(source: Source, arguments: Sequence[str]) -> Survey:
+    """Look at the images.
+
+    Args:
+        source: where they are.
+        arguments: of a fit; those that say where files are count.
+    """
+    given = dict(zip(arguments[::2], arguments[1::2], strict=False))
+    options: dict[str, Any] = {"root": source.root} if source.root else {}
+    options |= {key: given[f"--data.{key}"] for key in ("root", "cache_dir") if f"--data.{key}" in given}
+    data = DistillationDataModule(dataset=source.name, val_fraction=0.0, **options)
+    data.prepare_data()
+    data.setup()
+    labels = data.train.labels
+    return Survey(
+        classes=len(data.class_names),
+        channels=data.in_channels,
+        size=data.image_size,
+        per_class=int(labels.bincount().max()),
+        train=len(labels),
+        test=len(data.test.labels),
+    )
+
+
+def _pairs(arguments: Sequence[str]) -> list[str]:
+    """Write ``--name=value`` as two arguments."""
+    return [part for argument in arguments for part in (argument.split("=", 1) if "=" in argument else [argument])]
+
+
+def _begin(out: Path, command: dict[str, Any]) -> dict[str, Any] | None:
+    """Read the plan that lies in a folder; None where there is none yet.
+
+    Raises:
+        InputError: for the plan of another command, or a folder with other things in it.
+    """
+    file = out / PLAN
+    if not file.is_file():
+        if out.exists() and (not out.is_dir() or any(entry.name != "data" for entry in out.iterdir())):
+            raise InputError(f"{out}: is not empty and holds no {PLAN}; name another folder")
+        return None
+    with suppress(json.JSONDecodeError, AttributeError):
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        before = found.get("command")
+        if before == command:
+            return found
+        if isinstance(before, dict):
+            other = [f"{key} {before.get(key)}" for key, value in command.items() if before.get(key) != value]
+            raise InputError(f"{out}: was begun with another {', another '.join(other)}; name another folder")
+    raise InputError(f"{file}: is not a plan; name another folder")
+
+
+def plan_job(
+    source: Source,
+    out: Path,
+    *,
+    ipc: int,
+    method: str,
+    minutes: float | None,
+    config: str | None,
+    seed: int,
+    overrides: Sequence[str],
+) -> Comparison:
+    """Make a plan, or find the one of the same command; print it, and return what it runs.
+
+    Raises:
+        InputError: for a budget, a method or a config that does not do.
+    """
+    command = {
+        "source": source.name,
+        "root": source.root,
+        "ipc": ipc,
+        "method": method,
+        "minutes": minutes,
+        "config": config,
+        "seed": seed,
+        "overrides": list(overrides),
+    }
+    content = _begin(out, command)
+    if content is None:
+        by_phase = {phase: _pairs(arguments) for phase, arguments in arguments_by_phase(overrides).items()}
+        found = survey(source, by_phase["teacher"])
+        images = (
+            f"{found.train:,} training images, {found.test:,} test images, {found.classes} classes, {found.size} px"
+        )
+        lines = [f"{source.title}: {images}, {'grey' if found.channels == 1 else 'colour'}"]
+        if minutes is None and (config is not None or source.name not in ("folder", "images")):
+            configs = belonging(find_config(config), ipc) if config is not None else published(source.name, ipc, method)
+            given = published_configs(configs, source, out, ipc=ipc, method=method)
+            lines.append("plan: the settings of " + ", ".join(sorted({path.name for path in configs[:3] if path})))
+        elif config is not None:
+            raise InputError("--config names all settings; leave out --minutes, or --config")
+        else:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            budget = MINUTES if minutes is None else minutes
+            plan, estimate = make_plan(found, ipc, method, budget, device)
+            given = planned_configs(plan, source, out, ipc=ipc, method=method, seed=seed)
+            lines.append(f"plan for {budget:g} minutes on {device_name()}:")
+            lines += describe(plan, estimate, ipc * found.classes)
+        content = {"command": command, "comparison": given, "text": lines}
+        write_json(out / PLAN, content)
+    print("\n".join(content["text"]), flush=True)
+    return of(content["comparison"], out / PLAN, [*UNMEASURED, *overrides], name="ftd distill")
+
+
+def run_job(job: Comparison, out: Path, time_slice: TimeSlice) -> bool:
+    """Do what there is time for; write the set, ``results.json`` and ``images.png`` when all is done.
+
+    Raises:
+        InputError: if a fit fails.
+    """
+    rows = list(job.rows.values())
+    with threads_of(job):
+        failures, in_time = advance(job, rows, time_slice, quiet=True)
+        if failures:
+            raise InputError("; ".join(dict.fromkeys(failures.values())))
+        if not in_time:
+            return False
+        results = report(job, failures)
+    (method,) = (row for row in rows if "distill" in row.given)
+    file = keep_set(job, method, out / "set.safetensors")
+    assert file is not None
+    if results["ipc"] > 1:  # one row of every method has no place for more
+        with replacing(out / "images.png") as part:
+            set_picture(SyntheticSet.load(file), ema=bool(method.given.get("ema"))).save(part, format="PNG")
+    write_summary(results, out / "results.json")
+    print(f"\n{short_table(results)}\n")
+    print(f"set       {file}\nresults   {out / 'results.json'}\nimages    {out / 'images.png'}")
+    return True
+
+
+def distill_source(
+    source: str,
+    *,
+    ipc: int,
+    out: Path,
+    method: str = "ftd",
+    minutes: float | None = None,
+    config: str | None = None,
+    stop_after: float | None = None,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Distil images into a set, and measure it beside random and all real images.
+
+    Looks at the images, measures what a step costs on this device, plans teachers, distillation and evaluations, prints
+    the plan with its cost, and runs it. OUT holds set.safetensors, results.json, images.png, and the plan as configs
+    for a longer, careful run. The same command resumes where it stopped. Further options (--data.root DIR) go to every
+    fit; those with --teacher., --distill. or --evaluate. in front go to the fits of that phase.
+
+    Args:
+        source: a folder with a folder of images for each class, or a data set's name.
+        ipc: images per class.
+        out: the folder to write to.
+        method: ftd, mtt, or any whose settings ship.
+        minutes: budget of the whole job; by default a data set takes its published settings, a folder 30 minutes.
+        config: take the settings of this distillation's config, and of what belongs to it.
+        stop_after: minutes; the same command continues.
+        seed: of everything that is drawn.
+        overrides: further options, for the fits.
+
+    Raises:
+        InputError: for images that cannot be read, a budget that is too small, or a folder of another command.
+    """
+    check_bounds(distill_source, locals())
+    job = plan_job(
+        find_source(source),
+        out,
+        ipc=ipc,
+        method=method,
+        minutes=minutes,
+        config=config,
+        seed=seed,
+        overrides=overrides,
+    )
+    if not run_job(job, out, TimeSlice(stop_after)):
+        print("not done: run the same command again")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``ftd distill``."""
+    own, overrides = split_overrides(arguments)
+    own = ["--config" if argument == "-c" else argument for argument in own]
+    distill_source(**parse_command(distill_source, "distill", own, skip=["overrides"]), overrides=overrides)

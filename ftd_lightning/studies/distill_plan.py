@@ -1,0 +1,272 @@
+"""A plan for a budget: how many teachers, epochs and iterations fit into so many minutes on this device.
+
+The evaluations are planned first, because a set that is not measured says nothing; what they leave goes to teachers and
+distillation. Teachers get fewer images per class before they get too few epochs, and smaller images before that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.augment import Augmentation
+from ftd_lightning.studies.step_costs import LOOP, START, Sizes, measure
+
+if TYPE_CHECKING:
+    import torch
+
+    from ftd_lightning.studies.step_costs import Costs
+
+FITS = 5  # teachers, distillation, three evaluations
+USED = 0.85  # of the budget: a machine is not always as fast as when it was measured
+TEACHERS = 0.42  # of what the evaluations leave
+ITERATION = 0.015  # seconds that a matching iteration takes beside its inner steps: a segment is read, images updated
+METHODS = {"ftd": 0.01, "mtt": 0.0}  # rho of the teachers; FTD, Table 7
+
+
+class Survey(NamedTuple):
+    """What is planned for.
+
+    Attributes:
+        classes: how many.
+        channels: of the images.
+        size: their own height and width in pixels.
+        per_class: training images of the largest class.
+        train: training images.
+        test: test images.
+    """
+
+    classes: int
+    channels: int
+    size: int
+    per_class: int
+    train: int
+    test: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        image_size: height and width in pixels.
+        max_per_class: real images of each class that teachers and distillation see; None: all.
+        val_fraction: share of them that is held out.
+        batch_size: of the real images.
+        width: of the ConvNet.
+        depth: of the ConvNet.
+        augment: DSA's strategy.
+        teachers: how many.
+        epochs: of each.
+        lr: of the teachers; the step size begins with it.
+        rho: of the teachers.
+        expert_epochs: M of a segment.
+        max_start_epoch: T+ of a segment.
+        syn_steps: N of a segment.
+        syn_batch: synthetic images per step; None: all.
+        lr_images: of the pixels.
+        iterations: of the distillation.
+        decay: of the moving average.
+        networks: of each evaluation.
+        evaluation_epochs: on a set.
+        real_epochs: on all real images.
+    """
+
+    image_size: int
+    max_per_class: int | None
+    val_fraction: float
+    batch_size: int
+    width: int
+    depth: int
+    augment: str
+    teachers: int
+    epochs: int
+    lr: float
+    rho: float
+    expert_epochs: int
+    max_start_epoch: int
+    syn_steps: int
+    syn_batch: int | None
+    lr_images: float
+    iterations: int
+    decay: float
+    networks: int
+    evaluation_epochs: int
+    real_epochs: int
+
+
+class Estimate(NamedTuple):
+    """Seconds of each phase."""
+
+    teachers: float
+    distillation: float
+    evaluations: float
+
+    @property
+    def total(self) -> float:
+        """Of all of them."""
+        return sum(self)
+
+
+def depth_of(size: int) -> int:
+    """Give the depth of the ConvNet for images of a size: it ends with 4 x 4 values, or 2 x 2.
+
+    Example:
+        >>> [depth_of(size) for size in (8, 16, 28, 32, 64, 128)]
+        [2, 2, 3, 3, 4, 5]
+    """
+    return min(max(round(math.log2(size)) - 2, 2), 5)
+
+
+def strategy(channels: int, size: int) -> str:
+    """Choose an augmentation: without flips and colours for grey images, which are often characters.
+
+    Example:
+        >>> strategy(1, 8), strategy(3, 32)
+        ('crop_scale_rotate', 'color_crop_cutout_flip_scale_rotate')
+    """
+    if channels == 1:
+        return "crop_scale_rotate" if size < 16 else "crop_cutout_scale_rotate"
+    return str(Augmentation().strategy)
+
+
+def _sizes(native: int, device: torch.device) -> list[int]:
+    """List sizes to try, the largest first."""
+    most = 128 if device.type == "cuda" else 64
+    sizes = [native] if native <= most else [most]
+    while sizes[-1] > 32:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _evaluations(found: Survey, plan: dict[str, Any], costs: Costs, images: int, budget: float) -> float:
+    """Plan the evaluations; add to the plan, and return their seconds."""
+    steps = math.ceil(images / 256)
+    seen = found.test + plan["val_fraction"] * found.train
+    measuring = 2 * math.ceil(seen / plan["batch_size"]) * costs.forward  # at the end of training, and as its test
+    per_epoch = math.ceil(found.train / plan["batch_size"]) * costs.plain
+    seconds = math.inf
+    for networks, epochs, real in ((5, 1000, 60), (5, 500, 30), (3, 500, 20), (3, 300, 10), (2, 200, 6), (2, 100, 3)):
+        plan |= {"networks": networks, "evaluation_epochs": epochs, "real_epochs": real}
+        on_sets = 2 * epochs * steps * (networks * costs.evaluation + LOOP)
+        seconds = on_sets + networks * (real * per_epoch + 3 * measuring)
+        if seconds <= 0.25 * budget:
+            break
+    return seconds
+
+
+def _attempt(
+    found: Survey, ipc: int, method: str, budget: float, size: int, device: torch.device
+) -> tuple[Plan, Estimate]:
+    """Plan with images of one size."""
+    width = 128 if device.type == "cuda" else 32
+    batch = int(min(max(2 ** round(math.log2(max(found.train, 80) / 10)), 8), 256))
+    inner = min(ipc * found.classes, 256)
+    augment = strategy(found.channels, size)
+    sizes = Sizes(found.channels, size, found.classes, width, depth_of(size), batch, inner)
+    costs = measure(sizes, Augmentation(augment), METHODS[method], device)
+    plan: dict[str, Any] = {
+        "image_size": size,
+        "val_fraction": 0.1 if found.train < 10_000 else 0.02,
+        "batch_size": batch,
+        "width": width,
+        "depth": sizes.depth,
+        "augment": augment,
+        "rho": METHODS[method],
+        "syn_batch": inner if inner < ipc * found.classes else None,
+    }
+    evaluations = _evaluations(found, plan, costs, ipc * found.classes, budget)
+    rest = max(budget - evaluations, 0.0)
+    # Teachers: epochs that there is time for, over all of them.
+    used = (1 - plan["val_fraction"]) * found.train
+    measuring = math.ceil(plan["val_fraction"] * found.train / batch) * costs.forward
+    per_epoch = math.ceil(used / batch) * costs.teacher + measuring
+    epochs = TEACHERS * rest / per_epoch
+    share = min(epochs / 24, 1.0)  # of the images: 3 teachers of 8 epochs at least
+    per_class = found.per_class if share == 1.0 else max(int(share * found.per_class), min(found.per_class, 20))
+    share, epochs = per_class / found.per_class, epochs * found.per_class / per_class
+    each = int(min(30, max(8, epochs // 6)))
+    teachers = int(min(50, max(2, epochs // each)))
+    steps = math.ceil(share * used / batch) * each
+    expert = 2 if each >= 8 else 1
+    # Distillation: iterations that there is time for.
+    syn_steps = 15
+    per_iteration = 1.2 * syn_steps * costs.inner + ITERATION
+    iterations = int(min((1 - TEACHERS) * rest / per_iteration, 5000))
+    lr = 0.05 if steps <= 2000 else 0.02 if steps <= 5000 else 0.01
+    plan |= {
+        "max_per_class": None if share == 1.0 else per_class,
+        "teachers": teachers,
+        "epochs": each,
+        "lr": lr,
+        "expert_epochs": expert,
+        "max_start_epoch": max(1, min(each // 2, each - expert)),
+        "syn_steps": syn_steps,
+        "lr_images": float(f"{30 * size / 8 * math.sqrt(ipc):.2g}"),
+        "iterations": max(iterations, 1),
+        "decay": float(f"{min(max(1 - 5 / max(iterations, 1), 0.9), 0.999):.4g}"),
+    }
+    estimate = Estimate(
+        teachers=START + share * teachers * each * per_epoch,
+        distillation=START + plan["iterations"] * per_iteration,
+        evaluations=3 * START + evaluations,
+    )
+    return Plan(**plan), estimate
+
+
+def make_plan(found: Survey, ipc: int, method: str, minutes: float, device: torch.device) -> tuple[Plan, Estimate]:
+    """Plan a distillation that ends within so many minutes.
+
+    Args:
+        found: the images.
+        ipc: images per class.
+        method: "ftd" or "mtt".
+        minutes: the budget.
+        device: where it will run.
+
+    Raises:
+        InputError: for a method that is not planned here, or a budget that holds no plan.
+    """
+    if method not in METHODS:
+        raise InputError(f"--method {method}: plans are made for {' and '.join(METHODS)}; --config takes any other")
+    if ipc > found.per_class:
+        raise InputError(f"--ipc {ipc}: the largest class has {found.per_class} training images")
+    budget = 60 * minutes * USED - FITS * START
+    best: tuple[Plan, Estimate] | None = None
+    for size in _sizes(found.size, device):
+        plan, estimate = _attempt(found, ipc, method, budget, size, device)
+        fits = plan.iterations >= 50 and estimate.total <= 60 * minutes
+        enough = plan.max_per_class is None or plan.max_per_class >= 100
+        if fits and (best is None or enough):
+            best = plan, estimate
+        if fits and enough:
+            break
+    if best is None:
+        least = math.ceil((FITS * START + 60) / 60 / USED)
+        raise InputError(
+            f"--minutes {minutes:g}: too few for these images on this device; try {max(least, 2 * minutes):g}"
+        )
+    return best
+
+
+def describe(plan: Plan, estimate: Estimate, images: int) -> list[str]:
+    """Say what a plan does and costs, a line for each phase."""
+    flat = f", flat (rho {plan.rho:g})" if plan.rho else ""
+    steps = f"{plan.syn_steps} steps on {'all of them' if plan.syn_batch is None else f'{plan.syn_batch} of them'}"
+    part = "" if plan.max_per_class is None else f" on {plan.max_per_class} images per class"
+    network = f"ConvNet of depth {plan.depth} and width {plan.width}"
+    phases = {
+        "teachers": f"{plan.teachers} of {plan.epochs} epochs{flat}{part}: {network}, {plan.image_size} px",
+        "distillation": f"{plan.iterations} iterations, {images} images, {steps}",
+        "evaluations": f"3 of {plan.networks} networks: {plan.evaluation_epochs} epochs on sets, {plan.real_epochs} on "
+        "all real images",
+    }
+    lines = [f"  {name:<13} {getattr(estimate, name) / 60:>6.1f} min   {what}" for name, what in phases.items()]
+    return [*lines, f"  {'in all':<13} {estimate.total / 60:>6.1f} min"]
+
+
+def settings(plan: Plan) -> dict[str, Any]:
+    """Give a plan as plain values."""
+    return asdict(plan)
