@@ -7,7 +7,7 @@ is made once, from what a step costs on this device; the same command follows it
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
+from collections.abc import Mapping, Sequence  # noqa: TC003 -- the command line reads signatures when it runs
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MINUTES = 30.0  # of a plan for a folder, if none are given
 PLAN = "plan.json"
+IN_FOLDERS = {"folder", "images"}  # data sets that are nothing without a folder
 # Nothing is chosen by what would be measured while distilling, and it takes time.
 UNMEASURED = (
     "--distill.trainer.callbacks+=ftd_lightning.callbacks.EvaluateSynthetic",
@@ -73,14 +74,15 @@ def find_source(source: str) -> Source:
         return Source("folder", str(path), path.resolve().name)
     if path.exists():
         raise InputError(f"{source}: is a file; give a folder with a folder of images for each class")
-    if source == "folder" or any(sign in source for sign in "/\\"):
-        raise InputError(f"{source}: no such folder; give a folder of classes, or one of {', '.join(sorted(DATASETS))}")
+    if source in IN_FOLDERS or any(sign in source for sign in "/\\"):
+        names = ", ".join(sorted(DATASETS.keys() - IN_FOLDERS))
+        raise InputError(f"{source}: no such folder; give a folder of classes, or one of {names}")
     check_name(source)
     return Source(source, None, source)
 
 
-def survey(source: Source, arguments: Sequence[str]) -> Survey:
-    """Look at the images.
+def read_images(source: Source, arguments: Sequence[str]) -> DistillationDataModule:
+    """Read the images as they are.
 
     Args:
         source: where they are.
@@ -92,6 +94,11 @@ def survey(source: Source, arguments: Sequence[str]) -> Survey:
     data = DistillationDataModule(dataset=source.name, val_fraction=0.0, **options)
     data.prepare_data()
     data.setup()
+    return data
+
+
+def survey(data: DistillationDataModule) -> Survey:
+    """Count images and classes."""
     labels = data.train.labels
     return Survey(
         classes=len(data.class_names),
@@ -130,57 +137,49 @@ def _begin(out: Path, command: dict[str, Any]) -> dict[str, Any] | None:
     raise InputError(f"{file}: is not a plan; name another folder")
 
 
-def plan_job(
-    source: Source,
-    out: Path,
-    *,
-    ipc: int,
-    method: str,
-    minutes: float | None,
-    config: str | None,
-    seed: int,
-    overrides: Sequence[str],
-) -> Comparison:
+def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: Sequence[str]) -> Comparison:
     """Make a plan, or find the one of the same command; print it, and return what it runs.
 
+    Args:
+        source: the images.
+        out: the folder of the job.
+        command: "ipc", "method", "minutes", "config" and "seed", as :func:`distill_source` takes them.
+        overrides: options for the fits.
+
     Raises:
-        InputError: for a budget, a method or a config that does not do.
+        InputError: for a budget, a method or a config that does not do, a folder of another command, or images that
+            have changed since the plan was made.
     """
-    command = {
-        "source": source.name,
-        "root": source.root,
-        "ipc": ipc,
-        "method": method,
-        "minutes": minutes,
-        "config": config,
-        "seed": seed,
-        "overrides": list(overrides),
-    }
-    content = _begin(out, command)
+    asked = {"source": source.name, "root": source.root, **command, "overrides": list(overrides)}
+    content = _begin(out, asked)
+    by_phase = {phase: _pairs(arguments) for phase, arguments in arguments_by_phase(overrides).items()}
+    data = read_images(source, by_phase["teacher"])
     if content is None:
-        by_phase = {phase: _pairs(arguments) for phase, arguments in arguments_by_phase(overrides).items()}
-        found = survey(source, by_phase["teacher"])
-        images = (
-            f"{found.train:,} training images, {found.test:,} test images, {found.classes} classes, {found.size} px"
-        )
-        lines = [f"{source.title}: {images}, {'grey' if found.channels == 1 else 'colour'}"]
-        if minutes is None and (config is not None or source.name not in ("folder", "images")):
-            configs = belonging(find_config(config), ipc) if config is not None else published(source.name, ipc, method)
-            given = published_configs(configs, source, out, ipc=ipc, method=method)
-            lines.append("plan: the settings of " + ", ".join(sorted({path.name for path in configs[:3] if path})))
-        elif config is not None:
-            raise InputError("--config names all settings; leave out --minutes, or --config")
-        else:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            budget = MINUTES if minutes is None else minutes
-            plan, estimate = make_plan(found, ipc, method, budget, device)
-            given = planned_configs(plan, source, out, ipc=ipc, method=method, seed=seed)
-            lines.append(f"plan for {budget:g} minutes on {device_name()}:")
-            lines += describe(plan, estimate, ipc * found.classes)
-        content = {"command": command, "comparison": given, "text": lines}
+        given, lines = _plan(source, out, command, survey(data))
+        content = {"command": asked, "data": data.describe(), "comparison": given, "text": lines}
         write_json(out / PLAN, content)
+    elif content.get("data") != json.loads(json.dumps(data.describe())):
+        raise InputError(f"{out}: the images of {source.title} have changed since it was begun; name another folder")
     print("\n".join(content["text"]), flush=True)
     return of(content["comparison"], out / PLAN, [*UNMEASURED, *overrides], name="ftd distill")
+
+
+def _plan(source: Source, out: Path, command: Mapping[str, Any], found: Survey) -> tuple[dict[str, Any], list[str]]:
+    """Plan a job; return its comparison, and what is printed of it."""
+    ipc, method, minutes, config = (command[key] for key in ("ipc", "method", "minutes", "config"))
+    counts = f"{found.train:,} training images, {found.test:,} test images, {found.classes} classes"
+    lines = [f"{source.title}: {counts}, {found.size} px, {'grey' if found.channels == 1 else 'colour'}"]
+    if config is not None and minutes is not None:
+        raise InputError("--config names all settings; leave out --minutes, or --config")
+    if config is not None or (minutes is None and source.root is None):
+        configs = published(source.name, ipc, method) if config is None else belonging(find_config(config), ipc)
+        lines.append(f"plan: the settings of {', '.join(path.stem for path in configs[:3] if path)}, as published")
+        return published_configs(configs, source, out, ipc=ipc, method=method), lines
+    budget = MINUTES if minutes is None else minutes
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan, estimate = make_plan(found, ipc, method, budget, device)
+    lines += [f"plan for {budget:g} minutes on {device_name()}:", *describe(plan, estimate, ipc * found.classes)]
+    return planned_configs(plan, source, out, ipc=ipc, method=method, seed=command["seed"]), lines
 
 
 def run_job(job: Comparison, out: Path, time_slice: TimeSlice) -> bool:
@@ -243,16 +242,8 @@ def distill_source(
         InputError: for images that cannot be read, a budget that is too small, or a folder of another command.
     """
     check_bounds(distill_source, locals())
-    job = plan_job(
-        find_source(source),
-        out,
-        ipc=ipc,
-        method=method,
-        minutes=minutes,
-        config=config,
-        seed=seed,
-        overrides=overrides,
-    )
+    command = {"ipc": ipc, "method": method, "minutes": minutes, "config": config, "seed": seed}
+    job = plan_job(find_source(source), out, command, overrides)
     if not run_job(job, out, TimeSlice(stop_after)):
         print("not done: run the same command again")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.data import SyntheticSet
@@ -16,8 +15,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.studies.distill import Source, plan_job, run_job
 from ftd_lightning.studies.fit_steps import TimeSlice
 
-READING = ("val", "class_names", "image_size")  # what decides how datasets are read
-FIXED = ("transform", "dataset", "root", "download", "test_fraction", "synthetic", "ipc", "trajectories", "teacher")
+FIXED = {"transform", "dataset", "root", "download", "test_fraction", "synthetic", "trajectories", "teacher"}
 
 
 def distill(
@@ -60,34 +58,18 @@ def distill(
         >>> synthetic = distill(train, test, ipc=10, minutes=120, out="cifar10")  # doctest: +SKIP
     """
     check_bounds(distill, locals())
-    for name in FIXED:
-        if name in data_options:
-            raise InputError(
-                f"distill: {name}= is set by distill itself"
-                if name != "transform"
-                else "distill: takes pictures; leave transform= out"
-            )
-    reading = {name: data_options.pop(name, None) for name in READING}
-    dataset = read_datasets(
-        train,
-        test,
-        reading["val"],
-        class_names=reading["class_names"],
-        image_size=reading["image_size"],
-        transform=None,
-    )
-    overrides = [
-        part
-        for name, value in data_options.items()
-        for part in (f"--data.{name}", yaml.safe_dump(value).partition("\n")[0])
-    ]
+    for name in sorted(FIXED & data_options.keys()):
+        raise InputError(f"distill: leave {name}= out; the images are pictures, and where they go is out's")
+    reading = {name: data_options.pop(name, None) for name in ("val", "class_names", "image_size")}
+    dataset = read_datasets(train, test, transform=None, **reading)
+    # As YAML, which the command line reads.
+    overrides = [part for name, value in data_options.items() for part in (f"--data.{name}", json.dumps(value))]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary if out is None else out)
         folder.mkdir(parents=True, exist_ok=True)
         file = write_images_file(dataset, folder / "data")
         source = Source("images", str(file.parent), "own images")
-        job = plan_job(
-            source, folder, ipc=ipc, method=method, minutes=minutes, config=None, seed=seed, overrides=overrides
-        )
+        command = {"ipc": ipc, "method": method, "minutes": minutes, "config": None, "seed": seed}
+        job = plan_job(source, folder, command, overrides)
         run_job(job, folder, TimeSlice(None))
         return SyntheticSet.load(folder / "set.safetensors")

@@ -197,9 +197,10 @@ class _Listener:
         self._thread.join(2.0)
 
     def last_line(self) -> str:
-        """Give the last line that is not empty, without the command's name."""
+        """Give the line that names an error, else the last one that is not empty, without the command's name."""
         lines = re.split(r"[\r\n]+", self._end.decode(errors="replace").strip())
-        return lines[-1].removeprefix("ftd: error: ").strip()
+        named = [line for line in lines if re.match(r"(ftd: )?error: ", line)]
+        return re.sub(r"^(ftd: )?error: ", "", (named or lines)[-1]).strip()
 
 
 def run_step(step: FitStep, time_slice: TimeSlice, *, quiet: bool = False) -> bool:
