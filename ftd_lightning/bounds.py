@@ -142,7 +142,8 @@ BOUNDS: dict[str, Count | Range] = {
     "teacher": Count(0),
     "num_workers": Count(0, 1024),
     "threads": Count(1, 1024),
-    "minutes": AT_LEAST_0,
+    "minutes": ABOVE_0,
+    "stop_after": AT_LEAST_0,
 }
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from ftd_lightning.bounds import check_bounds
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
@@ -113,7 +115,9 @@ def parse_command(
 
     Raises:
         SystemExit: with code 2 for arguments that are unknown, missing or of the wrong type; with 0 for ``--help``.
+        InputError: for numbers out of range.
     """
     parser = command_parser(command, name, skip=skip)
     parsed: dict[str, Any] = parser.parse_args(spelled_out(command, arguments)).as_dict()
+    check_bounds(command, parsed)
     return parsed

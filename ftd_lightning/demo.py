@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ftd_lightning.cli import as_program
 from ftd_lightning.errors import InputError
@@ -16,14 +17,20 @@ from ftd_lightning.studies.comparison_run import advance, report, threads_of
 from ftd_lightning.studies.fit_steps import TimeSlice
 from ftd_lightning.studies.summary import keep_set, short_table, write_summary
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def main() -> None:
+
+def main(overrides: Sequence[str] = ()) -> None:
     """Run all steps; write ``results.json``, ``images.png`` and the sets into ``runs/digits``.
+
+    Args:
+        overrides: further options, for the fits; see ``ftd compare --help``.
 
     Raises:
         InputError: if a step fails.
     """
-    job = load(Path("digits/demo"))
+    job = load(Path("digits/demo"), overrides)
     with threads_of(job):
         failures, _ = advance(job, list(job.rows.values()), TimeSlice(None), quiet=True)
         if failures:
@@ -38,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    as_program(main, resume="the same command continues")
+    as_program(lambda: main(sys.argv[1:]), resume="the same command continues")

@@ -78,13 +78,13 @@ def imagenet_root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def merged():
-    """Give ``merged(config, *arguments)``: what ``ftd fit --config`` reads, with bases and defaults, as plain values.
+    """Give ``merged(config, *arguments)``: what ``ftd fit --config`` reads, with all defaults, as plain values.
 
     The parser is built once, and nothing is instantiated.
     """
     from lightning.pytorch import LightningDataModule, LightningModule
 
-    from ftd_lightning.lightning_cli import FTDCLI, with_bases
+    from ftd_lightning.lightning_cli import FTDCLI
 
     class ParserOnly(FTDCLI):
         def parse_arguments(self, parser, args):
@@ -97,7 +97,7 @@ def merged():
 
     @functools.cache
     def read(config, *arguments):
-        return parser.parse_args(with_bases(["fit", "--config", str(config), *arguments])).as_dict()["fit"]
+        return parser.parse_args(["fit", "--config", str(config), *arguments]).as_dict()["fit"]
 
     return read
 

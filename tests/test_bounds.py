@@ -31,6 +31,8 @@ from ftd_lightning.modules import (
 )
 from ftd_lightning.optim import GSAM
 from ftd_lightning.studies.compare import compare
+from ftd_lightning.studies.distill import distill_source
+from ftd_lightning.studies.distill_datasets import distill
 from ftd_lightning.studies.nas import SearchSettings
 from ftd_lightning.studies.reproduce import reproduce
 from ftd_lightning.studies.trajectory_error_command import trajectory_error
@@ -64,7 +66,7 @@ OWNERS = {
     GSAM: {"params": [nn.Parameter(torch.ones(1))], "base_optimizer": torch.optim.SGD},
     SearchSettings: {"out": "nas"},
 }
-COMMANDS = [compare, reproduce, trajectory_error, import_set]
+COMMANDS = [compare, distill, distill_source, reproduce, trajectory_error, import_set]
 # Public, but made by the library of numbers that are checked or measured, or checked against more than a range.
 OTHERS = {
     *("ImageShape", "DataDescription", "BatchPlan", "TeacherProgress"),  # contracts
@@ -185,7 +187,7 @@ def test_options_of_ones_own_images_are_checked_before_they_are_read(refused):
 
 def test_a_fit_from_the_command_line_is_refused_in_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["fit", "--config=configs/digits/teacher_ftd.yaml", "--model.rho=.nan"])
+        cli.main(["fit", "--config=digits/teacher_ftd", "--model.rho=.nan"])
     error = capsys.readouterr().err
     assert stop.value.code == 1
     assert error == "ftd: error: FlatTeacher: rho=nan must be at least 0 and finite\n"

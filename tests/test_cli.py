@@ -12,9 +12,11 @@ import yaml
 from ftd_lightning import SyntheticSet, TrajectoryStore, cli, lightning_cli, modules
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import Augmentation, DropLargest, RobustStart
+from ftd_lightning.shipped_configs import read_config, run_folder_of
+from ftd_lightning.studies.published import published
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-NO_FITS = ("compare", "cross", "nas", "study")  # those of ftd compare and ftd nas
+NO_FITS = ("compare", "cross", "demo", "nas", "study")  # those of ftd compare and ftd nas
 ALL = sorted(path for path in CONFIGS.rglob("*.yaml") if path.stem.split("_")[0] not in NO_FITS)
 
 # Small enough to run in seconds; every value on the command line, as anyone would override it.
@@ -43,6 +45,13 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     return int(stop.value.code or 0), capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def refusal_of_ours(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Do the same with a command beside Lightning's."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    return int(stop.value.code or 0), capsys.readouterr().err.strip().splitlines()[-1]
+
+
 # By how a config's name begins; the longest counts.
 CLASSES = {
     "teacher": "FlatTeacher",
@@ -58,19 +67,26 @@ CLASSES = {
 @pytest.mark.parametrize("folder", sorted({path.parent for path in ALL}), ids=lambda path: path.name)
 def test_every_shipped_config_builds_its_module(folder: Path, here: Path, merged) -> None:
     """The parser knows every key, and the module takes every value, as Python would give it."""
-    for config in sorted(folder.glob("*.yaml")):
-        if config not in ALL or config == CONFIGS / "base" / "distill.yaml":  # no config of its own: has no teachers
-            continue
+    for config in (path for path in sorted(folder.glob("*.yaml")) if path in ALL):
         settings = merged(config)
-        kind = "evaluate" if folder.name == "evaluate" else config.stem
-        prefix = max((name for name in CLASSES if kind.startswith(name)), key=len)
+        prefix = max((name for name in CLASSES if config.stem.startswith(name)), key=len)
         module_class = getattr(modules, CLASSES[prefix])
         assert settings["model"]["class_path"].endswith(CLASSES[prefix]), config
         module = module_class(**settings["model"]["init_args"])
         assert module.hparams["seed"] == settings["model"]["init_args"]["seed"] == 0
-        if folder.name != "base":
-            logger = settings["trainer"]["logger"]["init_args"]
-            assert (logger["save_dir"], logger["name"]) == (f"runs/{folder.name}", config.stem), config
+        assert run_folder_of(config) == (Path("runs") / folder.name, config.stem)
+
+
+def test_shipped_configs_hold_nothing_of_ours_alone() -> None:
+    """What only records is added by ``ftd``; class paths are whole, so that anybody's LightningCLI finds them."""
+    for config in ALL:
+        content = read_config(config)
+        assert set(content) <= {"model", "data", "trainer"}, config
+        assert content["model"]["class_path"].startswith("ftd_lightning."), config
+        assert content["data"]["class_path"].startswith("ftd_lightning."), config
+        callbacks = content["trainer"].pop("callbacks", [])
+        assert {callback["class_path"] for callback in callbacks} <= {"ftd_lightning.callbacks.SyntheticEMA"}, config
+        assert set(content["trainer"]) <= {"max_epochs", "max_steps", "check_val_every_n_epoch"}, config
 
 
 def test_an_unknown_key_of_a_config_is_found(here: Path, capsys) -> None:
@@ -82,7 +98,7 @@ def test_an_unknown_key_of_a_config_is_found(here: Path, capsys) -> None:
 
 
 # The DSA of the rivals resamples as its authors' code does; that of teachers and students as torch's default of then.
-CORNERS = {"teacher_ftd": True, "distill_ftd_ipc1": True, "distill_dsa_ipc1": False, "distill_dm_ipc1": False}
+CORNERS = {"teacher_ftd": True, "distill_ftd_ipc1": True, "distill_dsa": False, "distill_dm": False}
 
 
 @pytest.mark.parametrize("name", CORNERS)
@@ -104,8 +120,10 @@ def test_augmentation_from_yaml_has_the_defaults_of_its_module(name: str, here: 
 
 
 def test_rules_from_yaml_are_objects(here: Path, merged) -> None:
-    for config, rules in (("distill_mtt_robust_ipc1", [RobustStart(0.1)]), ("distill_pp_ipc1", [DropLargest(0.1)])):
-        settings = merged(CONFIGS / "digits" / f"{config}.yaml")["model"]["init_args"]
+    rows = read_config(CONFIGS / "digits" / "compare.yaml")["rows"]
+    for name, rules in (("mtt+robust", [RobustStart(0.1)]), ("pp", [DropLargest(0.1)])):
+        config = CONFIGS / "digits" / f"{rows[name]['distill']}.yaml"
+        settings = merged(config, *rows[name]["distill_arguments"])["model"]["init_args"]
         assert list(modules.TrajectoryMatching(**settings).rules) == rules
 
 
@@ -134,8 +152,8 @@ MTT = {
     ("tiny-imagenet", 1): (10, 2, 10, None, 10000, 1e-4, 0.01, None, None, False),
     ("tiny-imagenet", 10): (20, 2, 40, 200, 10000, 1e-4, 0.01, None, None, False),
     ("tiny-imagenet", 50): (20, 2, 40, 300, 10000, 1e-4, 0.01, None, None, False),
-    **{(name, 1): (20, 2, 10, None, 10000, 1e-6, 0.01, None, None, False) for name in IMAGENET},
-    **{(name, 10): (20, 2, 10, 20, 10000, 1e-6, 0.01, None, None, False) for name in IMAGENET},
+    # A batch of 20 for ipc 10; at ipc 1 there are 10 images, and every step takes all of them.
+    **{(name, ipc): (20, 2, 10, 20, 10000, 1e-6, 0.01, None, None, False) for name in IMAGENET for ipc in (1, 10)},
 }
 PUBLISHED = {("ftd", *key): row for key, row in FTD.items()} | {("mtt", *key): row for key, row in MTT.items()}
 DEPTH = {"cifar10": 3, "cifar100": 3, "tiny-imagenet": 4, **dict.fromkeys(IMAGENET, 5)}
@@ -143,11 +161,11 @@ DEPTH = {"cifar10": 3, "cifar100": 3, "tiny-imagenet": 4, **dict.fromkeys(IMAGEN
 
 @pytest.mark.parametrize(("method", "dataset", "ipc"), PUBLISHED)
 def test_settings_are_the_published_ones(method: str, dataset: str, ipc: int, here: Path, merged) -> None:
-    config = merged(CONFIGS / dataset / f"distill_{method}_ipc{ipc}.yaml")
+    configs = published(dataset, ipc, method)
+    config = merged(configs.distill, *configs.arguments, *configs.ipc)
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
-    averages = [c["init_args"]["decay"] for c in trainer["callbacks"] if c["class_path"].endswith("SyntheticEMA")]
-    teacher_config = CONFIGS / dataset / f"{Path(model['trajectories']).parent.name}.yaml"
-    teacher = merged(teacher_config)
+    averages = [callback["init_args"]["decay"] for callback in trainer["callbacks"] or []]
+    teacher = merged(configs.teacher, *configs.arguments)
     settings = teacher["model"]["init_args"]
     keys = ("syn_steps", "expert_epochs", "max_start_epoch", "syn_batch", "lr_images", "lr_step_size", "step_size_init")
     alpha = settings["alpha"] if settings["rho"] else None
@@ -174,7 +192,8 @@ CELLS = [(method, dataset, ipc) for method in MATCHING for dataset in ("cifar10"
 
 @pytest.mark.parametrize(("method", "dataset", "ipc"), [*CELLS, *(("dm", "tiny-imagenet", ipc) for ipc in (1, 10))])
 def test_settings_of_class_matching_are_the_published_ones(method, dataset, ipc, here: Path, merged) -> None:
-    config = merged(CONFIGS / dataset / f"distill_{method}_ipc{ipc}.yaml")
+    configs = published(dataset, ipc, method)
+    config = merged(configs.distill, *configs.arguments, *configs.ipc)
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
     strategy = model["augment"] and model["augment"]["strategy"]
     found = (model["init"], strategy, model["lr_images"])
@@ -185,26 +204,53 @@ def test_settings_of_class_matching_are_the_published_ones(method, dataset, ipc,
     assert model["network_options"] == {"width": 128, "depth": DEPTH[dataset]}
     if method != "dm":  # the table of loops is the module's
         assert (model["outer_loops"], model["inner_epochs"]) == (None, None)
-    evaluation = merged(CONFIGS / dataset / "evaluate.yaml")["model"]["init_args"]
+    evaluation = merged(configs.evaluate)["model"]["init_args"]
     assert evaluation["network_options"] == model["network_options"]
 
 
-def test_a_config_may_build_on_another(here: Path, capsys) -> None:
-    (here / "deep").mkdir()
-    (here / "first.yaml").write_text("model: {class_path: FlatTeacher, init_args: {lr: 0.5, epochs: 3}}\n")
-    (here / "second.yaml").write_text(
-        "base: first.yaml\nmodel: {init_args: {epochs: 4}}\ndata: DistillationDataModule\n"
-    )
-    (here / "deep" / "third.yaml").write_text("base: ../second.yaml\nmodel: {init_args: {teachers: 7}}\n")
-    for words in (["--config", "deep/third.yaml"], ["--config=deep/third.yaml"], ["-c", "deep/third.yaml"]):
-        with contextlib.suppress(SystemExit):
-            cli.main(["fit", *words, "--model.rho=0.25", "--print_config"])
-        settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
-        assert [settings[key] for key in ("lr", "epochs", "teachers", "rho")] == [0.5, 4, 7, 0.25]
-    (here / "first.yaml").unlink()
-    code, line = refusal(capsys, "fit", "--config", "second.yaml")
+def test_configs_are_found_by_name_and_merged_in_order(here: Path, capsys) -> None:
+    (here / "mine.yaml").write_text("model: {init_args: {epochs: 4, teachers: 7}}\n")
+    for shipped in ("digits/teacher_ftd", "digits/teacher_ftd.yaml", str(CONFIGS / "digits" / "teacher_ftd.yaml")):
+        for option in (["--config", shipped], [f"--config={shipped}"], ["-c", shipped], [f"-c{shipped}"]):
+            with contextlib.suppress(SystemExit):
+                cli.main(["fit", *option, "-c", "mine.yaml", "--model.rho=0.25", "--print_config"])
+            settings = yaml.safe_load(capsys.readouterr().out)
+            values = settings["model"]["init_args"]
+            assert [values[key] for key in ("lr", "epochs", "teachers", "rho")] == [0.05, 4, 7, 0.25]
+            logger = settings["trainer"]["logger"]["init_args"]
+            assert (logger["save_dir"], logger["name"]) == ("runs/digits", "teacher_ftd")
+    (here / "digits").mkdir()
+    (here / "digits" / "teacher_ftd.yaml").write_text("model: {class_path: FlatTeacher, init_args: {lr: 0.5}}\n")
+    with contextlib.suppress(SystemExit):
+        cli.main(["fit", "--config", "digits/teacher_ftd", "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["model"]["init_args"]["lr"] == 0.5, "a path wins over a shipped name"
+    assert settings["trainer"]["logger"]["init_args"]["save_dir"] == "runs"
+    (here / "old.yaml").write_text("base: first.yaml\nmodel: {init_args: {epochs: 4}}\n")
+    code, line = refusal(capsys, "fit", "--config", "old.yaml")
     assert code == 1
-    assert line == "ftd: error: second.yaml: builds on first.yaml, which is not there"
+    assert line.startswith("ftd: error: old.yaml: base is no longer read; pass the config that it builds on before it")
+
+
+def test_configs_lists_prints_and_copies(here: Path, capsys) -> None:
+    cli.main(["configs"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.yaml"))
+    cli.main(["configs", "digits/teacher_mtt"])
+    text = capsys.readouterr().out
+    assert text == (CONFIGS / "digits" / "teacher_mtt.yaml").read_text()
+    cli.main(["configs", "digits/teacher_mtt", "--to", "own/mine.yaml"])
+    assert Path("own/mine.yaml").read_text() == text
+    code, line = refusal_of_ours(capsys, "configs", "digits/teacher_mtt", "--to", "own/mine.yaml")
+    assert (code, line) == (1, "ftd: error: own/mine.yaml: is there already; name another file")
+    code, line = refusal_of_ours(capsys, "configs", "digits/teacher_mt")
+    assert (code, line.partition("; ")[2][:36]) == (1, "did you mean digits/teacher_mtt, imag")
+
+
+@pytest.mark.slow
+def test_save_dir_takes_the_place_of_the_folder_of_runs(here: Path) -> None:
+    fit("digits/teacher_mtt.yaml", *TEACHERS, "--trainer.logger.save_dir", "D")
+    assert len(TrajectoryStore("D/teacher_mtt/trajectories")) == 2
 
 
 def test_any_value_can_be_overridden(here: Path, merged) -> None:
@@ -215,7 +261,7 @@ def test_any_value_can_be_overridden(here: Path, merged) -> None:
     assert shown["data"]["init_args"]["zca"] is False
     assert shown["trainer"]["max_steps"] == 7
     assert shown["trainer"]["callbacks"][-1]["class_path"].endswith("ModelSummary")
-    assert len(shown["trainer"]["callbacks"]) == 7
+    assert len(shown["trainer"]["callbacks"]) == 2
 
 
 @pytest.mark.slow
@@ -293,13 +339,15 @@ def test_broken_teachers_are_named(teachers: list[str], trajectories: Path, here
 
 def test_wrong_words_end_with_exit_code_2(here: Path, capsys) -> None:
     config = str(CONFIGS / "digits" / "teacher_mtt.yaml")
-    for arguments in (["fit", "--config", "nowhere.yaml"], ["fit", "--config", config, "--model.epoch=3"], ["fot"]):
+    for arguments in (["fit", "--config", config, "--model.epoch=3"], ["fot"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2
         shown = capsys.readouterr().err
         assert "Traceback" not in shown
-        assert any(word in shown for word in ("nowhere.yaml", "epoch", "fot"))
+        assert any(word in shown for word in ("epoch", "fot"))
+    code, line = refusal(capsys, "fit", "--config", "nowhere.yaml")
+    assert (code, line) == (1, "ftd: error: nowhere.yaml: no such config; ftd configs lists those that ship")
 
 
 def test_other_errors_keep_their_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ftd_lightning import SyntheticSet, cli, lightning_cli
+from ftd_lightning.studies.published import published
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DSA = "color_crop_cutout_flip_scale_rotate"
@@ -41,7 +42,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(("dataset", "ipc"), SETS)
 @pytest.mark.parametrize("method", STARTS)
 def test_settings_are_those_of_the_released_script(method: str, dataset: str, ipc: int, here: Path, merged) -> None:
-    config = merged(CONFIGS / dataset / f"distill_{method}_ipc{ipc}.yaml")
+    configs = published(dataset, ipc, method)
+    config = merged(configs.distill, *configs.arguments, *configs.ipc)
     model, trainer = config["model"]["init_args"], config["trainer"]
     assert config["model"]["class_path"].endswith("FeatureAlignment")
     assert {name: model[name] for name in SCRIPT} == SCRIPT
@@ -50,7 +52,6 @@ def test_settings_are_those_of_the_released_script(method: str, dataset: str, ip
         "rounds end the fit, whatever their length"
     )
     assert (config["data"]["init_args"]["dataset"], config["data"]["init_args"]["zca"]) == (dataset, False)
-    assert trainer["logger"]["init_args"]["name"] == f"distill_{method}_ipc{ipc}"
 
 
 @pytest.mark.parametrize("method", DIGITS)
@@ -64,10 +65,11 @@ def test_the_digits_run(method: str, here: Path) -> None:
     ]
     small += ["--data.max_per_class=14", "--model.network_options={width: 4, depth: 1}"]
     quiet = ["--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
-    measured = ["--trainer.callbacks=SyntheticSetWriter", "--trainer.limit_val_batches=0"]
-    config = CONFIGS / "digits" / f"distill_{method}_ipc1.yaml"
+    unmeasured = "[SyntheticSetWriter, {class_path: EvaluateSynthetic, init_args: {every_n_epochs: 0}}]"
+    measured = [f"--trainer.callbacks={unmeasured}", "--trainer.limit_val_batches=0"]
+    config = CONFIGS / "digits" / f"distill_{method}.yaml"
     run = lightning_cli.run(["fit", "--config", str(config), *small, *quiet, *measured])
-    found = SyntheticSet.load(here / "runs" / "digits" / f"distill_{method}_ipc1" / "set.safetensors")
+    found = SyntheticSet.load(here / "runs" / "digits" / f"distill_{method}" / "set.safetensors")
     assert run.model.round == 2
     assert found.images.shape == (10, 1, 8, 8)
     settings = found.metadata["settings"]
@@ -81,6 +83,6 @@ def test_the_digits_run(method: str, here: Path) -> None:
 )
 def test_a_mistake_is_one_line(option: str, message: str, here: Path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["fit", "--config", str(CONFIGS / "digits" / "distill_cafe_ipc1.yaml"), option])
+        cli.main(["fit", "--config", str(CONFIGS / "digits" / "distill_cafe.yaml"), option])
     assert stop.value.code == 1
     assert message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -23,7 +23,7 @@ from ftd_lightning.data.store_data import write_store_data
 from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.data.trajectory_store import write_teacher
 from ftd_lightning.errors import InputError
-from ftd_lightning.lightning_cli import with_bases
+from ftd_lightning.shipped_configs import with_config_files
 
 thorough = partial(
     settings,
@@ -307,26 +307,24 @@ def without_checksums(reader, text):
 
 
 class Config:
-    """A config that builds on another one."""
+    """A config."""
 
     def __init__(self, folder):
-        self.path, base = folder / "config.yaml", folder / "base.yaml"
-        base.write_text("model:\n  lr: 0.1\n", encoding="utf-8")
-        self.content = b"base: base.yaml\nmodel:\n  class_path: FTD\n  init_args: {rho: 0.1, tags: [a, b]}\n"
+        self.path = folder / "config.yaml"
+        self.content = b"model:\n  class_path: FTD\n  init_args: {rho: 0.1, tags: [a, b]}\n"
 
     def of(self, content):
         self.path.write_bytes(content)
         arguments, message = None, None
         try:
-            arguments = with_bases(["fit", "--config", str(self.path)])
+            arguments, _ = with_config_files(["fit", "--config", str(self.path)])
         except InputError as error:
             message = str(error)
         if arguments is None:
             assert "\n" not in message
             assert str(self.path) in message
             return None
-        assert arguments[0] == "fit"
-        assert all(argument == "--config" for argument in arguments[1::2])
+        assert arguments == ["fit", "--config", str(self.path)]
         return arguments
 
 
@@ -359,12 +357,13 @@ def test_a_damaged_config_is_refused_or_passed_on(config, data):
     config.of(config.content[:place])
 
 
-@given(base=JSON | st.sampled_from(SNIPPETS), rest=JSON)
+@given(key=st.sampled_from(("base", "model", "data")), value=JSON | st.sampled_from(SNIPPETS), rest=JSON)
 @thorough(max_examples=150)
-def test_odd_bases_are_refused_or_passed_on(config, base, rest):
-    config.of(yaml.safe_dump({"base": base, "model": rest}, allow_unicode=True).encode())
+def test_odd_settings_are_refused_or_passed_on(config, key, value, rest):
+    passed = config.of(yaml.safe_dump({key: value, "trainer": rest}, allow_unicode=True).encode())
+    assert (passed is None) == (key == "base")
 
 
 def test_the_whole_files_are_read(reader, config):
     assert reader.of(reader.content) == reader.original
-    assert len(config.of(config.content)) == 5
+    assert len(config.of(config.content)) == 3

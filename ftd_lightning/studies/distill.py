@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence  # noqa: TC003 -- the command line reads signatures when it runs
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.shipped_configs import find_config
 from ftd_lightning.studies.comparison_plan import of
 from ftd_lightning.studies.comparison_run import advance, report, threads_of
-from ftd_lightning.studies.distill_configs import planned_configs, published_configs
+from ftd_lightning.studies.distill_configs import Source, planned_configs, published_configs
 from ftd_lightning.studies.distill_plan import Survey, describe, make_plan
 from ftd_lightning.studies.fit_names import arguments_by_phase
 from ftd_lightning.studies.fit_steps import TimeSlice, device_name
@@ -43,20 +43,6 @@ UNMEASURED = (
     "--distill.trainer.callbacks+=ftd_lightning.callbacks.EvaluateSynthetic",
     "--distill.trainer.callbacks.init_args.every_n_epochs=0",
 )
-
-
-class Source(NamedTuple):
-    """Images to distil.
-
-    Attributes:
-        name: of the data set, in ``data.datasets.DATASETS``.
-        root: folder of its files; None: where data sets lie by default.
-        title: for people.
-    """
-
-    name: str
-    root: str | None
-    title: str
 
 
 def find_source(source: str) -> Source:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ftd_lightning.studies.distill import Source
     from ftd_lightning.studies.distill_plan import Plan
     from ftd_lightning.studies.published import Published
 
@@ -23,6 +22,20 @@ NOTES = {
     "distill": "Distillation of a plan of ftd distill, after its teachers: ftd fit --config {file}",
     "evaluate": "Evaluation of a plan of ftd distill, after its distillation: ftd fit --config {file}",
 }
+
+
+class Source(NamedTuple):
+    """Images to distil.
+
+    Attributes:
+        name: of the data set, in ``data.datasets.DATASETS``.
+        root: folder of its files; None: where data sets lie by default.
+        title: for people.
+    """
+
+    name: str
+    root: str | None
+    title: str
 
 
 def _write(folder: Path, phase: str, content: Mapping[str, Any]) -> str:

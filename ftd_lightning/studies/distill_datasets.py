@@ -12,7 +12,8 @@ from ftd_lightning.data import SyntheticSet
 from ftd_lightning.data.images_file import write_images_file
 from ftd_lightning.data.own_images import read_datasets
 from ftd_lightning.errors import InputError
-from ftd_lightning.studies.distill import Source, plan_job, run_job
+from ftd_lightning.studies.distill import plan_job, run_job
+from ftd_lightning.studies.distill_configs import Source
 from ftd_lightning.studies.fit_steps import TimeSlice
 
 FIXED = {"transform", "dataset", "root", "download", "test_fraction", "synthetic", "trajectories", "teacher"}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ftd_lightning.data.datasets import DATASETS
 from ftd_lightning.data.imagenet import SUBSETS
 from ftd_lightning.errors import InputError
+from ftd_lightning.modules.gradient_matching import PUBLISHED_LOOPS
 from ftd_lightning.shipped_configs import SHIPPED, find_config, read_config, shipped_names
 
 if TYPE_CHECKING:
@@ -59,10 +61,14 @@ def published(dataset: str, ipc: int, method: str) -> Published:
         raise InputError(f"{dataset}: no settings ship for it; there are {', '.join(sorted(folders))}")
     whole = f"{folder}/distill_{method}_ipc{ipc}"
     distill = _first([whole, f"{folder}/distill_{method}"])
+    if distill is None and folder == "cifar100":  # rivals have the settings of CIFAR-10 there
+        distill = _first([f"cifar10/distill_{method}"])
     if distill is None:
         there = ", ".join(name for name in shipped_names() if name.startswith(f"{folder}/distill_"))
         raise InputError(f"{whole}: no such config; there are {there}")
-    return belonging(distill, ipc, ["--data.dataset", dataset] if dataset in SUBSETS else [])
+    named = read_config(distill)["data"]["init_args"]["dataset"]
+    other = dataset in DATASETS and dataset != named
+    return belonging(distill, ipc, ["--data.dataset", dataset] if other else [])
 
 
 def belonging(distill: Path, ipc: int | None = None, arguments: Iterable[str] = ()) -> Published:
@@ -84,5 +90,11 @@ def belonging(distill: Path, ipc: int | None = None, arguments: Iterable[str] = 
     if (trajectories := settings.get("trajectories")) is not None:
         name = Path(trajectories).parent  # runs/DATASET/TEACHER, where the teachers of that config go
         teacher = find_config(name.relative_to("runs") if name.is_relative_to("runs") else name, near=distill.parent)
-    own = () if ipc is None or ipc == settings.get("ipc") else ("--model.ipc", str(ipc))
-    return Published(distill, find_config("evaluate", near=distill.parent), teacher, tuple(arguments), own)
+    own: list[str] = []
+    if ipc is not None and ipc != settings.get("ipc"):
+        own = ["--model.ipc", str(ipc)]
+        if model["class_path"].endswith("GradientMatching") and ipc in PUBLISHED_LOOPS:
+            # As many networks, with as many updates of the images on each as published for the ipc.
+            networks = read_config(distill)["trainer"]["max_steps"] // PUBLISHED_LOOPS[settings["ipc"]][0]
+            own += ["--trainer.max_steps", str(networks * PUBLISHED_LOOPS[ipc][0])]
+    return Published(distill, find_config("evaluate", near=distill.parent), teacher, tuple(arguments), tuple(own))

@@ -66,12 +66,8 @@ def plan(cell: Cell, overrides: Sequence[str] = ()) -> Reproduction:
         overrides: options for the fits.
 
     Raises:
-        InputError: for settings that do not ship, a method without teachers, or numbers below 1.
+        InputError: for settings that do not ship, or a method without teachers.
     """
-    for name in ("teachers", "iterations", "epochs"):
-        value = getattr(cell, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value} must be at least 1")
     configs = published(cell.dataset, cell.ipc, cell.method)
     if configs.teacher is None:
         raise InputError(f"{configs.distill}: its method has no teachers; ftd reproduce is for those that do")

@@ -119,7 +119,7 @@ def test_global_randomness_is_left_alone(tmp_path: Path, trajectories: Path) -> 
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("options", [{"every_n_epochs": 0}, {"networks": 0}, {"epochs": 0}])
+@pytest.mark.parametrize("options", [{"every_n_epochs": -1}, {"networks": 0}, {"epochs": 0}])
 def test_counts_below_one_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(InputError, match="at least 1"):
         EvaluateSynthetic(**options)

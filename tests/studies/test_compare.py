@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fits import distil
+from fits import distil, record
 from PIL import Image
 
-from ftd_lightning import SyntheticSet, cli
+from ftd_lightning import SyntheticSet, TrajectoryStore, cli
 from ftd_lightning.callbacks import SyntheticSetWriter
 from ftd_lightning.callbacks.peak_memory import PeakMemory
 from ftd_lightning.studies import compare, comparison_plan, comparison_table, fit_steps
@@ -20,7 +20,7 @@ from ftd_lightning.studies.fit_steps import TimeSlice, read_notes
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLBACKS = """[
-  {class_path: SyntheticSetWriter},
+  {class_path: SyntheticSetWriter}, {class_path: EvaluateSynthetic, init_args: {every_n_epochs: 0}},
   {class_path: lightning.pytorch.callbacks.ModelCheckpoint,
    init_args: {save_last: true, save_top_k: 1, every_n_epochs: 1, save_on_train_epoch_end: true}}]"""
 SMALL = [
@@ -87,7 +87,7 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(TimeSlice, "left", lambda self: -1 if list(Path("runs").rglob("last.ckpt")) else 1)
-        cli.main([*command, "--only", "mtt", "--minutes=9"])
+        cli.main([*command, "--only", "mtt", "--stop-after=9"])
     assert capsys.readouterr().out.splitlines()[-1] == "not done: run the same command again"
     assert len(commands) == 1
     assert {row["state"] for row in json.loads(Path("runs/small/compare.json").read_text())["rows"]} == {"to do"}
@@ -168,19 +168,37 @@ def test_rows_share_what_is_the_same(here: Path) -> None:
         assert [a == b for a, b in zip(found, mtt, strict=True)] == [True] * same + [False] * (3 - same)
     job = comparison_plan.load(file)
     _, distill, evaluation = job.steps(job.rows["mtt"])
-    assert distill.arguments[-3:-1] == ("--model.trajectories", str(mtt[0] / "trajectories"))
+    assert distill.arguments[-3:-1] == ("--model.trajectories", str(mtt[1] / "teachers"))
     assert evaluation.arguments[-2:] == ("--data.synthetic", str(mtt[1] / "set.safetensors"))
 
 
 def test_a_changed_config_begins_anew_but_a_comment_does_not(here: Path) -> None:
-    (here / "base.yaml").write_text("model: {class_path: SyntheticEvaluation}\n")
-    (here / "mine.yaml").write_text("base: base.yaml\ndata: {class_path: DistillationDataModule}\n")
+    (here / "mine.yaml").write_text("model: {class_path: SyntheticEvaluation}\n")
     file = write(here / "small.yaml", evaluate="mine.yaml")
     before = steps(file, "random")
-    (here / "mine.yaml").write_text("# said\nbase: base.yaml\ndata: {class_path: DistillationDataModule}\n")
+    (here / "mine.yaml").write_text("# said\nmodel: {class_path: SyntheticEvaluation}\ntrainer: {logger: false}\n")
     assert steps(file, "random") == before
-    (here / "base.yaml").write_text("model: {class_path: SyntheticEvaluation, init_args: {lr: 0.5}}\n")
+    (here / "mine.yaml").write_text("model: {class_path: SyntheticEvaluation, init_args: {lr: 0.5}}\n")
     assert steps(file, "random") != before
+
+
+def test_a_store_that_holds_more_lends_as_many_as_are_wanted(here: Path) -> None:
+    config = str(ROOT / "configs" / "digits" / "teacher_mtt.yaml")
+    few, more = ({"mtt": {"config": config, "arguments": ["--model.teachers", count]}} for count in (1, 2))
+    row = {"distill": str(ROOT / "configs" / "digits" / "distill_mtt_ipc1.yaml"), "teachers": "mtt"}
+    found = {}
+    for count, teachers in ((1, few), (2, more)):
+        job = comparison_plan.load(write(here / "s.yaml", teachers=teachers, rows={"mtt": row}))
+        found[count] = job.steps(job.rows["mtt"])
+    assert found[1][0].folder == found[2][0].folder, "they are the first ones of the same"
+    assert found[1][1].folder != found[2][1].folder
+    found[2][0].folder.mkdir(parents=True)
+    record(here).rename(found[2][0].folder / "trajectories")
+    assert found[2][0].finished()
+    for count, (_, distill, _) in found.items():
+        distill.prepare()
+        distill.prepare()
+        assert len(TrajectoryStore(distill.folder / "teachers")) == count
 
 
 def test_sets_as_files_on_several_networks(here: Path, trajectories: Path) -> None:
@@ -200,7 +218,8 @@ def test_sets_as_files_on_several_networks(here: Path, trajectories: Path) -> No
     value = {"mean": 0.5, "std": 0.01, "n": 2}
     row = {"label": "mine", "state": "done", "accuracy": {}, "networks": {n: {"last": value} for n in networks}}
     row |= {"seconds": dict.fromkeys(["teachers", "distillation", "evaluation"]), "peak_memory_MiB": None}
-    head, line = comparison_table.table({"rows": [{**row, "images": 10, "share": 0.01}]}, list(networks))
+    results = {"rows": [{**row, "images": 10, "share": 0.01}], "networks": list(networks)}
+    head, line = comparison_table.table(results)
     assert head[:3] == ["method", "convnet", "alexnet"]
     assert line == ["mine", "50.0 ± 1.0 (2)", "50.0 ± 1.0 (2)", "-", "-", "-", "-", "10", "1 %"]
 
@@ -222,6 +241,8 @@ def test_a_plot_takes_rows_that_are_done_by_rising_x() -> None:
         ({"rows": {"a": {"synthetic": "best"}}}, "synthetic is one of"),
         ({"rows": {"a": {"synthetic": "random", "distill": "b"}}}, "synthetic and distill"),
         ({"rows": {"a": {"ema": True}}}, "names no set"),
+        ({"rows": {"a": {"synthetic": "random", "iterate": "chosen"}}}, "iterate is one of last, chosen, of a row"),
+        ({"rows": {"a": {"distill": "b", "iterate": "best"}}}, "iterate is one of last, chosen"),
         ({"rows": {"a": {"set": "gone.safetensors"}}}, "gone.safetensors is not there"),
         ({"rows": {"a": {"synthetic": "k-center", "teachers": "dtf"}}}, "unknown teachers dtf; there are mtt, ftd"),
         ({"rows": {"a": {"synthetic": "random", "epochs": 3}}}, "row a: unknown epochs"),
@@ -273,7 +294,7 @@ def test_a_method_that_counts_rounds_is_finished_by_either(
     distil(here, trajectories, steps=1, callbacks=[SyntheticSetWriter()])
     synthetic = SyntheticSet.load("set.safetensors")
     synthetic.metadata |= {"iterations": iterations} | ({} if rounds is None else {"rounds": rounds})
-    row = {"distill": str(ROOT / "configs" / "digits" / "distill_cafe_ipc1.yaml")}
+    row = {"distill": str(ROOT / "configs" / "digits" / "distill_cafe.yaml")}
     job = comparison_plan.load(write(here / "small.yaml", rows={"cafe": row}))
     step = job.distill_step(job.rows["cafe"])
     step.folder.mkdir(parents=True)
@@ -300,7 +321,9 @@ def test_threads_are_those_of_the_children(here: Path, monkeypatch) -> None:
 
 def test_notes_are_of_the_columns_that_there_are() -> None:
     results = {"title": "t", "rows": [], "teachers": {}, "device": ""}
-    one, several = comparison_table.markdown(results), comparison_table.markdown(results, ["convnet", "alexnet"])
+    one, several = (
+        comparison_table.markdown({**results, "networks": networks}) for networks in ([], ["convnet", "alexnet"])
+    )
     for arguments, where in (
         ("Best on test: ", [one]),
         ("Chosen on held-out: ", [one]),

@@ -7,13 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fits import record
 
 from ftd_lightning import SyntheticSet, TrajectoryStore, cli
-from ftd_lightning.studies import fit_steps, reproduction_plan, results_table
+from ftd_lightning.studies import fit_steps, reproduction, results_table
+from ftd_lightning.studies.comparison_plan import Comparison
 from ftd_lightning.studies.fit_steps import FitStep, TimeSlice, is_done, read_notes, run_step
-from ftd_lightning.studies.reproduction_plan import Cell
-from ftd_lightning.studies.reproduction_record import without_machine_paths
+from ftd_lightning.studies.machine_paths import without_machine_paths
+from ftd_lightning.studies.reproduction import Cell
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLBACKS = """[
@@ -41,14 +41,18 @@ COMMAND = [
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with the project's configs."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def planned(*overrides: str, **cell) -> reproduction_plan.Reproduction:
-    return reproduction_plan.plan(Cell("digits", 1, **cell), overrides)
+def planned(*overrides: str, **cell) -> Comparison:
+    return reproduction.plan(Cell("digits", 1, **cell), overrides).job
+
+
+def folders(job: Comparison) -> list[Path]:
+    """Folders of the teachers, the distillation and the first evaluation."""
+    return [step.folder for step in job.steps(job.rows["raw-last"])]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -77,7 +81,7 @@ def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, ca
 
     with monkeypatch.context() as patch:
         patch.setattr(TimeSlice, "left", over)
-        cli.main(["reproduce", *COMMAND, "--minutes=9", *SMALL])
+        cli.main(["reproduce", *COMMAND, "--stop-after=9", *SMALL])
     assert capsys.readouterr().out.splitlines()[-1] == "not done: run the same command again"
     assert len(commands) == 1
     assert "--ckpt_path" not in commands[0]
@@ -90,10 +94,10 @@ def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, ca
     assert not any("--ckpt_path" in command for command in commands[2:])
     (folder,) = Path("runs/digits").glob("reproduce_*")
     assert folder.name.startswith("reproduce_ftd_ipc1_2teachers_4iterations_evaluated12epochs_")
-    (teachers,) = Path("runs/digits").glob("teacher_ftd*")
+    (teachers,) = Path("runs/digits/fits").glob("teacher_ftd*")
+    (distill,) = Path("runs/digits/fits").glob("distill_ftd_ipc1*")
     assert read_notes(teachers)["slices"] == 2
-    assert teachers.name != "teacher_ftd", "not where the config's own teachers go"
-    assert SyntheticSet.load(folder / "distill" / "set.safetensors").metadata["iterations"] == 4
+    assert SyntheticSet.load(distill / "set.safetensors").metadata["iterations"] == 4
 
     (path,) = Path("notebooks/results").iterdir()
     shown = capsys.readouterr().out
@@ -106,20 +110,21 @@ def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, ca
         "make reproduce DATASET=digits IPC=1 METHOD=ftd TEACHERS=2 ITERATIONS=4 EPOCHS=12 "
     )
     assert "--teacher.model.epochs 100" in found["command"]
-    assert "minutes" not in found["command"]
+    assert "after" not in found["command"]
     assert (found["dataset"], found["ipc"], found["method"], found["iterations"]) == ("digits", 1, "ftd", 4)
     assert found["evaluation_epochs"] == 12
     assert found["config"] == {"teachers": 8, "iterations": 500, "epochs": 1000}
     assert (found["teachers"]["count"], found["teachers"]["epochs"], found["teachers"]["accuracy"]["n"]) == (2, 100, 2)
-    store = TrajectoryStore(folder / "trajectories")
+    store = TrajectoryStore(distill / "teachers")
     last = [store.teacher_metadata(k)["accuracies"][-1] for k in range(2)]
     assert found["teachers"]["accuracy"]["mean"] == pytest.approx(sum(last) / 2)
     assert set(found["accuracy"]) == {"raw", "ema"}
     for images in ("raw", "ema"):
         assert set(found["accuracy"][images]) == {"last", "chosen_on_held_out", "best_on_test"}
-        evaluation = json.loads((folder / f"evaluate_{images}_last" / "evaluation.json").read_text())
+        rows = {row["name"]: row for row in json.loads((folder / "compare.json").read_text())["rows"]}
+        evaluation = json.loads((Path(rows[f"{images}-last"]["folders"][-1]) / "evaluation.json").read_text())
         assert found["accuracy"][images]["last"] == evaluation["accuracy"]["ftd"]
-        measured = json.loads((folder / "distill" / "evaluations.json").read_text())
+        measured = json.loads((distill / "evaluations.json").read_text())
         on_test = [entry["mean"] for entry in measured if (entry["images"], entry["part"]) == (images, "test")]
         assert found["accuracy"][images]["best_on_test"]["mean"] == max(on_test)
         assert found["accuracy"][images]["last"]["n"] == found["accuracy"][images]["chosen_on_held_out"]["n"] == 2
@@ -153,54 +158,39 @@ def test_a_slice_that_runs_out_a_resume_and_a_record(here: Path, monkeypatch, ca
     assert row[-1] == "-"
 
 
-@pytest.mark.slow
 def test_runs_that_want_the_same_teachers_share_them(here: Path) -> None:
     plain, fewer, iterations = planned(), planned(teachers=3), planned(iterations=7)
-    assert plain.teacher_folder == fewer.teacher_folder == iterations.teacher_folder == Path("runs/digits/teacher_ftd")
+    assert folders(plain)[0] == folders(fewer)[0] == folders(iterations)[0]
+    assert folders(plain)[0].parent == Path("runs/digits/fits")
     assert len({plain.folder, fewer.folder, iterations.folder}) == 3
-    assert (plain.teachers, fewer.teachers, iterations.iterations) == (8, 3, 7)
-    assert planned(method="mtt").teacher_folder == Path("runs/digits/teacher_mtt")
+    assert len({folders(job)[1] for job in (plain, fewer, iterations)}) == 3
+    assert [job.steps(job.rows["raw-last"])[0].target for job in (plain, fewer)] == [8, 3]
+    assert folders(planned(method="mtt"))[0] != folders(plain)[0]
     elsewhere, other = planned("--data.root=/elsewhere", "--data.num_workers", "2"), planned("--teacher.model.rho=0.5")
-    assert (elsewhere.folder, elsewhere.teacher_folder) == (plain.folder, plain.teacher_folder)
+    assert (elsewhere.folder, folders(elsewhere)) == (plain.folder, folders(plain))
     assert other.folder != plain.folder
-    assert other.teacher_folder != plain.teacher_folder
+    assert folders(other)[0] != folders(plain)[0]
     matching = planned("--distill.model.syn_steps=3")
     assert matching.folder != plain.folder
-    assert matching.teacher_folder == plain.teacher_folder
+    assert folders(matching)[0] == folders(plain)[0]
+    assert folders(matching)[1] != folders(plain)[1]
 
 
-def test_a_store_that_holds_more_lends_as_many_as_are_wanted(here: Path) -> None:
-    arguments = ["--data.max_per_class=14", "--data.batch_size=32"]
-    arguments += ["--teacher.model.epochs=4", "--teacher.model.lr=0.1", "--teacher.model.augment="]
-    arguments += ["--teacher.model.network_options={width: 4, depth: 1}"]
-    job = planned(*arguments, method="mtt", teachers=1)
-    store = record(here)
-    job.teacher_folder.mkdir(parents=True)
-    store.rename(job.teacher_folder / "trajectories")
-    assert job.teacher_step().finished()
-    job.link_teachers()
-    job.link_teachers()
-    assert len(TrajectoryStore(job.folder / "trajectories")) == 1
-    assert not planned(*arguments, method="mtt", teachers=3).teacher_step().finished()
-
-
-def test_teachers_of_other_settings_and_changed_configs_are_refused(here: Path, refused) -> None:
-    job = planned(method="mtt")
-    job.teacher_folder.mkdir(parents=True)
-    record(here).rename(job.teacher_folder / "trajectories")
-    with refused("its teachers have epochs 4, 30 is asked for"):
-        job.link_teachers()
-    job.check_settings()
-    job.check_settings()
-    job.settings["distill"]["model"]["init_args"]["syn_steps"] += 1
-    with refused(job.folder, "distill.model.syn_steps"):
-        job.check_settings()
+def test_subsets_share_configs_and_an_average_has_rows_of_its_own(here: Path) -> None:
+    woof = reproduction.plan(Cell("imagewoof", 10))
+    assert woof.job.folder.parent == Path("runs/imagewoof")
+    for step in woof.job.steps(woof.job.rows["ema-last"]):
+        assert step.config.parent.name == "imagenet"
+        at = [index for index, argument in enumerate(step.arguments) if argument == "--data.dataset"]
+        assert {step.arguments[index + 1] for index in at} == {"imagewoof"}
+    assert list(planned().rows) == ["raw-last", "raw-chosen", "ema-last", "ema-chosen"]
+    assert list(planned(method="mtt").rows) == ["raw-last", "raw-chosen"]
 
 
 @pytest.mark.slow
 def test_a_folder_has_one_process_at_a_time_and_a_failed_fit_is_named(here: Path, refused) -> None:
     step = FitStep("a step", Path("nowhere.yaml"), here / "run", (), lambda: True, 1)
-    with refused("a step", "exit code 2"):
+    with refused("a step", "exit code 1"):
         run_step(step, TimeSlice(None))
     assert not is_done(step)
     with (here / "run" / ".lock").open("w") as held:
@@ -210,19 +200,25 @@ def test_a_folder_has_one_process_at_a_time_and_a_failed_fit_is_named(here: Path
 
 
 def test_bad_input_is_one_line(here: Path, capsys) -> None:
-    assert "configs/digits/distill_ftd_ipc7.yaml: no such config here" in refusal(
+    assert "digits/distill_ftd_ipc7: no such config; there are digits/distill_cafe" in refusal(
         capsys, "--dataset=digits", "--ipc=7", "--method=ftd"
     )
     assert "has no teachers" in refusal(capsys, "--dataset=digits", "--ipc=1", "--method=dm")
     line = refusal(capsys, "--dataset=digit")
-    assert "configs/digit/" in line
-    assert "cifar10" in line
-    assert "--teachers 0" in refusal(capsys, "--dataset=digits", "--ipc=1", "--teachers=0")
-    for arguments in (["--teacher", "3"], ["--dataset=digits", "--ipc=1", "--model.epoch=3"]):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["reproduce", *arguments])
-        assert stop.value.code == 2
+    assert "digit: no settings ship for it; there are cifar10" in line
+    assert "teachers=0 must be at least 1" in refusal(capsys, "--dataset=digits", "--ipc=1", "--teachers=0")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", "--teacher", "3"])
+    assert stop.value.code == 2
     assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_fit_that_fails_is_told_with_its_reason(here: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", "--dataset=digits", "--ipc=1", "--model.epoch=3"])
+    assert stop.value.code == 1
+    assert "failed    teachers teachers: " in capsys.readouterr().out
 
 
 def some_record(**changes) -> dict:
@@ -259,14 +255,17 @@ def test_the_table_says_what_is_less_than_published(tmp_path: Path, refused) -> 
     (tmp_path / "c.json").write_text("{}")
     with refused(tmp_path / "c.json", "a record of ftd reproduce"):
         results_table.read_records(tmp_path)
-    with refused("README has no"):
-        results_table.with_table("nothing", [])
+    with refused("there is no <!-- results -->"):
+        results_table.with_table("nothing", "results", "a table")
 
 
-def test_the_readme_shows_all_records() -> None:
-    """``make results`` writes it."""
-    readme = (ROOT / "README.md").read_text()
-    records = results_table.read_records(ROOT / "notebooks" / "results")
-    assert results_table.with_table(readme, records) == readme
+def test_the_documents_show_all_records(monkeypatch) -> None:
+    """``make results`` writes them."""
+    monkeypatch.chdir(ROOT)
+    for name, (path, content) in results_table.TABLES.items():
+        text = path.read_text()
+        assert results_table.with_table(text, name, content()) == text, path
+    folder = ROOT / "notebooks" / "results"
+    records = [record for kind in ("reproduction", "comparison") for record in results_table.read_records(folder, kind)]
     assert not [r for r in records if without_machine_paths(r) != r], "no record holds a path of a machine"
     assert os.path.expanduser("~") not in json.dumps(records)
