@@ -401,7 +401,6 @@ VALUES = {
         ("model.momentum", ".nan", "must lie in [0, 1)"),
         ("model.augment", "flop", "no operation 'flop'"),
         ("trainer.max_steps", -5, "max_steps"),
-        ("trainer.enable_checkpointing", "false", "ModelCheckpoint"),
     ],
     "evaluate": [
         ("model.lr", -1, "above 0"),

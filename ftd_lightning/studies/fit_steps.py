@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 POLL = 0.2  # seconds between two looks at a child
 NOTE = 10.0  # seconds of wall time that a kill of this process may lose
+LONGEST = 500  # characters of a reason
 GRACE = 15.0  # seconds that a child has to end in, once it was asked to
 
 
@@ -199,8 +200,12 @@ class _Listener:
     def last_line(self) -> str:
         """Give the line that names an error, else the last one that is not empty, without the command's name."""
         lines = re.split(r"[\r\n]+", self._end.decode(errors="replace").strip())
-        named = [line for line in lines if re.match(r"(ftd: )?error: ", line)]
-        return re.sub(r"^(ftd: )?error: ", "", (named or lines)[-1]).strip()
+        places = [index for index, line in enumerate(lines) if re.match(r"(ftd: )?error: ", line)]
+        if not places:
+            return lines[-1].strip()
+        # The parser's own spread over several lines, of which the first is often a heading.
+        text = " ".join(line.strip() for line in lines[places[-1] :])
+        return re.sub(r"^(ftd: )?error: ", "", text)[:LONGEST]
 
 
 def run_step(step: FitStep, time_slice: TimeSlice, *, quiet: bool = False) -> bool:

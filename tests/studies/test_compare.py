@@ -176,7 +176,7 @@ def test_a_changed_config_begins_anew_but_a_comment_does_not(here: Path) -> None
     (here / "mine.yaml").write_text("model: {class_path: SyntheticEvaluation}\n")
     file = write(here / "small.yaml", evaluate="mine.yaml")
     before = steps(file, "random")
-    (here / "mine.yaml").write_text("# said\nmodel: {class_path: SyntheticEvaluation}\ntrainer: {logger: false}\n")
+    (here / "mine.yaml").write_text("# said\nmodel: {class_path: SyntheticEvaluation}\n")
     assert steps(file, "random") == before
     (here / "mine.yaml").write_text("model: {class_path: SyntheticEvaluation, init_args: {lr: 0.5}}\n")
     assert steps(file, "random") != before
@@ -354,7 +354,7 @@ def test_bad_words_are_refused(here: Path, refused, capsys) -> None:
     file = write(here / "small.yaml")
     with refused("has no row dcc; there are mtt, mtt+wide, random"):
         comparison_plan.load(file, only=["dcc"])
-    with refused("gone.yaml: no such file"):
+    with refused("gone.yaml: no such config"):
         comparison_plan.load(here / "gone.yaml")
     with pytest.raises(SystemExit) as stop:
         cli.main(["compare", "--config", str(file), "--minute", "3"])
