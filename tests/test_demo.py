@@ -50,8 +50,9 @@ def test_it_ends_with_results_and_a_picture(short: list[str], capsys: pytest.Cap
         assert 0 <= value["mean"] <= 1
         assert value["n"] == 5
     sheet = np.asarray(Image.open("runs/digits/images.png"))
-    assert sheet.shape == (3 * 68, 96 + 2 + 10 * 66, 3)
-    rows = [sheet[68 * row : 68 * (row + 1), 96:] for row in range(3)]
+    height = 2 + 20 + 98  # the names of the classes, and a row of pictures
+    assert sheet.shape == (3 * height, 96 + 2 + 10 * 98, 3)
+    rows = [sheet[height * row : height * (row + 1), 96:] for row in range(3)]
     assert not np.array_equal(rows[0], rows[1])
     assert not np.array_equal(rows[1], rows[2])
     shown = capsys.readouterr().out

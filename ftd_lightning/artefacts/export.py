@@ -218,7 +218,7 @@ def export(path: Path, folder: Path, *, ema: bool = False) -> int:
             line: dict[str, Any] = {"file_name": name, "label": label, "class": class_names[label], "index": index}
             lines.append(line | ({"probabilities": labels[index].tolist()} if labels.ndim == 2 else {}))
         (part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        write_png(picture_grid(pictures, labels), part / "grid.png")
+        write_png(picture_grid(pictures, labels, class_names=class_names), part / "grid.png")
         (part / "README.md").write_text(card(synthetic, description, class_names, ema=ema), encoding="utf-8")
         shutil.copyfile(path, part / "set.safetensors")
     return len(classes)

@@ -187,8 +187,8 @@ def test_the_card_and_what_lies_beside_it(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
     assert (folder / "set.safetensors").read_bytes() == (tmp_path / "some.safetensors").read_bytes()
     with Image.open(folder / "grid.png") as grid:
-        # Two columns and three rows of 8 pixels enlarged to 32, two pixels apart.
-        assert (grid.mode, grid.size) == ("RGB", (2 * 34 + 2, 3 * 34 + 2))
+        # Two columns under their names and three rows of 8 pixels enlarged to 96, two pixels apart.
+        assert (grid.mode, grid.size) == ("RGB", (2 * 98 + 2, 20 + 3 * 98 + 2))
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
         "README.md",
         "grid.png",
