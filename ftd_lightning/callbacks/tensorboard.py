@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,10 +141,17 @@ class TensorBoardPictures(Callback):
                 board.add_histogram(f"values/{name}", images, step)
 
 
+def _settings(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Drop what LightningCLI keeps among the hyper-parameters for itself, ``_class_path`` and ``_instantiator``."""
+    own = {key: value for key, value in values.items() if not str(key).startswith("_")}
+    return {key: _settings(value) if isinstance(value, Mapping) else value for key, value in own.items()}
+
+
 class HyperparameterReport(Callback):
     """Writes the hyper-parameters with the run's last scalars to TensorBoard's HPARAMS page, once, at the end.
 
-    Lightning's own entry is made before there is a result to show.
+    Nested ones have names like ``network_options/width``, the scalars names that begin with ``hp/``. Lightning's own
+    entry is made before there is a result to show.
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,4 +167,4 @@ class HyperparameterReport(Callback):
     def _write(trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {f"hp/{name}": float(value) for name, value in trainer.callback_metrics.items()}
         for logger in _boards(trainer):
-            logger.log_hyperparams(pl_module.hparams, metrics, trainer.global_step)
+            logger.log_hyperparams(_settings(pl_module.hparams), metrics, trainer.global_step)

@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from ftd_lightning import SyntheticEvaluation
+from ftd_lightning import SyntheticEvaluation, lightning_cli
 from ftd_lightning.callbacks import EvaluateSynthetic, HyperparameterReport, SyntheticEMA, TensorBoardPictures
 from ftd_lightning.callbacks.tensorboard import picture_grid
 
@@ -87,6 +87,22 @@ def test_hyperparameters_stand_beside_their_results(distillation) -> None:
     values = hparams(events)
     assert (values["syn_steps"], values["lr_images"]) == (3, 10)
     assert events.Scalars("hp/matching/loss")[-1].value == events.Scalars("matching/loss")[-1].value
+
+
+def test_settings_of_a_command_are_flat_and_its_own_keys_left_out(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Path(__file__).resolve().parents[2] / "configs" / "digits" / "teacher_ftd.yaml"
+    options = ["--model.teachers=1", "--model.epochs=1", "--model.network_options={width: 8, depth: 2}"]
+    options += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.max_per_class=14"]
+    lightning_cli.run(["fit", "--config", str(config), *options])
+    (file,) = tmp_path.rglob("events*")
+    events = read(file)
+    values = hparams(events)
+    nested = {"augment/strategy": "crop_scale_rotate", "network_options/width": 8, "network_options/depth": 2}
+    assert values.items() >= {**nested, "epochs": 1, "network": "convnet"}.items()
+    assert not [key for key in values if any(part.startswith("_") for part in key.split("/"))]
+    shown = {tag for tag in events.Tags()["scalars"] if tag.startswith("hp/")}
+    assert shown >= {"hp/teacher/train_accuracy", "hp/teacher/val_accuracy"}
 
 
 def test_teachers_show_loss_and_accuracy_of_every_epoch(tmp_path: Path) -> None:
