@@ -209,6 +209,7 @@ class LearnedSet(Protocol):
     labels: Tensor
     step_size: Tensor | None
     ema_images: Tensor | None
+    class_names: list[str]
     metadata: dict[str, Any]
 
     def save(self, path: str | Path) -> None:

@@ -27,9 +27,8 @@ FLOORS = {
     "modules": 5,
     **dict.fromkeys(["command_line", "lightning_cli"], 6),
     **dict.fromkeys(["artefacts", "studies"], 7),
-    "demo": 8,
-    "cli": 9,
-    "__main__": 10,
+    "cli": 8,
+    **dict.fromkeys(["__main__", "demo"], 9),
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from PIL import Image
 
 from ftd_lightning.artefacts.info import Description, describe_set
@@ -96,14 +97,37 @@ def write_png(picture: Tensor, path: Path) -> None:
     Image.fromarray(array.contiguous().numpy()).save(path, format="PNG")
 
 
-def _front_matter(count: int) -> list[str]:
-    """Return the card's header, as Hugging Face reads it."""
+def _front_matter(synthetic: SyntheticSet, class_names: Sequence[str]) -> list[str]:
+    """Return the card's header, as Hugging Face reads it: what the files are, and the columns of metadata.jsonl."""
+    count = len(synthetic.images)
     size = "n<1K" if count < 1000 else "1K<n<10K" if count < 10_000 else "10K<n<100K"
-    lines = ["---", "license: unknown", "task_categories:", "- image-classification", "size_categories:", f"- {size}"]
-    lines += ["tags:", "- dataset-distillation", "- synthetic"]
-    # Without this, only a class called "train" would be read, and the grid taken for an image without a label.
-    lines += ["configs:", "- config_name: default", "  data_files:", "  - split: train", "    path:"]
-    return [*lines, '    - "metadata.jsonl"', '    - "*/*.png"', "---", ""]
+    # ClassLabel refuses two classes of one name; their folders differ.
+    names = class_names if len(set(class_names)) == len(class_names) else folder_names(class_names)
+    features: list[dict[str, Any]] = [
+        {"name": "image", "dtype": "image"},
+        {"name": "label", "dtype": {"class_label": {"names": {str(i): name for i, name in enumerate(names)}}}},
+        {"name": "class", "dtype": "string"},
+        {"name": "index", "dtype": "int64"},
+    ]
+    if synthetic.labels.ndim == 2:
+        features.append({"name": "probabilities", "sequence": "float64"})
+    header = {
+        "license": "unknown",
+        "task_categories": ["image-classification"],
+        "size_categories": [size],
+        "tags": ["dataset-distillation", "synthetic"],
+        "dataset_info": {"features": features},
+        # Without this, only a class called "train" would be read, and the grid taken for an image without a label.
+        # load_dataset takes the features of image folders from here alone.
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": "train", "path": ["metadata.jsonl", "*/*.png"]}],
+                "features": features,
+            }
+        ],
+    }
+    return ["---", *yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=1000).splitlines(), "---", ""]
 
 
 def card(synthetic: SyntheticSet, description: Description, class_names: Sequence[str], *, ema: bool) -> str:
@@ -118,7 +142,7 @@ def card(synthetic: SyntheticSet, description: Description, class_names: Sequenc
     rows = dict(description.rows)
     scores = [f"{name}: {cell(rows.pop(name))}" for name in ("scores", "chosen on") if name in rows]
     present = set((synthetic.labels if synthetic.labels.ndim == 1 else synthetic.labels.argmax(1)).tolist())
-    lines = _front_matter(len(synthetic.images))
+    lines = _front_matter(synthetic, class_names)
     lines += [f"# Synthetic images distilled from {cell(rows['data set'].split(' (')[0])}", ""]
     learned = ", moving averages of the learned ones" if ema else ""
     lines += [f"{len(synthetic.images)} images of {len(class_names)} classes{learned}. {PREVIEW}", ""]
@@ -194,7 +218,7 @@ def export(path: Path, folder: Path, *, ema: bool = False) -> int:
             line: dict[str, Any] = {"file_name": name, "label": label, "class": class_names[label], "index": index}
             lines.append(line | ({"probabilities": labels[index].tolist()} if labels.ndim == 2 else {}))
         (part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        write_png(picture_grid(pictures, labels), part / "grid.png")
+        write_png(picture_grid(pictures, labels, class_names=class_names), part / "grid.png")
         (part / "README.md").write_text(card(synthetic, description, class_names, ema=ema), encoding="utf-8")
         shutil.copyfile(path, part / "set.safetensors")
     return len(classes)

@@ -2,47 +2,90 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torchvision.utils import make_grid
+from PIL import Image, ImageDraw, ImageFont
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.last_epoch import is_due, is_last_epoch
 from ftd_lightning.contracts import LearnsSet
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
 
 
-def picture_grid(pictures: Tensor, labels: Tensor, *, per_class: int = 10, smallest: int = 32) -> Tensor:
-    """Lay pictures out, one column per class, in real colours.
+WIDTH = 96  # of a picture in a grid, in pixels, at least: smaller ones cannot be made out
+GAP = 2
+COLUMNS = 10  # classes side by side: a wider grid is shrunk wherever it is shown
+NAME_SIZE, NAME_HEIGHT = 14, 20
+
+
+def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str] = (), per_class: int = 10) -> Tensor:
+    """Lay pictures out for eyes: in real colours, one column per class under its name, ten columns side by side.
+
+    Pictures narrower than 96 pixels are enlarged by a whole factor, pixel by pixel. The next ten classes follow below.
 
     Args:
-        pictures: (N, C, H, W) in [0, 1].
+        pictures: (N, C, H, W) in [0, 1], C being 1 or 3.
         labels: (N,) classes, or (N, K) probabilities.
-        per_class: rows at most.
-        smallest: pictures below this size are enlarged to it, pixel by pixel.
+        class_names: in label order, without accents and shortened to what fits; classes beyond them, and those whose
+            names have no ASCII letters, are numbered.
+        per_class: rows at most; all classes have those that the smallest one has.
 
     Returns:
-        (3, height, width) uint8.
+        (3, height, width) uint8, on the CPU.
 
     Example:
-        >>> picture_grid(torch.rand(4, 1, 8, 8), torch.tensor([0, 0, 1, 1])).shape
-        torch.Size([3, 70, 70])
+        >>> picture_grid(torch.rand(4, 1, 8, 8), torch.tensor([0, 0, 1, 1]), class_names=["cat", "dog"]).shape
+        torch.Size([3, 218, 198])
     """
     classes = labels if labels.ndim == 1 else labels.argmax(1)
-    columns = [(classes == label).nonzero().squeeze(1)[:per_class] for label in classes.unique()]
-    rows = min(len(column) for column in columns)
-    index = torch.stack([column[:rows] for column in columns], dim=1).flatten()
-    factor = -(-smallest // pictures.shape[-1])
-    chosen = pictures[index].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    grid: Tensor = make_grid(chosen, nrow=len(columns), padding=2)
-    return (grid.clamp(0, 1) * 255).round().to(torch.uint8)
+    columns = {label: (classes == label).nonzero().squeeze(1)[:per_class] for label in classes.unique().tolist()}
+    rows = min(len(index) for index in columns.values())
+    factor = -(-WIDTH // pictures.shape[-1])
+    height, width = (factor * size for size in pictures.shape[-2:])
+    bands = -(-len(columns) // COLUMNS)
+    band_height = NAME_HEIGHT + rows * (height + GAP)
+    size = (GAP + min(len(columns), COLUMNS) * (width + GAP), GAP + bands * band_height)
+    grid, font = Image.new("RGB", size, "white"), ImageFont.load_default(NAME_SIZE)
+    pen = ImageDraw.Draw(grid)
+    for place, (label, index) in enumerate(columns.items()):
+        band, column = divmod(place, COLUMNS)
+        left, top = GAP + column * (width + GAP), GAP + band * band_height
+        name = _printable(class_names[label]) if label < len(class_names) else ""
+        text = _shortened(name or str(label), width - 3 * GAP, font)  # neighbours do not touch
+        pen.text((left + width // 2, top), text, fill="black", font=font, anchor="ma")
+        shown = (pictures[index[:rows]].detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+        for row, picture in enumerate(shown.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)):
+            enlarged = Image.fromarray(picture.numpy()).resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(enlarged, (left, top + NAME_HEIGHT + row * (height + GAP)))
+    return torch.from_numpy(np.array(grid)).permute(2, 0, 1)
+
+
+def _printable(name: str) -> str:
+    """Reduce a name to one line of what Pillow's font can draw, which is ASCII: letters lose their accents."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in plain).split())
+
+
+def _shortened(name: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """Cut the end off a name that is wider than so many pixels."""
+    if font.getlength(name) <= width:
+        return name
+    kept = name[:width]
+    while kept and font.getlength(f"{kept}...") > width:
+        kept = kept[:-1]
+    return f"{kept.rstrip()}..."
 
 
 def _boards(trainer: Trainer) -> list[Any]:
@@ -89,15 +132,27 @@ class TensorBoardPictures(Callback):
         )
         for board in (logger.experiment for logger in boards):
             for name, images in kinds.items():
-                grid = picture_grid(synthetic.pictures(ema=name == "ema"), synthetic.labels, per_class=self.per_class)
+                grid = picture_grid(
+                    synthetic.pictures(ema=name == "ema"),
+                    synthetic.labels,
+                    class_names=synthetic.class_names,
+                    per_class=self.per_class,
+                )
                 board.add_image(f"synthetic/{name}", grid, step)
                 board.add_histogram(f"values/{name}", images, step)
+
+
+def _settings(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Drop what LightningCLI keeps among the hyper-parameters for itself, ``_class_path`` and ``_instantiator``."""
+    own = {key: value for key, value in values.items() if not str(key).startswith("_")}
+    return {key: _settings(value) if isinstance(value, Mapping) else value for key, value in own.items()}
 
 
 class HyperparameterReport(Callback):
     """Writes the hyper-parameters with the run's last scalars to TensorBoard's HPARAMS page, once, at the end.
 
-    Lightning's own entry is made before there is a result to show.
+    Nested ones have names like ``network_options/width``, the scalars names that begin with ``hp/``. Lightning's own
+    entry is made before there is a result to show.
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,4 +168,4 @@ class HyperparameterReport(Callback):
     def _write(trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {f"hp/{name}": float(value) for name, value in trainer.callback_metrics.items()}
         for logger in _boards(trainer):
-            logger.log_hyperparams(pl_module.hparams, metrics, trainer.global_step)
+            logger.log_hyperparams(_settings(pl_module.hparams), metrics, trainer.global_step)

@@ -62,7 +62,8 @@ class DistillationDataModule(ImageDataModule):
         root: folder of the images or of their downloads.
         batch_size: images per batch, on each rank.
         val_fraction: share of every class's *training* images held out, so that an iterate can be chosen without the
-            test set, 0.9 at most. 0 trains on all, as the paper does.
+            test set, 0.9 at most. 0 trains on all, as the paper does. Unused where a "folder" has ``train/``, ``val/``
+            and ``test/``: those in ``val/`` are held out.
         zca: whiten instead of standardising; fitted on the training images that are not held out.
         zca_eps: added to the eigenvalues; above 0.
         max_per_class: keep at most so many images of each class, in training and in test; None keeps all.
@@ -77,8 +78,8 @@ class DistillationDataModule(ImageDataModule):
         num_workers: of that DataLoader.
         seed: decides the held-out images, the random ones, and the order of batches.
         image_size: height and width in pixels that the images are resized to; None: the data set's own.
-        test_fraction: share of every class that becomes the test part, in (0, 0.9], for a "folder" without ``val/``;
-            the same images for every seed.
+        test_fraction: share of every class that becomes the test part, in (0, 0.9], for a "folder" of classes that
+            names no test part; the same images for every seed.
         trajectories: store of the teachers whose features "herding" and "k-center" use.
         teacher: which of them.
         cache_dir: folder of decoded images and whitenings; None: ``root``, or the user's cache folder where root cannot

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from ftd_lightning.data.cache_folder import CacheFolder
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """Both parts of a data set, decoded. The cache is filled where it is missing, and again where it is damaged.
+    """The parts of a data set, decoded. The cache is filled where it is missing, and again where it is damaged.
 
     Attributes:
         path: of the cache; see :func:`cache_file`.
@@ -40,6 +41,7 @@ class DecodedImages:
         test: those of the test part.
         form: returns ``channels`` and ``size`` of the pictures, and what else to record. It is called before decoding.
         sizes: what must be recorded as a positive integer.
+        val: files and labels of the held-out part; None: there is none, a share of the training part is held out.
     """
 
     path: Path
@@ -47,6 +49,12 @@ class DecodedImages:
     test: Part
     form: Callable[[], Mapping[str, Any]]
     sizes: tuple[str, ...] = ("in_channels", "image_size")
+    val: Part | None = None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Files and labels by the name of the part."""
+        return _by_name(self.train, self.test, self.val)
 
     def metadata(self) -> dict[str, Any]:
         """Return what was recorded beside the pictures; it fits their shapes.
@@ -57,12 +65,22 @@ class DecodedImages:
         return self._from_cache(self._checked_metadata)
 
     def load(self) -> Parts:
-        """Map both parts into memory, after a look at every byte of them.
+        """Map the training and the test part into memory, after a look at every byte of them.
 
         Raises:
             InputError: as for :meth:`metadata`.
         """
-        return self._from_cache(self._checked_parts)
+        train, test = self._from_cache(partial(self._checked_parts, ("train", "test")))
+        return train, test
+
+    def load_held_out(self) -> Pictures:
+        """Map the held-out part into memory, likewise; there has to be one.
+
+        Raises:
+            InputError: as for :meth:`metadata`.
+        """
+        (val,) = self._from_cache(partial(self._checked_parts, ("val",)))
+        return val
 
     def _from_cache(self, read: Callable[[TensorFile], T]) -> T:
         if self.path.is_file():
@@ -70,7 +88,7 @@ class DecodedImages:
                 return read(TensorFile(self.path, kind=KIND))
             except InputError as error:
                 rank_zero_warn(f"{str(error).removesuffix('; make it again')}; the images are decoded again")
-        fill_cache(self.path, self.train, self.test, **self.form())
+        fill_cache(self.path, self.train, self.test, val=self.val, **self.form())
         return read(TensorFile(self.path, kind=KIND))
 
     def _checked_metadata(self, file: TensorFile) -> dict[str, Any]:
@@ -79,7 +97,7 @@ class DecodedImages:
             if type(metadata.get(key)) is not int or metadata[key] < 1:
                 refuse(self.path, key, f"is {metadata.get(key)!r:.60}")
         channels, size = metadata["in_channels"], metadata["image_size"]
-        for name, part in (("train", self.train), ("test", self.test)):
+        for name, part in self.parts.items():
             wanted = torch.uint8, (len(part.files), channels, size, size)
             if file.layout(f"{name}.pictures") != wanted:
                 refuse(self.path, f"{name}.pictures", "are not the pictures of these files")
@@ -87,17 +105,22 @@ class DecodedImages:
             values = metadata.get(key)
             if not isinstance(values, list) or len(values) != channels or not all(is_number(v, 0, 1) for v in values):
                 refuse(self.path, key, f"is {values!r:.60}")
-        if not isinstance(metadata.get("fingerprint"), str):
-            refuse(self.path, "fingerprint", "is missing")
+        for key in ("fingerprint", *([] if self.val is None else ["held_out"])):
+            if not isinstance(metadata.get(key), str):
+                refuse(self.path, key, "is missing")
         return metadata
 
-    def _checked_parts(self, file: TensorFile) -> Parts:
+    def _checked_parts(self, names: Sequence[str], file: TensorFile) -> list[Pictures]:
         self._checked_metadata(file)
-        train, test = (Pictures(file[f"{part}.pictures"], file[f"{part}.labels"]) for part in ("train", "test"))
-        for name, found, part in (("train", train, self.train), ("test", test, self.test)):
-            if not torch.equal(found.labels, torch.tensor(part.labels, dtype=torch.int64)):
+        found = [Pictures(file[f"{name}.pictures"], file[f"{name}.labels"]) for name in names]
+        for name, part in zip(names, found, strict=True):
+            if not torch.equal(part.labels, torch.tensor(self.parts[name].labels, dtype=torch.int64)):
                 refuse(self.path, f"{name}.labels", "are not the labels of these files")
-        return train, test
+        return found
+
+
+def _by_name(train: Part, test: Part, val: Part | None) -> dict[str, Part]:
+    return {"train": train, "test": test, **({} if val is None else {"val": val})}
 
 
 def cache_file(cache: CacheFolder, name: str, size: int | str, base: Path, parts: Mapping[str, Part]) -> Path:
@@ -125,16 +148,19 @@ def cache_file(cache: CacheFolder, name: str, size: int | str, base: Path, parts
     return cache.file("cache", f"{name}_{size}_{digest.hexdigest()}.safetensors")
 
 
-def fill_cache(path: Path, train: Part, test: Part, *, channels: int, size: int, **metadata: Any) -> None:
-    """Decode both parts and write them to a cache, all at once; an interruption leaves no file.
+def fill_cache(
+    path: Path, train: Part, test: Part, *, channels: int, size: int, val: Part | None = None, **metadata: Any
+) -> None:
+    """Decode all parts and write them to a cache, all at once; an interruption leaves no file.
 
     Beside the pictures it records their size, what :func:`measure` finds in the training part, and a fingerprint of the
-    pictures and labels, which copies of the files share.
+    pictures and labels, which copies of the files share; held-out ones have a fingerprint of their own.
 
     Raises:
         InputError: for an unreadable image, for more than memory holds, or where the cache cannot be written.
     """
-    needed = 3 * (len(train.files) + len(test.files)) * channels * size**2  # writing makes two copies
+    named = _by_name(train, test, val)
+    needed = 3 * sum(len(part.files) for part in named.values()) * channels * size**2  # writing makes two copies
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
     if needed > memory:
         raise InputError(
@@ -143,14 +169,15 @@ def fill_cache(path: Path, train: Part, test: Part, *, channels: int, size: int,
         )
     parts = {
         name: decode(part, channels=channels, size=size, what=f"decoding {name} images to {size} px")
-        for name, part in (("train", train), ("test", test))
+        for name, part in named.items()
     }
     tensors = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part._asdict().items()}
     found = {
         "in_channels": channels,
         "image_size": size,
         **measure(parts["train"].pictures),
-        "fingerprint": fingerprint(*tensors.values()),
+        "fingerprint": fingerprint(*parts["train"], *parts["test"]),
+        **({} if val is None else {"held_out": fingerprint(*parts["val"])}),
     }
     try:
         write_tensors(path, tensors, kind=KIND, metadata={**found, **metadata})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+PARTS = ("train", "val", "test")  # folders of parts under root; where there are none, the folders there are classes
 OWN_FOLDERS = ("cache", "whitening")  # what this library keeps under root, beside the classes
 
 
@@ -33,7 +35,7 @@ def _class_folders(folder: Path, root: Path) -> list[Path]:
     if len(classes) < 2:
         raise InputError(
             f"{folder}: {len(classes)} folders of classes here, at least 2 are needed; put images into "
-            "train/<class>/ and val/<class>/, or into <class>/, under data.root"
+            "train/<class>/ and test/<class>/ (and val/<class>/, to hold them out), or into <class>/, under data.root"
         )
     return classes
 
@@ -56,29 +58,32 @@ def _split(part: Part, folders: Sequence[Path], fraction: float) -> tuple[Part, 
     return train, test
 
 
-def _parts(root: Path, fraction: float) -> tuple[tuple[str, ...], Part, Part]:
-    """The names of the classes, the training part and the test part."""
+def _parts(root: Path, fraction: float) -> tuple[tuple[str, ...], dict[str, Part]]:
+    """The names of the classes, and the parts: "train", "test" and, if all three have folders, "val"."""
     tree = ImageTree(root)
-    folders = [root / name for name in ("train", "val") if (root / name).is_dir()]
-    if len(folders) == 1:
-        (missing,) = {"train", "val"} - {folders[0].name}
-        raise InputError(
-            f"{root}: holds {folders[0].name}/ but no {missing}/; add it, or set data.root to a folder of classes, of "
-            "which the share data.test_fraction becomes the test part"
-        )
-    if not folders:
+    there = [name for name in PARTS if (root / name).is_dir()]
+    if not there:
         classes = _class_folders(root, root)
-        names, parts = classes, _split(tree.part(classes), classes, fraction)
-    else:
-        train, val = (_class_folders(folder, root) for folder in folders)
-        for here, there in ((train, val), (val, train)):
-            other = {path.name for path in there}
-            for path in here:
-                if path.name not in other:
-                    raise InputError(f"{there[0].parent / path.name}: no such folder, but there is {path}")
-        names, parts = train, (tree.part(train), tree.part(val))
+        train, test = _split(tree.part(classes), classes, fraction)
+        tree.tell_what_is_skipped()
+        return tuple(path.name for path in classes), {"train": train, "test": test}
+    if len(there) == 1 or "train" not in there:
+        missing = "no val/ or test/" if there == ["train"] else "no train/"
+        raise InputError(
+            f"{root}: holds {' and '.join(f'{name}/' for name in there)} but {missing}; add it, or set data.root to a "
+            "folder of classes, of which the share data.test_fraction becomes the test part"
+        )
+    folders = {name: _class_folders(root / name, root) for name in there}
+    for here, other in permutations(there, 2):
+        names = {path.name for path in folders[other]}
+        for path in folders[here]:
+            if path.name not in names:
+                raise InputError(f"{root / other / path.name}: no such folder, but there is {path}")
+    parts = {name: tree.part(classes) for name, classes in folders.items()}
     tree.tell_what_is_skipped()
-    return tuple(path.name for path in names), *parts
+    if "test" not in parts:
+        parts["test"] = parts.pop("val")
+    return tuple(path.name for path in folders["train"]), parts
 
 
 def _survey(files: Sequence[Path]) -> tuple[int, int]:
@@ -101,29 +106,36 @@ def _form(train: Part, image_size: int | None) -> dict[str, int]:
 
 
 def find_folder(request: Request) -> ImageDataset:
-    """Describe images in ``train/<class>/`` and ``val/<class>/`` under root, or in ``<class>/`` under root.
+    """Describe images in folders of classes under root, in one of three layouts.
 
-    In the second layout, the share ``test_fraction`` of every class becomes the test part: the same images for every
-    seed. Classes are folders in alphabetical order, with any folders below. There is one channel if all training images
-    are grey, else three; the size is the most common one of the training images (of its sides the shorter) if none is
-    asked for; mean and std are those of all pixels of the training images. What was found goes into descriptions, with
-    a fingerprint of the decoded images. GIFs, hidden files and whatever else is no image are skipped and counted.
+    - ``train/<class>/``, ``val/<class>/`` and ``test/<class>/``: the images of ``val/`` are the held-out part.
+    - ``train/<class>/`` and one of the others, which is the test part: a share of the training images is held out.
+    - ``<class>/``: the share ``test_fraction`` of every class becomes the test part, the same images for every seed; a
+      share of the others is held out.
+
+    All parts have the same classes: the folders in alphabetical order, with any folders below. There is one channel if
+    all training images are grey, else three; the size is the most common one of the training images (of its sides the
+    shorter) if none is asked for; mean and std are those of all pixels of the training images. What was found goes into
+    descriptions, with a fingerprint of the decoded images, and one of those that ``val/`` gives as held out. GIFs,
+    hidden files and whatever else is no image are skipped and counted.
 
     Raises:
-        InputError: for another layout, a class without images, an unreadable image, or a link that leads elsewhere (see
-            :class:`~ftd_lightning.data.image_tree.ImageTree`), naming the folder or file.
+        InputError: for another layout, a class that a part lacks or has no images of, an unreadable image, or a link
+            that leads elsewhere (see :class:`~ftd_lightning.data.image_tree.ImageTree`), naming the folder or file.
     """
     root = request.root
     with told_what_is_unreadable():
-        names, train, test = _parts(root, request.test_fraction)
-    path = cache_file(request.cache, "folder", request.image_size or "native", root, {"train": train, "test": test})
-    form, sizes = partial(_form, train, request.image_size), ("in_channels", "image_size", "native_size")
-    decoded = DecodedImages(path, train, test, form, sizes)
+        names, parts = _parts(root, request.test_fraction)
+    path = cache_file(request.cache, "folder", request.image_size or "native", root, parts)
+    form, sizes = partial(_form, parts["train"], request.image_size), ("in_channels", "image_size", "native_size")
+    decoded = DecodedImages(path, parts["train"], parts["test"], form, sizes, parts.get("val"))
     metadata = decoded.metadata()
     # Told only where it was used, so that whoever reads a description can ask for the same images.
     split = {} if (root / "train").is_dir() else {"test_fraction": request.test_fraction}
     shape = {key: metadata[key] for key in ("in_channels", "image_size")}
-    contents = {"class_names": list(names), "fingerprint": metadata["fingerprint"], **shape, **split}
+    # As of images that are given as objects: which share was asked for says nothing then.
+    given = {"val_fraction": None, "held_out": metadata["held_out"]} if "val" in parts else {}
+    contents = {"class_names": list(names), "fingerprint": metadata["fingerprint"], **shape, **split, **given}
     return ImageDataset(
         class_names=names,
         mean=tuple(metadata["mean"]),
@@ -131,5 +143,6 @@ def find_folder(request: Request) -> ImageDataset:
         load=decoded.load,
         native_size=metadata["native_size"],
         identify=partial(dict, contents),
+        held_out=decoded.load_held_out if "val" in parts else None,
         **shape,
     )

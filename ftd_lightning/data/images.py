@@ -84,7 +84,8 @@ class ImageDataset:
         native_size: the size that it has if none is asked for; None: ``image_size``.
         identify: returns what tells the data from others of the same name; whatever JSON holds. It may have to decode
             the images.
-        held_out: pictures that are given as held out; None: a share of the training part is.
+        held_out: returns the pictures that are given as held out, and can be pickled; None: a share of the training
+            part is held out.
         transform: where the "pictures" have gone through a transform already, that transform; else None.
     """
 
@@ -96,7 +97,7 @@ class ImageDataset:
     load: Callable[[], Parts]
     native_size: int | None = None
     identify: Callable[[], Mapping[str, Any]] = dict
-    held_out: Pictures | None = None
+    held_out: Callable[[], Pictures] | None = None
     transform: ImageTransform | None = None
 
     def at(self, image_size: int | None) -> ImageDataset:

@@ -32,7 +32,7 @@ def write_images_file(dataset: ImageDataset, folder: Path) -> Path:
         "test" and, where there are held-out ones, of "val"; its metadata has "class_names".
     """
     train, test = dataset.load()
-    parts = {"train": train, "test": test, **({} if dataset.held_out is None else {"val": dataset.held_out})}
+    parts = {"train": train, "test": test, **({} if dataset.held_out is None else {"val": dataset.held_out()})}
     tensors: dict[str, Tensor] = {}
     for name, (pictures, labels) in parts.items():
         tensors |= {f"{name}_images": pictures, f"{name}_labels": labels}

@@ -236,9 +236,13 @@ def describe_images(
         std=tuple(moments["std"]),
         load=partial(_both, train, test),
         identify=partial(dict, identity),
-        held_out=val,
+        held_out=None if val is None else partial(_given, val),
         transform=transform,
     )
+
+
+def _given(val: Pictures) -> Pictures:
+    return val
 
 
 def _both(train: Pictures, test: Pictures) -> Parts:

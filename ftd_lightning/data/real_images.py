@@ -37,7 +37,8 @@ class RealImages:
             used, left = hold_out(train.labels[kept], val_fraction, seed)
             kept, val = kept[used], (train, kept[left])
         else:
-            val = spec.held_out, limit_per_class(spec.held_out.labels, max_per_class, seed)
+            held_out = spec.held_out()
+            val = held_out, limit_per_class(held_out.labels, max_per_class, seed)
         # Whole parts, which may be mapped from files, and the indices of what is used of them.
         self._parts: dict[Part, tuple[Pictures, Tensor]] = {
             "train": (train, kept),

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def set_picture(synthetic: SyntheticSet, *, ema: bool = False) -> Image.Image:
-    """Lay a set's images out, one column per class, at most ten images of each, enlarged to 64 px if they are smaller.
+    """Lay a set's images out as a grid, one column per class, at most ten images of each.
 
     Raises:
         InputError: if averaged images are asked for and there are none.
     """
-    grid = picture_grid(synthetic.pictures(ema=ema), synthetic.labels, smallest=64)
+    grid = picture_grid(synthetic.pictures(ema=ema), synthetic.labels, class_names=synthetic.class_names)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 

@@ -115,8 +115,7 @@ def test_the_layout_is_what_hugging_face_documents_for_imagefolder(tmp_path: Pat
     images = {str(path.relative_to(folder)) for path in folder.glob("*/*.png")}
     assert {line["file_name"] for line in lines} == images
     assert len({tuple(line) for line in lines}) == 1, "every row has the same columns"
-    _, header, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    header = yaml.safe_load(header)
+    header, body = front_matter(folder), (folder / "README.md").read_text(encoding="utf-8")
     assert header["license"] == "unknown"
     assert header["task_categories"] == ["image-classification"]
     (config,) = header["configs"]
@@ -129,6 +128,37 @@ def test_the_layout_is_what_hugging_face_documents_for_imagefolder(tmp_path: Pat
     words = "train|training|validation|valid|dev|val|test|testing|eval|evaluation"
     split_words = re.compile(rf"(^|[-._ 0-9/])({words})[-._ 0-9/]")
     assert not any(split_words.search(name) for name in images)
+
+
+def front_matter(folder: Path) -> dict:
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[1])
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_card_names_columns_and_classes_as_hugging_face_features(soft: bool, tmp_path: Path) -> None:
+    names = ["yes", "12", "a: 'b' # \"c\"", "Käfer\n"]
+    labels = torch.arange(12) % 4
+    labels = torch.nn.functional.one_hot(labels, 4).float() if soft else labels
+    folder = exported(make_set(3, 8, zca=False, names=names, labels=labels), tmp_path)
+    header = front_matter(folder)
+    features = header["dataset_info"]["features"]
+    assert header["configs"][0]["features"] == features
+    image, label, *others = features
+    assert image == {"name": "image", "dtype": "image"}
+    assert label == {"name": "label", "dtype": {"class_label": {"names": {str(i): names[i] for i in range(4)}}}}
+    # What is not declared here would be refused: the other columns of every row, in any order.
+    kinds = {"string": str, "int64": int, "float64": list}
+    columns = {feature["name"]: kinds[feature.get("dtype") or feature["sequence"]] for feature in others}
+    for line in table(folder):
+        assert {key: type(value) for key, value in line.items() if key not in ("file_name", "label")} == columns
+        assert names[line["label"]] == line["class"]
+
+
+def test_classes_of_one_name_are_told_apart_in_the_card(tmp_path: Path) -> None:
+    folder = exported(make_set(3, 8, zca=False, names=["crane", "ant", "crane"]), tmp_path)
+    label = front_matter(folder)["dataset_info"]["features"][1]
+    assert label["dtype"]["class_label"]["names"] == {"0": "0_crane", "1": "1_ant", "2": "2_crane"}
+    assert [line["class"] for line in table(folder)][:3] == ["crane", "ant", "crane"]
 
 
 def test_soft_labels_are_given_in_full(tmp_path: Path) -> None:
@@ -157,8 +187,8 @@ def test_the_card_and_what_lies_beside_it(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
     assert (folder / "set.safetensors").read_bytes() == (tmp_path / "some.safetensors").read_bytes()
     with Image.open(folder / "grid.png") as grid:
-        # Two columns and three rows of 8 pixels enlarged to 32, two pixels apart.
-        assert (grid.mode, grid.size) == ("RGB", (2 * 34 + 2, 3 * 34 + 2))
+        # Two columns under their names and three rows of 8 pixels enlarged to 96, two pixels apart.
+        assert (grid.mode, grid.size) == ("RGB", (2 * 98 + 2, 20 + 3 * 98 + 2))
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
         "README.md",
         "grid.png",

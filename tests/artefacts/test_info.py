@@ -1,6 +1,9 @@
 """``ftd info``: what it says of each artefact, and of what is none."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,6 +154,18 @@ def test_what_is_none_of_these_is_refused(tmp_path: Path, capsys) -> None:
     assert "another program" in refusal(capsys, path)
     write_tensors(path, {"a": torch.zeros(2)}, kind="tea_pot", metadata={})
     assert "is a tea pot" in refusal(capsys, path)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_had_enough_ends_it_quietly(tmp_path: Path, unbuffered: str) -> None:
+    colour_set().save(tmp_path / "set.safetensors")
+    readable, writable = os.pipe()
+    os.close(readable)  # as ``head`` does; now every write fails
+    command = [sys.executable, "-m", "ftd_lightning", "info", str(tmp_path / "set.safetensors")]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writable, stderr=subprocess.PIPE, text=True, timeout=120, env=environment)
+    os.close(writable)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_wrong_words_end_with_exit_code_2(capsys) -> None:

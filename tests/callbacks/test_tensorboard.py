@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from ftd_lightning import SyntheticEvaluation
+from ftd_lightning import SyntheticEvaluation, lightning_cli
 from ftd_lightning.callbacks import EvaluateSynthetic, HyperparameterReport, SyntheticEMA, TensorBoardPictures
 from ftd_lightning.callbacks.tensorboard import picture_grid
 
@@ -51,17 +51,22 @@ def test_scalars_of_every_iteration(distillation) -> None:
     assert events.Scalars("evaluation/ema_val_accuracy_mean")
 
 
+def grid_of(pictures: torch.Tensor, synthetic) -> np.ndarray:
+    grid = picture_grid(pictures, synthetic.labels, class_names=synthetic.class_names)
+    return grid.permute(1, 2, 0).numpy()
+
+
 def test_pictures_are_in_real_colours(distillation) -> None:
     module, events = distillation
     assert [event.step for event in events.Images("synthetic/raw")] == [0, 5, 10]
     synthetic = module.synthetic_set()
     for tag, ema in (("synthetic/raw", False), ("synthetic/ema", True)):
         shown = np.asarray(Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)))
-        expected = picture_grid(synthetic.pictures(ema=ema), synthetic.labels).permute(1, 2, 0).numpy()
+        expected = grid_of(synthetic.pictures(ema=ema), synthetic)
         assert np.array_equal(shown, expected)
     first = np.asarray(Image.open(io.BytesIO(events.Images("synthetic/raw")[0].encoded_image_string)))
     start = synthetic.transform.invert(module.initial_images).clamp(0, 1)
-    assert np.array_equal(first, picture_grid(start, synthetic.labels).permute(1, 2, 0).numpy())
+    assert np.array_equal(first, grid_of(start, synthetic))
 
 
 def test_histograms_of_the_values(distillation) -> None:
@@ -82,6 +87,22 @@ def test_hyperparameters_stand_beside_their_results(distillation) -> None:
     values = hparams(events)
     assert (values["syn_steps"], values["lr_images"]) == (3, 10)
     assert events.Scalars("hp/matching/loss")[-1].value == events.Scalars("matching/loss")[-1].value
+
+
+def test_settings_of_a_command_are_flat_and_its_own_keys_left_out(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Path(__file__).resolve().parents[2] / "configs" / "digits" / "teacher_ftd.yaml"
+    options = ["--model.teachers=1", "--model.epochs=1", "--model.network_options={width: 8, depth: 2}"]
+    options += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.max_per_class=14"]
+    lightning_cli.run(["fit", "--config", str(config), *options])
+    (file,) = tmp_path.rglob("events*")
+    events = read(file)
+    values = hparams(events)
+    nested = {"augment/strategy": "crop_scale_rotate", "network_options/width": 8, "network_options/depth": 2}
+    assert values.items() >= {**nested, "epochs": 1, "network": "convnet"}.items()
+    assert not [key for key in values if any(part.startswith("_") for part in key.split("/"))]
+    shown = {tag for tag in events.Tags()["scalars"] if tag.startswith("hp/")}
+    assert shown >= {"hp/teacher/train_accuracy", "hp/teacher/val_accuracy"}
 
 
 def test_teachers_show_loss_and_accuracy_of_every_epoch(tmp_path: Path) -> None:
@@ -109,8 +130,54 @@ def test_an_evaluation_shows_the_result_of_its_test(tmp_path: Path) -> None:
     assert shown == pytest.approx(module.results["accuracy"]["random"]["mean"])
 
 
+def names_in(grid: torch.Tensor, width: int = 96) -> list[torch.Tensor]:
+    """Cut out the strips above the columns of one band."""
+    return [grid[:, :20, left : left + width] for left in range(2, grid.shape[2], width + 2)]
+
+
 def test_the_grid_has_a_column_a_class() -> None:
     pictures = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 32, 32) / 5
     grid = picture_grid(pictures, torch.tensor([1, 1, 0, 0, 0, 1]), per_class=2)
-    tops = [[int(grid[0, 2 + 34 * row, 2 + 34 * column]) for column in range(2)] for row in range(2)]
+    assert grid.shape == (3, 2 + 20 + 2 * 98, 2 + 2 * 98)
+    tops = [[int(grid[0, 22 + 98 * row, 2 + 98 * column]) for column in range(2)] for row in range(2)]
     assert tops == [[round(255 * 2 / 5), 0], [round(255 * 3 / 5), round(255 / 5)]]
+
+
+@pytest.mark.parametrize(("size", "width"), [(1, 96), (8, 96), (28, 112), (32, 96), (64, 128), (96, 96), (128, 128)])
+def test_pictures_are_enlarged_by_a_whole_factor(size: int, width: int) -> None:
+    pictures = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
+    grid = picture_grid(pictures, torch.tensor([0, 1]))
+    assert grid.shape == (3, 2 + 20 + width + 2, 2 + 2 * (width + 2))
+    shown = grid[:, 22 : 22 + width, 4 + width : 4 + 2 * width]
+    cells = shown.view(3, size, width // size, size, width // size)
+    assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells))
+    assert torch.equal(cells[0, :, 0, :, 0], (pictures[1, 0] * 255).round().to(torch.uint8))
+
+
+def test_columns_bear_names_or_else_numbers() -> None:
+    pictures, labels = torch.zeros(4, 3, 32, 32), torch.arange(4)
+    numbers = names_in(picture_grid(pictures, labels))
+    assert all((strip < 128).any() for strip in numbers)
+    named = names_in(picture_grid(pictures, labels, class_names=["cat\n", "K\u00e4fer", "\u732b"]))
+    plain = names_in(picture_grid(pictures, labels, class_names=["cat", "Kafer"]))
+    assert not torch.equal(plain[0], numbers[0])
+    assert all(torch.equal(one, other) for one, other in zip(named, [*plain[:2], *numbers[2:]], strict=True))
+
+
+@pytest.mark.parametrize("name", ["tench, Tinca tinca", "W" * 30, "_" * 1000])
+def test_names_that_do_not_fit_are_shortened(name: str) -> None:
+    one, other = names_in(picture_grid(torch.zeros(2, 3, 32, 32), torch.arange(2), class_names=[name, "jay, Jgq"]))
+    assert (one[0] < 128).any()
+    for strip in (one, other):  # the signs touch no edge: nothing is cut off
+        assert (torch.cat([strip[:, 0], strip[:, -1]], dim=1) == 255).all()
+    assert (one[:, :, 0] == 255).all()
+    assert (one[:, :, -1] == 255).all()
+
+
+def test_a_hundred_classes_are_ten_bands_of_ten() -> None:
+    pictures = (torch.arange(200).view(200, 1, 1, 1) % 100).expand(200, 3, 32, 32) / 255
+    grid = picture_grid(pictures, torch.arange(200) % 100)
+    assert grid.shape == (3, 2 + 10 * (20 + 2 * 98), 2 + 10 * 98)
+    for row in range(2):
+        shown = grid[0, 22 + 98 * row :: 20 + 2 * 98, 2::98][:10, :10]
+        assert shown.flatten().tolist() == list(range(100))

@@ -181,6 +181,27 @@ def test_cache_of_something_else_is_made_again(decoded, kind):
         assert decoded.path.read_bytes() == content
 
 
+def change_file(path, tensors, metadata):
+    file = TensorFile(path, kind=KIND)
+    held, header = file.with_prefix(""), dict(file.metadata)
+    write_tensors(path, held | tensors, kind=KIND, metadata=header | metadata)
+
+
+def test_the_held_out_part_is_checked_as_the_others_are(tmp_path, parts):
+    _, train, test = parts
+    form = {"channels": 3, "size": 12}
+    decoded = DecodedImages(tmp_path / "c" / "x.safetensors", train, test, lambda: form, val=train)
+    held_out = decoded.load_held_out()
+    content = decoded.path.read_bytes()
+    fewer, others = held_out.pictures[:3].clone(), 1 - held_out.labels
+    for changes in (({}, {"held_out": None}), ({"val.pictures": fewer}, {}), ({"val.labels": others}, {})):
+        change_file(decoded.path, *changes)
+        with pytest.warns(UserWarning, match="decoded again"):
+            found = decoded.load_held_out()
+        assert torch.equal(found.labels, held_out.labels)
+        assert decoded.path.read_bytes() == content
+
+
 def test_a_folder_in_place_of_the_cache_is_refused(decoded, refused):
     decoded.path.unlink()
     decoded.path.mkdir()

@@ -97,6 +97,41 @@ def test_split_is_the_same_for_every_seed_and_root(flat, tmp_path_factory):
     assert not set(places) <= {8, 9}
 
 
+def test_of_three_folders_val_is_held_out(both, image_folder):
+    of_two = ready(both)
+    image_folder(both / "test", CLASSES, count=3, seed=2)
+    data = ready(both, val_fraction=0.5, max_per_class=4)
+    assert torch.equal(ready(both).train.images, of_two.train.images)
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [12, 6, 9]
+    assert keys(data.val, data) == keys(of_two.test, of_two)
+    assert data.val.labels.tolist() == [0] * 2 + [1] * 2 + [2] * 2
+    with Image.open(both / "test" / "bee" / "bee_2.png") as image:
+        assert keys(data.test, data)[5] == np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).tobytes()
+    assert [len(labels) for _, labels in data.val_dataloader()] == [6]
+    assert torch.equal(pickle.loads(pickle.dumps(data.spec)).held_out().labels, data.val.labels)
+
+
+def test_held_out_images_identify_the_data(both, image_folder):
+    assert ready(both).describe()["dataset"]["val_fraction"] == 0
+    image_folder(both / "test", CLASSES, count=3, seed=2)
+    dataset = ready(both).describe()["dataset"]
+    assert dataset["val_fraction"] is None
+    assert ready(both, val_fraction=0.2).describe()["dataset"] == dataset
+    image_folder(both / "val", ["cow"], count=1, seed=9)
+    changed = ready(both).describe()["dataset"]
+    assert changed["held_out"] != dataset["held_out"]
+    assert {**changed, "held_out": dataset["held_out"]} == dataset
+
+
+def test_the_other_of_two_folders_is_the_test_part(both):
+    as_val = ready(both, val_fraction=0.2)
+    (both / "val").rename(both / "test")
+    as_test = ready(both, val_fraction=0.2)
+    assert as_test.describe() == as_val.describe()
+    assert torch.equal(as_test.test.images, as_val.test.images)
+    assert as_test.val.labels.tolist() == [0, 1, 2]
+
+
 def test_whitening_keeps_its_files_beside_classes(flat):
     ready(flat, zca=True)
     assert ready(flat, zca=True).class_names == CLASSES
@@ -128,17 +163,23 @@ def test_most_common_size_is_taken_and_squashed(both, image_folder):
     assert small.train.images.shape == (15, 3, 8, 8)
 
 
-def test_later_runs_map_the_cache_and_a_changed_file_is_read(both, image_folder, monkeypatch):
+@pytest.mark.parametrize("parts", ["two", "three"])
+def test_later_runs_map_the_cache_and_a_changed_file_is_read(both, image_folder, monkeypatch, parts):
+    if parts == "three":
+        image_folder(both / "test", CLASSES, count=3, seed=2)
     first = ready(both)
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "read_picture", lambda *args, **options: pytest.fail("decoded again"))
-        assert torch.equal(ready(both).train.images, first.train.images)
+        again = ready(both)
+        assert torch.equal(again.train.images, first.train.images)
+        assert torch.equal(again.val.images, first.val.images)
     image_folder(both / "train", ["cow"], count=1, seed=9)
     assert not torch.equal(ready(both).train.images, first.train.images)
 
 
-def test_unreadable_image_is_refused_and_nothing_written(both, refused):
-    for part, name in (("train", "bee_1.png"), ("val", "bee_1.png")):
+def test_unreadable_image_is_refused_and_nothing_written(both, image_folder, refused):
+    image_folder(both / "test", CLASSES, count=3, seed=2)
+    for part, name in (("train", "bee_1.png"), ("val", "bee_1.png"), ("test", "bee_1.png")):
         file = both / part / "bee" / name
         content = file.read_bytes()
         file.write_bytes(content[:60])
@@ -157,8 +198,18 @@ def test_wrong_layouts_are_refused(tmp_path, image_folder, refused):
     with refused(tmp_path / "loose", "0 folders"):
         ready(tmp_path / "loose")
     image_folder(tmp_path / "a" / "train", CLASSES)
-    with refused(tmp_path / "a", "no val/", "data.test_fraction"):
+    with refused(tmp_path / "a", "train/ but no val/ or test/", "data.test_fraction"):
         ready(tmp_path / "a")
+    image_folder(tmp_path / "c" / "val", CLASSES)
+    with refused(tmp_path / "c", "val/ but no train/", "data.test_fraction"):
+        ready(tmp_path / "c")
+    image_folder(tmp_path / "c" / "test", CLASSES)
+    with refused(tmp_path / "c", "val/ and test/ but no train/", "data.test_fraction"):
+        ready(tmp_path / "c")
+    image_folder(tmp_path / "c" / "train", [*CLASSES, "dog"])
+    image_folder(tmp_path / "c" / "val", ["dog"])
+    with refused(tmp_path / "c" / "test" / "dog", "no such folder"):
+        ready(tmp_path / "c")
     image_folder(tmp_path / "a" / "val", CLASSES[:2])
     with refused(tmp_path / "a" / "val" / "cow", "no such folder"):
         ready(tmp_path / "a")
