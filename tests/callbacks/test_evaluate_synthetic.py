@@ -121,5 +121,5 @@ def test_global_randomness_is_left_alone(tmp_path: Path, trajectories: Path) -> 
 
 @pytest.mark.parametrize("options", [{"every_n_epochs": -1}, {"networks": 0}, {"epochs": 0}])
 def test_counts_below_one_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(InputError, match="at least [01]"):
+    with pytest.raises(InputError, match=r"at least [01]"):
         EvaluateSynthetic(**options)
