@@ -1,0 +1,226 @@
+"""``ftd distill`` and ``ftd_lightning.distill``: plans, what they run, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ftd_lightning
+from ftd_lightning import SyntheticSet, cli
+from ftd_lightning.shipped_configs import read_config
+from ftd_lightning.studies import distill as command
+from ftd_lightning.studies import distill_plan
+from ftd_lightning.studies.distill_plan import Plan, Survey, make_plan
+from ftd_lightning.studies.fit_steps import TimeSlice
+from ftd_lightning.studies.step_costs import Costs, Sizes, measure
+
+CPU = torch.device("cpu")
+DIGITS = Survey(classes=10, channels=1, size=8, per_class=146, train=1437, test=360)
+CIFAR = Survey(classes=10, channels=3, size=32, per_class=5000, train=50_000, test=10_000)
+
+
+@pytest.fixture
+def fixed_costs(monkeypatch):
+    """A machine that takes as long for every image of a size; give what it was asked."""
+    asked = []
+
+    def costs(sizes: Sizes, augment, rho, device) -> Costs:
+        asked.append(sizes)
+        image = 2e-6 * sizes.channels * sizes.size**2 * sizes.width / 32
+        batch = image * sizes.batch
+        return Costs(
+            (2 if rho else 1) * batch, batch, 2 * image * sizes.inner_batch, image * sizes.inner_batch, batch / 3
+        )
+
+    monkeypatch.setattr(distill_plan, "measure", costs)
+    return asked
+
+
+@pytest.mark.parametrize("found", [DIGITS, CIFAR])
+@pytest.mark.parametrize("minutes", [6, 30, 600])
+@pytest.mark.parametrize("ipc", [1, 10])
+def test_a_plan_fits_its_budget_and_the_teachers(found, minutes, ipc, fixed_costs):
+    plan, estimate = make_plan(found, ipc, "ftd", minutes, CPU)
+    assert 0.2 * 60 * minutes < estimate.total <= 60 * minutes or plan.iterations == 5000
+    assert plan.max_start_epoch + plan.expert_epochs <= plan.epochs
+    assert plan.teachers >= 2
+    assert plan.iterations >= 50
+    assert plan.syn_batch is None or plan.syn_batch < ipc * found.classes
+    assert plan.image_size <= found.size
+    assert (plan.max_per_class or found.per_class) >= 20
+
+
+def test_more_minutes_make_more_of_everything(fixed_costs):
+    little, much = (make_plan(CIFAR, 1, "ftd", minutes, CPU)[0] for minutes in (30, 600))
+    assert little.max_per_class < (much.max_per_class or CIFAR.per_class)
+    assert little.teachers * little.epochs * little.max_per_class < much.teachers * much.epochs * 5000
+    assert little.iterations <= much.iterations
+
+
+def test_a_method_decides_the_teachers(fixed_costs):
+    flat, plain = (make_plan(DIGITS, 1, method, 6, CPU)[0] for method in ("ftd", "mtt"))
+    assert (flat.rho, plain.rho) == (0.01, 0.0)
+
+
+def test_what_cannot_be_planned_is_refused(fixed_costs, refused):
+    with refused("--minutes 0.5: too few for these images on this device; try "):
+        make_plan(DIGITS, 1, "ftd", 0.5, CPU)
+    with refused("--method dm: plans are made for ftd and mtt"):
+        make_plan(DIGITS, 1, "dm", 6, CPU)
+    with refused("--ipc 200: the largest class has 146 training images"):
+        make_plan(DIGITS, 200, "ftd", 6, CPU)
+
+
+def test_costs_are_measured_on_this_device():
+    costs = measure(Sizes(1, 8, 10, 4, 1, 8, 10), ftd_lightning.functional.Augmentation("flip"), 0.01, CPU)
+    assert all(0 < seconds < 5 for seconds in costs)
+
+
+TINY = Plan(
+    image_size=8, max_per_class=None, val_fraction=0.1, batch_size=32, width=4, depth=1, augment="crop_scale_rotate",
+    teachers=2, epochs=3, lr=0.05, rho=0.01, expert_epochs=1, max_start_epoch=2, syn_steps=2, syn_batch=None,
+    lr_images=30.0, iterations=3, decay=0.9, networks=2, evaluation_epochs=12, real_epochs=4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Plans that take seconds, in an empty folder; give how often one was made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    made = []
+
+    def plan(found, ipc, method, minutes, device):
+        made.append(found)
+        return replace(TINY, rho=0.01 if method == "ftd" else 0.0), distill_plan.Estimate(1.0, 2.0, 3.0)
+
+    monkeypatch.setattr(command, "make_plan", plan)
+    return made
+
+
+def write_digits(folder: Path, count: int = 20) -> None:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
+        for index, image in enumerate(digits.images[digits.target == label][:count]):
+            Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / str(label) / f"{index}.png")
+
+
+def refusal(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["distill", *arguments])
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.slow
+def test_a_folder_becomes_a_set(tiny, capsys, monkeypatch):
+    write_digits(Path("pictures"))
+    arguments = ["distill", "pictures", "--ipc", "1", "--out", "out", "--minutes", "6"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TimeSlice, "left", lambda self: -1 if list(Path("out").rglob("evaluation.json")) else 1)
+        cli.main([*arguments, "--stop-after", "1"])
+    assert capsys.readouterr().out.splitlines()[-1] == "not done: run the same command again"
+    assert not Path("out/results.json").exists()
+    cli.main(arguments)
+    out = capsys.readouterr().out
+    assert "pictures: 160 training images, 40 test images, 10 classes, 8 px, grey" in out
+    assert "plan for 6 minutes on " in out
+    assert len(tiny) == 1, "a plan is made once"
+    results = json.loads(Path("out/results.json").read_text())
+    assert list(results["accuracy"]) == ["random", "ftd", "real"]
+    assert all(set(value) == {"mean", "std", "n"} for value in results["accuracy"].values())
+    assert (results["dataset"], results["ipc"]) == ("folder", 1)
+    synthetic = SyntheticSet.load("out/set.safetensors")
+    assert synthetic.images.shape == (10, 1, 8, 8)
+    assert synthetic.ema_images is not None
+    assert synthetic.metadata["iterations"] == 3
+    assert np.asarray(Image.open("out/images.png")).ndim == 3
+    teacher = read_config(Path("out/configs/teacher.yaml"))
+    assert teacher["model"]["init_args"]["teachers"] == 2
+    assert teacher["data"]["init_args"]["root"] == "pictures"
+
+    times = {path: path.stat().st_mtime_ns for path in Path("out/fits").rglob("wall_time.json")}
+    assert len(times) == 5
+    cli.main(arguments)
+    assert times == {path: path.stat().st_mtime_ns for path in times}, "what is done is not done again"
+    changed = refusal(capsys, *arguments[1:-1], "7")
+    assert changed == "ftd: error: out: was begun with another minutes 6.0; name another folder"
+    next(Path("pictures/3").iterdir()).unlink()
+    changed = refusal(capsys, *arguments[1:])
+    assert changed == "ftd: error: out: the images of pictures have changed since it was begun; name another folder"
+
+
+@pytest.mark.slow
+def test_anybodys_datasets_become_a_set(tiny, tmp_path):
+    from sklearn.datasets import load_digits
+
+    images, labels = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
+    images = images.float().view(-1, 1, 8, 8) / 16
+    train, test = (images[:300], labels[:300]), (images[300:400], labels[300:400])
+    synthetic = ftd_lightning.distill(
+        train, test, ipc=2, method="mtt", out="out", class_names=list("abcdefghij"), batch_size=16
+    )
+    assert synthetic.images.shape == (20, 1, 8, 8)
+    assert synthetic.ema_images is None
+    assert tuple(synthetic.class_names) == tuple("abcdefghij")
+    assert read_config(next(Path("out/fits").glob("teacher_*/config.yaml")))["data"]["init_args"]["batch_size"] == 16
+    assert tiny == [Survey(10, 1, 8, int(labels[:300].bincount().max()), 300, 100)]
+    assert list(json.loads(Path("out/results.json").read_text())["accuracy"]) == ["random", "mtt", "real"]
+    again = ftd_lightning.distill(
+        train, test, ipc=2, method="mtt", out="out", class_names=list("abcdefghij"), batch_size=16
+    )
+    assert torch.equal(again.images, synthetic.images)
+    assert len(tiny) == 1
+
+
+def test_published_settings_are_taken_for_a_name(tiny, capsys):
+    job = command.plan_job(
+        command.find_source("digits"),
+        Path("out"),
+        dict.fromkeys(("minutes", "config")) | {"ipc": 1, "method": "ftd", "seed": 0},
+        [],
+    )
+    assert tiny == []
+    assert "plan: the settings of distill_ftd_ipc1, evaluate, teacher_ftd, as published" in capsys.readouterr().out
+    assert list(job.rows) == ["random", "ftd", "real"]
+    teachers, distillation, evaluation = job.steps(job.rows["ftd"])
+    assert (teachers.config.stem, distillation.config.stem) == ("teacher_ftd", "distill_ftd_ipc1")
+    assert "true" in evaluation.arguments[evaluation.arguments.index("--data.ema") + 1]
+    command.plan_job(
+        command.find_source("digits"),
+        Path("dm"),
+        {"minutes": None, "ipc": 1, "method": "dm", "config": None, "seed": 0},
+        [],
+    )
+    assert "the settings of distill_dm, evaluate, as published" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line(tiny, capsys, refused):
+    Path("file.png").write_text("")
+    Path("full").mkdir()
+    Path("full/other").write_text("")
+    common = ["--ipc", "1", "--out", "out"]
+    assert refusal(capsys, "digts", *common).endswith("unknown data set 'digts': did you mean 'digits'?")
+    assert "no such folder; give a folder of classes, or one of cifar10" in refusal(capsys, "no/folder", *common)
+    assert "file.png: is a file" in refusal(capsys, "file.png", *common)
+    assert "full: is not empty and holds no plan.json" in refusal(capsys, "digits", "--ipc", "1", "--out", "full")
+    assert "ipc=0 must be at least 1" in refusal(capsys, "digits", "--ipc", "0", "--out", "out")
+    assert "minutes=0.0 must be above 0" in refusal(capsys, "digits", *common, "--minutes", "0")
+    line = refusal(capsys, "digits", *common, "--minutes", "3", "--config", "digits/distill_ftd_ipc1")
+    assert "--config names all settings; leave out --minutes" in line
+    assert "no such config; did you mean digits/distill_ftd_ipc1" in refusal(
+        capsys, "digits", *common, "--config", "digits/distill_ftd_ipc"
+    )
+    assert not Path("out").exists()
+    pair = torch.zeros(4, 1, 8, 8), torch.arange(4) % 2
+    for option in ("transform", "root", "synthetic"):
+        with refused(f"distill: leave {option}= out"):
+            ftd_lightning.distill(pair, pair, **{option: None})
