@@ -101,15 +101,3 @@ def test_distillation(tmp_path: Path) -> None:
     expected = artefacts(tmp_path / "whole")
     assert {Path(name).name for name in expected} == {"set.safetensors", "best.safetensors"}
     assert artefacts(tmp_path / "killed") == expected
-
-
-def test_shipped_configs_keep_a_last_checkpoint(merged) -> None:
-    """With save_top_k 0 Lightning writes it when the fit is over, and ``--ckpt_path last`` would quietly begin anew."""
-    without = []
-    for config in sorted(CONFIGS.parent.rglob("*.yaml")):
-        if config.stem.split("_")[0] in ("distill", "teacher", "evaluate") and config.stem != "distill":
-            callbacks = merged(config)["trainer"]["callbacks"]
-            saving = [c["init_args"] for c in callbacks if c["class_path"].endswith("ModelCheckpoint")]
-            if [(arguments["save_last"], arguments["save_top_k"]) for arguments in saving] != [(True, 1)]:
-                without.append(config.name)
-    assert not without

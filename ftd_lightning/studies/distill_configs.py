@@ -118,10 +118,14 @@ def planned_configs(plan: Plan, source: Source, out: Path, *, ipc: int, method: 
     }
     written = {phase: _write(folder, phase, content) for phase, content in files.items()}
     on_real = ["--trainer.max_epochs", plan.real_epochs, "--trainer.check_val_every_n_epoch", plan.real_epochs]
+    real: dict[str, Any] = {"evaluate_arguments": on_real}
+    if plan.real_per_class is not None:
+        on_real += ["--data.max_per_class", plan.real_per_class]
+        real["label"] = f"real images, {plan.real_per_class} per class"
     rows: dict[str, dict[str, Any]] = {
         "random": {},
         "method": {"distill": written["distill"], "teachers": "teachers", "ema": method == "ftd"},
-        "real": {"evaluate_arguments": on_real},
+        "real": real,
     }
     return _comparison(
         source, out, ipc, method, rows, teachers={"teachers": written["teacher"]}, evaluate=written["evaluate"]

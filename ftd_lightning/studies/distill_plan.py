@@ -15,6 +15,8 @@ from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.studies.step_costs import LOOP, START, Sizes, measure
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from ftd_lightning.studies.step_costs import Costs
@@ -23,6 +25,18 @@ FITS = 5  # teachers, distillation, three evaluations
 USED = 0.85  # of the budget: a machine is not always as fast as when it was measured
 TEACHERS = 0.42  # of what the evaluations leave
 ITERATION = 0.015  # seconds that a matching iteration takes beside its inner steps: a segment is read, images updated
+# Networks, epochs on a set and on real images, the share of these; the first that takes a quarter of the time at most.
+EVALUATIONS = (
+    (5, 1000, 60, 1.0),
+    (5, 500, 30, 1.0),
+    (3, 500, 20, 1.0),
+    (3, 300, 10, 1.0),
+    (3, 300, 10, 0.2),
+    (2, 300, 20, 0.02),
+    (2, 100, 20, 0.01),
+)
+FEW = 300  # iterations
+LEAST_BATCH = 20  # synthetic images in an inner step
 METHODS = {"ftd": 0.01, "mtt": 0.0}  # rho of the teachers; FTD, Table 7
 
 
@@ -71,7 +85,8 @@ class Plan:
         decay: of the moving average.
         networks: of each evaluation.
         evaluation_epochs: on a set.
-        real_epochs: on all real images.
+        real_epochs: on real images.
+        real_per_class: real images of each class that networks are trained on beside those of the set; None: all.
     """
 
     image_size: int
@@ -95,6 +110,7 @@ class Plan:
     networks: int
     evaluation_epochs: int
     real_epochs: int
+    real_per_class: int | None
 
 
 class Estimate(NamedTuple):
@@ -148,34 +164,36 @@ def _evaluations(found: Survey, plan: dict[str, Any], costs: Costs, images: int,
     measuring = 2 * math.ceil(seen / plan["batch_size"]) * costs.forward  # at the end of training, and as its test
     per_epoch = math.ceil(found.train / plan["batch_size"]) * costs.plain
     seconds = math.inf
-    for networks, epochs, real in ((5, 1000, 60), (5, 500, 30), (3, 500, 20), (3, 300, 10), (2, 200, 6), (2, 100, 3)):
+    for networks, epochs, real, share in EVALUATIONS:
+        part = max(math.ceil(share * found.per_class), min(found.per_class, 20))
         plan |= {"networks": networks, "evaluation_epochs": epochs, "real_epochs": real}
+        plan["real_per_class"] = part if part < found.per_class else None
         on_sets = 2 * epochs * steps * (networks * costs.evaluation + LOOP)
-        seconds = on_sets + networks * (real * per_epoch + 3 * measuring)
+        seconds = on_sets + networks * (real * per_epoch * part / found.per_class + 3 * measuring)
         if seconds <= 0.25 * budget:
             break
     return seconds
 
 
-def _attempt(
-    found: Survey, ipc: int, method: str, budget: float, size: int, device: torch.device
-) -> tuple[Plan, Estimate]:
-    """Plan with images of one size."""
+def _sizes_of(found: Survey, ipc: int, image_size: int, device: torch.device) -> Sizes:
+    """Give the sizes that a plan with images of one size has."""
     width = 128 if device.type == "cuda" else 32
     batch = int(min(max(2 ** round(math.log2(max(found.train, 80) / 10)), 8), 256))
     inner = min(ipc * found.classes, 256)
-    augment = strategy(found.channels, size)
-    sizes = Sizes(found.channels, size, found.classes, width, depth_of(size), batch, inner)
-    costs = measure(sizes, Augmentation(augment), METHODS[method], device)
+    return Sizes(found.channels, image_size, found.classes, width, depth_of(image_size), batch, inner)
+
+
+def _attempt(found: Survey, ipc: int, method: str, budget: float, sizes: Sizes, costs: Costs) -> tuple[Plan, Estimate]:
+    """Plan with images of one size."""
+    batch, inner = sizes.batch, sizes.inner_batch
     plan: dict[str, Any] = {
-        "image_size": size,
+        "image_size": sizes.size,
         "val_fraction": 0.1 if found.train < 10_000 else 0.02,
         "batch_size": batch,
-        "width": width,
+        "width": sizes.width,
         "depth": sizes.depth,
-        "augment": augment,
+        "augment": strategy(found.channels, sizes.size),
         "rho": METHODS[method],
-        "syn_batch": inner if inner < ipc * found.classes else None,
     }
     evaluations = _evaluations(found, plan, costs, ipc * found.classes, budget)
     rest = max(budget - evaluations, 0.0)
@@ -193,8 +211,12 @@ def _attempt(
     expert = 2 if each >= 8 else 1
     # Distillation: iterations that there is time for.
     syn_steps = 15
-    per_iteration = 1.2 * syn_steps * costs.inner + ITERATION
-    iterations = int(min((1 - TEACHERS) * rest / per_iteration, 5000))
+    while True:
+        per_iteration = 1.2 * syn_steps * costs.inner * inner / sizes.inner_batch + ITERATION
+        iterations = int(min((1 - TEACHERS) * rest / per_iteration, 5000))
+        if iterations >= FEW or inner < 2 * LEAST_BATCH:
+            break
+        inner //= 2  # rather more iterations than more images in each
     lr = 0.05 if steps <= 2000 else 0.02 if steps <= 5000 else 0.01
     plan |= {
         "max_per_class": None if share == 1.0 else per_class,
@@ -204,7 +226,8 @@ def _attempt(
         "expert_epochs": expert,
         "max_start_epoch": max(1, min(each // 2, each - expert)),
         "syn_steps": syn_steps,
-        "lr_images": float(f"{30 * size / 8 * math.sqrt(ipc):.2g}"),
+        "syn_batch": inner if inner < ipc * found.classes else None,
+        "lr_images": float(f"{30 * sizes.size / 8 * math.sqrt(ipc):.2g}"),
         "iterations": max(iterations, 1),
         "decay": float(f"{min(max(1 - 5 / max(iterations, 1), 0.9), 0.999):.4g}"),
     }
@@ -214,6 +237,25 @@ def _attempt(
         evaluations=3 * START + evaluations,
     )
     return Plan(**plan), estimate
+
+
+def _is_ample(plan: Plan) -> bool:
+    """Whether teachers see enough images; else smaller ones are tried."""
+    return plan.max_per_class is None or plan.max_per_class >= 100
+
+
+def _best(
+    found: Survey, ipc: int, method: str, minutes: float, measured: Mapping[Sizes, Costs]
+) -> tuple[Plan, Estimate] | None:
+    """Plan with the largest images that leave teachers enough of them; None where nothing fits."""
+    budget = 60 * minutes * USED - FITS * START
+    best: tuple[Plan, Estimate] | None = None
+    for sizes, costs in measured.items():
+        plan, estimate = _attempt(found, ipc, method, budget, sizes, costs)
+        fits = plan.iterations >= 50 and estimate.total <= 60 * minutes
+        if fits and (best is None or _is_ample(plan)):
+            best = plan, estimate
+    return best
 
 
 def make_plan(found: Survey, ipc: int, method: str, minutes: float, device: torch.device) -> tuple[Plan, Estimate]:
@@ -233,21 +275,18 @@ def make_plan(found: Survey, ipc: int, method: str, minutes: float, device: torc
         raise InputError(f"--method {method}: plans are made for {' and '.join(METHODS)}; --config takes any other")
     if ipc > found.per_class:
         raise InputError(f"--ipc {ipc}: the largest class has {found.per_class} training images")
-    budget = 60 * minutes * USED - FITS * START
-    best: tuple[Plan, Estimate] | None = None
-    for size in _sizes(found.size, device):
-        plan, estimate = _attempt(found, ipc, method, budget, size, device)
-        fits = plan.iterations >= 50 and estimate.total <= 60 * minutes
-        enough = plan.max_per_class is None or plan.max_per_class >= 100
-        if fits and (best is None or enough):
-            best = plan, estimate
-        if fits and enough:
+    measured: dict[Sizes, Costs] = {}
+    for image_size in _sizes(found.size, device):
+        sizes = _sizes_of(found, ipc, image_size, device)
+        augment = Augmentation(strategy(found.channels, image_size))
+        measured[sizes] = measure(sizes, augment, METHODS[method], device)
+        best = _best(found, ipc, method, minutes, measured)
+        if best is not None and _is_ample(best[0]):
             break
     if best is None:
-        least = math.ceil((FITS * START + 60) / 60 / USED)
-        raise InputError(
-            f"--minutes {minutes:g}: too few for these images on this device; try {max(least, 2 * minutes):g}"
-        )
+        longer = (math.ceil(minutes) * 1.25**power for power in range(1, 60))
+        enough = next((more for more in longer if _best(found, ipc, method, more, measured)), math.inf)
+        raise InputError(f"--minutes {minutes:g}: too few for these images on this device; try {enough:.0f}")
     return best
 
 
@@ -261,7 +300,7 @@ def describe(plan: Plan, estimate: Estimate, images: int) -> list[str]:
         "teachers": f"{plan.teachers} of {plan.epochs} epochs{flat}{part}: {network}, {plan.image_size} px",
         "distillation": f"{plan.iterations} iterations, {images} images, {steps}",
         "evaluations": f"3 of {plan.networks} networks: {plan.evaluation_epochs} epochs on sets, {plan.real_epochs} on "
-        "all real images",
+        + ("all real images" if plan.real_per_class is None else f"{plan.real_per_class} real images per class"),
     }
     lines = [f"  {name:<13} {getattr(estimate, name) / 60:>6.1f} min   {what}" for name, what in phases.items()]
     return [*lines, f"  {'in all':<13} {estimate.total / 60:>6.1f} min"]

@@ -29,8 +29,10 @@ def test_it_is_read_as_it_was_given(tmp_path, val):
     for part in ("train", "val", "test"):
         assert torch.equal(theirs.part(part).images, ours.part(part).images)
         assert torch.equal(theirs.part(part).labels, ours.part(part).labels)
-    without = [{key: value for key, value in data.describe().items() if key != "name"} for data in (theirs, ours)]
-    assert without[0] == without[1]
+    described = [data.describe() for data in (theirs, ours)]
+    names = [description["dataset"].pop("name") for description in described]
+    assert names == ["images", "own images"]
+    assert described[0] == described[1]
     assert len(theirs.part("val").labels) == (4 if val else 2)
 
 

@@ -30,7 +30,7 @@ def fixed_costs(monkeypatch):
 
     def costs(sizes: Sizes, augment, rho, device) -> Costs:
         asked.append(sizes)
-        image = 2e-6 * sizes.channels * sizes.size**2 * sizes.width / 32
+        image = 2e-3 * sizes.channels / 3 * (sizes.size / 32) ** 2 * sizes.width / 32  # as a ConvNet on one core
         batch = image * sizes.batch
         return Costs(
             (2 if rho else 1) * batch, batch, 2 * image * sizes.inner_batch, image * sizes.inner_batch, batch / 3
@@ -41,7 +41,7 @@ def fixed_costs(monkeypatch):
 
 
 @pytest.mark.parametrize("found", [DIGITS, CIFAR])
-@pytest.mark.parametrize("minutes", [6, 30, 600])
+@pytest.mark.parametrize("minutes", [8, 30, 600])
 @pytest.mark.parametrize("ipc", [1, 10])
 def test_a_plan_fits_its_budget_and_the_teachers(found, minutes, ipc, fixed_costs):
     plan, estimate = make_plan(found, ipc, "ftd", minutes, CPU)
@@ -69,6 +69,8 @@ def test_a_method_decides_the_teachers(fixed_costs):
 def test_what_cannot_be_planned_is_refused(fixed_costs, refused):
     with refused("--minutes 0.5: too few for these images on this device; try "):
         make_plan(DIGITS, 1, "ftd", 0.5, CPU)
+    with refused("--minutes 6: too few for these images on this device; try 9"):
+        make_plan(CIFAR, 10, "ftd", 6, CPU)
     with refused("--method dm: plans are made for ftd and mtt"):
         make_plan(DIGITS, 1, "dm", 6, CPU)
     with refused("--ipc 200: the largest class has 146 training images"):
@@ -84,6 +86,7 @@ TINY = Plan(
     image_size=8, max_per_class=None, val_fraction=0.1, batch_size=32, width=4, depth=1, augment="crop_scale_rotate",
     teachers=2, epochs=3, lr=0.05, rho=0.01, expert_epochs=1, max_start_epoch=2, syn_steps=2, syn_batch=None,
     lr_images=30.0, iterations=3, decay=0.9, networks=2, evaluation_epochs=12, real_epochs=4,
+    real_per_class=None,
 )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def test_bad_input_is_one_line_and_exit_code_1(here: Path, file: Path, trajector
         ([file, "nowhere"], ["nowhere: no teachers here"]),
         ([trajectories / "teacher_0000.safetensors", trajectories], ["a synthetic set is needed here"]),
         ([file, trajectories, "--teachers", 3], ["3 teachers are asked for, 2 are recorded"]),
-        ([file, trajectories, "--teachers", 0], ["0 teachers"]),
+        ([file, trajectories, "--teachers", 0], ["teachers=0 must be at least 1"]),
         ([file, trajectories, "--expert-epochs", 5], ["expert_epochs=5", "4 epochs"]),
         ([file, trajectories, "--dataset", "digit"], ["unknown data set 'digit'", "did you mean 'digits'"]),
         ([file, trajectories, "--against", file], ["a curve.json of ftd trajectory-error is needed"]),
