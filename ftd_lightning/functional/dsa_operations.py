@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample, pad
+from torch.nn.functional import grid_sample, pad
 
 Operation = Callable[..., Tensor]
 
@@ -56,10 +56,18 @@ def _warp(images: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], *, align_
         rows: the entries of the 2 x 2 matrix, row by row, each (N,) or (1,).
         align_corners: as in ``torch.nn.functional.grid_sample``.
     """
-    zero = torch.zeros_like(rows[0])
-    theta = torch.stack([rows[0], rows[1], zero, rows[2], rows[3], zero], dim=1).view(-1, 2, 3)
-    grid = affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=align_corners)
-    return grid_sample(images, grid, align_corners=align_corners)
+    y, x = (_coordinates(size, images, align_corners=align_corners) for size in images.shape[2:])
+    a, b, c, d = (entry[:, None, None] for entry in rows)
+    # Not affine_grid: it multiplies matrices, for which autocast and TF32 take numbers of 8 to 11 bits, and moves what
+    # is sampled by up to a pixel.
+    grid = torch.stack([a * x + b * y[:, None], c * x + d * y[:, None]], dim=-1)
+    return grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=align_corners)
+
+
+def _coordinates(size: int, images: Tensor, *, align_corners: bool) -> Tensor:
+    """Place the centres of an axis's pixels between -1 and 1."""
+    reach = 1.0 if align_corners and size > 1 else 1.0 - 1.0 / size
+    return torch.linspace(-reach, reach, size, device=images.device, dtype=images.dtype)
 
 
 def scale(

@@ -6,13 +6,36 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Copy tensors into one vector: a dozen operations on it launch as many kernels, on each tensor ten times that.
+
+    Example:
+        >>> flat([torch.ones(2, 2), torch.zeros(1)])
+        tensor([1., 1., 1., 1., 0.])
+    """
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def views(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Split a vector into tensors of given shapes and dtypes, in their order; the inverse of :func:`flat`.
+
+    Example:
+        >>> views(torch.arange(3.0), [torch.ones(1, 2), torch.ones(1)])
+        [tensor([[0., 1.]]), tensor([2.])]
+    """
+    parts = vector.split([t.numel() for t in like])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, like, strict=True)]
+
+
+def _require_one_each(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    if len(tensors) != len(gradients):
+        raise ValueError(f"{len(gradients)} gradients for {len(tensors)} tensors")
 
 
 def gsam_perturbation(
@@ -32,23 +55,25 @@ def gsam_perturbation(
     Returns:
         The perturbation, in the shapes of ``parameters``; zeros where the gradient vanishes.
 
+    Raises:
+        ValueError: for another number of gradients than of weight tensors.
+
     Example:
         >>> w, g = [torch.zeros(2)], [torch.tensor([3.0, 4.0])]
         >>> gsam_perturbation(w, g, rho=0.5)
         [tensor([0.3000, 0.4000])]
     """
+    _require_one_each(parameters, gradients)
+    scaled = direction = flat(gradients)
     if adaptive:
-        scaled = [w.abs() * g for w, g in zip(parameters, gradients, strict=True)]
-        directions = [w.abs() * s for w, s in zip(parameters, scaled, strict=True)]
-    else:
-        scaled = directions = list(gradients)
+        size = flat(parameters).abs()
+        scaled = size * scaled
+        direction = size * scaled
     # Squares of gradients below 1e-22 vanish in float32; in units of the largest entry the norm is at least 1. The
     # clamps turn 0/0 into 0.
-    largest = torch.stack([s.abs().max() for s in scaled]).max()
-    unit = largest.clamp_min(torch.finfo(largest.dtype).tiny)
-    relative = [s / unit for s in scaled]
-    norm = _dot(relative, relative).sqrt().clamp_min(1)
-    return [rho * (d / unit / norm) for d in directions]
+    unit = vector_norm(scaled, float("inf")).clamp_min(torch.finfo(scaled.dtype).tiny)
+    norm = vector_norm(scaled / unit).clamp_min(1)
+    return views(rho * (direction / unit / norm), parameters)
 
 
 def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Tensor], *, alpha: float) -> list[Tensor]:
@@ -64,6 +89,9 @@ def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Te
     Returns:
         The gradient for the base optimizer, in the same shapes.
 
+    Raises:
+        ValueError: for lists of unequal length.
+
     Example:
         >>> g, g_p = [torch.tensor([1.0, 1.0])], [torch.tensor([2.0, 0.0])]
         >>> gsam_direction(g, g_p, alpha=0.5)
@@ -71,6 +99,7 @@ def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Te
     """
     if alpha == 0:
         return list(perturbed_gradients)
-    squared = _dot(perturbed_gradients, perturbed_gradients)
-    along = _dot(gradients, perturbed_gradients) / squared.clamp_min(torch.finfo(squared.dtype).tiny)
-    return [p - alpha * (g - along * p) for g, p in zip(gradients, perturbed_gradients, strict=True)]
+    _require_one_each(gradients, perturbed_gradients)
+    g, p = flat(gradients), flat(perturbed_gradients)
+    along = (g * p).sum() / (p * p).sum().clamp_min(torch.finfo(p.dtype).tiny)
+    return views(p - alpha * (g - along * p), gradients)

@@ -178,7 +178,9 @@ class Distillation(PhaseModule):
         self.log_dict({f"gradient_norm/{name}": norm for name, norm in norms.items()}, batch_size=1)
 
     def _minimum_over_ranks(self, flag: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(flag, reduce_op="min")  # type: ignore[return-value]
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        return flag
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None

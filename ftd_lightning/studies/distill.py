@@ -25,10 +25,11 @@ from ftd_lightning.shipped_configs import find_config
 from ftd_lightning.studies.comparison_plan import of
 from ftd_lightning.studies.comparison_run import advance, report, threads_of
 from ftd_lightning.studies.distill_configs import Source, planned_configs, published_configs
-from ftd_lightning.studies.distill_plan import Survey, describe, make_plan
+from ftd_lightning.studies.distill_plan import make_plan
 from ftd_lightning.studies.fit_names import arguments_by_phase
 from ftd_lightning.studies.fit_steps import TimeSlice, device_name
 from ftd_lightning.studies.picture_sheet import set_picture
+from ftd_lightning.studies.plan import Survey, describe
 from ftd_lightning.studies.published import belonging, published
 from ftd_lightning.studies.summary import keep_set, short_table, write_summary
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ftd_lightning.studies.distill_plan import Plan
+    from ftd_lightning.studies.plan import Plan
     from ftd_lightning.studies.published import Published
 
 NOTES = {

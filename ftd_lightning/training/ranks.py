@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from ftd_lightning.errors import InputError
+from ftd_lightning.functional.gsam import flat, views
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -66,10 +67,10 @@ def without_gradient_sync(trainer: Trainer) -> AbstractContextManager[None]:
 def average_over_ranks(trainer: Trainer, gradients: list[Tensor]) -> None:
     """Average gradients over all processes, in place, by one reduction."""
     if trainer.world_size > 1:
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        flat = trainer.strategy.reduce(flat, reduce_op="mean")  # type: ignore[assignment]
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        total = flat(gradients)
+        torch.distributed.all_reduce(total)  # not the strategy's, which makes the host wait for all ranks before
+        for gradient, mean in zip(gradients, views(total / trainer.world_size, gradients), strict=True):
+            gradient.copy_(mean)
 
 
 def refuse_split_loaders(trainer: Trainer, *, or_else: str) -> None:

@@ -109,9 +109,9 @@ def test_inputs_are_left_as_they_were():
 
 
 def test_lists_of_unequal_length_are_refused():
-    with pytest.raises(ValueError, match="longer than"):
+    with pytest.raises(ValueError, match="2 gradients for 1 tensors"):
         gsam_perturbation([torch.ones(2)], [torch.ones(2), torch.ones(1)], rho=1.0, adaptive=True)
-    with pytest.raises(ValueError, match=r"(longer|shorter) than"):
+    with pytest.raises(ValueError, match=r"gradients for . tensors"):
         gsam_direction([torch.ones(2)], [torch.ones(2), torch.ones(1)], alpha=1.0)
 
 

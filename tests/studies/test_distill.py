@@ -14,8 +14,9 @@ from ftd_lightning import SyntheticSet, cli
 from ftd_lightning.shipped_configs import read_config
 from ftd_lightning.studies import distill as command
 from ftd_lightning.studies import distill_plan
-from ftd_lightning.studies.distill_plan import Plan, Survey, make_plan
+from ftd_lightning.studies.distill_plan import make_plan
 from ftd_lightning.studies.fit_steps import TimeSlice
+from ftd_lightning.studies.plan import Estimate, Plan, Survey
 from ftd_lightning.studies.step_costs import Costs, Sizes, measure
 
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def tiny(monkeypatch, tmp_path):
 
     def plan(found, ipc, method, minutes, device):
         made.append(found)
-        return replace(TINY, rho=0.01 if method == "ftd" else 0.0), distill_plan.Estimate(1.0, 2.0, 3.0)
+        return replace(TINY, rho=0.01 if method == "ftd" else 0.0), Estimate(1.0, 2.0, 3.0)
 
     monkeypatch.setattr(command, "make_plan", plan)
     return made
