@@ -229,8 +229,13 @@ class LearnsSet(Protocol):
     def learned_images(self) -> dict[str, Tensor]:
         """Return the live images on the module's device: "raw", and "ema" where an average is kept."""
 
-    def keep_average(self, average: Tensor) -> None:
-        """Take a tensor, updated in place by the caller, as the moving average of the images."""
+    def keep_average(self, average: Tensor, initial_weight: Tensor) -> None:
+        """Take two tensors, updated in place by the caller.
+
+        Args:
+            average: the moving average of the images, in their shape.
+            initial_weight: how much of the initial images it still holds, a scalar in [0, 1].
+        """
 
     def step_was_applied(self) -> Tensor:
         """Say whether the last optimizer step moved the images: a bool scalar on the device."""

@@ -114,6 +114,9 @@ def describe_set(path: Path) -> Description:
         "values": {"min": low, "max": high, "mean": float(images.mean()), "std": float(images.std(correction=0))},
         "metadata": metadata,
     }
+    averages = f"{'with' if ema else 'no'} EMA images"
+    if ema and "ema_initial_weight" in metadata:
+        averages += f", which hold {100 * metadata['ema_initial_weight']:.0f} % of the initial ones"
     method = phrase(metadata.get("method", "unknown"))
     if "iterations" in metadata:
         method += f", {metadata['iterations']} iterations"
@@ -122,7 +125,7 @@ def describe_set(path: Path) -> Description:
     rows = [
         ("method", method),
         ("data set", _named(metadata.get("dataset", "unknown"))),
-        ("images", f"{len(images)} of {shape}, {per_class} per class; {'with' if ema else 'no'} EMA images"),
+        ("images", f"{len(images)} of {shape}, {per_class} per class; {averages}"),
         ("values", f"{low:.4g} to {high:.4g}, as networks see them"),
         ("classes", f"{len(counts)}: {phrase(', '.join(map(str, names[:10])))}{', ...' if len(names) > 10 else ''}"),
         ("labels", "soft, probabilities" if soft else "hard"),

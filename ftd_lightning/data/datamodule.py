@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 
 
 class NoLoaders(CombinedLoader):
@@ -205,6 +206,9 @@ class DistillationDataModule(ImageDataModule):
         if loaded is not None:
             self._check_fits(loaded, Path(str(file)))
             self._transform = loaded.transform
+            held = loaded.metadata.get("ema_initial_weight", 0.0)
+            if self.hparams["ema"] and held > 0.05:
+                rank_zero_info(f"{file}: its averaged images still hold {100 * held:.0f} % of the initial ones")
         elif self.hparams["zca"]:
             self._fit_whitening()
         self.synthetic_set = loaded or self._baseline()

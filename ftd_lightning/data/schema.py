@@ -80,6 +80,10 @@ def _is_rate(value: Any) -> bool:
     return is_number(value, 0)
 
 
+def _is_share(value: Any) -> bool:
+    return is_number(value, 0, 1)
+
+
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
@@ -108,6 +112,7 @@ SET_METADATA: dict[str, Rule] = {
     "settings": MAPPING,
     "network": NETWORK,
     "augmentation": MAPPING_OR_NONE,
+    "ema_initial_weight": (_is_share, "a number in [0, 1]"),
     "iterations": COUNT,
     "skipped_steps": COUNT,
     "rounds": COUNT,

@@ -68,6 +68,7 @@ class Distillation(PhaseModule):
         self._loaded_shape: torch.Size | None = None  # of the images of a checkpoint, where no data is at hand
         self._loaded_iterations = 0
         self.ema_images: Tensor | None = None
+        self._initial_weight: Tensor | None = None  # of the initial images in their average
         self.initial_images: Tensor | None = None
         self.scores: dict[str, dict[str, float | int]] = {}
 
@@ -233,9 +234,9 @@ class Distillation(PhaseModule):
         average = {} if self.ema_images is None else {"ema": self.ema_images}
         return {"raw": self.images, **average}
 
-    def keep_average(self, average: Tensor) -> None:
-        """Take a tensor as the moving average of the images."""
-        self.ema_images = average
+    def keep_average(self, average: Tensor, initial_weight: Tensor) -> None:
+        """Take a tensor as the moving average of the images; see ``contracts.LearnsSet``."""
+        self.ema_images, self._initial_weight = average, initial_weight
 
     def record_scores(self, scores: dict[str, dict[str, float | int]]) -> None:
         """Add measured accuracies to the current set's metadata."""
@@ -278,6 +279,7 @@ class Distillation(PhaseModule):
                 "settings": self.settings(),
                 "iterations": self.step if self.attached else self._loaded_iterations,
                 "skipped_steps": self.skipped_steps,
+                **({} if self._initial_weight is None else {"ema_initial_weight": float(self._initial_weight)}),
                 **({"scores": dict(self.scores)} if self.scores else {}),
                 "versions": versions(),
             },

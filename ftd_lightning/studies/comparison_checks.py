@@ -9,14 +9,15 @@ from typing import Any
 
 from ftd_lightning.data.coresets import BASELINES
 from ftd_lightning.errors import InputError
+from ftd_lightning.studies.paired_difference import check_bases
 
 KEYS = {
     *("title", "dataset", "ipc", "run", "fits", "threads", "arguments"),
-    *("teachers", "evaluate", "networks", "rows", "plot"),
+    *("teachers", "evaluate", "networks", "rows", "plot", "paired_with"),
 }
 ROW_KEYS = {
     *("label", "synthetic", "distill", "set", "teachers", "ema", "x", "reference"),
-    *("distill_arguments", "iterate", "evaluate", "evaluate_arguments"),
+    *("distill_arguments", "iterate", "evaluate", "evaluate_arguments", "paired_with"),
 }
 SOURCES = ("synthetic", "distill", "set")
 TEACHER_KEYS = {"config", "arguments", "store"}
@@ -86,3 +87,4 @@ def check(file: str, given: Any) -> None:
         if not re.fullmatch(r"[\w.+-]+", str(name)):
             raise InputError(f"{where}: names a file too: letters, digits and _ . + - only")
         _check_row(where, _known(where, entry, ROW_KEYS), teachers)
+    check_bases(file, given["rows"], given.get("paired_with"))

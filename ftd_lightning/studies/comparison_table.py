@@ -12,6 +12,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.studies.comparison_plot import COUNTS, plot_points
 from ftd_lightning.studies.fit_steps import is_done, read_notes
 from ftd_lightning.studies.machine_paths import without_machine_paths
+from ftd_lightning.studies.paired_difference import add_differences, difference_cell
 from ftd_lightning.training.evaluation_protocol import per_cent
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ ITERATES = (
     "Last: after the last epoch. Chosen on held-out: at the epoch that held-out training images chose.",
     "Best on test: at the epoch that is best on the test images themselves, which is an upper bound only.",
 )
+DIFFERENCES = (
+    "Paired difference: mean over networks of the same seed ± its standard error, in points, after the last epoch."
+)
 ARCHITECTURES = "A column for each network that the sets were evaluated on: after the last epoch."
 COSTS = (
     "Seconds are wall time. What several rows share (teachers, a distillation) is done once and shown in each.",
@@ -35,9 +39,14 @@ COSTS = (
 )
 
 
-def notes(networks: Sequence[str]) -> list[str]:
+def _has_differences(results: Mapping[str, Any]) -> bool:
+    return any("difference" in row for row in results["rows"])
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
     """Say what the columns are: iterates on one network, or the last ones on several."""
-    return [ACCURACY, *([ARCHITECTURES] if networks else ITERATES), *COSTS]
+    measured = [ARCHITECTURES] if results.get("networks") else list(ITERATES)
+    return [ACCURACY, *measured, *([DIFFERENCES] if _has_differences(results) else []), *COSTS]
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -99,12 +108,12 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
     evaluations = {network: job.evaluation_step(row, network) for network in job.networks}
     accuracy = {network: _accuracy(step.folder) for network, step in evaluations.items()}
     first = next(iter(evaluations.values()))
-    counts = _read(first.folder / COUNTS)
+    counts, measured = _read(first.folder / COUNTS), _read(first.folder / "evaluation.json")
     return {
         **facts,
         "accuracy": next(iter(accuracy.values())),
         **({"networks": accuracy} if "" not in accuracy else {}),
-        "epochs": _read(first.folder / "evaluation.json")["epochs"],
+        "epochs": measured["epochs"],
         "seconds": {
             "teachers": seconds_of([job.teacher_step(teachers) if teachers is not None else None]),
             "distillation": seconds_of([distill]),
@@ -113,7 +122,8 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
         "peak_memory_MiB": _read(distill.folder / FILE) if distill else None,
         "images": counts.get("images"),
         "share": counts["images"] / counts["training_images"] if counts else None,
-        "seeds": _read(first.folder / "evaluation.json")["seeds"],
+        "seeds": measured["seeds"],
+        "each": measured["each"],
         "folders": [str(step.folder) for step in steps],
         "devices": sorted({name for step in steps for name in read_notes(step.folder)["devices"]}),
     }
@@ -135,6 +145,8 @@ def _teachers(job: Comparison) -> dict[str, dict[str, Any]]:
 def gather(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
     """Gather the content of ``compare.json``."""
     rows = [outcome(job, row, failures) for row in job.rows.values()]
+    base = job.given.get("paired_with")
+    add_differences(rows, {name: row.given.get("paired_with", base) for name, row in job.rows.items()})
     facts = {
         "kind": KIND,
         "title": job.given.get("title", job.file.stem),
@@ -184,7 +196,11 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
     """Lay the content of ``compare.json`` out as lines of cells, the names of the columns first."""
     networks = results.get("networks", [])
     head = columns(networks)
-    return [head, *(_cells(row, networks)[: len(head)] for row in results["rows"])]
+    lines = [head, *(_cells(row, networks)[: len(head)] for row in results["rows"])]
+    if _has_differences(results):
+        cells = ["paired difference", *map(difference_cell, results["rows"])]
+        lines = [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
+    return lines
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
@@ -202,13 +218,13 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """Write the content of ``compare.md``."""
-    networks, rows = results.get("networks", []), markdown_table(table(results))
+    rows = markdown_table(table(results))
     said = {
         n: f"failed: {v['reason']}" if "reason" in v else f"{v['seconds']:.0f} s"
         for n, v in results["teachers"].items()
     }
     teachers = "".join(f"- teachers {name}: {what}\n" for name, what in said.items())
-    below = "".join(f"- {note}\n" for note in notes(networks))
+    below = "".join(f"- {note}\n" for note in notes(results))
     return f"# {results['title']}\n\n{rows}\n\n{teachers}{below}- {results['device'] or 'nothing is done yet'}\n"
 
 

@@ -1,0 +1,65 @@
+"""Differences of rows, network by network."""
+
+import pytest
+import yaml
+
+from ftd_lightning.studies.comparison_plan import of
+from ftd_lightning.studies.comparison_table import markdown, table
+from ftd_lightning.studies.paired_difference import add_differences, paired_difference
+
+# On MTT's and on FTD's set of all of CIFAR-10, one image per class: networks of the same seeds.
+MTT = {"seeds": [1, 2, 3, 4, 5], "each": [0.375, 0.386, 0.368, 0.359, 0.352]}
+FTD = {"seeds": [1, 2, 3, 4, 5], "each": [0.372, 0.393, 0.364, 0.355, 0.353]}
+
+
+def test_what_networks_have_in_common_drops_out():
+    found = paired_difference(FTD, MTT)
+    assert found["mean"] == pytest.approx(-0.0006)
+    differences = [-0.003, 0.007, -0.004, -0.004, 0.001]
+    variance = sum((d + 0.0006) ** 2 for d in differences) / 4
+    assert found["standard_error"] == pytest.approx((variance / 5) ** 0.5)
+    assert found["standard_error"] < 0.0022 < 0.0118  # the accuracies' own spread
+
+
+def test_networks_are_found_by_their_seeds():
+    other = {"seeds": [5, 1, 9], "each": [0.4, 0.3, 0.0]}
+    assert paired_difference(other, MTT)["n"] == 2
+    assert paired_difference(other, MTT)["mean"] == pytest.approx((0.4 - 0.352 + 0.3 - 0.375) / 2)
+    assert paired_difference({"seeds": [7], "each": [0.5]}, MTT) is None
+    assert paired_difference({"seeds": [1], "each": [0.5]}, MTT)["standard_error"] is None
+
+
+def rows():
+    accuracy = {"last": {"mean": 0.368, "std": 0.012, "n": 5}, "chosen_on_held_out": None, "best_on_test": None}
+    seconds = dict.fromkeys(("teachers", "distillation", "evaluation"))
+    rest = {"accuracy": accuracy, "seconds": seconds, "peak_memory_MiB": None, "images": 10, "share": None}
+    return [
+        {"name": "mtt", "label": "MTT", "state": "done", **MTT, **rest},
+        {"name": "ftd", "label": "FTD", "state": "done", **FTD, **rest},
+        {"name": "dc", "label": "DC", "state": "to do"},
+    ]
+
+
+def test_a_table_has_a_column_of_them_where_there_are_any():
+    results = {"title": "t", "rows": rows(), "teachers": {}, "device": "CPU"}
+    assert "paired difference" not in table(results)[0]
+    add_differences(results["rows"], {"mtt": "mtt", "ftd": "mtt", "dc": "mtt"})
+    assert [line[-1] for line in table(results)] == ["paired difference", "-", "-0.1 ± 0.2 to MTT", "-"]
+    assert "Paired difference: mean over networks of the same seed" in markdown(results)
+
+
+def test_a_base_has_to_be_another_row(tmp_path, refused):
+    given = yaml.safe_load("""
+        dataset: digits
+        run: runs
+        evaluate: digits/evaluate
+        rows:
+          random: {synthetic: random}
+          real: {synthetic: real, paired_with: random}
+    """)
+    assert of(given, tmp_path / "mine.yaml").rows["real"].given["paired_with"] == "random"
+    with refused("paired_with: mtt is no row; there are random, real"):
+        of({**given, "paired_with": "mtt"}, tmp_path / "mine.yaml")
+    given["rows"]["real"]["paired_with"] = "real"
+    with refused("row real: is paired with itself"):
+        of(given, tmp_path / "mine.yaml")
