@@ -104,10 +104,12 @@ class TrainingSet(Protocol):
     """A small set that stands in for the training images: a synthetic set, or a selection of real images.
 
     Attributes:
+        labels: (N,) classes or (N, K) probabilities, one for each image.
         step_size: the learning rate it was learned with, a scalar; None where none was learned.
         metadata: plain values that describe it.
     """
 
+    labels: Tensor
     step_size: Tensor | None
     metadata: dict[str, Any]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,7 @@ from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.seeding import derive_seed
+from ftd_lightning.training.compile_choice import EVALUATION, choose_compile, training_operations
 from ftd_lightning.training.evaluation_protocol import (
     EvaluationProtocol,
     accuracies,
@@ -51,7 +54,8 @@ class EvaluateSynthetic(Callback):
         keep_best: write the set whose mean val accuracy is the highest so far to ``best.safetensors`` beside the logs.
         seed: decides initialisation, batches and augmentation, with the iteration.
         lr: learning rate; None takes the current step size.
-        compile: torch.compile for forward and backward passes: True, False, or "auto": on a GPU only.
+        compile: torch.compile for forward and backward passes: True, False, or "auto": on a CPU, where a measurement
+            takes long enough to repay it.
 
     Attributes:
         history: the contents of ``evaluations.json``: measurements, each ``{"iteration": int, "images": "raw" | "ema",
@@ -153,7 +157,12 @@ class EvaluateSynthetic(Callback):
         keys = (self.seed, "evaluation", iteration, name)
         own = own_share(self.networks, rank=trainer.global_rank, world_size=trainer.world_size)
         networks = [module.evaluation_network(*keys, index).to(device, images.dtype) for index in own]
-        self._losses = self._losses or SideBySide(self.compile, device)  # one for all, which compiles once
+        if self._losses is None:  # one for all measurements, which compiles once
+            passes = self.epochs * self.networks * len(images)
+            operations = partial(training_operations, networks[0], tuple(images.shape[1:]), passes)
+            steps = self.epochs * math.ceil(len(images) / EvaluationProtocol().batch_size)
+            choice = choose_compile(self.compile, device, EVALUATION, steps=steps, operations=operations)
+            self._losses = SideBySide(choice, device)
         if self.lr is None and synthetic.step_size is None:
             raise InputError("EvaluateSynthetic: this method learns no step size: give lr")
         lr = float(synthetic.step_size.mean()) if self.lr is None else self.lr  # type: ignore[union-attr]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from ftd_lightning.data.files import versions
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile
 from ftd_lightning.functional.seeding import derive_seed
+from ftd_lightning.training.compile_choice import EVALUATION
 from ftd_lightning.training.evaluation_protocol import (
     EvaluationProtocol,
     accuracies,
@@ -29,6 +29,7 @@ from ftd_lightning.training.evaluation_protocol import (
 from ftd_lightning.training.fresh_networks import Network, refuse_object, right_answers
 from ftd_lightning.training.held_out import held_out_seen
 from ftd_lightning.training.learning_check import check_learning
+from ftd_lightning.training.limits import allowed_epochs
 from ftd_lightning.training.phase_module import PhaseModule
 from ftd_lightning.training.plain_arguments import not_plain, plain, plain_settings
 from ftd_lightning.training.ranks import (
@@ -66,7 +67,8 @@ class SyntheticEvaluation(PhaseModule):
         augment: DSA: an ``Augmentation``, its fields as a mapping, or a strategy; "" for none. The convention of its
             resampling (``align_corners``) is true in trajectory matching, false in DC, DSA, DM and CAFE.
         seed: decides initialisation and augmentation.
-        compile: torch.compile for forward and backward passes: True, False, or "auto": on a GPU only.
+        compile: torch.compile for forward and backward passes: True, False, or "auto": on a CPU, where a fit is long
+            enough to repay it. A resumed one follows what the first one chose.
         rho: train by SAM with a ball of this radius, each network for itself ("MTT + flat minimum", Sec. 4.3); only
             the gradients change, the schedule stays. 0: plain SGD.
 
@@ -150,7 +152,6 @@ class SyntheticEvaluation(PhaseModule):
         """Restore the networks that DDP has overwritten by the first rank's."""
         super().on_fit_start()
         self._states.restore(self)
-        self._losses = SideBySide(self.hparams["compile"], self.device, rho=self.hparams["rho"])
 
     def on_validation_start(self) -> None:
         """Restore them where nothing is fitted: there too the first rank's weights are broadcast."""
@@ -162,6 +163,12 @@ class SyntheticEvaluation(PhaseModule):
         """Keep DDP from averaging gradients of different networks."""
         self.warn_of_unordered_loader()
         refuse_split_loaders(self.trainer, or_else="use a DistillationDataModule")
+        hparams, training = self.hparams, None if self.source is None else self.source.training_set()
+        epochs, count = self.protocol.epochs, 0 if training is None else len(training.labels)
+        steps, images = epochs * self.trainer.num_training_batches, epochs * hparams["networks"] * count
+        images *= 2 if hparams["rho"] else 1
+        choice = self.choose_compile(hparams["compile"], EVALUATION, steps=steps, images=images)
+        self._losses = SideBySide(choice, self.device, rho=hparams["rho"])
         self._unsynchronised.close()  # left open by a fit that failed
         self._unsynchronised.enter_context(without_gradient_sync(self.trainer))
 
@@ -171,19 +178,12 @@ class SyntheticEvaluation(PhaseModule):
 
     @property
     def protocol(self) -> EvaluationProtocol:
-        """The protocol over as many epochs as the trainer's limits allow now: a resumed fit may have more.
-
-        Convention: ``max_epochs`` decides, else ``max_steps``; beside it, ``max_steps`` merely interrupts the fit.
-        Without either the learning rate never drops.
-        """
-        hparams, trainer = self.hparams, self.trainer
-        epochs = 2 * self.epoch + 2
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            epochs = trainer.max_epochs - self._first_epoch
-        elif trainer.max_steps >= 0:
-            epochs = math.ceil((trainer.max_steps - self._first_step) / trainer.num_training_batches)
-        settings = {key: hparams[key] for key in ("momentum", "weight_decay")}
-        return EvaluationProtocol(epochs=max(1, epochs), lr=self.lr, augment=self.augment, **settings)
+        """The protocol over as many epochs as the trainer's limits allow now: a resumed fit may have more."""
+        # Without a limit the learning rate never drops.
+        first = {"first_epoch": self._first_epoch, "first_step": self._first_step}
+        epochs = allowed_epochs(self.trainer, **first, otherwise=2 * self.epoch + 2)
+        settings = {key: self.hparams[key] for key in ("momentum", "weight_decay")}
+        return EvaluationProtocol(epochs=epochs, lr=self.lr, augment=self.augment, **settings)
 
     def configure_optimizers(self) -> torch.optim.SGD:
         """Make the protocol's optimizer; its learning rate is set epoch by epoch."""

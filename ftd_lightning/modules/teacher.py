@@ -11,7 +11,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
 from ftd_lightning.bounds import check_bounds
@@ -20,15 +19,17 @@ from ftd_lightning.contracts import BatchPlan, DataDescription, TeacherProgress
 from ftd_lightning.data.files import versions
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
-from ftd_lightning.functional.compiling import Compile, compiled, compiles
+from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.seeding import derive_seed, make_generator
-from ftd_lightning.optim import GSAM, frozen_running_statistics
+from ftd_lightning.optim import GSAM
+from ftd_lightning.training.compile_choice import TEACHER
 from ftd_lightning.training.dropout import refuse_dropout
 from ftd_lightning.training.fresh_networks import Network, refuse_object, right_answers
 from ftd_lightning.training.phase_module import PhaseModule
 from ftd_lightning.training.plain_arguments import not_plain, plain
 from ftd_lightning.training.ranks import RankStates, average_over_ranks, refuse_split_loaders
 from ftd_lightning.training.restarting_schedulers import RestartingSchedulers
+from ftd_lightning.training.teacher_pass import TeacherPass
 from ftd_lightning.training.teacher_rounds import TeacherRounds
 
 if TYPE_CHECKING:
@@ -67,8 +68,9 @@ class FlatTeacher(PhaseModule):
             serves both passes.
         seed: teacher k's initialisation, batches and augmentation follow from (seed, k).
         parallel: what processes of a DDP run do: train "teachers" of their own, or share the "data" of one teacher.
-        compile: compile the network's forward and backward pass: True, False, or "auto": on a GPU only. A resumed run
-            may take another value; the last bits of its weights then differ.
+        compile: compile a pass over a batch: True, False, or "auto": where one teacher takes long enough to repay it.
+            A resumed run follows what "auto" chose; it may be given another value, and the last bits of its weights
+            then differ.
 
     Attributes:
         network: the teacher being trained.
@@ -192,21 +194,19 @@ class FlatTeacher(PhaseModule):
         return GSAM(list(self.teacher_network().parameters()), sgd, **ball, reduce=reduce)
 
     def on_fit_start(self) -> None:
-        """Refuse unsuitable settings, restore this rank's weights, compile."""
+        """Refuse unsuitable settings; restore this rank's weights."""
         super().on_fit_start()
         self._states.restore(self)
-        network = self.teacher_network()
-
-        # A function, because Lightning's own methods (self.log) are not to be compiled with it.
-        def loss_and_logits(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            logits = network(images)
-            return cross_entropy(logits, labels), logits
-
-        self._loss_and_logits = compiled(loss_and_logits, compile=self._compile, device=self.device)
 
     def on_train_start(self) -> None:
-        """End at once what is done already; refuse loaders that split the images of independent ranks."""
+        """End at once what is done already; refuse loaders that split the images of independent ranks; compile."""
         self.warn_of_unordered_loader()
+        batch = None if self.data is None else self.data.batch_size
+        split = 1 if self.independent_ranks else self.trainer.world_size
+        steps = self.hparams["epochs"] * self.trainer.num_training_batches * split  # of one teacher
+        images = (2 if self.hparams["rho"] else 1) * steps * (batch or 0)
+        choice = self.choose_compile(self._compile, TEACHER, steps=steps, images=images)
+        self._pass = TeacherPass(self.teacher_network(), choice, self.device, None if split > 1 else batch)
         if self.independent_ranks:
             refuse_split_loaders(self.trainer, or_else="--model.parallel data, which splits the batches of one teacher")
         self.trainer.should_stop = self.trainer.should_stop or self.current_epoch >= self.planned_epochs()
@@ -257,11 +257,9 @@ class FlatTeacher(PhaseModule):
         first: dict[str, Tensor] = {}
 
         def closure() -> Tensor:
-            with frozen_running_statistics(network) if gsam.perturbed else nullcontext():
-                loss, logits = self._loss_and_logits(images, labels)
-            self.manual_backward(loss)
-            first.setdefault("logits", logits.detach())
-            first.setdefault("loss", loss.detach())
+            loss, logits = self._pass(images, labels, perturbed=gsam.perturbed, backward=self.manual_backward)
+            first.setdefault("logits", logits)
+            first.setdefault("loss", loss)
             return loss
 
         strategy = self.trainer.strategy

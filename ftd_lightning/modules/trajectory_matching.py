@@ -21,6 +21,7 @@ from ftd_lightning.functional.rules import MatchingRule
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll, chunked_permutations
 from ftd_lightning.modules.distillation import Distillation, Init
+from ftd_lightning.training.compile_choice import MATCHING
 from ftd_lightning.training.fresh_networks import Network, student_networks
 from ftd_lightning.training.plain_arguments import matching_rules, not_plain, plain
 
@@ -70,9 +71,10 @@ class TrajectoryMatching(Distillation):
         real: images (N, C, H, W) and labels (N,) that the teachers saw, to start from; with a
             DistillationDataModule they are its training images, and this stays None.
         segments_per_step: teacher segments per iteration on each rank, whose losses are averaged.
-        compile: compile both inner step functions: True, False, "auto" (on CUDA only, where a fit is long enough to
-            repay it) or "cuda_graphs" (for small ipc, where launching kernels takes the time). Where compilation is
-            not available, steps run eagerly, with one line that says so.
+        compile: compile both inner step functions: True, False, "auto" (where a fit is long enough to repay it; a
+            resumed one follows what the first one chose) or "cuda_graphs" (for small ipc on a GPU, where launching
+            kernels takes the time; "auto" takes them there). Where compilation is not available, steps run eagerly,
+            with one line that says so.
         rules: variants of the matching loss, as objects or as in a config; see ``functional.MatchingRule``.
 
     Raises:
@@ -184,6 +186,20 @@ class TrajectoryMatching(Distillation):
         """Move the student to the device."""
         super().on_fit_start()
         self._student[0].to(self.device, self.images.dtype)
+        self._compile = self._chosen_compile()
+
+    def _chosen_compile(self) -> Compile:
+        """Decide by the iterations that the trainer's limits allow."""
+        trainer, hparams, steps = self.trainer, self.hparams, float("nan")
+        if trainer.max_steps >= 0:
+            steps = trainer.max_steps - self._first_step
+        elif trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            steps = (trainer.max_epochs - self._first_epoch) * hparams["iterations_per_epoch"]
+        batch = min(hparams["syn_batch"] or len(self.images), len(self.images))
+        # A gradient costs as much as three forward passes, its adjoint three times that: four passes of training.
+        passes = 4 * batch * hparams["syn_steps"] * hparams["segments_per_step"] * steps
+        values = batch * self.images[0].numel()
+        return self.choose_compile(hparams["compile"], MATCHING, steps=steps, images=passes, batch_values=values)
 
     def training_step(self, batch: list[SegmentBatch], batch_idx: int) -> Tensor:
         """Average the matching losses of this rank's segments."""
@@ -214,7 +230,7 @@ class TrajectoryMatching(Distillation):
             seed=derive_seed(seed, "dsa", iteration, slot),
             unroll=self.hparams["unroll"],
             rules=self.rules,
-            compile=self.hparams["compile"],
+            compile=self._compile,
         )
 
     def optimizer_step(

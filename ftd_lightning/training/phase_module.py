@@ -13,6 +13,7 @@ from ftd_lightning.contracts import DataDescription, ImageShape, Stateful, data_
 from ftd_lightning.data.transform import load_transform
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.description import same_network
+from ftd_lightning.training.compile_choice import choose_compile, training_operations
 from ftd_lightning.training.fresh_networks import FreshNetworks
 from ftd_lightning.training.resume import mend_progress
 from ftd_lightning.training.trainer_settings import refuse_settings
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from ftd_lightning.contracts import DataSource
     from ftd_lightning.functional.augment import Augmentation
+    from ftd_lightning.functional.compiling import Compile
+    from ftd_lightning.training.compile_choice import Worth
     from ftd_lightning.training.fresh_networks import Network
 
 KEY = "ftd_lightning"  # of what a checkpoint holds beside Lightning's own
@@ -56,6 +59,7 @@ class PhaseModule(LightningModule):
         self._recorded_network: dict[str, Any] | None = None  # of the checkpoint that is being loaded
         self._first_epoch = self._first_step = 0
         self._fitted_by: weakref.ref[Trainer] | None = None
+        self._compile_choice: Compile | None = None  # what "auto" means for this fit, and for those that go on from it
 
     def build(self) -> None:
         """Build what depends on the images: networks, a synthetic set. ``data`` and the hyper-parameters are known.
@@ -153,6 +157,7 @@ class PhaseModule(LightningModule):
             "data": None if data is None else _plain_data(data),
             "network": self.fresh.describe(),
             "first": (self._first_epoch, self._first_step),
+            "compile": self._compile_choice,
             **self.extra_state(),
         }
 
@@ -176,6 +181,7 @@ class PhaseModule(LightningModule):
                 "for here: pass the same network (load_from_checkpoint takes network=)"
             )
         self._first_epoch, self._first_step = state["first"]
+        self._compile_choice = state["compile"]
         self._resumed = True
         try:
             self.restore(state, checkpoint)
@@ -189,6 +195,37 @@ class PhaseModule(LightningModule):
         if not self._resumed and not continued:
             self._first_epoch, self._first_step = self.current_epoch, self.global_step
         self._fitted_by = weakref.ref(self.trainer)
+
+    def choose_compile(
+        self,
+        compile: Compile,  # noqa: A002
+        worth: Worth,
+        *,
+        steps: float,
+        images: float,
+        batch_values: int | None = None,
+    ) -> Compile:
+        """Resolve "auto" once; a fit that goes on from a checkpoint follows it, however long it has become.
+
+        Args:
+            compile: the setting; anything but "auto" stands as it is.
+            worth: of the kind of fit.
+            steps: that the fit takes.
+            images: that go forward and backward through a network in it.
+            batch_values: see ``compile_choice``.
+        """
+        if compile != "auto":
+            return compile
+
+        def operations() -> float:
+            if self.data is None:
+                return 0.0
+            return training_operations(self.fresh.architecture(), tuple(self.data.shape.zeros(1).shape[1:]), images)
+
+        if self._compile_choice is None:
+            job: dict[str, Any] = {"steps": steps, "operations": operations, "batch_values": batch_values}
+            self._compile_choice = choose_compile(compile, self.device, worth, **job)
+        return self._compile_choice
 
     def warn_of_unordered_loader(self) -> None:
         """Say that the order of a foreign loader is not restored, where a fit resumes with one."""

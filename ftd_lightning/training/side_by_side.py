@@ -31,7 +31,7 @@ SMALL_BATCH = 4096
 
 
 def loss_and_gradients(network: nn.Module, images: Tensor, labels: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Compute a network's cross entropy at given weights, and its gradient, as one function to compile.
+    """Compute a network's cross entropy and logits at given weights, and its gradient, as one function to compile.
 
     Args:
         network: its buffers (running statistics) are read only.
@@ -40,32 +40,35 @@ def loss_and_gradients(network: nn.Module, images: Tensor, labels: Tensor, *weig
         weights: in place of the parameters of ``network`` that require gradients, in their order.
 
     Returns:
-        The loss, a scalar; a gradient for each of the weights; every buffer as the forward pass leaves it.
+        The loss, a scalar; the logits (N, K); a gradient for each of the weights; every buffer as the forward pass
+        leaves it.
 
     Example:
         >>> network = nn.Linear(2, 3, bias=False)
-        >>> loss, gradient = loss_and_gradients(network, torch.ones(1, 2), torch.tensor([0]), torch.zeros(3, 2))
+        >>> loss, logits, gradient = loss_and_gradients(network, torch.ones(1, 2), torch.tensor([0]), torch.zeros(3, 2))
         >>> round(float(loss), 4), gradient.shape
         (1.0986, torch.Size([3, 2]))
     """
     names = [name for name, p in network.named_parameters() if p.requires_grad]
 
-    def loss(weights: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+    def loss(weights: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         state = {**dict(zip(names, weights, strict=True)), **buffers}
-        return cross_entropy(functional_call(network, state, (images,)), labels), list(buffers.values())
+        logits = functional_call(network, state, (images,))
+        return cross_entropy(logits, labels), (logits, list(buffers.values()))
 
-    gradients, (value, buffers) = grad_and_value(loss, has_aux=True)(weights)
-    return value, *gradients, *buffers
+    gradients, (value, (logits, buffers)) = grad_and_value(loss, has_aux=True)(weights)
+    return value, logits, *gradients, *buffers
 
 
 def _at_own_weights(network: nn.Module, images: Tensor, labels: Tensor, *weights: Tensor) -> tuple[Tensor | None, ...]:
     """Do the same where the weights are the network's own parameters, without the detour; buffers move in place."""
     with torch.enable_grad():
-        loss = cross_entropy(network(images), labels)
+        logits = network(images)
+        loss = cross_entropy(logits, labels)
     with torch.autocast(images.device.type, enabled=False):
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-    return loss.detach(), *gradients
+    return loss.detach(), logits.detach(), *gradients
 
 
 class _OneByOne(torch.autograd.Function):
@@ -138,7 +141,7 @@ class SideBySide:
         def step(network: nn.Module, seed: int, weights: list[nn.Parameter]) -> Any:
             batch = augmented(seed)
             results = self._run(network, batch, labels, *weights)
-            loss_and_gradient, buffers = results[: 1 + len(weights)], results[1 + len(weights) :]
+            loss_and_gradient, buffers = (results[0], *results[2 : 2 + len(weights)]), results[2 + len(weights) :]
             for buffer, value in zip(network.buffers(), buffers, strict=False):  # the eager function returns none
                 buffer.copy_(value)
             if not self.rho:
@@ -162,7 +165,7 @@ class SideBySide:
         try:
             # Running statistics at the perturbed weights belong to no network that is ever used.
             with frozen_running_statistics(network):
-                perturbed = self._run(network, images, labels, *weights)[1 : 1 + len(weights)]
+                perturbed = self._run(network, images, labels, *weights)[2 : 2 + len(weights)]
         finally:
             for weight, value in zip(weights, before, strict=True):
                 weight.copy_(value)

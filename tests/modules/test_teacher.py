@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ftd_lightning.modules.teacher as teacher_module
 from ftd_lightning import FlatTeacher, TrajectoryStore
 from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.functional import flatten_parameters, load_flat
 from ftd_lightning.models import ConvNet
+from ftd_lightning.training import teacher_pass
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -209,7 +209,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_compiled_teachers_are_the_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
     """With another backend than the default, which takes a minute; Dynamo is the same."""
-    monkeypatch.setattr(teacher_module, "compiled", partial(teacher_module.compiled, backend="aot_eager"))
+    monkeypatch.setattr(teacher_pass, "compiled", partial(teacher_pass.compiled, backend="aot_eager"))
 
     def trained(compiles: bool):
         options = {"network_options": {**SMALL, "norm": norm}, "rho": 0.1, "teachers": 1, "epochs": 2}
@@ -218,8 +218,8 @@ def test_compiled_teachers_are_the_eager_ones(tmp_path: Path, monkeypatch: pytes
         return module
 
     eager, fast = trained(False), trained(True)
-    assert fast._loss_and_logits.compile_seconds > 0
-    assert not fast._loss_and_logits._failed
+    assert fast._pass.compile_seconds > 0
+    assert not fast._pass._run._failed
     wanted = eager.network.state_dict()
     for name, value in fast.network.state_dict().items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
