@@ -42,17 +42,18 @@ def test_configs_that_documents_name_ship() -> None:
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         # --config FOLDER/NAME, and `FOLDER/NAME` in running text; configs/FOLDER/NAME.yaml is a file of the repository.
-        shown = {*re.findall(r"--config (?!mine)([\w-]+/[\w-]+)", text), *re.findall(rf"`((?:{folders})/[\w-]+)`", text)}
-        shown |= set(re.findall(r"configs/([\w-]+/[\w-]+)\.yaml", text))
+        patterns = (r"--config ([\w-]+/[\w-]+)", rf"`((?:{folders})/[\w-]+)`", r"configs/([\w-]+/[\w-]+)\.yaml")
+        shown = {name for pattern in patterns for name in re.findall(pattern, text)}
         if missing := sorted(shown - set(names)):
             unknown[document.name] = missing
     assert not unknown
 
 
 def test_the_files_that_documents_link_to_are_there() -> None:
-    missing = []
-    for document in DOCUMENTS:
-        for link in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8")):
-            if not link.startswith(("http:", "https:", "mailto:")) and not (document.parent / link).exists():
-                missing.append(f"{document.name}: {link}")
-    assert not missing
+    links = [
+        (document, link)
+        for document in DOCUMENTS
+        for link in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
+        if not link.startswith(("http:", "https:", "mailto:"))
+    ]
+    assert not [f"{document.name}: {link}" for document, link in links if not (document.parent / link).exists()]
