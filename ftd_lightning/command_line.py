@@ -45,7 +45,7 @@ def _is_list(annotation: Any) -> bool:
 def spelled_out(command: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
     """Rewrite what people type as the parser wants it.
 
-    ``--syn-steps`` is ``--syn_steps``; a switch needs no value; a list takes all arguments up to the next option, and
+    ``--syn-steps`` is ``--syn_steps``; a switch needs no value, but may have one; a list takes all arguments up to the next option, and
     an option that is repeated adds to it.
 
     Args:
@@ -56,12 +56,19 @@ def spelled_out(command: Callable[..., Any], arguments: Sequence[str]) -> list[s
         >>> def draw(*, class_names: list[str] | None, ema: bool = False) -> None: ...
         >>> spelled_out(draw, ["set", "--class-names", "cat", "dog", "--ema"])
         ['set', '--ema=true', '--class_names=["cat", "dog"]']
+        >>> spelled_out(draw, ["--ema", "false", "set"])
+        ['--ema=false', 'set']
     """
     types = get_type_hints(command)
     rewritten: list[str] = []
     lists: dict[str, list[str]] = {}
     gathering: list[str] | None = None
+    switch: str | None = None  # the last argument, if it was one without a value
     for argument in arguments:
+        if switch is not None and argument in ("true", "false"):
+            rewritten[-1], switch = f"--{switch}={argument}", None
+            continue
+        switch = None
         if not argument.startswith("--"):
             (rewritten if gathering is None else gathering).append(argument)
             continue
@@ -70,6 +77,7 @@ def spelled_out(command: Callable[..., Any], arguments: Sequence[str]) -> list[s
         name = option.removeprefix("--").replace("-", "_")
         if types.get(name) is bool and not equals:
             rewritten.append(f"--{name}=true")
+            switch = name
         elif _is_list(types.get(name)) and not value.startswith("["):
             gathering = lists.setdefault(name, [])
             gathering += [value] if equals else []
