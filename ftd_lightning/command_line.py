@@ -45,8 +45,8 @@ def _is_list(annotation: Any) -> bool:
 def spelled_out(command: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
     """Rewrite what people type as the parser wants it.
 
-    ``--syn-steps`` is ``--syn_steps``; a switch needs no value, but may have one; a list takes all arguments up to the next option, and
-    an option that is repeated adds to it.
+    ``--syn-steps`` is ``--syn_steps``; a switch needs no value, but may have one; a list takes all arguments up to the
+    next option, and an option that is repeated adds to it.
 
     Args:
         command: its annotations say which parameters are switches and lists.
