@@ -29,6 +29,7 @@ def reproduce(
     teachers: int | None = None,
     iterations: int | None = None,
     epochs: int | None = None,
+    teacher_epochs: int | None = None,
     stop_after: float | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
@@ -44,6 +45,7 @@ def reproduce(
         teachers: how many; by default as the config says.
         iterations: of the distillation; by default as the config says.
         epochs: of the evaluations; by default as the config says.
+        teacher_epochs: of each teacher; by default as many as the distillation reads, 0 for as many as published.
         stop_after: minutes; the same command continues.
         overrides: further options, for the fits.
 
@@ -51,7 +53,7 @@ def reproduce(
         InputError: for settings that do not ship.
         SystemExit: with code 1 if a fit fails.
     """
-    cell = Cell(dataset, ipc, method, teachers, iterations, epochs)
+    cell = Cell(dataset, ipc, method, teachers, iterations, epochs, teacher_epochs)
     reproduction = plan(cell, overrides)
     job = reproduction.job
     with threads_of(job):

@@ -13,12 +13,13 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.modules import FlatTeacher
 from ftd_lightning.shipped_configs import read_config
 from ftd_lightning.studies.comparison_plan import Comparison, of
-from ftd_lightning.studies.fit_names import TEACHERS, deciding
+from ftd_lightning.studies.fit_names import TEACHERS, arguments_by_phase, deciding
 from ftd_lightning.studies.published import Published, published
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+EPOCHS = "--model.epochs"  # of teachers
 IMAGES = {"raw": False, "ema": True}
 
 
@@ -32,6 +33,7 @@ class Cell(NamedTuple):
         teachers: how many.
         iterations: of the distillation.
         epochs: of the evaluations.
+        teacher_epochs: of each teacher; None: as many as the distillation reads, 0: as many as published.
     """
 
     dataset: str = "cifar10"
@@ -40,6 +42,7 @@ class Cell(NamedTuple):
     teachers: int | None = None
     iterations: int | None = None
     epochs: int | None = None
+    teacher_epochs: int | None = None
 
 
 @dataclass
@@ -58,6 +61,40 @@ def averages_images(config: Path) -> bool:
     return any(str(callback.get("class_path", "")).endswith("SyntheticEMA") for callback in callbacks)
 
 
+def teacher_length(
+    cell: Cell, distill: Mapping[str, Any], teacher: Mapping[str, Any], overrides: Sequence[str]
+) -> list[Any]:
+    """Give the arguments that make teachers as long as a distillation reads them.
+
+    Their learning rate is constant and their batches follow from (seed, teacher, epoch), so these are the published
+    teachers as far as they go: 3, 21 and 41 epochs instead of 50 at 1, 10 and 50 images per class of CIFAR-10.
+
+    Args:
+        cell: what is asked for.
+        distill: the config of the distillation.
+        teacher: that of its teachers.
+        overrides: options for the fits, of which those that change what is read count.
+    """
+    if cell.teacher_epochs == 0:
+        return []
+    if cell.teacher_epochs is not None:
+        return [EPOCHS, cell.teacher_epochs]
+    phases = arguments_by_phase(overrides)
+    if any(argument.split("=", 1)[0] == EPOCHS for argument in phases["teacher"]):
+        return []
+    read = distill["model"]["init_args"]
+    changed = dict(deciding(phases["distill"]))
+    last = int(changed.get("--model.max_start_epoch", read["max_start_epoch"])) - 1
+    length = last + int(changed.get("--model.expert_epochs", read["expert_epochs"]))
+    published: int = teacher["model"]["init_args"].get("epochs", default_of("epochs"))
+    return [EPOCHS, length] if length < published else []
+
+
+def default_of(name: str) -> Any:
+    """Give the default of an argument of ``FlatTeacher``."""
+    return inspect.signature(FlatTeacher).parameters[name].default
+
+
 def plan(cell: Cell, overrides: Sequence[str] = ()) -> Reproduction:
     """Find what a command asks for.
 
@@ -72,13 +109,13 @@ def plan(cell: Cell, overrides: Sequence[str] = ()) -> Reproduction:
     if configs.teacher is None:
         raise InputError(f"{configs.distill}: its method has no teachers; ftd reproduce is for those that do")
     teacher, distill, evaluate = map(read_config, (configs.teacher, configs.distill, configs.evaluate))
-    count: int = inspect.signature(FlatTeacher).parameters["teachers"].default
     sizes = {
-        "teachers": teacher["model"]["init_args"].get("teachers", count),
+        "teachers": teacher["model"]["init_args"].get("teachers", default_of("teachers")),
         "iterations": distill["trainer"]["max_steps"],
         "epochs": evaluate["trainer"]["max_epochs"],
     }
     asked = {name: getattr(cell, name) or size for name, size in sizes.items()}
+    length = teacher_length(cell, distill, teacher, overrides)
     common = {
         "distill": str(configs.distill),
         "distill_arguments": [*configs.ipc, "--trainer.max_steps", asked["iterations"]],
@@ -93,6 +130,7 @@ def plan(cell: Cell, overrides: Sequence[str] = ()) -> Reproduction:
     }
     name = f"reproduce_{cell.method}_ipc{cell.ipc}_{asked['teachers']}teachers"
     name += f"_{asked['iterations']}iterations" if asked["iterations"] != sizes["iterations"] else ""
+    name += f"_{cell.teacher_epochs or 'published'}teacherepochs" if cell.teacher_epochs is not None else ""
     name += f"_evaluated{asked['epochs']}epochs" if asked["epochs"] != sizes["epochs"] else ""
     if changed := deciding(overrides):
         name += "_" + hashlib.blake2b(json.dumps(changed).encode(), digest_size=3).hexdigest()
@@ -104,7 +142,7 @@ def plan(cell: Cell, overrides: Sequence[str] = ()) -> Reproduction:
         "run": str(runs / name),
         "fits": str(runs / "fits"),
         "arguments": list(configs.arguments),
-        "teachers": {"teachers": {"config": str(configs.teacher), "arguments": [TEACHERS, asked["teachers"]]}},
+        "teachers": {"teachers": {"config": str(configs.teacher), "arguments": [TEACHERS, asked["teachers"], *length]}},
         "evaluate": str(configs.evaluate),
         "rows": rows,
     }

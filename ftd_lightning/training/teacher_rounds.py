@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from ftd_lightning.training.ranks import own_share
 
+LONGEST = 1 << 20  # epochs; no teacher has as many
+
 
 class TeacherRounds(NamedTuple):
     """Teachers trained one after the other, in rounds: in each round every rank trains one.
@@ -34,8 +36,15 @@ class TeacherRounds(NamedTuple):
         return epoch % self.epochs
 
     def data_epoch(self, epoch: int) -> int:
-        """Return the epoch that decides on batches and augmentation: the one of a process that trains all teachers."""
-        return self.teacher(epoch) * self.epochs + self.teacher_epoch(epoch)
+        """Return the number that decides on batches and augmentation, one for each teacher and epoch of it.
+
+        It does not depend on how many epochs a teacher has: a longer one begins with the shorter one.
+
+        Example:
+            >>> [TeacherRounds(epochs, rank=1).data_epoch(2) == LONGEST + 2 for epochs in (3, 50)]
+            [True, True]
+        """
+        return self.teacher(epoch) * LONGEST + self.teacher_epoch(epoch)
 
     def length(self, teachers: int) -> int:
         """Return how many epochs of the fit a number of teachers takes.

@@ -17,6 +17,7 @@ from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.functional import flatten_parameters, load_flat
 from ftd_lightning.models import ConvNet
 from ftd_lightning.training import teacher_pass
+from ftd_lightning.training.teacher_rounds import LONGEST
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -32,7 +33,7 @@ def test_teachers_of_rho_0_are_plain_sgd(tmp_path: Path, momentum: float) -> Non
         load_flat(network, recorded[0])
         sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=momentum)
         for epoch in range(4):
-            loader.sampler.set_epoch(teacher * 4 + epoch)
+            loader.sampler.set_epoch(teacher * LONGEST + epoch)
             for images, labels in loader:
                 sgd.zero_grad()
                 nn.functional.cross_entropy(network(images), labels).backward()
@@ -243,3 +244,10 @@ def test_a_fit_warns_of_nothing(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         record(tmp_path, teachers=1)
+
+
+def test_a_longer_teacher_begins_with_the_shorter_one(tmp_path: Path) -> None:
+    options = {"rho": 0.05, "augment": "crop_scale_rotate", "teachers": 2}
+    short, long = (TrajectoryStore(record(tmp_path / str(epochs), epochs=epochs, **options)) for epochs in (2, 4))
+    for teacher in range(2):
+        assert torch.equal(short.trajectory(teacher), long.trajectory(teacher)[:3])

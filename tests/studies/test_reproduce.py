@@ -176,6 +176,20 @@ def test_runs_that_want_the_same_teachers_share_them(here: Path) -> None:
     assert folders(matching)[1] != folders(plain)[1]
 
 
+def length(*overrides: str, **cell) -> str | None:
+    """The epochs that a teacher of CIFAR-10 is trained for; None: as its config says."""
+    job = reproduction.plan(Cell("cifar10", method="mtt", **cell), overrides).job
+    arguments = job.steps(job.rows["raw-last"])[0].arguments
+    return arguments[arguments.index("--model.epochs") + 1] if "--model.epochs" in arguments else None
+
+
+def test_teachers_are_as_long_as_they_are_read(here: Path) -> None:
+    assert [length(ipc=ipc) for ipc in (1, 10, 50)] == ["3", "21", "41"]
+    assert length("--distill.model.max_start_epoch", "4", ipc=1) == "5"
+    assert length(ipc=1, teacher_epochs=9) == "9"
+    assert length(ipc=1, teacher_epochs=0) is None
+
+
 def test_subsets_share_configs_and_an_average_has_rows_of_its_own(here: Path) -> None:
     woof = reproduction.plan(Cell("imagewoof", 10))
     assert woof.job.folder.parent == Path("runs/imagewoof")
