@@ -18,7 +18,14 @@ UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what waits for real images to be unpacked as slow."""
+    """Mark what waits for real images to be unpacked as slow; skip what needs a GPU where there is none."""
+    needing = [item for item in items if item.get_closest_marker("cuda")]
+    if needing:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in needing:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     for item in items:
         if {"cifar_root", "tiny_root", "imagenet_root"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)

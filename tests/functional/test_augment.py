@@ -400,7 +400,7 @@ def test_only_sampling_on_cuda_is_not_deterministic():
     assert Augmentation("").deterministic_on(cuda)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @ANY_OPERATION
 def test_deterministic_algorithms_on_cuda_refuse_what_is_said_not_to_be_deterministic(name):
     images = batch(dtype=torch.float32).cuda().requires_grad_()

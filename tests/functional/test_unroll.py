@@ -512,7 +512,7 @@ def test_draws_random_numbers_leaves_generator_and_buffers_as_they_were(kind, dr
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_draws_from_the_generator_of_a_gpu_are_noticed(kind):
     network, (_, images, *_), _ = random_student(kind)

@@ -1,0 +1,139 @@
+"""On a GPU: the numbers of the CPU, no wait within a step, memory that does not grow with the inner steps."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from fits import make_trainer, record, small_data, small_matching, small_teacher
+
+from ftd_lightning import SyntheticEvaluation
+from ftd_lightning.data.transform import Whitening
+from ftd_lightning.functional import (
+    Augmentation,
+    chunked_permutations,
+    flatten_parameters,
+    make_generator,
+    trajectory_matching_loss,
+)
+from ftd_lightning.functional.dsa_operations import OPERATIONS
+from ftd_lightning.models import ConvNet
+from ftd_lightning.optim import GSAM
+
+pytestmark = pytest.mark.cuda
+DEVICES = ("cpu", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """float32 products are TF32 nowhere but where a test says so."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_augmentation_is_that_of_the_cpu(name):
+    images = torch.rand(5, 3, 16, 16, dtype=torch.float64)
+    results = [Augmentation(name)(images.to(device), make_generator(0)).cpu() for device in DEVICES]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["scale", "rotate"])
+def test_tf32_and_autocast_do_not_move_the_sampling_grid(name):
+    images = torch.rand(5, 3, 32, 32, device="cuda")
+    exact = Augmentation(name)(images, make_generator(0))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        mixed = Augmentation(name)(images, make_generator(0))
+    torch.testing.assert_close(mixed, exact, rtol=0, atol=1e-6)
+
+
+def matched(device, *, dtype=torch.float64, steps=6, **options):
+    """Loss, and its gradients in images and step size, of a small student."""
+    torch.manual_seed(0)
+    network = ConvNet(3, 4, 16, width=8, depth=2).to(dtype)
+    start = flatten_parameters(network)
+    images = torch.randn(8, 3, 16, 16, dtype=dtype, device="cpu")
+    network, start = network.to(device), start.to(device)
+    target = start + 0.1 * torch.randn(start.shape, dtype=dtype, generator=torch.Generator().manual_seed(1)).to(device)
+    images, lr = images.to(device).requires_grad_(), torch.tensor(0.1, dtype=dtype, device=device, requires_grad=True)
+    labels, batches = (
+        torch.arange(8, device=device) % 4,
+        chunked_permutations(8, steps, make_generator(0), batch_size=3),
+    )
+    settings = {"batches": batches, "augment": Augmentation(), "compile": False, **options}
+    loss = trajectory_matching_loss(network, start, target, images, labels, lr, **settings)
+    return [value.detach().cpu() for value in (loss, *torch.autograd.grad(loss, (images, lr)))]
+
+
+def test_matching_is_that_of_the_cpu_and_of_the_full_graph():
+    expected = matched("cpu")
+    for options in ({}, {"unroll": "graph"}):
+        for value, wanted in zip(matched("cuda", **options), expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("compiles", [True, "cuda_graphs"])
+def test_compiled_matching_is_the_eager_one(compiles):
+    expected = matched("cuda", dtype=torch.float32)
+    for _ in range(2):  # CUDA graphs are recorded first and replayed then
+        found = matched("cuda", dtype=torch.float32, compile=compiles)
+        for value, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_memory_is_level_in_the_inner_steps():
+    def peak(steps):
+        torch.cuda.reset_peak_memory_stats()
+        matched("cuda", dtype=torch.float32, steps=steps)
+        return torch.cuda.max_memory_allocated()
+
+    matched("cuda", dtype=torch.float32)  # what libraries keep for good
+    assert peak(40) < 1.3 * peak(4)
+
+
+def test_gsam_is_that_of_the_cpu():
+    network = ConvNet(1, 4, 8, width=4, depth=1).double()
+    images, labels = torch.randn(6, 1, 8, 8).double(), torch.arange(6) % 4
+    trained = []
+    for device in DEVICES:
+        own = copy.deepcopy(network).to(device)
+        optimizer = GSAM(own.parameters(), partial(torch.optim.SGD, lr=0.1), rho=0.05, alpha=0.3)
+
+        def closure(own=own, device=device):
+            loss = torch.nn.functional.cross_entropy(own(images.to(device)), labels.to(device))
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        trained.append(flatten_parameters(own).cpu())
+    torch.testing.assert_close(trained[0], trained[1], rtol=1e-8, atol=1e-10)
+
+
+def test_whitening_is_that_of_the_cpu():
+    whitening = Whitening.fit(torch.rand(200, 3, 8, 8), eps=0.1)
+    images = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(whitening.apply(images.cuda()).cpu(), whitening.apply(images), rtol=1e-3, atol=1e-4)
+
+
+def test_no_step_waits_for_the_device(tmp_path):
+    from lightning.pytorch import Callback
+
+    class NoWait(Callback):
+        def on_train_batch_start(self, *_):
+            torch.cuda.set_sync_debug_mode("error")
+
+        def on_train_batch_end(self, *_):
+            torch.cuda.set_sync_debug_mode("default")
+
+    trajectories = record(tmp_path, epochs=4)
+    fits = [
+        (small_teacher(epochs=1, rho=0.05, augment="crop_flip", compile=False), {}, {}),
+        (small_matching(trajectories, compile=False), {}, {"max_steps": 4}),
+        (SyntheticEvaluation(networks=2), {"synthetic": "random"}, {"max_epochs": 3, "limit_val_batches": 0}),
+    ]
+    for index, (module, data, options) in enumerate(fits):
+        settings = {"accelerator": "gpu", "callbacks": [NoWait()], "max_epochs": -1, **options}
+        make_trainer(tmp_path / str(index), **settings).fit(module, datamodule=small_data(**data))
