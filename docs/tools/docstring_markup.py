@@ -1,0 +1,22 @@
+"""Docstrings as Markdown: what they contain that Markdown, or griffe, would not read as it is meant."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([^`]+)`")
+LITERAL_BLOCK = re.compile(r"::(?=\n\n)")
+EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)  # griffe knows doctests under "Examples:" only
+
+
+class DocstringMarkup(griffe.Extension):
+    """Rewrites roles, such as :func:`unroll`, as code, the double colon before a literal block as one, and examples."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of one object; called by griffe."""
+        if obj.docstring is not None:
+            text = ROLE.sub(lambda found: f"`{found[1].rpartition('.')[2]}`", obj.docstring.value)
+            obj.docstring.value = EXAMPLE.sub("Examples:", LITERAL_BLOCK.sub(":", text))
