@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint types check bench reproduce results notebooks clean
+.PHONY: help setup demo test test-fast lint types check bench reproduce results notebooks docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,16 +44,25 @@ DATASET ?= cifar10
 IPC     ?= 10
 METHOD  ?= ftd
 
-reproduce: setup  ## DATASET, IPC, METHOD [TEACHERS ITERATIONS EPOCHS MINUTES ARGS]: one published cell; resumes
+reproduce: setup  ## DATASET, IPC, METHOD [TEACHERS ITERATIONS EPOCHS STOP_AFTER ARGS]: one published cell; resumes
 	$(BIN)/python -m ftd_lightning reproduce --dataset $(DATASET) --ipc $(IPC) --method $(METHOD) \
 	  $(if $(TEACHERS),--teachers $(TEACHERS)) $(if $(ITERATIONS),--iterations $(ITERATIONS)) \
-	  $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+	  $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(STOP_AFTER),--stop-after $(STOP_AFTER)) $(ARGS)
 
-results: setup  ## put all records of notebooks/results into the README's table
+results: setup  ## write the tables of README.md and docs/reproduction.md from notebooks/results
 	$(BIN)/python -m ftd_lightning.studies.results_table
 
 notebooks: setup  ## make the notebooks from notebooks/scripts and run them
 	$(BIN)/python notebooks/build.py
 
-clean:  ## remove the virtual environment and what the demo made
-	rm -rf $(VENV) runs/digits build dist *.egg-info
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+# The variable silences the theme's notice of its successor.
+docs: $(VENV)/.docs  ## build the site into site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+clean:  ## remove the virtual environment, the site and what the demo made
+	rm -rf $(VENV) site runs/digits build dist *.egg-info
