@@ -44,7 +44,7 @@ def forward_operations(network: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Count the floating-point operations of a forward pass for one image: those of convolutions and matrix products.
 
     Args:
-        network: on the CPU; neither its buffers nor any generator are changed.
+        network: of any device and dtype; neither its buffers nor any generator are changed.
         image_shape: (C, H, W).
 
     Example:
@@ -52,8 +52,9 @@ def forward_operations(network: nn.Module, image_shape: tuple[int, ...]) -> int:
         24
     """
     training = network.training
+    like = next(network.parameters(), torch.zeros(()))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(torch.zeros(1, *image_shape))
+        network.eval()(like.new_zeros(1, *image_shape))
     network.train(training)
     return int(counter.get_total_flops())
 
