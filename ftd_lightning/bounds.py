@@ -102,6 +102,7 @@ BOUNDS: dict[str, Count | Range] = {
     "window": Count(),
     # How much is trained or learned
     "teachers": Count(),
+    "teacher_epochs": Count(0),  # 0: as many as published
     "networks": Count(1, 10_000),  # all at once
     "epochs": Count(),
     "real_epochs": Count(),
