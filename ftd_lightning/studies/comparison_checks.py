@@ -13,11 +13,11 @@ from ftd_lightning.studies.paired_difference import check_bases
 
 KEYS = {
     *("title", "dataset", "ipc", "run", "fits", "threads", "arguments"),
-    *("teachers", "evaluate", "networks", "rows", "plot", "paired_with"),
+    *("teachers", "evaluate", "networks", "rows", "plot", "paired_with", "distill_minutes"),
 }
 ROW_KEYS = {
     *("label", "synthetic", "distill", "set", "teachers", "ema", "x", "reference"),
-    *("distill_arguments", "iterate", "evaluate", "evaluate_arguments", "paired_with"),
+    *("distill_arguments", "distill_minutes", "iterate", "evaluate", "evaluate_arguments", "paired_with"),
 }
 SOURCES = ("synthetic", "distill", "set")
 TEACHER_KEYS = {"config", "arguments", "store"}
@@ -35,6 +35,15 @@ def _known(where: str, given: Any, keys: set[str]) -> dict[str, Any]:
     return given
 
 
+def _check_minutes(where: str, given: dict[str, Any]) -> None:
+    minutes = given.get("distill_minutes")
+    if minutes is None:
+        return
+    number = not isinstance(minutes, bool) and isinstance(minutes, int | float)
+    if not number or not math.isfinite(minutes) or minutes <= 0:
+        raise InputError(f"{where}: distill_minutes={minutes!r} is no number of minutes above 0")
+
+
 def _check_row(where: str, given: dict[str, Any], teachers: dict[str, Any]) -> None:
     sources = [key for key in SOURCES if key in given]
     if len(sources) != 1:
@@ -45,6 +54,9 @@ def _check_row(where: str, given: dict[str, Any], teachers: dict[str, Any]) -> N
         raise InputError(f"{where}: its set {given['set']} is not there")
     if given.get("iterate", "last") not in ITERATES or ("iterate" in given and "distill" not in given):
         raise InputError(f"{where}: iterate is one of {', '.join(ITERATES)}, of a row that distils")
+    if "distill_minutes" in given and "distill" not in given:
+        raise InputError(f"{where}: distill_minutes belongs to a row that distils")
+    _check_minutes(where, given)
     name = given.get("teachers")
     if name is not None and name not in teachers:
         raise InputError(f"{where}: unknown teachers {name}; there are {', '.join(teachers) or 'none'}")
@@ -73,6 +85,7 @@ def check(file: str, given: Any) -> None:
     for key in MAPPINGS:
         if not isinstance(given.get(key) or {}, dict) or given.get(key) == []:
             raise InputError(f"{file}: {key} is no mapping of names")
+    _check_minutes(file, given)
     if "plot" in given and (not isinstance(given["plot"], dict) or "x" not in given["plot"]):
         raise InputError(f"{file}: plot names no x, which is the name of its axis: plot: {{x: rho}}")
     teachers = given.get("teachers") or {}

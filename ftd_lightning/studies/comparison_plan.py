@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.shipped_configs import find_config, read_config
 from ftd_lightning.studies.comparison_checks import check
 from ftd_lightning.studies.fit_names import PHASES, TEACHERS, arguments_by_phase, as_arguments, name_of, teacher_count
-from ftd_lightning.studies.fit_steps import FitStep
+from ftd_lightning.studies.fit_steps import FitStep, read_notes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +46,12 @@ def _saved(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     read: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return read
+
+
+def _max_time(minutes: float) -> str:
+    """Spell minutes as the trainer reads them: days:hours:minutes:seconds."""
+    seconds = round(timedelta(minutes=minutes).total_seconds())
+    return f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 @dataclass
@@ -128,6 +135,9 @@ class Comparison:
             return None
         config, store, teachers = self.config(row.given["distill"]), self.store(row), None
         arguments = (*as_arguments(row.given.get("distill_arguments")), *self.arguments["distill"])
+        minutes = row.given.get("distill_minutes", self.given.get("distill_minutes"))
+        if minutes is not None:
+            arguments = (*arguments, "--trainer.max_time", _max_time(minutes))
         depends = [store[1]] if store else []
         if store and (teachers := self.teacher_step(row.given["teachers"])) is not None:
             depends.append(str(teachers.target))
@@ -138,6 +148,9 @@ class Comparison:
             saved = _saved(folder)
             if not saved or not file.is_file():
                 return False
+            # Its time is over when the fit ended by itself after it: the trainer's clock goes on where it was resumed.
+            if minutes is not None and read_notes(folder)["seconds"] >= 60 * minutes:
+                return True
             made, steps = SyntheticSet.load(file).metadata, saved["trainer"]["max_steps"]
             rounds = saved["model"]["init_args"].get("rounds")
             if rounds is None:

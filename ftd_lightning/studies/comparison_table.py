@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.callbacks.peak_memory import FILE
+from ftd_lightning.data import SyntheticSet
 from ftd_lightning.data.files import versions
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies.comparison_plot import COUNTS, plot_points
@@ -104,7 +105,7 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
     if facts["state"] != "done":
         return facts
     steps = job.steps(row)
-    teachers, distill = row.given.get("teachers"), job.distill_step(row)
+    teachers, distill, file = row.given.get("teachers"), job.distill_step(row), job.set_file(row)
     evaluations = {network: job.evaluation_step(row, network) for network in job.networks}
     accuracy = {network: _accuracy(step.folder) for network, step in evaluations.items()}
     first = next(iter(evaluations.values()))
@@ -113,6 +114,7 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
         **facts,
         "accuracy": next(iter(accuracy.values())),
         **({"networks": accuracy} if "" not in accuracy else {}),
+        "iterations": SyntheticSet.load(file).metadata.get("iterations") if distill and file else None,
         "epochs": measured["epochs"],
         "seconds": {
             "teachers": seconds_of([job.teacher_step(teachers) if teachers is not None else None]),
@@ -174,13 +176,14 @@ def _cells(row: dict[str, Any], networks: Sequence[str]) -> list[str]:
     measured = max(len(networks), 3)
     if row["state"] != "done":
         said = "to do" if row["state"] == "to do" else f"failed: {row['reason']}"
-        return [row["label"], said, *["-"] * (measured + 5)]
+        return [row["label"], said, *["-"] * (measured + 6)]
     kinds = row["accuracy"].values()
     accuracy = [per_cent(row["networks"][name]["last"], count=True) for name in networks] or [
         per_cent(kind, count=True) for kind in kinds
     ]
     seconds, peak = row["seconds"], row["peak_memory_MiB"] or {}
     cells = [row["label"], *accuracy, *(_number(seconds[key]) for key in ("teachers", "distillation", "evaluation"))]
+    cells.append(_number(row.get("iterations")))
     share = "-" if row["share"] is None else f"{100 * row['share']:.3g} %"
     return [*cells, _number(peak.get("device", peak.get("process"))), _number(row["images"]), share]
 
@@ -188,7 +191,7 @@ def _cells(row: dict[str, Any], networks: Sequence[str]) -> list[str]:
 def columns(networks: Sequence[str]) -> list[str]:
     """Name the columns: accuracies of one network, or the last iterates of several."""
     kinds = ["last", "chosen on held-out", "best on test (upper bound)"]
-    rest = ["teachers, s", "distillation, s", "evaluation, s", "peak, MiB", "images", "share"]
+    rest = ["teachers, s", "distillation, s", "evaluation, s", "iterations", "peak, MiB", "images", "share"]
     return ["method", *(networks or kinds), *rest]
 
 

@@ -250,6 +250,7 @@ def run_step(step: FitStep, time_slice: TimeSlice, *, quiet: bool = False) -> bo
             if not by_itself:
                 _end(child)
             notes["seconds"] = round(earlier + time.monotonic() - began, 1)
+            write_notes(step.folder, notes)  # a step may look at the time that it took
             done = by_itself and child.returncode == 0 and step.finished()
             if done:
                 notes["finished"][str(step.target)] = notes["seconds"]

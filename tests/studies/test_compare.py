@@ -219,10 +219,10 @@ def test_sets_as_files_on_several_networks(here: Path, trajectories: Path) -> No
     value = {"mean": 0.5, "std": 0.01, "n": 2}
     row = {"label": "mine", "state": "done", "accuracy": {}, "networks": {n: {"last": value} for n in networks}}
     row |= {"seconds": dict.fromkeys(["teachers", "distillation", "evaluation"]), "peak_memory_MiB": None}
-    results = {"rows": [{**row, "images": 10, "share": 0.01}], "networks": list(networks)}
+    results = {"rows": [{**row, "iterations": 40, "images": 10, "share": 0.01}], "networks": list(networks)}
     head, line = comparison_table.table(results)
     assert head[:3] == ["method", "convnet", "alexnet"]
-    assert line == ["mine", "50.0 ± 1.0 (2)", "50.0 ± 1.0 (2)", "-", "-", "-", "-", "10", "1 %"]
+    assert line == ["mine", "50.0 ± 1.0 (2)", "50.0 ± 1.0 (2)", "-", "-", "-", "40", "-", "10", "1 %"]
 
 
 def test_a_plot_takes_rows_that_are_done_by_rising_x() -> None:
@@ -244,6 +244,12 @@ def test_a_plot_takes_rows_that_are_done_by_rising_x() -> None:
         ({"rows": {"a": {"ema": True}}}, "names no set"),
         ({"rows": {"a": {"synthetic": "random", "iterate": "chosen"}}}, "iterate is one of last, chosen, of a row"),
         ({"rows": {"a": {"distill": "b", "iterate": "best"}}}, "iterate is one of last, chosen"),
+        (
+            {"rows": {"a": {"synthetic": "random", "distill_minutes": 3}}},
+            "distill_minutes belongs to a row that distils",
+        ),
+        ({"rows": {"a": {"distill": "b", "distill_minutes": "3m"}}}, "row a: distill_minutes='3m' is no number of min"),
+        ({"distill_minutes": 0}, "distill_minutes=0 is no number of minutes above 0"),
         ({"rows": {"a": {"set": "gone.safetensors"}}}, "gone.safetensors is not there"),
         ({"rows": {"a": {"synthetic": "k-center", "teachers": "dtf"}}}, "unknown teachers dtf; there are mtt, ftd"),
         ({"rows": {"a": {"synthetic": "random", "epochs": 3}}}, "row a: unknown epochs"),
@@ -303,6 +309,41 @@ def test_a_method_that_counts_rounds_is_finished_by_either(
     saved = {"model": {"init_args": {"rounds": 4}}, "trainer": {"max_steps": max_steps}}
     (step.folder / "config.yaml").write_text(yaml.safe_dump(saved))
     assert step.finished() is finished
+
+
+def test_a_budget_of_minutes_ends_a_distillation(here: Path, trajectories: Path) -> None:
+    distil(here, trajectories, steps=1, callbacks=[SyntheticSetWriter()])
+    synthetic = SyntheticSet.load("set.safetensors")
+    row = {"distill": str(ROOT / "configs" / "digits" / "distill_dm.yaml")}
+    rows = {"short": row, "long": {**row, "distill_minutes": 90.5}}
+    job = comparison_plan.load(write(here / "small.yaml", rows=rows, distill_minutes=0.5))
+    short, long = (job.distill_step(job.rows[name]) for name in rows)
+    for step, spelt in ((short, "00:00:00:30"), (long, "00:01:30:30")):
+        assert step.arguments[step.arguments.index("--trainer.max_time") + 1] == spelt
+    assert short.folder != long.folder
+    short.folder.mkdir(parents=True)
+    synthetic.save(short.folder / "set.safetensors")
+    (short.folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {}}, "trainer": {"max_steps": 9}}))
+    for seconds, finished in ((29.9, False), (30.0, True)):
+        fit_steps.write_notes(short.folder, {**fit_steps.read_notes(short.folder), "seconds": seconds})
+        assert short.finished() is finished
+
+
+@pytest.mark.slow
+def test_rows_with_equal_minutes_say_how_far_they_came(here: Path, trajectories: Path) -> None:
+    """Ended by its time, a distillation is done: it is evaluated, and not begun again."""
+    row = {"distill": str(ROOT / "configs" / "digits" / "distill_dm.yaml")}
+    steps = SMALL.index("--distill.model.iterations_per_epoch"), SMALL.index("--distill.trainer.callbacks")
+    arguments = [*SMALL[: steps[0]], "--distill.trainer.max_steps", 20001, *SMALL[steps[1] :]]
+    study = write(here / "study.yaml", arguments=arguments, rows={"dm": row}, distill_minutes=0.1)
+    for _ in range(2):
+        cli.main(["compare", "--config", str(study)])
+        (found,) = json.loads(Path("runs/small/compare.json").read_text())["rows"]
+        assert found["state"] == "done"
+        assert 0 < found["iterations"] < 20001
+        assert found["seconds"]["distillation"] >= 6
+    folder = next(path for path in map(Path, found["folders"]) if path.name.startswith("distill"))
+    assert read_notes(folder)["slices"] == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is named without threads")
