@@ -92,6 +92,8 @@ class FTDCLI(LightningCLI):
         config = self._get(self.config_init, "trainer", default={})
         kwargs["callbacks"] = _with_defaults(config.get("callbacks"), self._recording(config))
         kwargs["plugins"] = _with_defaults(config.get("plugins"), {CheckpointIO: AtomicCheckpointIO()})
+        if config.get("benchmark") is None and not config.get("deterministic"):
+            kwargs["benchmark"] = True  # cuDNN's default for a convolution's double backward pass takes twice as long
         return super().instantiate_trainer(**kwargs)
 
     def _recording(self, trainer: Mapping[str, Any]) -> dict[type, Callback]:

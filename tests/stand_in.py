@@ -12,12 +12,14 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -70,6 +72,11 @@ class StandIn(TorchDispatchMode):
         self._storages: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.is_inference_mode_enabled():  # there operations like "to" come before they are taken apart
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         result = self._dispatch(func, args, kwargs or {})
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device == META:
@@ -190,8 +197,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch):
         yield mode
 
 
-def stand_in_trainer(folder: Path, mode: StandIn, *callbacks: Callback, **options) -> tuple[Trainer, StepsSeen]:
-    """A trainer whose device is the stand-in, and what its steps did there."""
+def stand_in_trainer(
+    folder: Path, mode: StandIn, *callbacks: Callback, two_ranks: bool = False, **options
+) -> tuple[Trainer, StepsSeen]:
+    """A trainer whose device is the stand-in, and what its steps did there; of two processes within `collectives`."""
     steps = StepsSeen(mode)
     settings = {
         "max_epochs": -1,
@@ -203,5 +212,47 @@ def stand_in_trainer(folder: Path, mode: StandIn, *callbacks: Callback, **option
         "default_root_dir": str(folder),
         **options,
     }
-    strategy = SingleDeviceStrategy(device=META, accelerator=_Accelerator())
+    strategy = (_TwoRanks if two_ranks else SingleDeviceStrategy)(device=META, accelerator=_Accelerator())
     return Trainer(strategy=strategy, callbacks=[*callbacks, steps], **settings), steps
+
+
+class _TwoRanks(SingleDeviceStrategy):
+    """One of two processes, whose collectives are those of :func:`collectives`."""
+
+    world_size = 2
+
+    def reduce(self, tensor, *args, **kwargs):
+        if isinstance(tensor, torch.Tensor):
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+@contextlib.contextmanager
+def collectives(monkeypatch: pytest.MonkeyPatch):
+    """Give a list of (name, device) of every tensor that goes through a collective; the other process agrees."""
+    seen: list[tuple[str, torch.device]] = []
+
+    def takes_tensor(name: str):
+        def collective(*args, **kwargs):
+            seen.extend((name, t.device) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+
+        return collective
+
+    def all_gather_object(values, value, group=None):
+        values[:] = [value] * len(values)
+
+    distributed = torch.distributed
+    for name in ("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        monkeypatch.setattr(distributed, name, takes_tensor(name))
+    monkeypatch.setattr(distributed, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(distributed, "broadcast_object_list", lambda values, *args, **kwargs: None)
+    monkeypatch.setattr(distributed, "barrier", lambda *args, **kwargs: None)
+    group = SimpleNamespace(monitored_barrier=lambda *args, **kwargs: None)  # Lightning's, of the host
+    monkeypatch.setattr(distributed, "new_group", lambda *args, **kwargs: group)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda *args: None)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda group=None: _TwoRanks.world_size)
+    monkeypatch.setattr(distributed, "get_backend", lambda group=None: "nccl")
+    monkeypatch.setattr(_AcceleratorConnector, "is_distributed", True)
+    monkeypatch.setattr(distributed, "get_rank", lambda group=None: 0)
+    yield seen

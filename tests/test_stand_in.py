@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 from fits import SMALL, small_data, small_matching, small_teacher
-from stand_in import META, stand_in, stand_in_trainer
+from stand_in import META, collectives, stand_in, stand_in_trainer
 
 from ftd_lightning import SyntheticEvaluation
-from ftd_lightning.callbacks import SyntheticEMA, TrajectoryRecorder
+from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, TrajectoryRecorder
 from ftd_lightning.functional import Augmentation, trajectory_matching_loss
 from ftd_lightning.functional.inner_step import inner_step
 from ftd_lightning.models import build_network
@@ -109,6 +109,36 @@ def test_stand_in_class_matching(tmp_path, monkeypatch, method):
         trainer.fit(CLASS_MATCHING[method](), datamodule=small_data())
     # The accuracy of its queries decides how CAFE goes on.
     check_steps(steps, may_read="_local_scalar_dense at feature_alignment.py" if method == "cafe" else None)
+
+
+FITS = {
+    "teachers": lambda store: small_teacher(epochs=1, augment=""),
+    "teachers, one on both ranks": lambda store: small_teacher(epochs=1, augment="", parallel="data"),
+    "matching": lambda store: small_matching(store, augment=""),
+    "evaluation": lambda store: SyntheticEvaluation(network_options=SMALL, networks=2, augment=""),
+    **{name: lambda store, make=make: make() for name, make in CLASS_MATCHING.items()},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter.*:UserWarning")
+@pytest.mark.parametrize("phase", FITS)
+def test_stand_in_no_collective_takes_a_tensor_of_the_host(tmp_path, monkeypatch, trajectories, phase):
+    data = small_data(synthetic="random") if phase == "evaluation" else small_data()
+    limits = {"max_epochs": 2} if phase in ("evaluation", "teachers, one on both ranks") else {"max_steps": 2}
+    with collectives(monkeypatch) as seen, stand_in(monkeypatch) as mode:
+        # It leaves all but distillations alone.
+        measuring = EvaluateSynthetic(1, networks=2, epochs=1, lr=0.01)
+        trainer, _ = stand_in_trainer(tmp_path, mode, measuring, two_ranks=True, **limits)
+        module = FITS[phase](trajectories)
+        trainer.fit(module, datamodule=data)
+    assert not [name for name, device in seen if device != META]
+    assert seen or phase == "teachers"  # whose ranks have nothing to tell each other
+
+
+def test_stand_in_sees_a_tensor_of_the_host_in_a_collective(monkeypatch):
+    with collectives(monkeypatch) as seen:
+        torch.distributed.all_reduce(torch.zeros(2))
+    assert seen == [("all_reduce", torch.device("cpu"))]
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from ftd_lightning.training.evaluation_protocol import (
     mean_and_std,
     train_fresh_networks,
 )
+from ftd_lightning.training.parts_on_device import PartsOnDevice
 from ftd_lightning.training.ranks import from_all_ranks, own_share
 from ftd_lightning.training.run_folder import run_folder
 from ftd_lightning.training.side_by_side import SideBySide
@@ -86,6 +87,7 @@ class EvaluateSynthetic(Callback):
         self.history: list[dict[str, Any]] = []
         self._regular: list[dict[str, Any]] = []  # history without what was measured because the fit ended
         self._losses: SideBySide | None = None
+        self._real: PartsOnDevice | None = None
         self._loaded = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -96,7 +98,7 @@ class EvaluateSynthetic(Callback):
         """Refuse what it cannot measure before anything is learned."""
         if not isinstance(pl_module, LearnsSet) or self.every_n_epochs == 0:
             return
-        self._source(trainer)
+        self._real = PartsOnDevice(self._source(trainer), trainer.strategy.root_device)
         pl_module.evaluation_network(self.seed)
         if not self._loaded:
             self.best_accuracy, self.history, self._regular = -1.0, [], []
@@ -110,6 +112,10 @@ class EvaluateSynthetic(Callback):
                 "and from_datamodule make one of yours)"
             )
         return source
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the memory of the real images back."""
+        self._real = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure where it is due."""
@@ -130,8 +136,10 @@ class EvaluateSynthetic(Callback):
                 in_words, on_file = PARTS[part]
                 self.history.append({"iteration": iteration, "images": name, "part": on_file, **summary})
                 scores[f"{name} images, {in_words}"] = summary
-                pl_module.log(f"evaluation/{name}_{part}_accuracy_mean", summary["mean"], prog_bar=part == "val")
-                pl_module.log(f"evaluation/{name}_{part}_accuracy_std", summary["std"])
+                # They are equal on all ranks; Lightning warns of whatever is not synchronised.
+                log = partial(pl_module.log, sync_dist=True)
+                log(f"evaluation/{name}_{part}_accuracy_mean", summary["mean"], prog_bar=part == "val")
+                log(f"evaluation/{name}_{part}_accuracy_std", summary["std"])
                 if part == "val":
                     chosen[name] = float(summary["mean"])
         pl_module.record_scores(scores)
@@ -153,7 +161,8 @@ class EvaluateSynthetic(Callback):
     def _measure(
         self, trainer: Trainer, module: LearnsSet, name: str, images: torch.Tensor, iteration: int
     ) -> dict[Part, torch.Tensor]:
-        source, device, synthetic = self._source(trainer), trainer.strategy.root_device, module.synthetic_set()
+        device, synthetic = trainer.strategy.root_device, module.synthetic_set()
+        assert self._real is not None
         keys = (self.seed, "evaluation", iteration, name)
         own = own_share(self.networks, rank=trainer.global_rank, world_size=trainer.world_size)
         networks = [module.evaluation_network(*keys, index).to(device, images.dtype) for index in own]
@@ -179,9 +188,9 @@ class EvaluateSynthetic(Callback):
         )
         measured = {}
         for part in PARTS:
-            real = source.part(part)
+            real = self._real(part)
             if len(real.labels):
-                values = accuracies(networks, real.images.to(device), real.labels.to(device))
+                values = accuracies(networks, *real)
                 measured[part] = torch.tensor(from_all_ranks(values, self.networks))
         return measured
 

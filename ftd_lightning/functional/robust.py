@@ -11,6 +11,7 @@ import torch
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.rules import MatchingRule
+from ftd_lightning.functional.to_device import to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,7 @@ def start_noise(start: Tensor, target: Tensor, generator: torch.Generator, *, ka
     """
     sigma = kappa * (start - target).norm() / math.sqrt(start.numel())
     eps = torch.randn(start.numel(), generator=generator, device=generator.device)
-    return sigma * eps.to(start.device, start.dtype)
+    return sigma * to_device(eps, start.device, start.dtype)
 
 
 @dataclass(frozen=True)

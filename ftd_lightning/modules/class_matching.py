@@ -12,6 +12,7 @@ from ftd_lightning.data.iterations import IterationCounter
 from ftd_lightning.data.loader import fits_on
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import make_generator
+from ftd_lightning.functional.to_device import to_device
 from ftd_lightning.modules.distillation import Distillation
 from ftd_lightning.training.fresh_networks import Network, refuse_object
 
@@ -106,7 +107,8 @@ class ClassMatching(Distillation):
         rank = 0 if on_all_ranks else self.global_rank
         order = torch.randperm(len(members), generator=self._generator("real", label, *keys, rank))
         index = members[order[: count or self.hparams["batch_real"]]]
-        return self._pool[index.to(self._pool.device)].to(self.images)  # in the trainer's precision
+        drawn = self._pool[index.to(self._pool.device)]
+        return to_device(drawn, self.device, self.images.dtype)  # in the trainer's precision
 
     def siamese(self, images: Tensor, label: int, *keys: int | str) -> Tensor:
         """Augment images of a class: with equal keys in the same way, be they real or synthetic, few or many."""

@@ -30,6 +30,7 @@ from ftd_lightning.training.fresh_networks import Network, refuse_object, right_
 from ftd_lightning.training.held_out import held_out_seen
 from ftd_lightning.training.learning_check import check_learning
 from ftd_lightning.training.limits import allowed_epochs
+from ftd_lightning.training.parts_on_device import PartsOnDevice
 from ftd_lightning.training.phase_module import PhaseModule
 from ftd_lightning.training.plain_arguments import not_plain, plain, plain_settings
 from ftd_lightning.training.ranks import (
@@ -99,12 +100,14 @@ class SyntheticEvaluation(PhaseModule):
         augment, network_options = plain(self.augment), plain(network_options)
         self.save_hyperparameters(ignore=not_plain(network))
         self._architecture = network
+        self._sgd: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
         self.networks: nn.ModuleList | None = None
         self.results: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.own: list[int] = []  # numbers of this rank's networks, of which the first ``counted`` are asked for
         self.counted = 0
         self._states, self._unsynchronised = RankStates(), ExitStack()
+        self._real: PartsOnDevice | None = None
         self.trained_epochs = 0  # the trainer's own count is 0 where a checkpoint is tested
 
     def batch_plan(self) -> BatchPlan:
@@ -152,6 +155,7 @@ class SyntheticEvaluation(PhaseModule):
         """Restore the networks that DDP has overwritten by the first rank's."""
         super().on_fit_start()
         self._states.restore(self)
+        self._real = None if self.source is None else PartsOnDevice(self.source, self.device)
 
     def on_validation_start(self) -> None:
         """Restore them where nothing is fitted: there too the first rank's weights are broadcast."""
@@ -173,8 +177,9 @@ class SyntheticEvaluation(PhaseModule):
         self._unsynchronised.enter_context(without_gradient_sync(self.trainer))
 
     def on_train_end(self) -> None:
-        """Leave DDP as it was."""
+        """Leave DDP as it was, and give the memory of the test images back."""
         self._unsynchronised.close()
+        self._real = None
 
     @property
     def protocol(self) -> EvaluationProtocol:
@@ -182,27 +187,24 @@ class SyntheticEvaluation(PhaseModule):
         # Without a limit the learning rate never drops.
         first = {"first_epoch": self._first_epoch, "first_step": self._first_step}
         epochs = allowed_epochs(self.trainer, **first, otherwise=2 * self.epoch + 2)
-        settings = {key: self.hparams[key] for key in ("momentum", "weight_decay")}
-        return EvaluationProtocol(epochs=epochs, lr=self.lr, augment=self.augment, **settings)
+        return EvaluationProtocol(epochs=epochs, lr=self.lr, augment=self.augment, **self._sgd)
 
     def configure_optimizers(self) -> torch.optim.SGD:
         """Make the protocol's optimizer; its learning rate is set epoch by epoch."""
         assert self.networks is not None
-        settings = {key: self.hparams[key] for key in ("momentum", "weight_decay")}
-        return EvaluationProtocol(lr=self.lr, **settings).optimizer(self.networks)
+        return EvaluationProtocol(lr=self.lr, **self._sgd).optimizer(self.networks)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the learning rate of the epoch."""
         set_lr(self.optimizers(use_pl_optimizer=False), self.protocol.lr_at(self.epoch))  # type: ignore[arg-type]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Sum the networks' losses."""
+        """Sum the networks' losses; their seeds end in 0 and no rank, because a network is the same on each."""
         assert self.networks is not None
-        where = (self.epoch, batch_idx, 0)  # 0: no rank, because a network is the same on each
         losses = self._losses(
             list(self.networks),
             *batch,
-            seeds=[derive_seed(self.hparams["seed"], "dsa", index, *where) for index in self.own],
+            seeds=[derive_seed(self.hparams["seed"], "dsa", index, self.epoch, batch_idx, 0) for index in self.own],
             augment=self.augment,
         )
         self.train_loss.update(losses.detach()[: self.counted].expand(len(batch[1]), self.counted))
@@ -221,8 +223,9 @@ class SyntheticEvaluation(PhaseModule):
             metric.reset()  # type: ignore[operator]
         values = torch.tensor(from_all_ranks(own, self.hparams["networks"]))
         summary = mean_and_std(values)
-        self.log(f"evaluation/{part}_accuracy_mean", summary["mean"], prog_bar=True)
-        self.log(f"evaluation/{part}_accuracy_std", summary["std"])
+        log = partial(self.log, sync_dist=True)  # equal on all ranks; Lightning warns where this is not said
+        log(f"evaluation/{part}_accuracy_mean", summary["mean"], prog_bar=True)
+        log(f"evaluation/{part}_accuracy_std", summary["std"])
         return values
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -236,11 +239,9 @@ class SyntheticEvaluation(PhaseModule):
         if self.trainer.sanity_checking or self.trainer.state.fn != "fit" or not self.epoch_complete:
             return
         self.trained_epochs = self.epoch + 1  # a checkpoint may be saved before the epoch's end counts it
-        if self.source is None:
+        if self._real is None or self.networks is None:
             return
-        assert self.networks is not None
-        own = accuracies(self.networks, *(part.to(self.device) for part in self.source.part("test")))
-        on_test = from_all_ranks(own, self.hparams["networks"])
+        on_test = from_all_ranks(accuracies(self.networks, *self._real("test")), self.hparams["networks"])
         # A fit that resumes from here validates again.
         self.history = [entry for entry in self.history if entry["epoch"] <= self.epoch]
         self.history.append({"epoch": self.epoch + 1, "held_out": values.tolist(), "test": on_test})

@@ -14,6 +14,7 @@ from ftd_lightning.data.json_files import write_json
 from ftd_lightning.data.loader import BatchOrder, TensorLoader
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed
+from ftd_lightning.functional.to_device import to_device
 from ftd_lightning.training.fresh_networks import right_answers
 from ftd_lightning.training.learning_check import summary
 from ftd_lightning.training.side_by_side import SideBySide
@@ -83,17 +84,21 @@ def accuracies(networks: Iterable[nn.Module], images: Tensor, labels: Tensor, *,
 
     Args:
         networks: put into evaluation mode; images are cast to the type of their weights.
-        images: (N, C, H, W), on the networks' device.
+        images: (N, C, H, W), on the networks' device, or in host memory, from where they go there batch by batch.
         labels: (N,) int64.
         batch_size: images per forward pass.
     """
+    networks = [network.eval() for network in networks]
     counts = []
-    for network in networks:
-        network.eval()
-        weight = next(network.parameters(), images)
-        batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        counts.append(torch.stack([right_answers(network(x.to(weight.dtype)), y).sum() for x, y in batches]).sum())
-    return [count / len(labels) for count in torch.stack(counts).tolist()]
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        first = next((weight for network in networks for weight in network.parameters()), x)
+        on_device, answers = to_device(x, first.device), to_device(y, first.device)
+        right = []
+        for network in networks:
+            weight = next(network.parameters(), on_device)
+            right.append(right_answers(network(on_device.to(weight.dtype)), answers).sum())
+        counts.append(torch.stack(right))
+    return [count / len(labels) for count in torch.stack(counts).sum(dim=0).tolist()]
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 1024) -> float:
