@@ -251,3 +251,16 @@ def test_a_longer_teacher_begins_with_the_shorter_one(tmp_path: Path) -> None:
     short, long = (TrajectoryStore(record(tmp_path / str(epochs), epochs=epochs, **options)) for epochs in (2, 4))
     for teacher in range(2):
         assert torch.equal(short.trajectory(teacher), long.trajectory(teacher)[:3])
+
+
+def test_a_store_is_lengthened_by_the_same_fit_with_more_epochs(tmp_path: Path) -> None:
+    options = {"rho": 0.05, "augment": "crop", "teachers": 2}
+    folder = record(tmp_path, epochs=2, **options)
+    short = [TrajectoryStore(folder).trajectory(teacher).clone() for teacher in range(2)]
+    assert record(tmp_path, epochs=3, **options) == folder
+    for teacher, recorded in enumerate(short):
+        longer = TrajectoryStore(folder).trajectory(teacher)
+        assert len(longer) == 4
+        assert torch.equal(longer[:3], recorded)
+    assert record(tmp_path, epochs=1, **options) == folder  # a shorter fit takes nothing away
+    assert len(TrajectoryStore(folder).trajectory(0)) == 4
