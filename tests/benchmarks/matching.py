@@ -28,6 +28,7 @@ GRIDS: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {
     "quick": [(1, 16, (2, 6))],
     "cpu": [(1, 128, STEPS), (10, 32, (5, 15)), (50, 32, (5,))],
     "full": [(1, 128, STEPS), (10, 128, STEPS), (50, 128, STEPS)],
+    "short": [(1, 128, (5, 30)), (10, 128, (30,))],  # minutes on a GPU
 }
 METHODS = ("ours", "compiled", "reference")
 
@@ -124,7 +125,7 @@ def in_turns_of_processes(methods: list[str], case: dict[str, int], repeats: int
 
 
 def run(scale: str, repeats: int, *, compiled: bool = False) -> Result:
-    """Measure a grid; on CUDA always the full one, compiled and not."""
+    """Measure a grid; on CUDA the full one unless a smaller one is named, always compiled and not."""
     grid = GRIDS["full" if scale == "normal" and DEVICE == "cuda" else "cpu" if scale == "normal" else scale]
     compiled = can_compile() and (compiled or DEVICE == "cuda")
     result = Result([], details={"cases": []})

@@ -1,7 +1,7 @@
 """Measure ours beside plain loops, and print ratios with their spread.
 
     make bench
-    PYTHONPATH=tests python -m benchmarks.run [--parts teacher matching evaluation store startup] [--quick | --full]
+    PYTHONPATH=tests python -m benchmarks.run [--parts teacher matching ...] [--quick | --short | --full]
 
 About a quarter of an hour on two CPU cores. Figures of a machine that does something else as well have a wide range.
 """
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all, if not given")
     scale = parser.add_mutually_exclusive_group()
     scale.add_argument("--quick", action="store_true", help="sizes that only show that everything runs")
+    scale.add_argument("--short", action="store_true", help="three cases of matching, for minutes on a GPU")
     scale.add_argument("--full", action="store_true", help="the whole grid of matching on the CPU too: hours")
     parser.add_argument("--compile", action="store_true", help="the compiled matching step too; on CUDA always")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of every comparison, at least 1")
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--repeats must be at least 1")
     if options.compile and not matching.can_compile():
         parser.error("--compile: trajectory_matching_loss of this version takes no compile")
-    scale_name = "quick" if options.quick else "full" if options.full else "normal"
+    scale_name = next((name for name in ("quick", "short", "full") if getattr(options, name)), "normal")
     settings = {"parts": options.parts, "scale": scale_name, "repeats": options.repeats, "compile": options.compile}
     results: dict[str, Result] = {}
     for part in options.parts:
