@@ -26,7 +26,7 @@ PARTS = ("teacher", "evaluation", "matching")  # of the benchmark, the longest l
 # As published; and what shows in seconds that all of it runs.
 FULL = {"dataset": "cifar10", "ipc": {"2": 1, "3": 10}}
 DRY = {"dataset": "digits", "ipc": {"2": 1, "3": 1}}
-FEWER = ("--teachers", "1", "--iterations", "2", "--epochs", "2")
+FEWER = ("--iterations", "2", "--epochs", "2")
 SHORTER = (
     *("--distill.model.max_start_epoch", "2", "--distill.model.expert_epochs", "1"),
     *("--distill.model.syn_steps", "2", "--evaluate.model.networks", "2"),
@@ -37,7 +37,7 @@ class StepError(Exception):
     """A step that failed; one line."""
 
 
-class OutOfTime(Exception):
+class UnfinishedError(Exception):
     """A step that has not come to its end; the next call continues."""
 
 
@@ -95,7 +95,7 @@ def call(job: Job, name: str, words: Sequence[str], seconds: float, folder: Path
 
     Raises:
         StepError: if its exit code is not 0.
-        OutOfTime: if it was ended.
+        UnfinishedError: if it was ended.
     """
     log = job.work / "logs" / f"{name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def call(job: Job, name: str, words: Sequence[str], seconds: float, folder: Path
         try:
             code = child.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise OutOfTime(f"ended after {seconds:.0f} s; see logs/{log.name}") from None
+            raise UnfinishedError(f"ended after {seconds:.0f} s; see logs/{log.name}") from None
         finally:
             if child.poll() is None:
                 end(child)
@@ -179,17 +179,18 @@ def reproduction(stage: str, planned: str | None = None) -> Callable[[Job, float
     def work(job: Job, seconds: float) -> dict[str, Any]:
         size = DRY if job.dry_run else FULL
         cell = ["--dataset", size["dataset"], "--ipc", str(size["ipc"][stage]), "--method", METHOD]
-        options = list(FEWER) if job.dry_run else []
-        if planned is not None:  # the last one counts
+        options = [*FEWER, *SHORTER] if job.dry_run else ["--data.root", "data"]
+        if planned is not None:
             options += ["--teachers", str(job.state["steps"][planned]["found"]["teachers"])]
-        options += SHORTER if job.dry_run else ["--data.root", "data"]
+        elif job.dry_run:
+            options += ["--teachers", "1"]
         if seconds <= CLOSING:
-            raise OutOfTime(f"{seconds:.0f} s are too few to begin or go on")
+            raise UnfinishedError(f"{seconds:.0f} s are too few to begin or go on")
         words = ["reproduce", *cell, *options, "--stop-after", f"{(seconds - CLOSING) / 60:.2f}"]
         text = call(job, f"stage{stage}", ["-m", "ftd_lightning", *words], seconds)
         written = re.search(r"^done: (.+\.json);", text, re.MULTILINE)
         if written is None:
-            raise OutOfTime("not at its end; the same stage continues")
+            raise UnfinishedError("not at its end; the same stage continues")
         record = json.loads((job.work / written[1]).read_text())
         return {"record": written[1], **{key: record[key] for key in ("accuracy", "seconds", "device")}}
 
@@ -235,8 +236,7 @@ def bring_sets(job: Job, seconds: float) -> dict[str, Any]:
     """Pack the sets, and split them into what may come back beside the records."""
     transfer.clear(job.out, "sets.tar")
     archive = job.out / "sets.tar"
-    # One piece less than is left beside stages.json: the records may take two.
-    sets = transfer.pack_sets(job.work, archive, room=(transfer.FILES - 3) * transfer.LIMIT)
+    sets = transfer.pack_sets(job.work, archive, room=transfer.ROOM)
     pieces = [piece.name for piece in transfer.split(archive)]
     if sets["left_out"]:
         raise StepError(f"no room for {', '.join(sets['left_out'])}; {', '.join(pieces)} has the others")

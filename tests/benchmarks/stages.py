@@ -7,8 +7,8 @@
 3 CIFAR-10, 10 images per class, with as many teachers as half of the stage's minutes allow
 4 brings home: records and sets, in at most 8 files below 16 MiB
 
-Needs the machine's own Python with torch and Lightning, no network, no installation. What is done is noted in stages.json
-of the working folder and not done again; what failed is noted too, and the next step goes on.
+Needs the machine's own Python with torch and Lightning, no network, no installation. What is done is noted in
+stages.json of the working folder and not done again; what failed is noted too, and the next step goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ if __name__ == "__main__" and not __package__:  # started as a file: its folder 
     sys.path[0] = str(TESTS)
 
 from benchmarks import transfer  # noqa: E402 -- found there only now
-from benchmarks.stage_steps import STAGES, Job, OutOfTime, StepError, done, names_of  # noqa: E402
+from benchmarks.stage_steps import STAGES, Job, UnfinishedError, StepError, done, names_of  # noqa: E402
 
 # Minutes that a stage may take, one beside the other; --minutes is divided in the same proportion.
 MINUTES = {"1": 8.0, "2": 9.0, "3": 9.0, "4": 1.0}
@@ -65,9 +66,9 @@ def run_step(job: Job, name: str, work: Any, needs: Sequence[str], end: float) -
         if missing := [need for need in needs if not done(job, need)]:
             raise StepError(f"needs {', '.join(missing)}, which is not done")
         if end <= began:
-            raise OutOfTime("no time left in this call")
+            raise UnfinishedError("no time left in this call")
         entry |= {"state": "done", "found": work(job, end - began)}
-    except OutOfTime as error:
+    except UnfinishedError as error:
         entry |= {"state": "unfinished", "reason": str(error)}
     except KeyboardInterrupt:
         entry |= {"state": "unfinished", "reason": "interrupted"}
@@ -148,4 +149,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Whoever ends this process gets its records: as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -19,10 +19,11 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 LIMIT = 15 * 2**20  # bytes of a file that comes back; 16 MiB would be refused
-FILES = 8  # that come back
+ROOM = 3 * LIMIT  # bytes for sets: a whitening takes 36 MiB, and all that comes back may take 64
 LARGE = 2**20  # bytes from which on a tensor is stored once for all the files that have it
 SETS = ("set.safetensors", "best.safetensors")  # teachers have other names, and stay
 CONTENTS = "contents.json"
@@ -95,7 +96,11 @@ def gather(folders: Iterable[Path], packed: Path) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise TransferError(f"{folder}: no such folder")
-        shutil.copytree(folder, packed, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        for path in folder.rglob("*"):
+            target = packed / path.relative_to(folder)
+            if path.is_file() and not (target.is_file() and target.stat().st_size == path.stat().st_size):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
 
 
 def split(path: Path, limit: int = LIMIT) -> list[Path]:
@@ -141,8 +146,7 @@ def cut(path: Path, large: int = LARGE) -> list[tuple[int, int]]:
     places = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
     bounds = {0, path.stat().st_size}
     bounds |= {8 + length + place for start, end in places if end - start >= large for place in (start, end)}
-    ordered = sorted(bounds)
-    return list(zip(ordered[:-1], ordered[1:], strict=True))
+    return list(pairwise(sorted(bounds)))
 
 
 def pack_sets(work: Path, target: Path, *, room: int, large: int = LARGE) -> dict[str, list[str]]:
