@@ -28,7 +28,7 @@ if __name__ == "__main__" and not __package__:  # started as a file: its folder 
     sys.path[0] = str(TESTS)
 
 from benchmarks import transfer  # noqa: E402 -- found there only now
-from benchmarks.stage_steps import STAGES, Job, UnfinishedError, StepError, done, names_of  # noqa: E402
+from benchmarks.stage_steps import STAGES, Job, StepError, UnfinishedError, done, names_of  # noqa: E402
 
 # Minutes that a stage may take, one beside the other; --minutes is divided in the same proportion.
 MINUTES = {"1": 8.0, "2": 9.0, "3": 9.0, "4": 1.0}
