@@ -89,6 +89,7 @@ def run_stages(job: Job, stages: Sequence[str], minutes: float) -> bool:
         Whether all steps of these stages are done.
     """
     end = monotonic() + 60 * minutes
+    write_state(job)  # both folders are there from here on
     for index, stage in enumerate(stages):
         stage_end = monotonic() + 60 * share(stages[index:], max(0.0, end - monotonic()) / 60)
         print(f"stage {stage}: {max(0.0, stage_end - monotonic()) / 60:.1f} minutes", flush=True)
