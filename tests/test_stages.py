@@ -47,12 +47,12 @@ def whitened_set(path, whitening, value):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_dry_run_does_all_stages_once(tmp_path):
     """Started as a file, without a path to the library; the second call only packs again."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     wheels = wheel_with(tmp_path / "wheels", {"thing.py": "", "thing-1.0.dist-info/METADATA": "Name: thing"})
-    command = [sys.executable, TESTS / "benchmarks" / "stages.py", "1", "2", "3", "4", "--dry-run"]
+    command = [sys.executable, TESTS / "benchmarks" / "stages.py", "1", "2", "3", "4", "--dry-run", "--minutes", "50"]
     command += ["--wheels", wheels, "--out", "home", "--work", "work"]
     first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
