@@ -28,6 +28,7 @@ from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation
 from ftd_lightning.shipped_configs import run_folder_of, with_config_files
 from ftd_lightning.training.learning_check import summary
+from ftd_lightning.training.nodes import last_checkpoint
 from ftd_lightning.training.phase_module import PhaseModule
 
 if TYPE_CHECKING:
@@ -121,8 +122,11 @@ class FTDCLI(LightningCLI):
         return callbacks
 
     def before_fit(self) -> None:
-        """Allow TF32 on a GPU: the published numbers were made with it, and it is several times as fast."""
-        torch.set_float32_matmul_precision("high")
+        """Allow TF32 on a GPU; give every node the checkpoint that a fit resumes from."""
+        torch.set_float32_matmul_precision("high")  # the published numbers were made with it; several times as fast
+        config = self.config_init["fit"]
+        if self.trainer.num_nodes > 1 and config.get("ckpt_path") == "last":
+            config["ckpt_path"] = last_checkpoint(self.trainer)
 
     def after_fit(self) -> None:
         """Test the networks that an evaluation trained."""

@@ -17,7 +17,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 NAMES = json.loads((Path(__file__).parent / "public_names.json").read_text())
 
 FLOORS = {
-    **dict.fromkeys(["errors", "terminal"], -2),  # import nothing
+    **dict.fromkeys(["errors", "peers", "terminal"], -2),  # import nothing
     **dict.fromkeys(["bounds", "shipped_configs"], -1),
     "functional": 0,
     **dict.fromkeys(["contracts", "models", "optim"], 1),

@@ -23,6 +23,7 @@ from ftd_lightning.training.evaluation_protocol import (
     mean_and_std,
     train_fresh_networks,
 )
+from ftd_lightning.training.nodes import follow_first_rank
 from ftd_lightning.training.parts_on_device import PartsOnDevice
 from ftd_lightning.training.ranks import from_all_ranks, own_share
 from ftd_lightning.training.run_folder import run_folder
@@ -157,6 +158,11 @@ class EvaluateSynthetic(Callback):
             best = module.synthetic_set()
             best.metadata["chosen_on"] = {"held_out_accuracy": chosen, "iteration": iteration}
             best.save(run_folder(trainer) / "best.safetensors")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the best set to nodes that share no disk with the first one."""
+        if isinstance(pl_module, LearnsSet) and self.keep_best and self.best_accuracy >= 0:
+            follow_first_rank(trainer, run_folder(trainer) / "best.safetensors")
 
     def _measure(
         self, trainer: Trainer, module: LearnsSet, name: str, images: torch.Tensor, iteration: int

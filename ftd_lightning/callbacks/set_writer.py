@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ftd_lightning.contracts import LearnsSet
 from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.errors import InputError
+from ftd_lightning.training.nodes import agreed, follow_first_rank
 from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class SyntheticSetWriter(Callback):
     """Writes the set after every epoch, at the end, and when the run is interrupted or fails.
 
     A set with values that are not finite is never written, so what lies on disk is always the last good one. Modules
-    that learn no set are left alone.
+    that learn no set are left alone. The first process writes it; at the end every node has it.
 
     Args:
         path: the file; None is ``set.safetensors`` beside the logs.
@@ -41,12 +42,18 @@ class SyntheticSetWriter(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to overwrite the set of a run with other settings."""
-        if not isinstance(pl_module, LearnsSet) or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not isinstance(pl_module, LearnsSet) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        file = self._file(trainer)
+        # On every rank: nodes may have folders of their own. Its name is the first one's.
+        file = Path(trainer.strategy.broadcast(str(self._file(trainer))))
+        with agreed():
+            self._refuse_other(file, trainer, pl_module)
+
+    @staticmethod
+    def _refuse_other(file: Path, trainer: Trainer, module: LearnsSet) -> None:
         if not file.exists() or trainer.ckpt_path:  # a resumed fit may have been given more to do
             return
-        there, planned = SyntheticSet.read_metadata(file), pl_module.synthetic_set().metadata
+        there, planned = SyntheticSet.read_metadata(file), module.synthetic_set().metadata
         different = [key for key in IDENTITY if key in there and there[key] != planned.get(key)]
         if "settings" in different:
             old, new = there["settings"], planned["settings"]
@@ -66,8 +73,10 @@ class SyntheticSetWriter(Callback):
         self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the final set."""
+        """Write the final set, and give it to nodes that share no disk with the first one."""
         self._write(trainer, pl_module)
+        if isinstance(pl_module, LearnsSet) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            follow_first_rank(trainer, self._file(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the last good set before the run ends; nothing where it failed before training began."""

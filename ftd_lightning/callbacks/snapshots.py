@@ -14,6 +14,8 @@ from ftd_lightning.data.trajectory_store import epoch_name, teacher_file
 from ftd_lightning.functional.unroll import flatten_parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, nn
 
 KIND = "snapshot"
@@ -95,6 +97,11 @@ class Snapshots:
         """Return the weights of a teacher after epochs 0 .. ``epochs``."""
         files = [self._file(teacher, epoch) for epoch in range(epochs + 1)]
         return Trajectory(files, teacher_file(self.store, teacher))
+
+    def lacking(self, teacher: int, epochs: Iterable[int]) -> list[str]:
+        """Name, relative to the store, the snapshots of some epochs of a teacher that are not there."""
+        files = (self._file(teacher, epoch) for epoch in epochs)
+        return [file.relative_to(self.store).as_posix() for file in files if not file.exists()]
 
     def clear(self, teacher: int) -> None:
         """Delete the snapshots of a teacher that is in the store, and its claim."""

@@ -12,16 +12,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from ftd_lightning.callbacks.snapshots import Snapshots
 from ftd_lightning.contracts import BringsBatches, DataSource, PlansBatches, TrainsTeachers, data_source
 from ftd_lightning.data.files import versions
-from ftd_lightning.data.store_data import write_store_data
+from ftd_lightning.data.store_data import store_data_file, write_store_data
 from ftd_lightning.data.teacher_metadata import differences
 from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.data.trajectory_store import KIND, TrajectoryStore, teacher_file, write_teacher
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.description import describe_network
+from ftd_lightning.training.nodes import NodeFolders, agreed
+from ftd_lightning.training.ranks import all_ranks
 from ftd_lightning.training.resume import mend_progress
 from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lightning.pytorch import LightningModule, Trainer
     from torch import nn
 
@@ -41,7 +45,10 @@ class TrajectoryRecorder(Callback):
     grow with them and a resumed run finds the earlier ones. The teacher's file appears whole, at the end of its last
     epoch. An epoch that was cut short by a limit of the trainer is never recorded; epochs that are short on purpose
     (``limit_train_batches``) are, and ``batches_per_epoch`` in the metadata says so. A teacher that an EarlyStopping
-    ends is recorded with the epochs it had. Several processes write into one folder, which all of them have to see.
+    ends is recorded with the epochs it had.
+
+    Several processes write into one folder; on several nodes that share no disk into one on each node, with the same
+    name. What lies in those is gathered when a fit begins and when it ends: every node then has the whole store.
 
     Args:
         path: folder of the store; None is ``trajectories`` beside the logs.
@@ -77,8 +84,27 @@ class TrajectoryRecorder(Callback):
         self._snapshots = Snapshots(self.path)
         if not self._resumed:
             self._claimed = self._open = None
-        if trainer.is_global_zero and any(self.path.glob("teacher_*.safetensors")):
-            self._join(TrajectoryStore(self.path), self._metadata(trainer, pl_module))
+        self._folders = NodeFolders(trainer, self.path)
+        with agreed():
+            if self._folders.leads and any(self._recorded()):
+                self._join(TrajectoryStore(self.path), self._metadata(trainer, pl_module))
+        self._gather()
+
+    def _recorded(self) -> Iterator[Path]:
+        return self.path.glob("teacher_*.safetensors")
+
+    def _gather(self) -> None:
+        """Give every node the teachers of all."""
+        if not self._folders.shared:
+            own = [file.name for file in (*self._recorded(), store_data_file(self.path)) if file.is_file()]
+            self._folders.complete(set().union(*all_ranks(own)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fetch the snapshots of a resumed teacher from the node that trained it, where that was another one."""
+        if self._active and not self._folders.shared and isinstance(pl_module, TrainsTeachers):
+            teacher, epoch, _, records = self._teacher(trainer, pl_module)
+            lacking = range(self._recorded_epochs(teacher) + 1, epoch + 1) if records else ()
+            self._folders.complete(self._snapshots.lacking(teacher, lacking))
 
     def _join(self, present: TrajectoryStore, planned: dict[str, Any]) -> None:
         """Refuse to record beside teachers that are not comparable."""
@@ -194,7 +220,8 @@ class TrajectoryRecorder(Callback):
         if self._open is not None and (stopped or not isinstance(pl_module, TrainsTeachers)):
             self._finish(trainer, pl_module)
         trainer.strategy.barrier()
-        if trainer.is_global_zero:
+        self._gather()
+        if self._folders.leads:
             self._snapshots.tidy()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,6 +13,7 @@ from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import DataDescription
 from ftd_lightning.data.segments import SegmentBatch, SegmentLoader
 from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
+from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.inner_step import compile_seconds
@@ -24,6 +25,7 @@ from ftd_lightning.modules.distillation import Distillation, Init
 from ftd_lightning.training.compile_choice import MATCHING
 from ftd_lightning.training.fresh_networks import Network, student_networks
 from ftd_lightning.training.plain_arguments import matching_rules, not_plain, plain
+from ftd_lightning.training.ranks import all_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -159,6 +161,20 @@ class TrajectoryMatching(Distillation):
         super().configure_model()
         if self._built and self.source is not None:
             check_compatible(self.store, self.source.description().metadata())
+        if self._built and self.attached and self.trainer.num_nodes > 1:
+            self._refuse_other_stores()
+
+    def _refuse_other_stores(self) -> None:
+        """Refuse nodes whose stores have other teachers: the ranks would follow them unnoticed."""
+        store = self.store
+        teachers = [(file.name, store.teacher_metadata(index)) for index, file in enumerate(store.files)]
+        ranks = all_ranks(teachers)
+        other = next((rank for rank, theirs in enumerate(ranks) if theirs != ranks[0]), None)
+        if other is not None:
+            raise InputError(
+                f"{store.path}: process 0 has {len(ranks[0])} teachers, process {other} has {len(ranks[other])} or "
+                "others: copy this folder from one node to the others"
+            )
 
     def iteration_loader(self) -> SegmentLoader:
         """Make the loader of teacher segments."""

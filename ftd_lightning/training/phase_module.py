@@ -15,6 +15,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.models.description import same_network
 from ftd_lightning.training.compile_choice import choose_compile, training_operations
 from ftd_lightning.training.fresh_networks import FreshNetworks
+from ftd_lightning.training.ranks import all_ranks
 from ftd_lightning.training.resume import mend_progress
 from ftd_lightning.training.trainer_settings import refuse_settings
 
@@ -189,7 +190,13 @@ class PhaseModule(LightningModule):
             raise InputError(f"the checkpoint is not one of a {type(self).__name__}: it has no {error}") from error
 
     def on_fit_start(self) -> None:
-        """Begin to count, unless the fit is resumed; refuse settings that change what is computed."""
+        """Begin to count, unless the fit is resumed; refuse settings that change what is computed.
+
+        Raises:
+            InputError: for such settings, and where only some of several nodes have the checkpoint.
+        """
+        if self.trainer.num_nodes > 1 and len(set(all_ranks(self._resumed))) > 1:
+            raise InputError("only some nodes have the checkpoint to resume from: copy it to the same place on each")
         refuse_settings(self.trainer, self.augment)
         continued = self._fitted_by is not None and self._fitted_by() is self.trainer
         if not self._resumed and not continued:
