@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 CONNECT = 30.0  # seconds to reach the store
 EVERY = 0.5  # seconds between two looks
@@ -53,7 +53,7 @@ class Peers:
             return None
         from datetime import timedelta
 
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
         try:

@@ -103,8 +103,14 @@ class TrajectoryRecorder(Callback):
         """Fetch the snapshots of a resumed teacher from the node that trained it, where that was another one."""
         if self._active and not self._folders.shared and isinstance(pl_module, TrainsTeachers):
             teacher, epoch, _, records = self._teacher(trainer, pl_module)
-            lacking = range(self._recorded_epochs(teacher) + 1, epoch + 1) if records else ()
-            self._folders.complete(self._snapshots.lacking(teacher, lacking))
+            earlier = range(self._recorded_epochs(teacher) + 1, epoch + 1) if records and epoch else ()
+            self._folders.complete(self._snapshots.lacking(teacher, earlier))
+            with agreed():
+                if lost := self._snapshots.lacking(teacher, earlier):
+                    raise InputError(
+                        f"{self.path / lost[0]}: on no node; bring back the folder of the node that trained teacher "
+                        f"{teacher}, or begin this fit anew: finished teachers are kept"
+                    )
 
     def _join(self, present: TrajectoryStore, planned: dict[str, Any]) -> None:
         """Refuse to record beside teachers that are not comparable."""
