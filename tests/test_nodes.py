@@ -56,7 +56,7 @@ def start(folder: Path, fits: list[list[str]], *torchrun: str) -> subprocess.Pop
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
-def ended(processes: list[subprocess.Popen[str]], timeout: float = 280) -> list[tuple[int, str]]:
+def ended(processes: list[subprocess.Popen[str]], timeout: float = 560) -> list[tuple[int, str]]:
     """Wait for processes; one that hangs fails the test."""
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
@@ -68,7 +68,7 @@ def ended(processes: list[subprocess.Popen[str]], timeout: float = 280) -> list[
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def on_nodes(folders: list[Path], *fits: list[str], timeout: float = 280) -> list[tuple[int, str]]:
+def on_nodes(folders: list[Path], *fits: list[str], timeout: float = 560) -> list[tuple[int, str]]:
     """Run fits on two nodes; gives exit code and output of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -155,7 +155,7 @@ def test_a_mistake_on_one_node_is_one_line_on_both(one: Path, tmp_path: Path, wh
         checkpoints = [*map(Path, (one / CHECKPOINTS).glob("last.ckpt"))]
         (folders[0] / "mine.ckpt").write_bytes(checkpoints[0].read_bytes())
         fit, message = [*TEACHERS, "--ckpt_path", "mine.ckpt"], "mine.ckpt: no such checkpoint"
-    for rank, (code, output) in enumerate(on_nodes(folders, fit, timeout=240)):
+    for rank, (code, output) in enumerate(on_nodes(folders, fit, timeout=560)):
         assert code != 0
         own = output.partition("torch.distributed.elastic")[0]  # the agent adds a report of its own
         lines = re.findall(r"^ftd: error: .*$", output, re.MULTILINE)
