@@ -62,7 +62,7 @@ class Peers:
             return None
         attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
         peers = cls(store, attempt=attempt, rank=int(environment["RANK"]), world_size=world_size)
-        threading.Thread(target=peers._watch, name="ftd-peers", daemon=True).start()
+        threading.Thread(target=peers.watch, name="ftd-peers", daemon=True).start()
         return peers
 
     def tell(self, message: str) -> None:
@@ -108,7 +108,8 @@ class Peers:
                 self._counted = True
                 self._store.add(self._heard, 1)
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """Look for a failure until this process ends; end it where another has failed and nothing else does."""
         while not self._ending.wait(EVERY):
             message = self.failure()
             if message is None:
