@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
@@ -22,7 +21,7 @@ from ftd_lightning.functional.rules import MatchingRule
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll, chunked_permutations
 from ftd_lightning.modules.distillation import Distillation, Init
-from ftd_lightning.training.compile_choice import MATCHING
+from ftd_lightning.training.compile_choice import MATCHING, CompileNotice
 from ftd_lightning.training.fresh_networks import Network, student_networks
 from ftd_lightning.training.plain_arguments import matching_rules, not_plain, plain
 from ftd_lightning.training.ranks import all_ranks
@@ -120,7 +119,7 @@ class TrajectoryMatching(Distillation):
         self.save_hyperparameters(ignore=not_plain(network))
         self._architecture = network
         self.keep_real(real)
-        self._compile_seconds = 0.0
+        self._notice = CompileNotice("the inner step")
         self._teachers: dict[str, Any] = {}
 
     @cached_property
@@ -259,10 +258,7 @@ class TrajectoryMatching(Distillation):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the step size, and how long compilation took, where anything was compiled."""
-        seconds = compile_seconds(self._student[0])
-        if seconds > self._compile_seconds:
-            self._compile_seconds = seconds
-            rank_zero_info(f"compiling the inner step took {seconds:.1f} s, which are no part of its speed")
+        self._notice(compile_seconds(self._student[0]))
         self.log("matching/step_size", self.step_size.detach(), prog_bar=True, batch_size=1)
         super().on_train_batch_end(outputs, batch, batch_idx)
 

@@ -16,10 +16,11 @@ from torch.func import functional_call, grad_and_value
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.compiling import Compile, compiled, compiles
+from ftd_lightning.functional.compiling import Compile, Compiled, compiled, compiles
 from ftd_lightning.functional.gsam import gsam_perturbation
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.optim import frozen_running_statistics
+from ftd_lightning.training.compile_choice import CompileNotice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -109,6 +110,12 @@ class SideBySide:
         self.rho = rho
         self._compiles = compiles(compile, device)
         self._run = compiled(loss_and_gradients, compile=compile, device=device, eager=_at_own_weights)
+        self._notice = CompileNotice("the evaluation networks' pass")
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that the first compiled calls took so far, compilation included."""
+        return self._run.compile_seconds if isinstance(self._run, Compiled) else 0.0
 
     def __call__(
         self,
@@ -151,6 +158,7 @@ class SideBySide:
         weights = [[p for p in network.parameters() if p.requires_grad] for network in networks]
         steps = [partial(step, *own) for own in zip(networks, seeds, weights, strict=True)]
         losses: Tensor = _OneByOne.apply(steps, *(p for own in weights for p in own))
+        self._notice(self.compile_seconds)
         return losses
 
     def _at_worst_point(

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ftd_lightning.functional.compiling import Compile, Compiled, compiled, compiles
 from ftd_lightning.optim import frozen_running_statistics
+from ftd_lightning.training.compile_choice import CompileNotice
 from ftd_lightning.training.side_by_side import loss_and_gradients
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class TeacherPass:
     """Computes a network's loss and logits, and puts gradients in place.
 
     Compiled, forward and backward pass are one function of the weights. A batch of another size than the full one, the
-    last of an epoch, would be compiled for itself, and is passed eagerly.
+    last of an epoch, would be compiled for itself, and is passed eagerly. The first compiled pass says how long
+    compilation took.
 
     Args:
         network: on its device, in training mode.
@@ -42,6 +44,7 @@ class TeacherPass:
         self.full_batch = full_batch
         self._compiles = compiles(compile, device)
         self._run = compiled(loss_and_gradients, compile=compile, device=device)
+        self._notice = CompileNotice("the teacher's pass")
 
     @property
     def compile_seconds(self) -> float:
@@ -73,6 +76,7 @@ class TeacherPass:
         weights = [p for p in self.network.parameters() if p.requires_grad]
         with torch.no_grad():
             loss, logits, *results = self._run(self.network, images, labels, *weights)
+            self._notice(self.compile_seconds)
             for weight, gradient in zip(weights, results, strict=False):
                 weight.grad = gradient
             if not perturbed:

@@ -208,7 +208,9 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_compiled_teachers_are_the_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
+def test_compiled_teachers_are_the_eager_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, norm: str
+) -> None:
     """With another backend than the default, which takes a minute; Dynamo is the same."""
     monkeypatch.setattr(teacher_pass, "compiled", partial(teacher_pass.compiled, backend="aot_eager"))
 
@@ -218,7 +220,12 @@ def test_compiled_teachers_are_the_eager_ones(tmp_path: Path, monkeypatch: pytes
         make_trainer(tmp_path).fit(module, datamodule=small_data())
         return module
 
-    eager, fast = trained(False), trained(True)
+    with caplog.at_level("INFO"):
+        eager = trained(False)
+        assert "compiling" not in caplog.text
+        fast = trained(True)
+    line = f"compiling the teacher's pass took {fast._pass.compile_seconds:.1f} s"
+    assert caplog.text.count("compiling") == caplog.text.count(line) == 1
     assert fast._pass.compile_seconds > 0
     assert not fast._pass._run._failed
     wanted = eager.network.state_dict()
