@@ -66,7 +66,7 @@ def test_compiled_they_are_the_same_and_networks_share_one_graph(monkeypatch, ex
     side_by_side_losses = SideBySide(True, torch.device("cpu"))
     with caplog.at_level("INFO"):
         losses = side_by_side_losses(networks, IMAGES, LABELS, **DRAWS)
-        side_by_side_losses(networks, IMAGES, LABELS, **DRAWS)
+        side_by_side_losses(two_networks(), IMAGES, LABELS, **DRAWS)
     line = f"compiling the evaluation networks' pass took {side_by_side_losses.compile_seconds:.1f} s"
     (message,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("compiling")]
     assert message.startswith(line)
