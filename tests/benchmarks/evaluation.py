@@ -7,25 +7,29 @@ plain loop reads the set through a DataLoader. Testing the networks costs both s
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.choices import Choice
 from benchmarks.measure import DEVICE, Result, Row, in_turns, timed
 from benchmarks.reference import Batches, sample_loader, train_network
 from ftd_lightning.functional import derive_seed, dsa, make_generator, seeded
 from ftd_lightning.models import ConvNet
+from ftd_lightning.training.compile_choice import EVALUATION, choose_compile, training_operations
 from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.training.side_by_side import SideBySide
 
 LR, BATCH = 0.01, 256
-# (images per class, epochs): the protocol's 1,000 epochs are as many times the same.
+EPOCHS = 1000  # of an evaluation of full length, for which "auto" decides
+# (images per class, width, epochs of a turn)
 SIZES = {
-    "quick": {"cases": [(1, 3)], "width": 16},
-    "cpu": {"cases": [(1, 20), (10, 4)], "width": 128},
-    "cuda": {"cases": [(1, 300), (10, 300)], "width": 128},
+    "quick": [(1, 16, 3)],
+    "cpu": [(1, 32, 20), (1, 128, 6), (10, 32, 6), (10, 128, 2)],
+    "cuda": [(1, 32, 300), (1, 128, 300), (10, 32, 300), (10, 128, 300)],
 }
 
 
@@ -40,33 +44,53 @@ def one_after_the_other(networks: list[nn.Module], epoch_batches: Callable[[int]
         train_network(network, epoch_batches, epochs=epochs, lr=LR, augment=partial(draw, index))
 
 
-def compare(ipc: int, epochs: int, repeats: int, *, networks: int = 5, image_size: int = 32, **options: int) -> Row:
-    """Time both in turns, each time from the same fresh networks."""
+def compare(
+    ipc: int, width: int, epochs: int, repeats: int, *, compiled: bool, networks: int = 5, image_size: int = 32
+) -> Result:
+    """Time all paths in turns, each time from the same fresh networks."""
     with seeded(0, "evaluation benchmark"):
         images = torch.randn(10 * ipc, 3, image_size, image_size)
-        fresh = [ConvNet(3, 10, image_size, **options).to(DEVICE) for _ in range(networks)]
+        fresh = [ConvNet(3, 10, image_size, width=width).to(DEVICE) for _ in range(networks)]
     labels = torch.arange(10).repeat_interleave(ipc)
     loader = sample_loader(images, labels, batch_size=BATCH)
-    losses = SideBySide("auto", torch.device(DEVICE))  # one for all turns: what it compiles is compiled once
+    # One for all turns of a path: what it compiles is compiled once.
+    paths = {"ours": False, "compiled": True} if compiled else {"ours": False}
+    losses = {name: SideBySide(compiles, torch.device(DEVICE)) for name, compiles in paths.items()}
     on_device = images.to(DEVICE), labels.to(DEVICE)
 
-    def ours(epochs: int) -> float:
+    def ours(path: str, epochs: int) -> float:
         students = copy.deepcopy(fresh)
         protocol = EvaluationProtocol(epochs=epochs, lr=LR, batch_size=BATCH)
-        return timed(lambda: train_fresh_networks(students, *on_device, protocol, losses=losses))
+        return timed(lambda: train_fresh_networks(students, *on_device, protocol, losses=losses[path]))
 
     def reference(epochs: int) -> float:
         students = copy.deepcopy(fresh)
         return timed(lambda: one_after_the_other(students, lambda epoch: loader, epochs=epochs))
 
-    in_turns({"ours": lambda: ours(2), "reference": lambda: reference(2)}, 1)  # what libraries set up once
-    found = in_turns({"ours": lambda: ours(epochs), "reference": lambda: reference(epochs)}, repeats)
-    case = f"{networks} networks, ipc {ipc}, width {options.get('width', 128)}"
+    def works(epochs: int) -> dict[str, Callable[[], float]]:
+        return {**{path: partial(ours, path, epochs) for path in losses}, "reference": partial(reference, epochs)}
+
+    in_turns(works(1), 1)  # what libraries set up once, and compilation
+    found = in_turns(works(epochs), repeats)
+    case = f"{networks} networks, ipc {ipc}, width {width}"
     each = {name: [seconds / epochs for seconds in times] for name, times in found.items()}
-    return Row("evaluation", case, "time of an epoch of all", "s", each["ours"], each["reference"])
+    result = Result([])
+    for path in losses:
+        quantity = "time of an epoch of all" + (", compiled" if path == "compiled" else "")
+        result.rows.append(Row("evaluation", case, quantity, "s", each[path], each["reference"]))
+    if compiled:
+        operations = training_operations(fresh[0], tuple(images.shape[1:]), EPOCHS * networks * len(images))
+        steps = EPOCHS * math.ceil(len(images) / BATCH)
+        auto = choose_compile("auto", torch.device(DEVICE), EVALUATION, steps=steps, operations=lambda: operations)
+        seconds = losses["compiled"].compile_seconds
+        full = f"{EPOCHS:,} epochs of {networks} networks"
+        result.choices.append(Choice("evaluation", case, full, EPOCHS, *result.rows, seconds, auto is not False))
+    return result
 
 
-def run(scale: str, repeats: int, **_: object) -> Result:
+def run(scale: str, repeats: int, *, compiled: bool = False) -> Result:
     """Measure at a scale."""
-    size = SIZES["quick" if scale == "quick" else DEVICE]
-    return Result([compare(ipc, epochs, repeats, width=size["width"]) for ipc, epochs in size["cases"]])
+    result = Result([])
+    for ipc, width, epochs in SIZES["quick" if scale == "quick" else DEVICE]:
+        result.add(compare(ipc, width, epochs, repeats, compiled=compiled))
+    return result

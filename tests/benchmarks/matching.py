@@ -3,12 +3,12 @@
 Both see the same weights, images, mini-batches (all images at every step, as for CIFAR-10) and augmentations, in
 float32, and give the same loss and gradients up to rounding. "Added" is what the step puts on top of what the process
 held before it, "peak" all that it held. Memory is that of a process which takes one step by one method; times are of
-steps in turns within a process. A side that runs out of memory is reported so.
+steps in turns within a process, after a first one in which a compiler compiles. A side that runs out of memory is
+reported so.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,20 +16,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.choices import Choice
 from benchmarks.measure import DEVICE, Result, Row, in_turns, timed
 from benchmarks.processes import NO_MEMORY, held, in_process, peak, stay_within_free_memory
 from benchmarks.reference import matching_loss
-from ftd_lightning.functional import dsa, flatten_parameters, make_generator, seeded, trajectory_matching_loss
+from ftd_lightning.functional import (
+    compile_seconds,
+    dsa,
+    flatten_parameters,
+    make_generator,
+    seeded,
+    trajectory_matching_loss,
+)
 from ftd_lightning.models import ConvNet
 
 STEPS = (5, 15, 30, 80)
 # (images per class, width, inner steps). Two CPU cores take minutes for a step of 500 images at the paper's width.
 GRIDS: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {
     "quick": [(1, 16, (2, 6))],
-    "cpu": [(1, 128, STEPS), (10, 32, (5, 15)), (50, 32, (5,))],
+    "cpu": [(1, 32, (30,)), (1, 128, (15,)), (10, 32, (5,)), (10, 128, (5,))],
     "full": [(1, 128, STEPS), (10, 128, STEPS), (50, 128, STEPS)],
     "short": [(1, 128, (5, 30)), (10, 128, (30,))],  # minutes on a GPU
 }
+ITERATIONS = 5000  # of a distillation of full length, for which "auto" decides
 METHODS = ("ours", "compiled", "reference")
 
 
@@ -44,14 +53,14 @@ class Problem(NamedTuple):
     step_size: Tensor
 
 
-def problem(ipc: int, *, image_size: int = 32, **network: int) -> Problem:
-    """A student at the initialisation, a target near it and ipc images of noise for each of 10 classes."""
+def problem(ipc: int, *, image_size: int = 32, classes: int = 10, **network: int) -> Problem:
+    """A student at the initialisation, a target near it and ipc images of noise for each class."""
     with seeded(0, "matching benchmark"):
-        student = ConvNet(3, 10, image_size, **network).to(DEVICE)
+        student = ConvNet(3, classes, image_size, **network).to(DEVICE)
         start = flatten_parameters(student)
         target = start + 0.01 * torch.randn(start.shape).to(DEVICE)
-        images = torch.randn(10 * ipc, 3, image_size, image_size).to(DEVICE).requires_grad_()
-    labels = torch.arange(10, device=DEVICE).repeat_interleave(ipc)
+        images = torch.randn(classes * ipc, 3, image_size, image_size).to(DEVICE).requires_grad_()
+    labels = torch.arange(classes, device=DEVICE).repeat_interleave(ipc)
     return Problem(student, start, target, images, labels, torch.tensor(0.01, device=DEVICE, requires_grad=True))
 
 
@@ -60,13 +69,7 @@ def loss_of(method: str, case: Problem, steps: int) -> Tensor:
     batches = [torch.arange(len(case.images), device=DEVICE)] * steps
     if method == "reference":
         return matching_loss(*case, batches=batches, augment=lambda x, i: dsa(x, make_generator(0, "inner", i)))
-    options: dict[str, Any] = {"compile": method == "compiled"} if can_compile() else {}
-    return trajectory_matching_loss(*case, batches=batches, augment=dsa, **options)
-
-
-def can_compile() -> bool:
-    """Whether the matching loss takes ``compile``."""
-    return "compile" in inspect.signature(trajectory_matching_loss).parameters
+    return trajectory_matching_loss(*case, batches=batches, augment=dsa, compile=method == "compiled")
 
 
 def step(method: str, case: Problem, steps: int) -> None:
@@ -87,30 +90,51 @@ def memory(method: str, ipc: int, steps: int, width: int) -> dict[str, float]:
 
 
 def times(methods: list[str], ipc: int, steps: int, width: int, repeats: int) -> dict[str, Any]:
-    """Seconds of steps in turns in this process, and those of the first step, in which a compiler compiles."""
+    """Seconds of steps in turns in this process, and those that a compiler took before."""
     case = problem(ipc, width=width)
-    first = {method: timed(partial(step, method, case, min(steps, 2))) for method in methods}
+    for method in methods:
+        step(method, case, min(steps, 2))
     works: dict[str, Callable[[], float]] = {m: partial(timed, partial(step, m, case, steps)) for m in methods}
-    return {"first": first, "seconds": in_turns(works, repeats)}
+    return {"seconds": in_turns(works, repeats), "compile_seconds": compile_seconds(case.network)}
 
 
-def compare(ipc: int, width: int, steps: int, repeats: int, *, compiled: bool) -> tuple[list[Row], dict[str, Any]]:
+def compare(
+    ipc: int, width: int, steps: int, repeats: int, *, compiled: bool, processes: int
+) -> tuple[Result, dict[str, Any]]:
     """Measure one case: rows, and the figures of the plot."""
     methods = [m for m in METHODS if m != "compiled" or compiled]
     case = {"ipc": ipc, "width": width, "steps": steps}
-    # A peak moves by a few pages from one process to the next: two of each show that.
-    used = in_turns_of_processes(methods, case, min(2, repeats))
-    able = [m for m in methods if used[m]]
+    # On a CPU compiling first would take as long again for every figure.
+    measured = [m for m in methods if m != "compiled" or DEVICE == "cuda"]
+    used = in_turns_of_processes(measured, case, min(processes, repeats))
+    able = [m for m in methods if used.get(m, used["ours"])]
     taken = in_process("matching:times", methods=able, repeats=repeats, **case)
     seconds = {m: taken["seconds"].get(m, []) for m in methods}
-    name, rows = f"ipc {ipc}, width {width}, {steps} inner steps", []
+    name, result = f"ipc {ipc}, width {width}, {steps} inner steps", Result([])
     for method in methods[:-1]:
         which = "" if method == "ours" else ", compiled"
-        rows.append(Row("matching", name, f"time{which}", "s", seconds[method], seconds["reference"]))
-        for key in ("added", "peak"):
+        result.rows.append(Row("matching", name, f"time{which}", "s", seconds[method], seconds["reference"]))
+        for key in ("added", "peak") if method in used else ():
             sides = [[run[key] for run in used[m]] for m in (method, "reference")]
-            rows.append(Row("matching", name, f"{key} memory{which}", "MiB", *sides))
-    return rows, {**case, "memory": used, "seconds": seconds, "first": taken["first"]}
+            result.rows.append(Row("matching", name, f"{key} memory{which}", "MiB", *sides))
+    if compiled:
+        eager, fast = (row for row in result.rows if row.quantity.startswith("time"))
+        auto = auto_compiles(ipc, steps, width)
+        full = f"{ITERATIONS:,} such steps"
+        result.choices.append(Choice("matching", name, full, ITERATIONS, eager, fast, taken["compile_seconds"], auto))
+    return result, {**case, "memory": used, **taken, "seconds": seconds}
+
+
+def auto_compiles(ipc: int, steps: int, width: int) -> bool:
+    """Whether "auto" compiles a distillation of full length, as ``TrajectoryMatching`` counts it."""
+    # Here, for it brings Lightning along, which the processes that are measured do without.
+    from ftd_lightning.training.compile_choice import MATCHING, choose_compile, training_operations
+
+    case = problem(ipc, width=width)
+    shape, values = tuple(case.images.shape[1:]), case.images.numel()
+    passes = 4 * len(case.images) * steps * ITERATIONS
+    work = {"steps": ITERATIONS, "operations": partial(training_operations, case.network, shape, passes)}
+    return choose_compile("auto", torch.device(DEVICE), MATCHING, batch_values=values, **work) is not False
 
 
 def in_turns_of_processes(methods: list[str], case: dict[str, int], repeats: int) -> dict[str, list[dict[str, float]]]:
@@ -126,18 +150,13 @@ def in_turns_of_processes(methods: list[str], case: dict[str, int], repeats: int
 
 def run(scale: str, repeats: int, *, compiled: bool = False) -> Result:
     """Measure a grid; on CUDA the full one unless a smaller one is named, always compiled and not."""
-    grid = GRIDS["full" if scale == "normal" and DEVICE == "cuda" else "cpu" if scale == "normal" else scale]
-    compiled = can_compile() and (compiled or DEVICE == "cuda")
+    grid = "full" if scale == "normal" and DEVICE == "cuda" else "cpu" if scale == "normal" else scale
+    # A peak moves by a few pages from one process to the next: two of each show that.
+    processes = 1 if grid == "cpu" else 2
     result = Result([], details={"cases": []})
-    for ipc, width, all_steps in grid:
+    for ipc, width, all_steps in GRIDS[grid]:
         for steps in all_steps:
-            rows, figures = compare(ipc, width, steps, repeats, compiled=compiled)
-            result.rows += rows
+            found, figures = compare(ipc, width, steps, repeats, compiled=compiled, processes=processes)
+            result.add(found)
             result.details["cases"].append(figures)
-    if compiled:
-        first = [max(0.0, case["first"].get("compiled", 0.0)) for case in result.details["cases"]]
-        result.remarks.append(
-            f"matching: times are without compilation; the first step of a process, which compiles, took "
-            f"{min(first):.0f} to {max(first):.0f} s"
-        )
     return result

@@ -12,9 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from benchmarks.choices import Choice
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,11 +62,18 @@ class Row:
 
 @dataclass
 class Result:
-    """What a part found: rows of the table, remarks under it, and figures for the JSON file."""
+    """What a part found: rows of the table, remarks under it, figures for the JSON file, both paths of its cases."""
 
     rows: list[Row]
     remarks: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
+
+    def add(self, other: Result) -> None:
+        """Append another's rows, remarks and choices."""
+        self.rows += other.rows
+        self.remarks += other.remarks
+        self.choices += other.choices
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -9,6 +9,9 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,21 @@ def in_process(function: str, **options: Any) -> dict[str, Any]:
         raise RuntimeError(f"{function} {options} failed:\n{done.stderr}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
+
+
+@contextmanager
+def empty_compiler_cache() -> Iterator[None]:
+    """Give inductor an empty cache in this process and those it starts, so that compiling takes what it takes once."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
 
 
 def _status(key: str) -> float:

@@ -1,12 +1,14 @@
-"""What is shown of the figures: a Markdown table, JSON, and curves over the number of inner steps."""
+"""What is shown of the figures: Markdown tables, JSON, and pictures."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from benchmarks import choices, pictures
+from benchmarks.choices import Choice
 from benchmarks.measure import Result, Row, about
 
 HEAD = "| part | case | quantity | ours | reference | ours / reference | range, pairs | better |"
@@ -43,73 +45,52 @@ def _line(row: dict[str, Any]) -> str:
     return "| " + " | ".join([row["part"], row["case"], row["quantity"], *sides, ratio, spread, verdict(row)]) + " |"
 
 
-def markdown(rows: list[Row], remarks: list[str], machine: dict[str, Any]) -> str:
-    """The table, with what it was measured on above it and remarks below."""
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+def _rule(head: str) -> str:
+    return "|" + "---|" * (head.count("|") - 1)
+
+
+def markdown(rows: list[Row], remarks: list[str], machine: dict[str, Any], choice_list: Sequence[Choice] = ()) -> str:
+    """The tables, with what they were measured on above them and remarks below."""
+    device = (
+        machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    )
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [_line(row.summary()) for row in rows]
     notes = [f"- {remark}" for remark in remarks]
     about_table = (
         f"On {device}; {versions}. Medians; the ratio is the median of ratios of neighbouring pairs, with their range."
     )
-    rule = "|" + "---|" * (HEAD.count("|") - 1)
-    return "\n".join(["# Benchmark", "", about_table, "", HEAD, rule, *lines, "", *notes]).rstrip() + "\n"
+    paths = [choices.line(choice.summary()) for choice in choice_list]
+    about_paths = (
+        "Eager and compiled in a fit of full length, compilation included, at the speed measured here; the speed is "
+        "that of the path that `compile: auto` takes, over the plain loop's, compilation not counted."
+    )
+    second = ["", about_paths, "", choices.HEAD, _rule(choices.HEAD), *paths] if paths else []
+    first = [about_table, "", HEAD, _rule(HEAD), *lines]
+    return "\n".join(["# Benchmark", "", *first, *second, "", *notes]).rstrip() + "\n"
 
 
 def write(folder: Path, results: dict[str, Result], settings: dict[str, Any]) -> str:
-    """Write ``benchmark.md``, ``benchmark.json`` and, with the matching part, ``unroll.png``; gives the table."""
+    """Write ``benchmark.md``, ``benchmark.json`` and the pictures of the parts that have one; gives the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     machine = about()
     rows = [row for result in results.values() for row in result.rows]
-    table = markdown(rows, [remark for result in results.values() for remark in result.remarks], machine)
+    remarks = [remark for result in results.values() for remark in result.remarks]
+    choice_list = [choice for result in results.values() for choice in result.choices]
+    table = markdown(rows, remarks, machine, choice_list)
     (folder / "benchmark.md").write_text(table)
     content = {
         **machine,
         "settings": settings,
         "rows": [row.summary() for row in rows],
+        "choices": [choice.summary() for choice in choice_list],
         "details": {part: result.details for part, result in results.items() if result.details},
     }
     (folder / "benchmark.json").write_text(json.dumps(content, indent=2) + "\n")
     if "matching" in results:
-        plot(results["matching"].details["cases"], folder / "unroll.png")
+        cases = results["matching"].details["cases"]
+        if len({(case["ipc"], case["width"]) for case in cases}) < len(cases):  # some case has several counts of steps
+            pictures.unroll(cases, folder / "unroll.png")
+    if "scaling" in results:
+        pictures.scaling(results["scaling"].details["panels"], folder / "scaling.png")
     return table
-
-
-def plot(cases: list[dict[str, Any]], path: Path) -> None:
-    """Draw added memory and time of a matching step over the number of inner steps."""
-    # No windows, and no style of the user's: the object-oriented interface needs neither.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
-    styles = {
-        "ours": ("adjoint", "-", "o"),
-        "compiled": ("adjoint, compiled", "-.", "s"),
-        "reference": ("graph", "--", "x"),
-    }
-    sizes = sorted({(case["ipc"], case["width"]) for case in cases})
-    for panel, what in zip(panels, ("memory", "seconds"), strict=True):
-        for color, (ipc, width) in enumerate(sizes):
-            for method, (name, line, marker) in styles.items():
-                points = [
-                    (case["steps"], median(_values(case[what][method])))
-                    for case in cases
-                    if (case["ipc"], case["width"]) == (ipc, width) and case[what].get(method)
-                ]
-                if points:
-                    label = f"ipc {ipc}, width {width}: {name}"
-                    panel.plot(*zip(*points, strict=True), line, marker=marker, color=f"C{color}", label=label)
-        # A small step may find all the memory it takes among what the process held already.
-        positive = all(min(curve.get_ydata()) > 0 for curve in panel.lines)
-        panel.set(xlabel="inner steps", yscale="log" if positive else "linear")
-        panel.grid(visible=True, alpha=0.3)
-    panels[0].set(ylabel="memory added by a matching step, MiB")
-    panels[1].set(ylabel="time of a matching step, s")
-    panels[0].legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
-
-
-def _values(runs: list[Any]) -> list[float]:
-    return [run["added"] if isinstance(run, dict) else run for run in runs]

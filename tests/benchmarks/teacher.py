@@ -3,11 +3,13 @@
 Both train the same network on the same noise of CIFAR's size (what the pixels show changes no time) in batches of 256,
 float32, DSA, mean loss and accuracy kept, nothing recorded and nothing validated. Ours is the whole of an epoch of the
 fit, with what Lightning does between one and the next. The epochs take turns within one fit: a callback runs an epoch
-of the plain loop before each of ours. The first of each is not counted.
+of the plain loop before each of ours. The first of each, in which a compiler compiles, is not counted. Eager and
+compiled epochs are those of two fits.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 import warnings
@@ -18,19 +20,24 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from benchmarks.choices import Choice
 from benchmarks.measure import DEVICE, Result, Row, timed
 from benchmarks.reference import gsam_epoch, sample_loader
 from ftd_lightning import DistillationDataModule, FlatTeacher
 from ftd_lightning.data.datasets import DATASETS
 from ftd_lightning.data.images import ImageDataset, Pictures
 from ftd_lightning.functional import dsa, make_generator
+from ftd_lightning.functional.compiling import Compile
 from ftd_lightning.models import ConvNet
+from ftd_lightning.training.compile_choice import TEACHER, choose_compile, training_operations
 
 LR, RHO, ALPHA, BATCH = 0.01, 0.01, 1.0, 256
-SIZES = {
-    "quick": {"images": 512, "width": 16},
-    "cpu": {"images": 2048, "width": 128},
-    "cuda": {"images": 50_000, "width": 128},
+# A teacher of full length, for which "auto" decides: CIFAR-10's.
+EPOCHS, IMAGES = 50, 50_000
+SIZES: dict[str, list[dict[str, int]]] = {
+    "quick": [{"images": 512, "width": 16}],
+    "cpu": [{"images": 1024, "width": 32}, {"images": 512, "width": 128}],
+    "cuda": [{"images": 50_000, "width": 32}, {"images": 50_000, "width": 128}],
 }
 
 
@@ -75,18 +82,27 @@ class InTurns(Callback):
 
 
 def fit(
-    data: ImageDataset, callback: Callback, *, epochs: int, **network
+    data: ImageDataset,
+    callback: Callback,
+    *,
+    epochs: int,
+    compile: Compile = "auto",  # noqa: A002
+    teachers: int = 1,
+    ranks: int = 1,
+    **network,
 ) -> tuple[FlatTeacher, DistillationDataModule]:
-    """Train one teacher on a data set through the Trainer."""
+    """Train teachers on a data set through the Trainer."""
+    settings = {"teachers": teachers, "epochs": epochs, "lr": LR, "rho": RHO, "alpha": ALPHA, "compile": compile}
     DATASETS["noise"] = lambda request: data
     try:
-        module = FlatTeacher(network_options=network, teachers=1, epochs=epochs, lr=LR, rho=RHO, alpha=ALPHA)
+        module = FlatTeacher(network_options=network, **settings)
         images = DistillationDataModule("noise", batch_size=BATCH, val_fraction=0.0)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             trainer = Trainer(
                 accelerator=DEVICE,
-                devices=1,
+                devices=ranks,
+                strategy="ddp" if ranks > 1 else "auto",
                 max_epochs=-1,
                 logger=False,
                 enable_checkpointing=False,
@@ -113,25 +129,49 @@ def plain_teacher(
     )
 
 
-def compare(repeats: int, *, images: int, image_size: int = 32, **network: int) -> Result:
-    """Time epochs of a teacher in turns."""
+def compare(repeats: int, *, images: int, compiled: bool, image_size: int = 32, **network: int) -> Result:
+    """Time epochs of a teacher in turns, eager ones and, in a second fit, compiled ones."""
     data = noise(images, image_size=image_size)
     train, _ = data.load()
     loader = sample_loader((train.pictures - 0.5) / 0.3, train.labels, batch_size=BATCH)
-    plain = ConvNet(3, 10, image_size, **network).to(DEVICE)
-    turns = InTurns(plain_teacher(plain, lambda epoch: loader))
-    fit(data, turns, epochs=repeats + 1, **network)
     case = f"{images} images of {image_size} px, width {network.get('width', 128)}"
-    ours, theirs = turns.ours[1:], turns.reference[1:]
-    rows = [
-        Row("teacher", case, "time of an epoch", "s", ours, theirs),
-        Row("teacher", case, "images/s", "1/s", [images / s for s in ours], [images / s for s in theirs], True),
-    ]
-    return Result(rows, ["teacher: noise of CIFAR's size, GSAM, float32; neither side records or validates"])
+    result, compile_seconds = Result([]), 0.0
+    for compiles in [False, True][: 1 + compiled]:
+        plain = ConvNet(3, 10, image_size, **network).to(DEVICE)
+        turns = InTurns(plain_teacher(plain, lambda epoch: loader))
+        module, _ = fit(data, turns, epochs=repeats + 1, compile=compiles, **network)
+        compile_seconds = module._pass.compile_seconds
+        ours, theirs, path = turns.ours[1:], turns.reference[1:], ", compiled" if compiles else ""
+        result.rows += [
+            Row("teacher", case, f"time of an epoch{path}", "s", ours, theirs),
+            Row(
+                "teacher",
+                case,
+                f"images/s{path}",
+                "1/s",
+                *([images / s for s in side] for side in (ours, theirs)),
+                True,
+            ),
+        ]
+    if compiled:
+        steps, operations = (
+            EPOCHS * math.ceil(IMAGES / BATCH),
+            training_operations(
+                ConvNet(3, 10, image_size, **network), (3, image_size, image_size), 2 * EPOCHS * IMAGES
+            ),
+        )
+        auto = choose_compile("auto", torch.device(DEVICE), TEACHER, steps=steps, operations=lambda: operations)
+        full, rows = f"{EPOCHS} epochs of {IMAGES:,} images", (result.rows[0], result.rows[2])
+        result.choices.append(
+            Choice("teacher", case, full, EPOCHS * IMAGES / images, *rows, compile_seconds, auto is not False)
+        )
+    return result
 
 
-def run(scale: str, repeats: int, **_: object) -> Result:
+def run(scale: str, repeats: int, *, compiled: bool = False) -> Result:
     """Measure at a scale."""
-    size = SIZES["quick" if scale == "quick" else DEVICE]
     torch.set_float32_matmul_precision("high")  # what `ftd fit` sets; for both sides
-    return compare(repeats, **size)
+    result = Result([], ["teacher: noise of CIFAR's size, GSAM, float32; neither side records or validates"])
+    for size in SIZES["quick" if scale == "quick" else DEVICE]:
+        result.add(compare(repeats, compiled=compiled, **size))
+    return result
