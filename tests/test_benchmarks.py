@@ -2,16 +2,32 @@
 
 import copy
 import json
+import os
+from functools import partial
 
 import pytest
 import torch
-from benchmarks import evaluation, matching, measure, processes, report, run, startup, store, teacher
+from benchmarks import (
+    choices,
+    evaluation,
+    matching,
+    measure,
+    pictures,
+    processes,
+    report,
+    run,
+    scaling,
+    startup,
+    store,
+    teacher,
+)
 from benchmarks.reference import sample_loader
 from lightning.pytorch import Callback
 
 from ftd_lightning.data.loader import BatchOrder, TensorLoader
-from ftd_lightning.functional import flatten_parameters, seeded
+from ftd_lightning.functional import flatten_parameters, inner_step, seeded
 from ftd_lightning.models import ConvNet
+from ftd_lightning.training import side_by_side, teacher_pass
 from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.training.fresh_networks import FreshNetworks
 
@@ -118,25 +134,124 @@ def test_imports_are_read_from_the_interpreter():
     assert list(parts) == sorted(parts, key=lambda name: -parts[name]["own"])
 
 
-def test_what_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "subprocess", None)  # everything in this process: its start takes seconds
-    here = {"matching:memory": matching.memory, "matching:times": matching.times}
-    monkeypatch.setattr(matching, "in_process", lambda function, **options: here[function](**options))
-    monkeypatch.setattr(matching, "stay_within_free_memory", lambda: None)
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every part small, in this process, whose start would take seconds, and compiled by a backend that takes few."""
+    monkeypatch.setattr(processes, "subprocess", None)
+    here = {
+        "matching:memory": matching.memory,
+        "matching:times": matching.times,
+        "scaling:matching_point": partial(scaling.matching_point, image_size=8),
+        "scaling:ranks_point": partial(scaling.ranks_point, image_size=8),
+        "store:read_store": store.read_store,
+        "store:read_buffers": store.read_buffers,
+    }
+    for module in (matching, scaling):
+        monkeypatch.setattr(module, "in_process", lambda function, **options: here[function](**options))
+        monkeypatch.setattr(module, "stay_within_free_memory", lambda: None)
+    for module in (teacher_pass, side_by_side, inner_step):
+        monkeypatch.setattr(module, "compiled", partial(module.compiled, backend="aot_eager"))
     monkeypatch.setitem(matching.GRIDS, "quick", [(1, 4, (1, 3))])
-    monkeypatch.setitem(teacher.SIZES, "quick", {"images": 64, "image_size": 8, **TINY})
-    monkeypatch.setitem(evaluation.SIZES, "quick", {"cases": [(1, 2)], "width": 4})
+    monkeypatch.setitem(teacher.SIZES, "quick", [{"images": 64, "image_size": 8, **TINY}])
+    monkeypatch.setattr(teacher, "BATCH", 32)
+    monkeypatch.setitem(evaluation.SIZES, "quick", [(1, 4, 2)])
+    monkeypatch.setattr(scaling, "IMAGES", 20)
+
+
+def written(folder, *words):
+    run.main(["--quick", "--repeats", "2", "--output", str(folder), *words])
+    return json.loads((folder / "benchmark.json").read_text()), (folder / "benchmark.md").read_text()
+
+
+def test_what_is_written(tmp_path, tiny, capsys):
     parts = ["teacher", "matching", "evaluation"]
-    run.main(["--quick", "--repeats", "2", "--output", str(tmp_path), "--parts", *parts])
-    content = json.loads((tmp_path / "benchmark.json").read_text())
+    content, table = written(tmp_path, "--parts", *parts)
     assert {row["part"] for row in content["rows"]} == set(parts)
     assert all(len(row["each"]["ours"]) == len(row["each"]["reference"]) == 2 for row in content["rows"])
     assert {"torch", "lightning", "python"} <= set(content["versions"])
     assert [case["steps"] for case in content["details"]["matching"]["cases"]] == [1, 3]
-    table = (tmp_path / "benchmark.md").read_text()
     assert table.strip() in capsys.readouterr().out
     assert table.count("\n| ") == 1 + len(content["rows"])
+    assert content["choices"] == [], "eager alone has none"
     assert (tmp_path / "unroll.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_both_paths_are_measured_and_that_of_auto_is_said(tmp_path, tiny):
+    parts = ["teacher", "matching", "evaluation"]
+    content, table = written(tmp_path, "--compile", "--parts", *parts)
+    timed = {(row["part"], row["quantity"]) for row in content["rows"] if "time" in row["quantity"]}
+    assert len(timed) == 2 * len(parts)
+    assert {choice["part"] for choice in content["choices"]} == set(parts)
+    assert all(choice["compile_seconds"] > 0 for choice in content["choices"])
+    assert table.count("\n| ") == 2 + len(content["rows"]) + len(content["choices"])
+    assert choices.HEAD in table
+
+
+def test_scaling_has_every_point_of_every_curve(tmp_path, tiny):
+    content, _ = written(tmp_path, "--parts", "scaling")
+    panels, sizes = content["details"]["scaling"]["panels"], scaling.SIZES["quick"]
+    wanted = {
+        "images per class": sizes["ipc"],
+        "inner steps": sizes["steps"],
+        "classes": sizes["classes"],
+        "teachers in the store": sizes["teachers"],
+        "ranks": sizes["ranks"],
+    }
+    assert list(panels) == list(wanted)
+    for name, values in wanted.items():
+        points = panels[name]["points"]
+        assert {(p["curve"], p["x"]) for p in points} == {(c, v) for c in panels[name]["curves"] for v in values}
+        assert all(p["seconds"] > 0 for p in points)
+    assert (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_curve_ends_where_memory_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "in_process", lambda function, **options: processes.NO_MEMORY)
+    panel = scaling.matching_panel("steps", (1, 2), 4, 1)
+    assert {(p["seconds"], p["mib"]) for p in panel["points"]} == {(None, None)}
+    assert "ipc 1" in panel["title"]
+    assert "inner steps" not in panel["title"]
+    pictures.scaling({"inner steps": panel}, tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").is_file()
+
+
+@pytest.mark.slow
+def test_ranks_share_the_teachers():
+    found = processes.in_process("scaling:ranks_point", ranks=2, teachers=2, images=20, width=4, image_size=8)
+    seconds, memory = zip(*found["each"], strict=True)
+    assert len(seconds) == 2
+    assert found["seconds"] == max(seconds)
+    assert found["mib"] == pytest.approx(sum(memory))
+
+
+def test_which_path_is_the_faster_is_said_of_the_whole_fit():
+    def choice(compiled, compile_seconds, auto):
+        rows = (measure.Row("evaluation", "", "", "s", [ours], [2.0]) for ours in (2.0, compiled))
+        return choices.Choice("evaluation", "case", "100 epochs", 100, *rows, compile_seconds, auto).summary()
+
+    right = choice(1.0, 50.0, auto=True)
+    assert right["seconds"] == {"eager": 200.0, "compiled": 150.0}
+    assert (right["faster"], right["right"], right["speed_up"]) == ("compiled", True, 2.0)
+    assert "| compiled | compiled | 2.00x" in choices.line(right)
+    wrong = choice(1.0, 150.0, auto=True)
+    assert (wrong["faster"], wrong["right"]) == ("eager", False)
+    even = choice(1.0, 101.0, auto=True)
+    assert (even["faster"], even["right"]) == ("no clear difference", True)
+
+
+def test_no_path_is_the_faster_beyond_the_memory():
+    rows = [measure.Row("matching", "", "", "s", ours, []) for ours in ([1.0], [])]
+    found = choices.Choice("matching", "case", "fit", 10, *rows, 3.0, auto=False).summary()
+    assert found["faster"] is None
+    assert choices.line(found).endswith("| - | - | 3 | eager | - | - |")
+
+
+def test_the_compiler_cache_is_empty_and_put_back(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
+    with processes.empty_compiler_cache():
+        assert os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == []
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before"
 
 
 def test_arguments_that_do_not_go_together(capsys):

@@ -71,5 +71,6 @@ def scaling(panels: dict[str, dict[str, Any]], path: Path) -> None:
             axes.grid(visible=True, alpha=0.3)
             if not below:
                 axes.set_title(panel["title"], fontsize="small")
-                axes.legend(fontsize="x-small")
+                if axes.lines:
+                    axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=100)
