@@ -34,10 +34,11 @@ class Worth(NamedTuple):
     steps: float
 
 
-# Eager, these take about one, ten and two minutes on one core, of which compiling saves a third to a half; it costs a
-# third of a minute for teachers and evaluations and one minute for both functions of an inner step.
+# Eager, these take about one, four and two minutes on one core, of which compiling saves a third to a half; it costs a
+# third of a minute for teachers and evaluations and one minute for both functions of an inner step. Narrow networks do
+# fewer operations a second, so that compiling repays for them earlier still.
 TEACHER = Worth(1e12, 1000)
-MATCHING = Worth(2e13, 500)
+MATCHING = Worth(5e12, 500)
 EVALUATION = Worth(3e12, float("inf"))  # on a GPU tracing takes longer than an evaluation
 
 
