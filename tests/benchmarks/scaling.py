@@ -26,10 +26,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "quick": {"width": 8, "ipc": (1, 2), "steps": (1, 2), "classes": (2, 4), "teachers": (1, 2), "ranks": (1,)},
     "normal": {
         "width": 16,
-        "ipc": (1, 5, 10, 20, 40),
-        "steps": (5, 10, 20, 40, 80),
-        "classes": (2, 10, 50, 100, 200),
-        "teachers": (1, 50, 200, 400),
+        "ipc": (1, 5, 10, 20),
+        "steps": (5, 20, 40, 80),
+        "classes": (2, 10, 50, 100),
+        "teachers": (1, 50, 200),
         "ranks": (1, 2, 4),
     },
 }
