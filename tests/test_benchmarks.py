@@ -227,17 +227,22 @@ def test_ranks_share_the_teachers():
 
 def test_which_path_is_the_faster_is_said_of_the_whole_fit():
     def choice(compiled, compile_seconds, auto):
-        rows = (measure.Row("evaluation", "", "", "s", [ours], [2.0]) for ours in (2.0, compiled))
+        rows = (measure.Row("evaluation", "", "", "s", ours, [2.0, 2.0]) for ours in ([2.0, 1.8], compiled))
         return choices.Choice("evaluation", "case", "100 epochs", 100, *rows, compile_seconds, auto).summary()
 
-    right = choice(1.0, 50.0, auto=True)
-    assert right["seconds"] == {"eager": 200.0, "compiled": 150.0}
-    assert (right["faster"], right["right"], right["speed_up"]) == ("compiled", True, 2.0)
-    assert "| compiled | compiled | 2.00x" in choices.line(right)
-    wrong = choice(1.0, 150.0, auto=True)
+    right = choice([1.0, 0.8], 50.0, auto=True)
+    assert right["seconds"] == pytest.approx({"eager": 190.0, "compiled": 140.0})
+    assert (right["faster"], right["right"], right["speed_up"]) == ("compiled", True, 2.25)
+    assert "| compiled | compiled | 2.25x (2.00 to 2.50), " in choices.line(right)
+    wrong = choice([1.0, 0.8], 150.0, auto=True)
     assert (wrong["faster"], wrong["right"]) == ("eager", False)
-    even = choice(1.0, 101.0, auto=True)
+    even = choice([1.0, 0.8], 101.0, auto=True)
     assert (even["faster"], even["right"]) == ("no clear difference", True)
+
+
+def test_a_goal_that_only_some_pairs_reach_is_undecided():
+    found = [choices.against_goal({"goal": 1.5, "range": pair}) for pair in ([1.5, 2.0], [1.0, 1.4], [1.4, 1.6])]
+    assert found == ["1.5x reached", "1.5x missed", "1.5x undecided"]
 
 
 def test_no_path_is_the_faster_beyond_the_memory():

@@ -10,7 +10,7 @@ from benchmarks.measure import DEVICE, Row
 
 # Times the speed of the plain loop that the path of "auto" is to have on a CPU, compilation not counted.
 GOALS = {"teacher": 1.8, "matching": 1.5, "evaluation": 1.2}
-NO_CLEAR_DIFFERENCE = 0.05  # of the seconds of a fit: medians of a few pairs are no better than that
+UNCLEAR = "no clear difference"
 HEAD = "| part | case | full fit | eager, s | compiled, s | compiling, s | auto | the faster | speed, goal |"
 
 
@@ -48,21 +48,33 @@ class Choice:
         about["auto"] = "compiled" if self.auto else "eager"
         rows = {"eager": self.eager, "compiled": self.compiled}
         if not all(row.ratios() for row in rows.values()):
-            return {**about, "seconds": None, "faster": None, "right": None, "speed_up": None, "goal": None}
+            return {**about, "seconds": None, "faster": None, "right": None, "speed_up": None}
         plain = median([*self.eager.reference, *self.compiled.reference])
-        ratios = {name: median(row.ratios()) for name, row in rows.items()}
-        seconds = {name: self.units * plain * ratio for name, ratio in ratios.items()}
-        seconds["compiled"] += self.compile_seconds
-        low, high = sorted(seconds.values())
-        faster = min(seconds, key=lambda name: seconds[name])
+        # Of every pair: the whole fit, and from it what is clear whichever pair one takes.
+        each = {name: [self.units * plain * ratio for ratio in row.ratios()] for name, row in rows.items()}
+        each["compiled"] = [seconds + self.compile_seconds for seconds in each["compiled"]]
+        clear = [a for a, b in (("eager", "compiled"), ("compiled", "eager")) if max(each[a]) < min(each[b])]
+        speed_ups = sorted(1 / ratio for ratio in rows[about["auto"]].ratios())
         return {
             **about,
-            "seconds": seconds,
-            "faster": "no clear difference" if high - low < NO_CLEAR_DIFFERENCE * high else faster,
-            "right": bool(seconds[about["auto"]] <= low or high - low < NO_CLEAR_DIFFERENCE * high),
-            "speed_up": 1 / ratios[about["auto"]],
+            "seconds": {name: median(times) for name, times in each.items()},
+            "faster": clear[0] if clear else UNCLEAR,
+            "right": not clear or clear[0] == about["auto"],
+            "speed_up": median(speed_ups),
+            "range": [speed_ups[0], speed_ups[-1]],
             "goal": GOALS[self.part] if DEVICE == "cpu" else None,
         }
+
+
+def against_goal(choice: dict[str, Any]) -> str:
+    """Say whether all pairs reach the goal, none does, or some do.
+
+    Example:
+        >>> [against_goal({"goal": 1.5, "range": found}) for found in ([1.6, 2.0], [1.0, 1.2], [1.4, 1.6])]
+        ['1.5x reached', '1.5x missed', '1.5x undecided']
+    """
+    (low, high), goal = choice["range"], choice["goal"]
+    return f"{goal}x {'reached' if low >= goal else 'missed' if high < goal else 'undecided'}"
 
 
 def line(choice: dict[str, Any]) -> str:
@@ -72,8 +84,8 @@ def line(choice: dict[str, Any]) -> str:
         return (
             "| " + " | ".join([*cells, "-", "-", f"{choice['compile_seconds']:.0f}", choice["auto"], "-", "-"]) + " |"
         )
-    goal = choice["goal"]
-    reached = "" if goal is None else f", {goal}x {'reached' if choice['speed_up'] >= goal else 'missed'}"
+    speed = "{:.2f}x ({:.2f} to {:.2f})".format(choice["speed_up"], *choice["range"])
+    speed += f", {against_goal(choice)}" if choice["goal"] else ""
     cells += [f"{choice['seconds'][path]:,.0f}" for path in ("eager", "compiled")]
     cells += [f"{choice['compile_seconds']:.0f}", choice["auto"], choice["faster"]]
-    return "| " + " | ".join([*cells, f"{choice['speed_up']:.2f}x{reached}"]) + " |"
+    return "| " + " | ".join([*cells, speed]) + " |"
