@@ -252,6 +252,15 @@ def test_no_path_is_the_faster_beyond_the_memory():
     assert choices.line(found).endswith("| - | - | 3 | eager | - | - |")
 
 
+def test_the_clock_is_that_of_the_wall_or_of_the_process(monkeypatch):
+    monkeypatch.setattr(measure.time, "process_time", lambda: -7.0)
+    found = {}
+    for name in ("wall", "cpu"):
+        with processes.environment(measure.CLOCK, name):
+            found[name] = measure.now()
+    assert found["cpu"] == -7.0 < found["wall"]
+
+
 def test_the_compiler_cache_is_empty_and_put_back(monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
     with processes.empty_compiler_cache():

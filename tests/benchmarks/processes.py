@@ -44,18 +44,23 @@ def in_process(function: str, **options: Any) -> dict[str, Any]:
 
 
 @contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable of the environment for this process and those it starts."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
 def empty_compiler_cache() -> Iterator[None]:
     """Give inductor an empty cache in this process and those it starts, so that compiling takes what it takes once."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[name] = folder
-        try:
-            yield
-        finally:
-            os.environ.pop(name)
-            if before is not None:
-                os.environ[name] = before
+    with tempfile.TemporaryDirectory() as folder, environment("TORCHINDUCTOR_CACHE_DIR", folder):
+        yield
 
 
 def _status(key: str) -> float:

@@ -59,6 +59,7 @@ def markdown(rows: list[Row], remarks: list[str], machine: dict[str, Any], choic
     notes = [f"- {remark}" for remark in remarks]
     about_table = (
         f"On {device}; {versions}. Medians; the ratio is the median of ratios of neighbouring pairs, with their range."
+        + (" Seconds are what the process computed." if machine.get("clock") == "cpu" else "")
     )
     paths = [choices.line(choice.summary()) for choice in choice_list]
     about_paths = (
@@ -73,7 +74,7 @@ def markdown(rows: list[Row], remarks: list[str], machine: dict[str, Any], choic
 def write(folder: Path, results: dict[str, Result], settings: dict[str, Any]) -> str:
     """Write ``benchmark.md``, ``benchmark.json`` and the pictures of the parts that have one; gives the tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    machine = about()
+    machine = {**about(), "clock": settings["clock"]}
     rows = [row for result in results.values() for row in result.rows]
     remarks = [remark for result in results.values() for remark in result.remarks]
     choice_list = [choice for result in results.values() for choice in result.choices]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -21,7 +20,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from benchmarks.choices import Choice
-from benchmarks.measure import DEVICE, Result, Row, timed
+from benchmarks.measure import DEVICE, Result, Row, now, timed
 from benchmarks.reference import gsam_epoch, sample_loader
 from ftd_lightning import DistillationDataModule, FlatTeacher
 from ftd_lightning.data.datasets import DATASETS
@@ -70,7 +69,7 @@ class InTurns(Callback):
     def on_train_epoch_start(self, trainer, pl_module) -> None:
         self._end()
         self.reference.append(timed(partial(self.run_reference, trainer.current_epoch)))
-        self._began = time.perf_counter()
+        self._began = now()
 
     def on_train_end(self, trainer, pl_module) -> None:
         self._end()
@@ -78,7 +77,7 @@ class InTurns(Callback):
     def _end(self) -> None:
         if self._began is not None:
             timed(lambda: None)  # waits for the device
-            self.ours.append(time.perf_counter() - self._began)
+            self.ours.append(now() - self._began)
 
 
 def fit(
