@@ -30,6 +30,7 @@ FEWER = ("--iterations", "2", "--epochs", "2")
 SHORTER = (
     *("--distill.model.max_start_epoch", "2", "--distill.model.expert_epochs", "1"),
     *("--distill.model.syn_steps", "2", "--evaluate.model.networks", "2"),
+    *("--distill.trainer.callbacks+=EvaluateSynthetic", "--distill.trainer.callbacks.init_args.epochs", "2"),
 )
 
 

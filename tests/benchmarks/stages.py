@@ -146,7 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except transfer.TransferError as error:
         sys.exit(f"stages: {error}")
     minutes = options.minutes or sum(MINUTES[stage] for stage in stages)
-    return 0 if run_stages(job, stages, minutes) else 1
+    try:
+        return 0 if run_stages(job, stages, minutes) else 1
+    except KeyboardInterrupt:
+        sys.exit("stages: interrupted; the same command continues")
 
 
 if __name__ == "__main__":
