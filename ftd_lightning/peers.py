@@ -66,11 +66,15 @@ class Peers:
         return peers
 
     def tell(self, message: str) -> None:
-        """Tell the others that this process fails, unless one has failed before; wait until they know."""
+        """Tell the others that this process fails, unless one has failed before; wait until they know.
+
+        Args:
+            message: line breaks in it become spaces.
+        """
         self._ending.set()
         try:
             with self._lock:
-                self._store.compare_set(self._failed, "", f"{self._rank} {message}")
+                self._store.compare_set(self._failed, "", f"{self._rank} {' '.join(message.split())}")
             self._know()
             until = time.monotonic() + HEARD
             while time.monotonic() < until:
