@@ -1,4 +1,4 @@
-"""Files that go from one node's folder to another's: two processes with gloo, each with a folder of its own or a common one."""
+"""Files that go from one node's folder to another's: two processes, with a folder of their own each or a common one."""
 
 import json
 import os
