@@ -132,7 +132,17 @@ def as_program(run: Callable[[], None], *, resume: str, debug: bool = False) -> 
     """
     plain_where_needed(sys.stdout)
     plain_where_needed(sys.stderr)
-    ended, peers = EndedBySignal(), Peers.join()
+    peers = Peers.join()
+    try:
+        _run(run, peers, resume=resume, debug=debug)
+    finally:
+        if peers is not None:
+            peers.leave()
+
+
+def _run(run: Callable[[], None], peers: Peers | None, *, resume: str, debug: bool) -> None:
+    """Run a function as a program; see :func:`as_program`."""
+    ended = EndedBySignal()
     try:
         with ended:
             run()

@@ -41,6 +41,7 @@ class Peers:
         self._rank, self._world_size = rank, world_size
         self._ending = threading.Event()
         self._counted = False  # among those that know of the failure
+        self._thread = threading.Thread(target=self.watch, name="ftd-peers", daemon=True)
         self._lock = threading.Lock()  # one user of the store at a time
 
     @classmethod
@@ -62,8 +63,17 @@ class Peers:
             return None
         attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
         peers = cls(store, attempt=attempt, rank=int(environment["RANK"]), world_size=world_size)
-        threading.Thread(target=peers.watch, name="ftd-peers", daemon=True).start()
+        peers.start()
         return peers
+
+    def start(self) -> None:
+        """Begin to watch the others."""
+        self._thread.start()
+
+    def leave(self) -> None:
+        """End the watch, before the interpreter ends: a thread that is then within the store aborts the process."""
+        self._ending.set()
+        self._thread.join()
 
     def tell(self, message: str) -> None:
         """Tell the others that this process fails, unless one has failed before; wait until they know.

@@ -36,6 +36,14 @@ def test_a_restarted_run_does_not_hear_of_the_failure_before(three: list[Peers])
     assert restarted.failure() is None
 
 
+def test_nobody_watches_any_more_when_the_interpreter_ends(three: list[Peers]) -> None:
+    """A thread that is within the store then aborts the process."""
+    three[0].start()
+    assert "ftd-peers" in {thread.name for thread in threading.enumerate()}
+    three[0].leave()
+    assert "ftd-peers" not in {thread.name for thread in threading.enumerate()}
+
+
 @pytest.mark.parametrize(
     "environment",
     [
