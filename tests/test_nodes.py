@@ -143,7 +143,7 @@ def test_a_killed_run_resumes_on_nodes_in_another_order(one: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("where", ["before_the_processes_meet", "in_the_fit"])
 def test_a_mistake_on_one_node_is_one_line_on_both(one: Path, tmp_path: Path, where: str) -> None:
-    """Neither node waits for the other: an agent that does would outlast the timeout, half of a process group's."""
+    """Neither node waits for the other: one that does would outlast the timeout, a third of a process group's."""
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
