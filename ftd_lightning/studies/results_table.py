@@ -133,6 +133,7 @@ def _shortened(record: dict[str, Any]) -> list[list[str]]:
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "demo": (Path("README.md"), lambda: _comparison("demo", short_rows)),
     "compare": (Path("docs/reproduction.md"), lambda: _comparison("compare", _shortened)),
+    "compare_w32": (Path("docs/reproduction.md"), lambda: _comparison("compare_w32_ipc1", comparison_rows)),
     "results": (Path("docs/reproduction.md"), lambda: table(read_records(RECORDS))),
 }
 
