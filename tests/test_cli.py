@@ -64,6 +64,15 @@ CLASSES = {
 }
 
 
+@pytest.mark.parametrize(("given", "measures"), [((), True), (("--trainer.benchmark=false",), False)])
+def test_cudnn_measures_unless_told_otherwise(
+    here: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], measures: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not measures)
+    fit("digits/teacher_ftd.yaml", *TEACHERS, "--trainer.fast_dev_run=1", *given)
+    assert torch.backends.cudnn.benchmark is measures
+
+
 @pytest.mark.parametrize("folder", sorted({path.parent for path in ALL}), ids=lambda path: path.name)
 def test_every_shipped_config_builds_its_module(folder: Path, here: Path, merged) -> None:
     """The parser knows every key, and the module takes every value, as Python would give it."""

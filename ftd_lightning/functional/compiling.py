@@ -124,6 +124,11 @@ class Compiled:
         return _cloned(self._run(*args))
 
 
+def seconds_compiling(function: Callable[..., Any]) -> float:
+    """Return what a function's first calls took, as :class:`Compiled` counts it; 0 for one that is not compiled."""
+    return function.compile_seconds if isinstance(function, Compiled) else 0.0
+
+
 def compiled(
     function: Callable[..., Any],
     *,

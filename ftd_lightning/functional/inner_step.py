@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from ftd_lightning.functional.compiling import Compile, Compiled, compiled, compiles
+from ftd_lightning.functional.compiling import Compile, compiled, compiles, seconds_compiling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -196,4 +196,4 @@ def compile_seconds(network: nn.Module) -> float:
         0.0
     """
     functions = [function for step in _compiled.get(network, {}).values() for function in step]
-    return sum((function.compile_seconds for function in functions if isinstance(function, Compiled)), 0.0)
+    return sum(map(seconds_compiling, functions), 0.0)

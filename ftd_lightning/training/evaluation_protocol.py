@@ -89,10 +89,10 @@ def accuracies(networks: Iterable[nn.Module], images: Tensor, labels: Tensor, *,
         batch_size: images per forward pass.
     """
     networks = [network.eval() for network in networks]
+    device = next((weight.device for network in networks for weight in network.parameters()), images.device)
     counts = []
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        first = next((weight for network in networks for weight in network.parameters()), x)
-        on_device, answers = to_device(x, first.device), to_device(y, first.device)
+        on_device, answers = to_device(x, device), to_device(y, device)
         right = []
         for network in networks:
             weight = next(network.parameters(), on_device)

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad_and_value
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.compiling import Compile, Compiled, compiled, compiles
+from ftd_lightning.functional.compiling import Compile, compiled, compiles, seconds_compiling
 from ftd_lightning.functional.gsam import gsam_perturbation
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.optim import frozen_running_statistics
@@ -115,7 +115,7 @@ class SideBySide:
     @property
     def compile_seconds(self) -> float:
         """Seconds that the first compiled calls took so far, compilation included."""
-        return self._run.compile_seconds if isinstance(self._run, Compiled) else 0.0
+        return seconds_compiling(self._run)
 
     def __call__(
         self,

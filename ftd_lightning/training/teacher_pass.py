@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
-from ftd_lightning.functional.compiling import Compile, Compiled, compiled, compiles
+from ftd_lightning.functional.compiling import Compile, compiled, compiles, seconds_compiling
 from ftd_lightning.optim import frozen_running_statistics
 from ftd_lightning.training.compile_choice import CompileNotice
 from ftd_lightning.training.side_by_side import loss_and_gradients
@@ -49,7 +49,7 @@ class TeacherPass:
     @property
     def compile_seconds(self) -> float:
         """Seconds that compilation took so far."""
-        return self._run.compile_seconds if isinstance(self._run, Compiled) else 0.0
+        return seconds_compiling(self._run)
 
     def __call__(
         self, images: Tensor, labels: Tensor, *, perturbed: bool, backward: Callable[[Tensor], None]
