@@ -118,8 +118,11 @@ def test_whitening_is_that_of_the_cpu():
     torch.testing.assert_close(whitening.apply(images.cuda()).cpu(), whitening.apply(images), rtol=1e-3, atol=1e-4)
 
 
-def test_no_step_waits_for_the_device(tmp_path):
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
+    """What is recorded before a teacher's first step has to leave the device; a step does not."""
     from lightning.pytorch import Callback
+
+    from ftd_lightning import FlatTeacher
 
     class NoWait(Callback):
         def on_train_batch_start(self, *_):
@@ -128,12 +131,25 @@ def test_no_step_waits_for_the_device(tmp_path):
         def on_train_batch_end(self, *_):
             torch.cuda.set_sync_debug_mode("default")
 
+    def without_waiting(step):
+        def training_step(self, *args):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return step(self, *args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return training_step
+
+    monkeypatch.setattr(FlatTeacher, "training_step", without_waiting(FlatTeacher.training_step))
     trajectories = record(tmp_path, epochs=4)
+    teacher = small_teacher(epochs=1, rho=0.05, augment="crop_flip", compile=False)
+    evaluation = {"max_epochs": 3, "limit_val_batches": 0, "callbacks": [NoWait()]}
     fits = [
-        (small_teacher(epochs=1, rho=0.05, augment="crop_flip", compile=False), {}, {}),
-        (small_matching(trajectories, compile=False), {}, {"max_steps": 4}),
-        (SyntheticEvaluation(networks=2), {"synthetic": "random"}, {"max_epochs": 3, "limit_val_batches": 0}),
+        (teacher, {}, {}),  # its whole step is its training_step
+        (small_matching(trajectories, compile=False), {}, {"max_steps": 4, "callbacks": [NoWait()]}),
+        (SyntheticEvaluation(networks=2), {"synthetic": "random"}, evaluation),
     ]
     for index, (module, data, options) in enumerate(fits):
-        settings = {"accelerator": "gpu", "callbacks": [NoWait()], "max_epochs": -1, **options}
+        settings = {"accelerator": "gpu", "max_epochs": -1, **options}
         make_trainer(tmp_path / str(index), **settings).fit(module, datamodule=small_data(**data))

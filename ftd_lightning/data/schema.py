@@ -109,6 +109,7 @@ SET_METADATA: dict[str, Rule] = {
     "class_names": NAMES,
     "transform": MAPPING,
     "method": TEXT,
+    "labels_made": TEXT,
     "settings": MAPPING,
     "network": NETWORK,
     "augmentation": MAPPING_OR_NONE,

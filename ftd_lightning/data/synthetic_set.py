@@ -46,7 +46,8 @@ class SyntheticSet:
     Attributes:
         images: (N, C, H, W) float32.
         labels: (N,) int64 classes, or (N, K) float32: probabilities, or the targets that a method learns, where
-            ``metadata["label_kind"]`` is "target".
+            ``metadata["label_kind"]`` is "target". ``metadata["labels_made"]`` says how soft ones were made: "learned"
+            or "teacher".
         step_size: float32 > 0, the learned inner learning rate, a scalar or (n,), one per inner step; None where none
             was learned.
         ema_images: (N, C, H, W), their moving average; None where none was kept.
@@ -69,6 +70,12 @@ class SyntheticSet:
     def learning_rate(self) -> float | None:
         """The step size as one number, the mean of several; None where none was learned."""
         return None if self.step_size is None else float(self.step_size.detach().float().mean())
+
+    @property
+    def label_description(self) -> str:
+        """What tables say of the labels: "hard", "soft", "soft (learned)" or "soft (teacher)"."""
+        made = self.metadata.get("labels_made")
+        return "hard" if self.labels.ndim == 1 else f"soft ({made})" if made else "soft"
 
     def check(self, where: object) -> None:
         """Refuse a set that is not as its attributes are described.
