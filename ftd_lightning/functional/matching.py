@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from ftd_lightning.functional.pruning import pruned_distance
+from ftd_lightning.functional.rules import only_one
 from ftd_lightning.functional.seeding import make_generator
+from ftd_lightning.functional.unroll import roll_out
 from ftd_lightning.functional.unroll import unroll as unroll_student
 
 if TYPE_CHECKING:
@@ -16,6 +21,13 @@ if TYPE_CHECKING:
     from ftd_lightning.functional.compiling import Compile
     from ftd_lightning.functional.rules import MatchingRule
     from ftd_lightning.functional.unroll import Augment, Unroll
+
+
+class Match(NamedTuple):
+    """The matching loss of a segment, a scalar, and the number of inner steps that its gradient goes through."""
+
+    loss: Tensor
+    steps: int
 
 
 def normalized_distance(student: Tensor, start: Tensor, target: Tensor) -> Tensor:
@@ -78,7 +90,7 @@ def trajectory_matching_loss(
 
     Raises:
         ValueError: for weights of another network, labels that do not fit the images, a network that draws random
-            numbers, or an unknown ``unroll`` or ``compile``.
+                numbers, an unknown ``unroll`` or ``compile``, or rules that exclude each other.
 
     Example:
         >>> import torch
@@ -91,29 +103,67 @@ def trajectory_matching_loss(
         >>> loss.backward(); images.grad.shape
         torch.Size([2, 1, 2, 2])
     """
+    settings = {"batches": batches, "augment": augment, "seed": seed, "unroll": unroll, "compile": compile}
+    return match(network, start, target, images, labels, step_size, rules=rules, **settings).loss  # type: ignore[arg-type]
+
+
+def match(
+    network: nn.Module,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    step_size: Tensor,
+    *,
+    batches: Sequence[Tensor],
+    augment: Augment | None = None,
+    seed: int = 0,
+    unroll: Unroll = "adjoint",
+    rules: Sequence[MatchingRule] = (),
+    compile: Compile = "auto",  # noqa: A002
+) -> Match:
+    """Compute what :func:`trajectory_matching_loss` does, and also say how many steps were unrolled.
+
+    Args: as for :func:`trajectory_matching_loss`.
+    """
     if target.shape != start.shape:
         raise ValueError(f"the target has shape {tuple(target.shape)}, the start {tuple(start.shape)}")
     begins = [start]
     for rule in rules:
         begins.append(rule.begin(begins[-1], target, make_generator(seed, rule.name)))
-    student = unroll_student(
-        network,
-        begins[-1],
-        images,
-        labels,
-        step_size,
-        batches=batches,
-        augment=augment,
-        seed=seed,
-        method=unroll,
-        compile=compile,
+    noises = [begin - before for before, begin in itertools.pairwise(begins)]
+
+    def compared(student: Tensor) -> Tensor:
+        for rule, noise in zip(rules, noises, strict=True):
+            student = rule.compared(student, noise)
+        return student
+
+    student = (network, begins[-1], images, labels, step_size)
+    if (chooses := only_one(rules, "distance")) is not None:
+        steps = roll_out(*student, batches=batches, augment=augment, seed=seed, compile=compile)
+        batches = batches[: closest([chooses.distance(compared(weights), target) for weights in steps])]
+    end = compared(
+        unroll_student(*student, batches=batches, augment=augment, seed=seed, method=unroll, compile=compile)
     )
-    for rule, before, begin in zip(rules, begins, begins[1:], strict=False):
-        student = rule.compared(student, begin - before)
-    masks = [mask for rule in rules if (mask := rule.keep(student.detach(), start, target)) is not None]
+    masks = [mask for rule in rules if (mask := rule.keep(end.detach(), start, target)) is not None]
     if not masks:
-        return normalized_distance(student, start, target)
+        return Match(normalized_distance(end, start, target), len(batches))
     kept = masks[0]
     for mask in masks[1:]:
         kept = kept & mask
-    return pruned_distance(student, start, target, kept)
+    return Match(pruned_distance(end, start, target, kept), len(batches))
+
+
+def closest(distances: Sequence[Tensor | None]) -> int:
+    """Return the number, from 1, of the step of the smallest distance, the last of equal ones; the host waits for it.
+
+    Convention: a distance that is not a number is larger than any; where all are, the last step.
+
+    Example:
+        >>> import torch
+        >>> closest([torch.tensor(2.0), torch.tensor(1.0), torch.tensor(1.0), torch.tensor(float("nan"))])
+        3
+    """
+    measured = torch.stack([distance for distance in distances if distance is not None])
+    measured = measured.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return int((measured == measured.min()).nonzero()[-1, 0]) + 1

@@ -79,40 +79,6 @@ def load_flat(network: nn.Module, flat: Tensor) -> None:
             parameter.copy_(value)
 
 
-def chunked_permutations(
-    num_images: int, num_steps: int, generator: torch.Generator, *, batch_size: int | None = None
-) -> list[Tensor]:
-    """Draw the mini-batches of the inner steps: a random permutation split into chunks, drawn anew when used up.
-
-    Args:
-        num_images: N, size of the synthetic set.
-        num_steps: n, number of inner steps.
-        generator: decides the permutations; a CPU generator.
-        batch_size: images per step; None or >= N means all of them at every step. The last chunk of a permutation is
-            smaller where N is not a multiple of it.
-
-    Returns:
-        n int64 index tensors.
-
-    Raises:
-        ValueError: for a batch size below 1.
-
-    Example:
-        >>> [len(b) for b in chunked_permutations(5, 4, make_generator(0), batch_size=2)]
-        [2, 2, 1, 2]
-    """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if batch_size is None or batch_size >= num_images:
-        return [torch.arange(num_images)] * num_steps
-
-    def chunks() -> Iterator[Tensor]:
-        while True:
-            yield from torch.randperm(num_images, generator=generator).split(batch_size)
-
-    return [chunk for _, chunk in zip(range(num_steps), chunks(), strict=False)]
-
-
 class _Student(NamedTuple):
     """What all inner steps have in common."""
 
@@ -126,6 +92,12 @@ class _Student(NamedTuple):
         """Augment the mini-batch of a step; a repeated step draws the same augmentation."""
         return images if self.augment is None else self.augment(images, make_generator(self.seed, "inner", step))
 
+    def after(self, step: int, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+        """Return the weights after a step, detached."""
+        index = self.batches[step]
+        x = self.augmented(images.detach()[index], step)
+        return self.step.forward(self.network, weights, x, labels.detach()[index], lr.detach())
+
 
 class _Adjoint(torch.autograd.Function):
     """theta_n as a function of theta_0, images, labels and step size; backward as in the module's docstring."""
@@ -133,10 +105,9 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: _Student, start: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
         weights, path = start.detach().clone(), []
-        for step, index in enumerate(student.batches):
+        for step in range(len(student.batches)):
             path.append(weights)
-            x = student.augmented(images.detach()[index], step)
-            weights = student.step.forward(student.network, weights, x, labels.detach()[index], lr.detach())
+            weights = student.after(step, weights, images, labels, lr)
         ctx.student = student
         # Saved through autograd, so that a set changed in place before backward is an error, not a wrong gradient.
         ctx.save_for_backward(images, labels, lr, *path)
@@ -214,17 +185,9 @@ def unroll(
     """
     if method not in get_args(Unroll):
         raise ValueError(f"unroll {method!r} is unknown: choose from {list(get_args(Unroll))}")
-    if len(labels) != len(images):
-        raise ValueError(f"{len(images)} images but {len(labels)} labels")
-    named_views(network, start)
     # The full graph is differentiated twice, which a compiled function cannot be.
     compile = compile if method == "adjoint" else False  # noqa: A001
-    step_functions = inner_step(network, device=start.device, compile=compile)
-    # Each index once: a copy from pageable memory makes the host wait, and full batches are one and the same tensor.
-    moved = {id(batch): batch.to(images.device, non_blocking=True) for batch in batches}
-    student = _Student(network, [moved[id(batch)] for batch in batches], augment, seed, step_functions)
-    if batches:
-        _require_function(network, start, images, student.batches[0])
+    student = _student(network, start, images, labels, batches=batches, augment=augment, seed=seed, compile=compile)
     # Without gradients there is no graph to keep, and the adjoint's forward pass computes the same numbers.
     if method == "adjoint" or not torch.is_grad_enabled():
         weights: Tensor = _Adjoint.apply(student, start, images, labels, step_size)
@@ -234,6 +197,63 @@ def unroll(
         loss = student_loss(network, weights, student.augmented(images[batch], step), labels[batch])
         weights = weights - step_size * torch.autograd.grad(loss, weights, create_graph=True)[0]
     return weights
+
+
+@torch.no_grad()
+def roll_out(
+    network: nn.Module,
+    start: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    step_size: Tensor,
+    *,
+    batches: Sequence[Tensor],
+    augment: Augment | None = None,
+    seed: int = 0,
+    compile: Compile = "auto",  # noqa: A002
+) -> Iterator[Tensor]:
+    """Train a student as :func:`unroll` does, without gradient, and yield its weights after every step.
+
+    Args: as for :func:`unroll`.
+
+    Yields:
+        theta_1, ..., theta_n, (P,) each; nothing is kept.
+
+    Example:
+        >>> net, lr = nn.Linear(1, 2, bias=False), torch.tensor(1.0)
+        >>> batches = [torch.tensor([0])]
+        >>> list(roll_out(net, torch.zeros(2), torch.ones(1, 1), torch.tensor([0]), lr, batches=batches))
+        [tensor([ 0.5000, -0.5000])]
+    """
+    student = _student(network, start, images, labels, batches=batches, augment=augment, seed=seed, compile=compile)
+    weights = start
+    for step in range(len(student.batches)):
+        weights = student.after(step, weights, images, labels, step_size)
+        yield weights
+
+
+def _student(
+    network: nn.Module,
+    start: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batches: Sequence[Tensor],
+    augment: Augment | None,
+    seed: int,
+    compile: Compile,  # noqa: A002
+) -> _Student:
+    """Check what belongs together, and move the batches' indices to the images."""
+    if len(labels) != len(images):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels")
+    named_views(network, start)
+    step_functions = inner_step(network, device=start.device, compile=compile)
+    # Each index once: a copy from pageable memory makes the host wait, and full batches are one and the same tensor.
+    moved = {id(batch): batch.to(images.device, non_blocking=True) for batch in batches}
+    student = _Student(network, [moved[id(batch)] for batch in batches], augment, seed, step_functions)
+    if batches:
+        _require_function(network, start, images, student.batches[0])
+    return student
 
 
 def _require_function(network: nn.Module, weights: Tensor, images: Tensor, index: Tensor) -> None:

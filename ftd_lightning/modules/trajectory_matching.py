@@ -17,9 +17,10 @@ from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.inner_step import compile_seconds
 from ftd_lightning.functional.matching import trajectory_matching_loss
+from ftd_lightning.functional.mini_batches import chunked_permutations
 from ftd_lightning.functional.rules import MatchingRule
 from ftd_lightning.functional.seeding import derive_seed, make_generator
-from ftd_lightning.functional.unroll import Unroll, chunked_permutations
+from ftd_lightning.functional.unroll import Unroll
 from ftd_lightning.modules.distillation import Distillation, Init
 from ftd_lightning.training.compile_choice import MATCHING, CompileNotice
 from ftd_lightning.training.fresh_networks import Network, student_networks

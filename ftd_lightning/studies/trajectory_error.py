@@ -16,9 +16,10 @@ from ftd_lightning.contracts import Images
 from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.functional.augment import Augmentation
+from ftd_lightning.functional.mini_batches import chunked_permutations
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.trajectory_error import trajectory_errors
-from ftd_lightning.functional.unroll import chunked_permutations, load_flat, unroll
+from ftd_lightning.functional.unroll import load_flat, unroll
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
