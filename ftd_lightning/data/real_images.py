@@ -10,8 +10,12 @@ from tqdm.auto import tqdm
 from ftd_lightning.contracts import Images
 from ftd_lightning.data.held_out import hold_out, limit_per_class
 from ftd_lightning.data.images import unit_range
+from ftd_lightning.data.schema import check_images, check_labels
+from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from ftd_lightning.contracts import ImageTransform, Part
@@ -79,3 +83,20 @@ class RealImages:
         # They are images already; a set may have another transform, though.
         same = self._done.describe() == transform.describe()
         return pictures if same else transform.apply(self._done.invert(pictures))
+
+
+def given_images(real: Sequence[Tensor]) -> Images:
+    """Check real images that are given as tensors.
+
+    Args:
+        real: images (N, C, H, W) of floats, and their classes, (N,) int64.
+
+    Raises:
+        InputError: for other shapes or types, values that are not finite, or another number of labels than images.
+    """
+    if len(real) != 2 or not all(isinstance(part, torch.Tensor) for part in real):
+        raise InputError("real: is not a pair of tensors, images and labels")
+    images, labels = real
+    check_images(images.float(), "images", "real")
+    check_labels(labels, len(images), None, "class", "real")
+    return Images(images, labels)

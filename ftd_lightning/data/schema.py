@@ -116,6 +116,7 @@ SET_METADATA: dict[str, Rule] = {
     "ema_initial_weight": (_is_share, "a number in [0, 1]"),
     "iterations": COUNT,
     "skipped_steps": COUNT,
+    "gated_steps": COUNT,
     "rounds": COUNT,
     "scores": (_are_scores, "a mapping of measurements"),
     "versions": MAPPING,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
@@ -11,6 +11,8 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ftd_lightning.data.trajectory_store import TrajectoryStore
@@ -25,29 +27,6 @@ class SegmentBatch(TypedDict):
     start_epoch: int
     start: Tensor
     target: Tensor
-
-
-class StartWindow(Protocol):
-    """Decides which epochs of the teachers segments may start at."""
-
-    def epochs(self, iteration: int) -> range:
-        """Return the start epochs of an iteration, at least one; all are below the loader's ``max_start_epoch``."""
-
-
-class FixedWindow:
-    """The same start epochs throughout, as in MTT and FTD: {0 .. max_start_epoch - 1}.
-
-    Example:
-        >>> FixedWindow(3).epochs(iteration=100)
-        range(0, 3)
-    """
-
-    def __init__(self, max_start_epoch: int) -> None:
-        self._epochs = range(max_start_epoch)
-
-    def epochs(self, iteration: int) -> range:
-        """Return all start epochs."""
-        return self._epochs
 
 
 class SegmentLoader(IterationLoader[list[SegmentBatch]]):
@@ -65,7 +44,8 @@ class SegmentLoader(IterationLoader[list[SegmentBatch]]):
         rank: of this process; each rank draws segments of its own.
         segments: s, segments per step on each rank.
         start: the first iteration.
-        window: the start epoch is uniform in its epochs; None is ``FixedWindow(max_start_epoch)``.
+        window: gives the start epochs of an iteration, at least one and all below ``max_start_epoch``, of which each is
+            as likely; None: all of them.
 
     Raises:
         InputError: if a segment could reach beyond what was recorded.
@@ -82,7 +62,7 @@ class SegmentLoader(IterationLoader[list[SegmentBatch]]):
         rank: int = 0,
         segments: int = 1,
         start: int = 0,
-        window: StartWindow | None = None,
+        window: Callable[[int], range] | None = None,
     ) -> None:
         last = max_start_epoch - 1 + expert_epochs
         if min(expert_epochs, max_start_epoch, length, segments) < 1:
@@ -96,7 +76,7 @@ class SegmentLoader(IterationLoader[list[SegmentBatch]]):
         super().__init__(length, start=start)
         self.store = store
         self.expert_epochs = expert_epochs
-        self.window: StartWindow = window or FixedWindow(max_start_epoch)
+        self._window = window or (lambda iteration: range(max_start_epoch))
         self.seed = seed
         self.slots = range(rank * segments, (rank + 1) * segments)
 
@@ -108,7 +88,7 @@ class SegmentLoader(IterationLoader[list[SegmentBatch]]):
         """Read one segment of an iteration."""
         generator = make_generator(self.seed, "segment", iteration, slot)
         teacher = int(torch.randint(len(self.store), (1,), generator=generator))
-        epochs = self.window.epochs(iteration)
+        epochs = self._window(iteration)
         start_epoch = epochs[int(torch.randint(len(epochs), (1,), generator=generator))]
         ends = self.store.segment(teacher, start_epoch, self.expert_epochs)
         # From pinned memory Lightning's copy to the GPU does not wait.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ftd_lightning.contracts import ImageShape
+from ftd_lightning.contracts import DataDescription, ImageShape
 from ftd_lightning.data.files import fingerprint, write_in_turn
 from ftd_lightning.data.schema import TEACHER_METADATA, check_finite, check_metadata, refuse
 from ftd_lightning.data.store_data import read_store_data, store_data_file
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ftd_lightning.contracts import DataDescription, ImageTransform
+    from ftd_lightning.contracts import ImageTransform
 
 KIND = "teacher_trajectory"
 
@@ -156,6 +156,23 @@ class TrajectoryStore:
         if not isinstance(network, dict) or not set(ImageShape._fields) <= network.keys():
             return None
         return ImageShape(**{key: network[key] for key in ImageShape._fields})
+
+    def description(self) -> DataDescription | None:
+        """Describe the data without their source; None where the store does not tell enough."""
+        if self.shape is None or self.transform is None:
+            return None
+        names = self.class_names or [str(label) for label in range(self.shape.num_classes)]
+        return DataDescription(self.shape, names, self.transform, self.metadata["dataset"])
+
+    def described(self) -> dict[str, Any]:
+        """Return what a set tells of its teachers: "method", "dataset", "network" and "teachers"."""
+        told, plain = self.metadata, "ftd" if self.metadata.get("rho", 0) > 0 else "mtt"
+        return {
+            "method": told.get("method", plain),
+            "dataset": told["dataset"],
+            "network": told["network"],
+            "teachers": {"count": len(self), **{key: told.get(key) for key in ("rho", "alpha", "adaptive")}},
+        }
 
     def teacher_metadata(self, teacher: int) -> dict[str, Any]:
         """Return all that one teacher's file records, its seed and accuracies included."""

@@ -67,10 +67,16 @@ def student_loss(network: nn.Module, weights: Tensor, images: Tensor, labels: Te
         >>> round(float(student_loss(nn.Linear(1, 2), torch.zeros(4), torch.ones(1, 1), torch.tensor([0]))), 3)
         0.693
     """
-    return cross_entropy(_logits(network, weights, images), labels)
+    return cross_entropy(student_logits(network, weights, images), labels)
 
 
-def _logits(network: nn.Module, weights: Tensor, images: Tensor) -> Tensor:
+def student_logits(network: nn.Module, weights: Tensor, images: Tensor) -> Tensor:
+    """Logits (N, K) of images at ``weights``, (P,); the network's own weights and buffers are neither used nor changed.
+
+    Example:
+        >>> student_logits(nn.Linear(1, 2), torch.zeros(4), torch.ones(1, 1))
+        tensor([[0., 0.]])
+    """
     # BatchNorm updates the running statistics that it is passed: copies, so that those of the caller's network do not
     # change. In training mode the logits do not depend on them.
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -100,7 +106,7 @@ def draws_random_numbers(network: nn.Module, images: Tensor, *, weights: Tensor 
     gpu = images.device if images.device.type == "cuda" else None
     before = _generator_states(gpu)
     with torch.random.fork_rng(devices=[] if gpu is None else [gpu]):
-        _logits(network, weights, images)
+        student_logits(network, weights, images)
         return any(not state.equal(old) for state, old in zip(_generator_states(gpu), before, strict=True))
 
 

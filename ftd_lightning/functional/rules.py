@@ -161,7 +161,8 @@ class LabelRule(MatchingRule):
         Args:
             logits: what is learned, (N, K); None where nothing is.
             answers: returns the logits (N, K) of the present synthetic images by the target's weights theta*_{t+m},
-                detached, in training mode, not augmented.
+                detached, in training mode, not augmented. Where logits are learned, labels depend on these alone: a set
+                is written without answers.
         """
         raise NotImplementedError
 
@@ -194,6 +195,17 @@ def label_rule(rules: Sequence[MatchingRule]) -> LabelRule | None:
     found = [rule for rule in rules if isinstance(rule, LabelRule)]
     _single(found, "labels")
     return found[0] if found else None
+
+
+def check_together(rules: Sequence[MatchingRule]) -> None:
+    """Refuse rules that decide the same thing.
+
+    Raises:
+        InputError: naming them.
+    """
+    for hook in ("distance", "start_epochs", "initial_images"):
+        only_one(rules, hook)
+    label_rule(rules)
 
 
 def _single(rules: Sequence[MatchingRule], hook: str) -> MatchingRule | None:

@@ -9,32 +9,30 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
-from ftd_lightning.contracts import Images
 from ftd_lightning.data.coresets import random_real_images
 from ftd_lightning.data.datamodule import NoLoaders
-from ftd_lightning.data.files import versions
 from ftd_lightning.data.iterations import IterationLoader
-from ftd_lightning.data.schema import check_images, check_labels
-from ftd_lightning.data.synthetic_set import SyntheticSet
-from ftd_lightning.data.transform import Standardization
-from ftd_lightning.errors import DivergenceError, InputError
+from ftd_lightning.data.real_images import given_images
+from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator
-from ftd_lightning.training.finite_steps import MAX_SKIPPED, FiniteSteps
-from ftd_lightning.training.phase_module import PhaseModule
-from ftd_lightning.training.plain_arguments import plain_settings
+from ftd_lightning.modules.learned_set import LearnedSet
+from ftd_lightning.training.ranks import mean_over_ranks
+from ftd_lightning.training.rules_in_use import accepted, weigh_gradient
+from ftd_lightning.training.step_guard import MAX_SKIPPED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch.optim import Optimizer
 
-    from ftd_lightning.functional.augment import Augmentation
+    from ftd_lightning.contracts import Images
+    from ftd_lightning.functional.rules import MatchingRule
 
 Init = Literal["real", "noise"]
 
 
-class Distillation(PhaseModule):
+class Distillation(LearnedSet):
     """The base of all methods that learn synthetic images by gradient steps.
 
     Automatic optimization: one optimizer, one global step per iteration; the number of iterations is the trainer's
@@ -48,38 +46,17 @@ class Distillation(PhaseModule):
     wait for the device: there the count is read every tenth iteration.
 
     Attributes:
-        images: (ipc * K, C, H, W) parameter, class by class.
-        labels: (ipc * K,) int64.
-        step_size: scalar: the learning rate that networks are to be trained with on the set.
         initial_images: a copy of the images at the start; None in a module loaded from a checkpoint.
-        ema_images: their moving average, where a ``SyntheticEMA`` keeps one.
-        scores: accuracies that ``EvaluateSynthetic`` measured of the current images.
+        rules: ideas that change how it is learned; see ``functional.MatchingRule``.
     """
-
-    images: nn.Parameter
-    step_size: nn.Parameter | Tensor
-    labels: Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.rules: Sequence[MatchingRule] = ()
         self._real: Images | None = None  # see keep_real
-        self._finite = FiniteSteps()
         self._loss: Tensor | None = None
-        self._loaded_shape: torch.Size | None = None  # of the images of a checkpoint, where no data is at hand
-        self._loaded_iterations = 0
-        self.ema_images: Tensor | None = None
-        self._initial_weight: Tensor | None = None  # of the initial images in their average
+        self._loaded_shapes: dict[str, torch.Size] = {}  # of a checkpoint's tensors, where no data is at hand
         self.initial_images: Tensor | None = None
-        self.scores: dict[str, dict[str, float | int]] = {}
-
-    @property
-    def method(self) -> str:
-        """Short name of the method, as in tables."""
-        raise NotImplementedError
-
-    def set_metadata(self) -> dict[str, Any]:
-        """Return what the set's metadata contains beyond settings: at least "dataset" and "network"."""
-        raise NotImplementedError
 
     def iteration_loader(self) -> IterationLoader[Any]:
         """Make the training loader, starting at the current iteration; the datamodule asks for it."""
@@ -98,18 +75,8 @@ class Distillation(PhaseModule):
         return self.missing_callbacks(SyntheticSetWriter)
 
     def keep_real(self, real: tuple[Tensor, Tensor] | None) -> None:
-        """Keep the argument ``real``, images (N, C, H, W) of floats and classes (N,) int64.
-
-        Raises:
-            InputError: for other shapes or types, values that are not finite, or another number of labels than images.
-        """
-        if real is None:
-            return
-        if len(real) != 2 or not all(isinstance(part, Tensor) for part in real):
-            raise InputError("real: is not a pair of tensors, images and labels")
-        self._real = Images(*real)
-        check_images(self._real.images.float(), "images", "real")
-        check_labels(self._real.labels, len(self._real.images), None, "class", "real")
+        """Keep the argument ``real``; see ``given_images``."""
+        self._real = None if real is None else given_images(real)
 
     def make_images(self) -> None:
         """Make the initial synthetic set, from the argument ``real`` or the data source's training images.
@@ -117,18 +84,22 @@ class Distillation(PhaseModule):
         Raises:
             InputError: where there are neither, or too few of a class.
         """
-        if self._loaded_shape is not None:  # the checkpoint's images follow
-            self.images = nn.Parameter(torch.zeros(self._loaded_shape))
+        if self._loaded_shapes:  # the checkpoint's images follow
+            self.images = nn.Parameter(torch.zeros(self._loaded_shapes["images"]))
             self.register_buffer("labels", torch.zeros(len(self.images), dtype=torch.long))
             return
         ipc, seed = self.hparams["ipc"], self.hparams["seed"]
-        start = random_real_images(self.real_images(), ipc, seed)
+        start = self.first_images(self.real_images(), ipc, seed)
         images = start.images
         if self.hparams["init"] == "noise":
             images = torch.randn(images.shape, generator=make_generator(seed, "initial noise"))
         self.images = nn.Parameter(images.clone())
         self.register_buffer("labels", start.labels.clone())
         self.initial_images = images.clone()
+
+    def first_images(self, real: Images, ipc: int, seed: int) -> Images:
+        """Choose the real images to start from: ipc random ones of each class, class by class."""
+        return random_real_images(real, ipc, seed)
 
     def real_images(self) -> Images:
         """Return the argument ``real``, or the data source's training images.
@@ -171,12 +142,26 @@ class Distillation(PhaseModule):
         """
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Judge the step, on all ranks together; log gradient norms."""
-        learned = {"images": self.images, "step_size": self.step_size}
-        norms = {name: value.grad.norm() for name, value in learned.items() if value.grad is not None}
+        """Weigh the images' gradient as rules say, judge the step, on all ranks together; log gradient norms."""
+        weigh_gradient(self.rules, self.images, self.step)
+        norms = {name: value.grad.norm() for name, value in self.learned().items() if value.grad is not None}
         assert self._loss is not None
-        self._finite.before(optimizer, [self._loss, *norms.values()], reduce=self._minimum_over_ranks)
+        self._guard.before(
+            optimizer,
+            [self._loss, *norms.values()],
+            accepted=self.accepted(self._loss),
+            reduce=self._minimum_over_ranks,
+        )
         self.log_dict({f"gradient_norm/{name}": norm for name, norm in norms.items()}, batch_size=1)
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return what is learned, by name."""
+        labels = {} if self.inner_labels is None else self.inner_labels.learned()
+        return {"images": self.images, "step_size": self.step_size, **labels}
+
+    def accepted(self, loss: Tensor) -> Tensor | None:
+        """Ask the rules whether a step of this loss is to be made, a bool scalar, the same on all ranks; None: yes."""
+        return accepted(self.rules, lambda: mean_over_ranks(loss, self.trainer.world_size))
 
     def _minimum_over_ranks(self, flag: Tensor) -> Tensor:
         if self.trainer.world_size > 1:
@@ -186,101 +171,40 @@ class Distillation(PhaseModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
     ) -> None:
-        """Update, unless the step is not finite."""
+        """Update, unless the step is not finite or not accepted."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._finite.after(self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
+        self._guard.after(self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the count of skipped steps; stop a run that only diverges."""
-        self.log("matching/skipped_steps", self._finite.skipped.float(), prog_bar=True, batch_size=1)
-        # Reading a number on the CPU costs nothing.
-        if (self.device.type == "cpu" or self.step % MAX_SKIPPED == 0) and self.skipped_in_a_row >= MAX_SKIPPED:
-            raise DivergenceError(
-                f"loss or gradient not finite {self.skipped_in_a_row} iterations in a row, the last one "
-                f"{self.step - 1}; the images on disk are those before; lower the learning rates"
-            )
+        """Keep labels that teachers gave; log the count of skipped steps; stop a run that only diverges."""
+        if self.inner_labels is not None:
+            self.inner_labels.keep(self.step_was_applied())
+        self.log("matching/skipped_steps", self._guard.skipped.float(), prog_bar=True, batch_size=1)
+        if self._guard.gates:
+            self.log("matching/gated_steps", self._guard.gated.float(), prog_bar=True, batch_size=1)
+        if self.device.type == "cpu" or self.step % MAX_SKIPPED == 0:  # reading a number costs nothing on a CPU only
+            self._guard.check(self.step - 1)
 
     def step_was_applied(self) -> Tensor:
         """Say whether the last step moved the images: a bool scalar on the device."""
-        return self._finite.finite
-
-    @property
-    def skipped_steps(self) -> int:
-        """Number of skipped steps; waits for the device."""
-        return int(self._finite.skipped)
+        return self._guard.applied
 
     @property
     def skipped_in_a_row(self) -> int:
         """Number of skipped steps since the last good one; waits for the device."""
-        return int(self._finite.in_a_row)
+        return int(self._guard.in_a_row)
 
     def extra_state(self) -> dict[str, Any]:
         """Keep the counts that the set records."""
-        return {"skipped_steps": self._finite.state(), "iterations": self.step}
+        return {"skipped_steps": self._guard.state(), "iterations": self.step}
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
         """Continue to count."""
-        self._finite.load(state["skipped_steps"])
+        self._guard.load(state["skipped_steps"])
         self._loaded_iterations = int(state["iterations"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load; without a trainer the images take their shape from the checkpoint."""
         if not self.attached:
-            self._loaded_shape = checkpoint["state_dict"]["images"].shape
+            self._loaded_shapes = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         super().on_load_checkpoint(checkpoint)
-
-    def learned_images(self) -> dict[str, Tensor]:
-        """Return the live images by kind; see ``contracts.LearnsSet``."""
-        average = {} if self.ema_images is None else {"ema": self.ema_images}
-        return {"raw": self.images, **average}
-
-    def keep_average(self, average: Tensor, initial_weight: Tensor) -> None:
-        """Take a tensor as the moving average of the images; see ``contracts.LearnsSet``."""
-        self.ema_images, self._initial_weight = average, initial_weight
-
-    def record_scores(self, scores: dict[str, dict[str, float | int]]) -> None:
-        """Add measured accuracies to the current set's metadata."""
-        self.scores |= scores
-
-    def augmentation(self) -> Augmentation:
-        """Return the augmentation that the set is trained with."""
-        return self.augment
-
-    def evaluation_network(self, *seed: int | str) -> nn.Module:
-        """Build a fresh network of the architecture that the set is made for."""
-        return self.fresh.build(*seed)
-
-    def progress_label(self) -> str:
-        """Name what is done."""
-        return "distillation"
-
-    def planned_epochs(self) -> int | None:
-        """Return None: the trainer's limits end the fit."""
-        return None
-
-    def settings(self) -> dict[str, Any]:
-        """Return the hyper-parameters that the set's metadata contains."""
-        return {**plain_settings(self.hparams), "augment": self.augment.plain()}
-
-    def synthetic_set(self) -> SyntheticSet:
-        """Return the current synthetic set, on the CPU, with everything that describes it."""
-        data, classes = self.data, [str(label) for label in self.labels.unique().tolist()]
-        return SyntheticSet(
-            images=self.images.detach().cpu().clone(),
-            labels=self.labels.cpu().clone(),
-            step_size=self.step_size.detach().cpu().clone(),
-            ema_images=None if self.ema_images is None else self.ema_images.cpu().clone(),
-            class_names=classes if data is None else list(data.class_names),
-            transform=Standardization([0.0], [1.0]) if data is None else data.transform,
-            metadata={
-                "method": self.method,
-                "augmentation": self.augment.describe(),
-                **self.set_metadata(),
-                "settings": self.settings(),
-                "iterations": self.step if self.attached else self._loaded_iterations,
-                "skipped_steps": self.skipped_steps,
-                **({} if self._initial_weight is None else {"ema_initial_weight": float(self._initial_weight)}),
-                **({"scores": dict(self.scores)} if self.scores else {}),
-                "versions": versions(),
-            },
-        )

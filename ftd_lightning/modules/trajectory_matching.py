@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.contracts import DataDescription
 from ftd_lightning.data.segments import SegmentBatch, SegmentLoader
 from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.inner_step import compile_seconds
-from ftd_lightning.functional.matching import trajectory_matching_loss
+from ftd_lightning.functional.matching import Match, match
 from ftd_lightning.functional.mini_batches import chunked_permutations
-from ftd_lightning.functional.rules import MatchingRule
+from ftd_lightning.functional.rules import MatchingRule, having, label_rule, only_one
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll
 from ftd_lightning.modules.distillation import Distillation, Init
 from ftd_lightning.training.compile_choice import MATCHING, CompileNotice
 from ftd_lightning.training.fresh_networks import Network, student_networks
+from ftd_lightning.training.inner_labels import InnerLabels
+from ftd_lightning.training.limits import steps_left
 from ftd_lightning.training.plain_arguments import matching_rules, not_plain, plain
-from ftd_lightning.training.ranks import all_ranks
+from ftd_lightning.training.rules_in_use import choose_images, start_window
+from ftd_lightning.training.same_stores import refuse_other_stores
+from ftd_lightning.training.teacher_answers import StoreTeachers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch.optim import Optimizer
+
+    from ftd_lightning.contracts import Images
 
 # Far below any step size that trains a network, far above float32's smallest number.
 SMALLEST_STEP_SIZE = 1e-8
@@ -60,7 +65,7 @@ class TrajectoryMatching(Distillation):
         init: "real" starts from random real images of each class, "noise" from a standard normal.
         syn_steps: n, inner SGD steps.
         expert_epochs: m, teacher epochs that they match.
-        max_start_epoch: segments start at an epoch in {0 .. max_start_epoch - 1}.
+        max_start_epoch: segments start at an epoch in {0 .. max_start_epoch - 1}, or as a ``StartWindow`` narrows it.
         syn_batch: synthetic images per inner step; None takes all of them.
         lr_images: learning rate of the pixels.
         lr_step_size: learning rate of the step size; 0 keeps it as it is.
@@ -70,14 +75,14 @@ class TrajectoryMatching(Distillation):
         unroll: "adjoint" (memory of one step) or "graph".
         iterations_per_epoch: iterations that make a Lightning epoch: the rhythm of evaluation, pictures and files.
         seed: decides initial images, segments, mini-batches, augmentation and noise.
-        real: images (N, C, H, W) and labels (N,) that the teachers saw, to start from; with a
-            DistillationDataModule they are its training images, and this stays None.
+        real: images (N, C, H, W) and labels (N,) that the teachers saw, to start from; None takes the datamodule's.
         segments_per_step: teacher segments per iteration on each rank, whose losses are averaged.
         compile: compile both inner step functions: True, False, "auto" (where a fit is long enough to repay it; a
             resumed one follows what the first one chose) or "cuda_graphs" (for small ipc on a GPU, where launching
             kernels takes the time; "auto" takes them there). Where compilation is not available, steps run eagerly,
             with one line that says so.
-        rules: variants of the matching loss, as objects or as in a config; see ``functional.MatchingRule``.
+        rules: ideas beyond FTD, in a list as callbacks are, as objects or as in a config: labels, a window of start
+            epochs, a gate, masks and others; see ``functional.MatchingRule``.
 
     Raises:
         InputError: for numbers out of range; when the model is configured, for teachers that do not fit or segments
@@ -115,6 +120,8 @@ class TrajectoryMatching(Distillation):
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
         self.augment = Augmentation.of(augment)
         self.rules = matching_rules(rules or [])
+        if init == "noise" and (chooses := only_one(self.rules, "initial_images")):
+            raise InputError(f"init='noise' leaves {type(chooses).__name__} no image to choose: give init='real'")
         trajectories, network_options = str(trajectories), plain(network_options)
         augment, rules = plain(self.augment), plain(self.rules)
         self.save_hyperparameters(ignore=not_plain(network))
@@ -131,30 +138,18 @@ class TrajectoryMatching(Distillation):
     def build(self) -> None:
         """Open the store, check that it fits, and make the initial synthetic set."""
         options, shape = self.hparams["network_options"], None if self.data is None else self.data.shape
-        if self._loaded_shape is None:
+        if not self._loaded_shapes:
             self.fresh = student_networks(self.store, self._architecture, options, shape)
-            self._describe_teachers()
+            self._teachers = self.store.described()
+            self.data = self.data or self.store.description()
             self.iteration_loader()  # refuses segments beyond the record before anything else is done
         else:
             self.fresh = self.own_networks(self._architecture, options)
         # In a list: no submodule, so neither in checkpoints nor among DDP's parameters.
         self._student = [self.fresh.architecture().requires_grad_(False).train()]
         self.make_images()
+        self.inner_labels = self._make_labels()
         self.step_size = nn.Parameter(torch.tensor(float(self.hparams["step_size_init"])))
-
-    def _describe_teachers(self) -> None:
-        """Note what the set tells of its teachers; without a data source their store describes the data."""
-        store, teachers = self.store, self.store.metadata
-        plain_teachers = "ftd" if teachers.get("rho", 0) > 0 else "mtt"
-        self._teachers = {
-            "method": teachers.get("method", plain_teachers),
-            "dataset": teachers["dataset"],
-            "network": teachers["network"],
-            "teachers": {"count": len(store), **{key: teachers.get(key) for key in ("rho", "alpha", "adaptive")}},
-        }
-        if self.data is None and store.shape is not None and store.transform is not None:
-            names = store.class_names or [str(label) for label in range(store.shape.num_classes)]
-            self.data = DataDescription(store.shape, names, store.transform, teachers["dataset"])
 
     def configure_model(self) -> None:
         """Build for the trainer's data, which have to be the teachers'."""
@@ -162,19 +157,7 @@ class TrajectoryMatching(Distillation):
         if self._built and self.source is not None:
             check_compatible(self.store, self.source.description().metadata())
         if self._built and self.attached and self.trainer.num_nodes > 1:
-            self._refuse_other_stores()
-
-    def _refuse_other_stores(self) -> None:
-        """Refuse nodes whose stores have other teachers: the ranks would follow them unnoticed."""
-        store = self.store
-        teachers = [(file.name, store.teacher_metadata(index)) for index, file in enumerate(store.files)]
-        ranks = all_ranks(teachers)
-        other = next((rank for rank, theirs in enumerate(ranks) if theirs != ranks[0]), None)
-        if other is not None:
-            raise InputError(
-                f"{store.path}: process 0 has {len(ranks[0])} teachers, process {other} has {len(ranks[other])} or "
-                "others: copy this folder from one node to the others"
-            )
+            refuse_other_stores(self.store)
 
     def iteration_loader(self) -> SegmentLoader:
         """Make the loader of teacher segments."""
@@ -186,16 +169,18 @@ class TrajectoryMatching(Distillation):
             seed=self.hparams["seed"],
             rank=self.global_rank,
             segments=self.hparams["segments_per_step"],
+            window=start_window(self.rules, self.hparams["max_start_epoch"]),
         )
         loader.load_state_dict({"iteration": self.step})  # loaders may be built again in every epoch
         return loader
 
     def configure_optimizers(self) -> torch.optim.SGD:
-        """Give images and step size a parameter group each."""
+        """Give images, step size and learned labels a parameter group each."""
         groups = [
             {"params": [self.images], "lr": self.hparams["lr_images"]},
             {"params": [self.step_size], "lr": self.hparams["lr_step_size"]},
         ]
+        groups += [] if self.inner_labels is None else self.inner_labels.group()
         return torch.optim.SGD(groups, momentum=self.hparams["momentum"])
 
     def on_fit_start(self) -> None:
@@ -206,11 +191,8 @@ class TrajectoryMatching(Distillation):
 
     def _chosen_compile(self) -> Compile:
         """Decide by the iterations that the trainer's limits allow."""
-        trainer, hparams, steps = self.trainer, self.hparams, float("nan")
-        if trainer.max_steps >= 0:
-            steps = trainer.max_steps - self._first_step
-        elif trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            steps = (trainer.max_epochs - self._first_epoch) * hparams["iterations_per_epoch"]
+        hparams, done = self.hparams, (self._first_step, self._first_epoch)
+        steps = steps_left(self.trainer, *done, steps_per_epoch=hparams["iterations_per_epoch"])
         batch = min(hparams["syn_batch"] or len(self.images), len(self.images))
         # A gradient costs as much as three forward passes, its adjoint three times that: four passes of training.
         passes = 4 * batch * hparams["syn_steps"] * hparams["segments_per_step"] * steps
@@ -222,24 +204,30 @@ class TrajectoryMatching(Distillation):
         # In full precision whatever the trainer's: the backward run is not under its autocast, and would differentiate
         # another function.
         with torch.autocast(self.device.type, enabled=False):
-            loss = torch.stack([self._match(segment) for segment in batch]).mean()
+            matches = [self._match(segment) for segment in batch]
+            loss = torch.stack([found.loss for found in matches]).mean()
         start_epoch = torch.tensor(sum(s["start_epoch"] for s in batch) / len(batch))
         self.log("matching/start_epoch", start_epoch.to(self.device, non_blocking=True), batch_size=1)
+        if having(self.rules, "distance"):
+            self.log("matching/steps", sum(found.steps for found in matches) / len(matches), batch_size=1)
         return self.logged(loss)
 
-    def _match(self, segment: SegmentBatch) -> Tensor:
-        """Compute the matching loss of one segment."""
+    def _match(self, segment: SegmentBatch) -> Match:
+        """Match one segment."""
         iteration, slot = segment["iteration"], segment["slot"]
         if iteration != self.step:
             raise RuntimeError(f"segment {iteration} came at step {self.step}: the run could not be reproduced")
         seed, size = self.hparams["seed"], self.hparams["syn_batch"]
-        order = make_generator(seed, "batches", iteration, slot)
-        return trajectory_matching_loss(
-            self._student[0],
+        order, student = make_generator(seed, "batches", iteration, slot), self._student[0]
+        labels = self.labels
+        if self.inner_labels is not None:
+            labels = self.inner_labels.of_segment(student, segment["target"], self.images.detach())
+        return match(
+            student,
             segment["start"],
             segment["target"],
             self.images,
-            self.labels,
+            labels,
             self.step_size,
             batches=chunked_permutations(len(self.images), self.hparams["syn_steps"], order, batch_size=size),
             augment=self.augment or None,
@@ -248,6 +236,28 @@ class TrajectoryMatching(Distillation):
             rules=self.rules,
             compile=self._compile,
         )
+
+    def _make_labels(self) -> InnerLabels | None:
+        """Make what a label rule learns or keeps; without one, labels are the images' classes."""
+        rule = label_rule(self.rules)
+        if rule is None:
+            return None
+        if self._loaded_shapes:
+            return InnerLabels.empty(rule, self._loaded_shapes, "inner_labels.")
+        classes = self.data.shape.num_classes if self.data else int(self.labels.max()) + 1
+        answers = partial(self._store_teachers(self.real_images()).answers, self.images.detach())
+        return InnerLabels.start(rule, self.labels, classes, answers)
+
+    def _store_teachers(self, real: Images) -> StoreTeachers:
+        device = self.trainer.strategy.root_device if self.attached else self.device
+        return StoreTeachers(self.store, self.fresh.architecture().to(device), real.images)
+
+    def first_images(self, real: Images, ipc: int, seed: int) -> Images:
+        """Choose the real images to start from, at random or as a rule does."""
+        rule = only_one(self.rules, "initial_images")
+        if rule is None:
+            return super().first_images(real, ipc, seed)
+        return choose_images(rule, real, ipc, seed, self._store_teachers(real))
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
@@ -258,7 +268,7 @@ class TrajectoryMatching(Distillation):
             self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the step size, and how long compilation took, where anything was compiled."""
+        """Log the step size, and how long compilation took."""
         self._notice(compile_seconds(self._student[0]))
         self.log("matching/step_size", self.step_size.detach(), prog_bar=True, batch_size=1)
         super().on_train_batch_end(outputs, batch, batch_idx)

@@ -26,3 +26,12 @@ def allowed_epochs(trainer: Trainer, *, first_epoch: int, first_step: int, other
     elif trainer.max_steps >= 0:
         epochs = math.ceil((trainer.max_steps - first_step) / trainer.num_training_batches)
     return max(1, epochs)
+
+
+def steps_left(trainer: Trainer, first_step: int, first_epoch: int, *, steps_per_epoch: int) -> float:
+    """Return how many optimizer steps a trainer's limits leave to a fit that starts there; NaN where none ends it."""
+    if trainer.max_steps >= 0:
+        return trainer.max_steps - first_step
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        return (trainer.max_epochs - first_epoch) * steps_per_epoch
+    return float("nan")

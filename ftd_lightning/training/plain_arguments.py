@@ -7,7 +7,7 @@ from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.rules import MatchingRule
+from ftd_lightning.functional.rules import MatchingRule, check_together
 
 if TYPE_CHECKING:
     from ftd_lightning.training.fresh_networks import Network
@@ -51,13 +51,16 @@ def matching_rules(rules: Iterable[MatchingRule | Mapping[str, Any]]) -> list[Ma
     A class path is looked up among the rules that are imported already, so loading a checkpoint runs no other code.
 
     Raises:
-        InputError: for a class path that names no rule, or arguments that it does not take.
+        InputError: for a class path that names no rule, arguments that it does not take, or rules that exclude each
+            other.
 
     Example:
         >>> matching_rules([{"class_path": "ftd_lightning.functional.RobustStart", "init_args": {"kappa": 0.1}}])
         [RobustStart(kappa=0.1, residual='displacement')]
     """
-    return [rule if isinstance(rule, MatchingRule) else _rule(rule) for rule in rules]
+    built = [rule if isinstance(rule, MatchingRule) else _rule(rule) for rule in rules]
+    check_together(built)
+    return built
 
 
 def _rule(spec: Mapping[str, Any]) -> MatchingRule:

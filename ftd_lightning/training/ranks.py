@@ -157,3 +157,12 @@ class RankStates:
             checkpoint.update(states[module.global_rank])
         # In one process too: what was kept before is what the module was built with.
         self.kept = dict(checkpoint["state_dict"])
+
+
+def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
+    """Average a tensor over all ranks; the host does not wait."""
+    if world_size == 1:
+        return value
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / world_size

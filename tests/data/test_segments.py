@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from ftd_lightning.data import SegmentLoader, TrajectoryStore, write_teacher
-from ftd_lightning.data.segments import FixedWindow
 
 TEACHERS, EPOCHS = 3, 6
 # (teacher, start epoch) of two segments in each of six iterations, with seed 3 and five start epochs.
@@ -164,7 +163,7 @@ def test_iterations_count_from_a_start(loader):
 class Growing:
     """Allows one start epoch at first, and another one after every tenth iteration."""
 
-    def epochs(self, iteration):
+    def __call__(self, iteration):
         return range(iteration // 20, 1 + iteration // 10)
 
 
@@ -179,7 +178,7 @@ def test_draws_are_those_of_version_0_1(loader):
     # Distillations of 0.1 are resumed and compared with: their segments must not change.
     drawn = [(batch["teacher"], batch["start_epoch"]) for batch in flat(loader(seed=3, segments=2, length=6))]
     assert drawn == DRAWN_BY_0_1
-    assert plain(loader(window=FixedWindow(5))) == plain(loader())
+    assert plain(loader(window=lambda iteration: range(5))) == plain(loader())
 
 
 def test_state_holds_nothing_but_numbers(loader):

@@ -10,6 +10,7 @@ from ftd_lightning import SyntheticSet, TrajectoryStore
 from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.functional import chunked_permutations, make_generator, trajectory_matching_loss
+from ftd_lightning.functional.matching import Match
 from ftd_lightning.models import ConvNet
 from ftd_lightning.modules import trajectory_matching
 
@@ -88,27 +89,26 @@ def test_the_step_size_stays_positive(tmp_path: Path, trajectories: Path, monkey
     """A loss that grows with it, and a learning rate that would take it below 0 at once."""
 
     def loss(network, start, target, images, labels, step_size, **kwargs):
-        return step_size + 0 * images.sum()
+        return Match(step_size + 0 * images.sum(), 3)
 
-    monkeypatch.setattr(trajectory_matching, "trajectory_matching_loss", loss)
+    monkeypatch.setattr(trajectory_matching, "match", loss)
     module = distil(tmp_path, trajectories, steps=3, lr_step_size=1.0)
     assert float(module.step_size.detach()) == pytest.approx(1e-8)
 
 
 def break_iterations(monkeypatch: pytest.MonkeyPatch, broken: set[int], *, what: str = "loss") -> None:
     """Make the loss, or its gradient alone, NaN in some iterations."""
-    real, count = trajectory_matching.trajectory_matching_loss, iter(range(10_000))
+    real, count = trajectory_matching.match, iter(range(10_000))
 
-    def loss(*args, **kwargs):
-        value = real(*args, **kwargs)
-        if next(count) not in broken:
-            return value
-        if what == "loss":
-            return value * float("nan")
-        value.register_hook(lambda gradient: gradient * float("nan"))
-        return value
+    def match(*args, **kwargs):
+        value, steps = real(*args, **kwargs)
+        if next(count) in broken:
+            if what == "loss":
+                value = value * float("nan")
+            value.register_hook(lambda gradient: gradient * float("nan"))
+        return Match(value, steps)
 
-    monkeypatch.setattr(trajectory_matching, "trajectory_matching_loss", loss)
+    monkeypatch.setattr(trajectory_matching, "match", match)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from ftd_lightning.training.finite_steps import FiniteSteps
+from ftd_lightning.training.step_guard import StepGuard
 
 
 def run(gradients, *, guarded=True, reduce=None):
     """SGD with momentum over a sequence of gradients; gives every position and the guard."""
     weight = nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer, guard, seen = torch.optim.SGD([weight], lr=0.1, momentum=0.5), FiniteSteps(), []
+    optimizer, guard, seen = torch.optim.SGD([weight], lr=0.1, momentum=0.5), StepGuard(), []
     for gradient in gradients:
         weight.grad = torch.tensor(gradient)
         if guarded:
@@ -26,7 +26,7 @@ GOOD = [[0.3, 0.1], [0.7, -0.2], [-0.4, 0.9]]
 def test_good_steps_are_those_of_the_optimizer() -> None:
     seen, guard = run(GOOD)
     assert torch.equal(torch.stack(seen), torch.stack(run(GOOD, guarded=False)[0]))
-    assert guard.state() == (0, 0)
+    assert guard.state() == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("where", range(4))
@@ -35,21 +35,21 @@ def test_a_bad_step_leaves_no_trace_in_weights_or_momentum(where: int, bad: floa
     seen, guard = run([*GOOD[:where], [bad, 0.1], *GOOD[where:]])
     expected = run(GOOD, guarded=False)[0]
     assert torch.equal(seen[-1], expected[-1])
-    assert guard.state() == (1, int(where == 3))
+    assert guard.state() == (1, int(where == 3), 0, 0)
 
 
 def test_it_counts_all_and_those_in_a_row() -> None:
     bad = [float("nan"), 0.0]
-    assert run([bad, GOOD[0], bad, bad, bad])[1].state() == (4, 3)
+    assert run([bad, GOOD[0], bad, bad, bad])[1].state() == (4, 3, 0, 0)
 
 
 def test_one_rank_s_bad_step_is_everyone_s() -> None:
     seen, guard = run(GOOD, reduce=lambda flag: flag * 0)
-    assert guard.state() == (3, 3)
+    assert guard.state() == (3, 3, 0, 0)
     assert torch.equal(seen[-1], torch.tensor([1.0, -2.0]))
 
 
 def test_counts_go_through_a_checkpoint() -> None:
-    guard = FiniteSteps()
+    guard = StepGuard()
     guard.load((7, 2))
-    assert guard.state() == (7, 2)
+    assert guard.state() == (7, 2, 0, 0)
