@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fits import make_trainer, record, small_data, small_matching
+from lightning.pytorch import Callback
 
 from ftd_lightning import SyntheticSet
 from ftd_lightning.callbacks import SyntheticEMA
@@ -24,7 +27,7 @@ from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, SyntheticSe
 
 folder = Path({folder!r})
 parallel = dict(strategy="ddp", devices=2)
-module = small_matching({trajectories!r}, augment="crop_scale")
+module = small_matching({trajectories!r}, augment="crop_scale", rules={rules!r})
 callbacks = [SyntheticEMA(0.9), EvaluateSynthetic(every_n_epochs=1, networks=1, epochs=1), SyntheticSetWriter()]
 trainer = make_trainer(folder, callbacks=callbacks, max_steps=5, **parallel)
 trainer.fit(module, datamodule=small_data())
@@ -33,17 +36,27 @@ torch.save(final, folder / f"rank{{trainer.global_rank}}.pt")
 """
 
 
-def run_on_two(folder: Path, *, trajectories: Path) -> list[torch.Tensor]:
+def run_on_two(folder: Path, *, trajectories: Path, rules: Sequence[dict[str, Any]] = ()) -> list[torch.Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "run.py"
     tests = str(Path(__file__).parent)
-    text = RUN.format(tests=tests, folder=str(folder), trajectories=str(trajectories))
+    text = RUN.format(tests=tests, folder=str(folder), trajectories=str(trajectories), rules=list(rules))
     script.write_text(text)
     # gloo must not look for an interface that a sandboxed machine lacks.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+class Losses(Callback):
+    """Notes the loss of every iteration."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.seen.append(float(outputs["loss"]))
 
 
 def test_ranks_match_segments_of_their_own_and_share_the_images(tmp_path: Path) -> None:
@@ -62,3 +75,30 @@ def test_ranks_match_segments_of_their_own_and_share_the_images(tmp_path: Path) 
     alone = small_matching(trajectories, augment="crop_scale")
     make_trainer(tmp_path / "alone", max_steps=5).fit(alone, datamodule=small_data())
     assert (alone.images - one.images).abs().max() > 1e-3, "the second rank's segments must matter"
+
+
+@pytest.mark.parametrize(
+    "labels", [{"class_path": "LearnedLabels", "init_args": {"lr": 2.0}}, {"class_path": "TeacherLabels"}]
+)
+def test_ideas_on_two_ranks_are_those_of_one_process(tmp_path: Path, labels: dict[str, Any]) -> None:
+    """Labels, window, choice of the step, and a gate that judges the mean loss: some steps pass it, some do not."""
+    trajectories = record(tmp_path / "teachers", epochs=8, lr=0.2)
+    ideas = [
+        labels,
+        {"class_path": "StartWindow", "init_args": {"ceiling": 1, "growth_iterations": 3}},
+        {"class_path": "ClosestStep"},
+    ]
+    losses = Losses()
+    one = small_matching(trajectories, augment="crop_scale", segments_per_step=2, rules=ideas)
+    make_trainer(tmp_path / "ungated", max_steps=5, callbacks=[losses]).fit(one, datamodule=small_data())
+    threshold = sorted(losses.seen)[3] * 1.0001  # refuses one of five
+    ideas.append({"class_path": "LossGate", "init_args": {"threshold": threshold}})
+    first, second = run_on_two(tmp_path / "distil", trajectories=trajectories, rules=ideas)
+    assert torch.equal(first, second)
+    one = small_matching(trajectories, augment="crop_scale", segments_per_step=2, rules=ideas)
+    make_trainer(tmp_path / "one", max_steps=5, callbacks=[]).fit(one, datamodule=small_data())
+    expected = torch.cat([one.images.detach().flatten(), one.step_size.detach().view(1)])
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-6)
+    loaded, own = SyntheticSet.load(tmp_path / "distil" / "set.safetensors"), one.synthetic_set()
+    torch.testing.assert_close(loaded.labels, own.labels, rtol=0, atol=1e-6)
+    assert loaded.metadata["gated_steps"] == own.metadata["gated_steps"] >= 1
