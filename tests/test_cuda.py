@@ -93,7 +93,7 @@ def test_ideas_are_those_of_the_cpu(rules):
 
 
 def test_memory_of_datm_with_fifty_images_of_a_hundred_classes():
-    """Its settings for CIFAR-100, where the published code runs out of 80 GB; measured without a GPU in test_stand_in."""
+    """Its settings for CIFAR-100, where the published code runs out of 80 GB; see also test_stand_in.py."""
     network = ConvNet(3, 100, 32, width=128, depth=3).cuda()
     start = flatten_parameters(network)
     images = torch.randn(5000, 3, 32, 32, device="cuda", requires_grad=True)
