@@ -165,8 +165,9 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
     from ftd_lightning import FlatTeacher
 
     class NoWait(Callback):
-        def on_train_batch_start(self, *_):
-            torch.cuda.set_sync_debug_mode("error")
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx:  # counts and logged values are moved to the device in the first iteration
+                torch.cuda.set_sync_debug_mode("error")
 
         def on_train_batch_end(self, *_):
             torch.cuda.set_sync_debug_mode("default")
