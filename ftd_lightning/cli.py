@@ -56,7 +56,9 @@ COMMANDS = {
     "distill": Command(
         "distil a folder of images, or a data set, in a number of minutes", "ftd_lightning.studies.distill", CONTINUES
     ),
-    "export": Command("write a set as PNGs in class folders, with a card", "ftd_lightning.artefacts.export"),
+    "export": Command(
+        "write a set as PNGs in class folders with a card, or as tensors", "ftd_lightning.artefacts.export"
+    ),
     "import": Command("make a set of a file of images and one of labels", "ftd_lightning.artefacts.import_set"),
     "info": Command("describe a set, a store, a teacher or a whitening", "ftd_lightning.artefacts.info"),
     "nas": Command("rank architectures by training them on a set", "ftd_lightning.studies.nas", CONTINUES),

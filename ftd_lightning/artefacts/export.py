@@ -1,28 +1,28 @@
-"""``ftd export``: a synthetic set as PNGs in class folders, with metadata and a card, for people and other tools."""
+"""``ftd export``: a synthetic set as PNGs in class folders, with metadata and a card, or as plain tensors."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import unicodedata
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path  # noqa: TC003 -- the command line reads signatures when it runs
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
 from PIL import Image
 
+from ftd_lightning.artefacts.export_tensors import FILES, export_tensors
 from ftd_lightning.artefacts.info import Description, describe_set
+from ftd_lightning.artefacts.new_folder import new_folder
 from ftd_lightning.callbacks.tensorboard import picture_grid
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.data import SyntheticSet
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -62,33 +62,6 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
         return names
     digits = len(str(len(names) - 1))
     return [f"{label:0{digits}d}_{name}" for label, name in enumerate(names)]
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder beside ``folder`` to fill; on a clean exit it becomes ``folder``, otherwise it is removed.
-
-    Raises:
-        InputError: if ``folder`` exists and is not an empty folder.
-    """
-    folder = Path(os.path.realpath(folder))  # resolve() raises for a loop of links
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder.name}: is there already and not an empty folder; name another")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-    try:
-        part.mkdir()
-        yield part
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
-    except OSError as error:
-        if error.errno is None or not str(error.filename).startswith(str(part)):
-            raise
-        raise OSError(error.errno, error.strerror, str(folder)) from error  # names the folder, not its part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_png(picture: Tensor, path: Path) -> None:
@@ -180,10 +153,8 @@ def card(synthetic: SyntheticSet, description: Description, class_names: Sequenc
     return "\n".join(lines) + "\n"
 
 
-def export(path: Path, folder: Path, *, ema: bool = False) -> int:
-    """Write a set's images, whitening or standardisation undone, as PNGs in class folders.
-
-    The folder also contains metadata.jsonl, grid.png, a card (README.md) and a copy of the set.
+def export_pictures(path: Path, folder: Path, *, ema: bool = False) -> int:
+    """Write a set's images as PNGs; see :func:`export`.
 
     Args:
         path: a synthetic set, e.g. set.safetensors.
@@ -224,8 +195,32 @@ def export(path: Path, folder: Path, *, ema: bool = False) -> int:
     return len(classes)
 
 
+def export(path: Path, folder: Path, *, ema: bool = False, format: Literal["png", "tensors"] = "png") -> int:  # noqa: A002
+    """Write a set as PNGs in class folders, whitening or standardisation undone, or as tensors, as networks see them.
+
+    Beside the PNGs are metadata.jsonl, grid.png, a card (README.md) and a copy of the set. The tensors are images.pt,
+    labels.pt (logits, or classes) and lr.pt, class by class, with a README.txt: what ddranking reads.
+
+    Args:
+        path: a synthetic set, e.g. set.safetensors.
+        folder: a new or empty folder; it appears whole or not at all.
+        ema: the averaged images instead of the last ones.
+        format: what to write, png or tensors.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        InputError: for a set that cannot be written so, or a folder that is not empty.
+    """
+    return {"png": export_pictures, "tensors": export_tensors}[format](path, folder, ema=ema)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd export``."""
     parsed = parse_command(export, "export", arguments)
     count = export(**parsed)
-    print(f"{parsed['folder']}: {count} pictures, metadata.jsonl, grid.png, README.md, set.safetensors")
+    if parsed["format"] == "tensors":
+        print(f"{parsed['folder']}: {count} images, {', '.join(FILES)}")
+    else:
+        print(f"{parsed['folder']}: {count} pictures, metadata.jsonl, grid.png, README.md, set.safetensors")
