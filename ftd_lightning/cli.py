@@ -61,6 +61,7 @@ COMMANDS = {
     ),
     "import": Command("make a set of a file of images and one of labels", "ftd_lightning.artefacts.import_set"),
     "info": Command("describe a set, a store, a teacher or a whitening", "ftd_lightning.artefacts.info"),
+    "label": Command("give random images the labels of a teacher, of its best epoch", "ftd_lightning.studies.label"),
     "nas": Command("rank architectures by training them on a set", "ftd_lightning.studies.nas", CONTINUES),
     "reproduce": Command(
         "run one cell of the published tables and record it", "ftd_lightning.studies.reproduce", CONTINUES

@@ -158,6 +158,22 @@ def run(args: ArgsType = None) -> FTDCLI:
         InputError: for a mistake that the user can mend.
         DivergenceError: if a run diverged.
     """
+    return _command_line(args, run=True)
+
+
+def configured(args: list[str]) -> FTDCLI:
+    """Build trainer, model and datamodule of a config, and run nothing.
+
+    Args:
+        args: what follows a verb: ``--config NAME`` and other options.
+
+    Raises:
+        InputError: for a mistake that the user can mend.
+    """
+    return _command_line(args, run=False)
+
+
+def _command_line(args: ArgsType, *, run: bool) -> FTDCLI:
     # Lightning 2.6 under torch 2.13 and newer; nothing that a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     # Lightning warns when it is given arguments, in which names of configs have become files.
@@ -180,4 +196,5 @@ def run(args: ArgsType = None) -> FTDCLI:
         save_config_kwargs={"overwrite": True},
         trainer_defaults=defaults,
         args=args,
+        run=run,
     )

@@ -33,6 +33,7 @@ from ftd_lightning.optim import GSAM
 from ftd_lightning.studies.compare import compare
 from ftd_lightning.studies.distill import distill_source
 from ftd_lightning.studies.distill_datasets import distill
+from ftd_lightning.studies.label import label
 from ftd_lightning.studies.nas import SearchSettings
 from ftd_lightning.studies.reproduce import reproduce
 from ftd_lightning.studies.trajectory_error_command import trajectory_error
@@ -66,7 +67,7 @@ OWNERS = {
     GSAM: {"params": [nn.Parameter(torch.ones(1))], "base_optimizer": torch.optim.SGD},
     SearchSettings: {"out": "nas"},
 }
-COMMANDS = [compare, distill, distill_source, reproduce, trajectory_error, import_set]
+COMMANDS = [compare, distill, distill_source, label, reproduce, trajectory_error, import_set]
 # Public, but made by the library of numbers that are checked or measured, or checked against more than a range.
 OTHERS = {
     *("ImageShape", "DataDescription", "BatchPlan", "TeacherProgress"),  # contracts

@@ -410,7 +410,19 @@ def test_help_names_every_command(capsys) -> None:
     for name, command in cli.COMMANDS.items():
         assert f"  {name} " in shown
         assert command.summary in shown
-    for name in ("fit", "validate", "test", "predict", "compare", "export", "import", "info", "nas", "reproduce"):
+    for name in (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "compare",
+        "export",
+        "import",
+        "info",
+        "label",
+        "nas",
+        "reproduce",
+    ):
         assert name in cli.COMMANDS
     for command in [name for name, command in cli.COMMANDS.items() if command.module]:
         with pytest.raises(SystemExit) as stop:

@@ -59,19 +59,19 @@ def coreset(train: Images, kind: str, ipc: int, features: Tensor) -> Images:
     return train.take(torch.cat([index[choose(features[index], ipc)] for index in members]))
 
 
-def teacher_network(store: TrajectoryStore, teacher: int) -> nn.Module:
-    """Build a recorded teacher with its weights after its last epoch, in evaluation mode.
+def teacher_network(store: TrajectoryStore, teacher: int, epoch: int | None = None) -> nn.Module:
+    """Build a recorded teacher with its weights after an epoch, by default its last one, in evaluation mode.
 
     Trajectories hold no running statistics; see :func:`estimate_running_statistics`.
 
     Raises:
-        InputError: where the store's network has no name to build it by.
+        InputError: where the store's network has no name to build it by, or the teacher or the epoch is not recorded.
     """
     network = store.metadata["network"]
     if "options" not in network or store.shape is None:
         raise InputError(f"{store.path}: its network {network['name']} has no short name, so it cannot be built here")
     built = build_network(network["name"], **store.shape._asdict(), **network["options"]).eval()
-    load_flat(built, store.trained(teacher))
+    load_flat(built, store.trained(teacher) if epoch is None else store.weights(teacher, epoch))
     return built
 
 

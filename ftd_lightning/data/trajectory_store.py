@@ -206,6 +206,19 @@ class TrajectoryStore:
             check_finite(weights, name, file.path)
         return segment
 
+    def weights(self, teacher: int, epoch: int) -> Tensor:
+        """Read the weights of a teacher after an epoch, 0 being its initialisation: (P,).
+
+        Raises:
+            InputError: for an epoch that was not recorded, or weights that are not finite.
+        """
+        file = self._file(teacher)
+        if not 0 <= epoch <= self.lengths[teacher]:
+            raise InputError(f"{file.path}: epoch {epoch} is asked for, 0 to {self.lengths[teacher]} are recorded")
+        weights = file[epoch_name(epoch)]
+        check_finite(weights, epoch_name(epoch), file.path)
+        return weights
+
     def trained(self, teacher: int) -> Tensor:
         """Read the weights of a teacher after its last epoch: (P,)."""
         return self._file(teacher)[epoch_name(self.lengths[teacher])]

@@ -16,7 +16,7 @@ KEYS = {
     *("teachers", "evaluate", "networks", "rows", "plot", "paired_with", "distill_minutes"),
 }
 ROW_KEYS = {
-    *("label", "synthetic", "distill", "set", "teachers", "ema", "x", "reference"),
+    *("label", "synthetic", "labels", "distill", "set", "teachers", "ema", "x", "reference"),
     *("distill_arguments", "distill_minutes", "iterate", "evaluate", "evaluate_arguments", "paired_with"),
 }
 SOURCES = ("synthetic", "distill", "set")
@@ -62,6 +62,10 @@ def _check_row(where: str, given: dict[str, Any], teachers: dict[str, Any]) -> N
         raise InputError(f"{where}: unknown teachers {name}; there are {', '.join(teachers) or 'none'}")
     if given.get("synthetic") in BY_FEATURES and name is None:
         raise InputError(f"{where}: {given['synthetic']} goes by the features of a teacher; give its teachers")
+    if "labels" in given and (given["labels"] != "teacher" or given.get("synthetic") != "random" or name is None):
+        raise InputError(f"{where}: labels: teacher is for a row of random images (synthetic: random) with teachers")
+    if "labels" in given and given.get("ema"):
+        raise InputError(f"{where}: random images have no average, leave out ema")
     x = given.get("x", 0)
     if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
         hint = " (YAML reads 5e-3 as a word; write 5.0e-3)" if isinstance(x, str) else ""

@@ -166,8 +166,23 @@ class Comparison:
         arguments = (*arguments, *further, PEAK_MEMORY)
         return FitStep(f"{row.name}: distillation", config, folder, arguments, finished, prepare=prepare)
 
+    def label_step(self, row: Row) -> FitStep | None:
+        """Give the labelling of a row's random images by a teacher; None where they keep their classes."""
+        store = self.store(row)
+        if row.given.get("labels") is None or store is None:
+            return None
+        config, arguments = self._evaluation(row, next(iter(self.networks)))
+        arguments = (*arguments, "--data.ipc", str(self.given.get("ipc", 1)))
+        folder = self.fits / f"labels_{name_of(config, arguments, store[1])}"
+        file, trajectories = folder / "set.safetensors", ("--data.trajectories", str(store[0]))
+        title, words = f"{row.name}: labels of a teacher", ("label", str(file))
+        return FitStep(title, config, folder, (*arguments, *trajectories), file.is_file, words=words)
+
     def set_file(self, row: Row) -> Path | None:
         """Say where a row's set lies; None for real images. A chosen iterate that is the last one is the last one."""
+        labels = self.label_step(row)
+        if labels is not None:
+            return labels.folder / "set.safetensors"
         step = self.distill_step(row)
         if step is None:
             return Path(row.given["set"]) if "set" in row.given else None
@@ -177,13 +192,18 @@ class Comparison:
         made = [SyntheticSet.load(file).metadata["iterations"] for file in (last, best)]
         return last if made[0] == made[1] else best
 
-    def evaluation_step(self, row: Row, network: str) -> FitStep:
-        """Give an evaluation of a row."""
+    def _evaluation(self, row: Row, network: str) -> tuple[Path, tuple[str, ...]]:
+        """Give the config of a row's evaluation, and its arguments but those that name the set."""
         config = self.config(row.given.get("evaluate", self.given["evaluate"]))
         ema = str(bool(row.given.get("ema", False))).lower()
         arguments = ("--data.dataset", str(self.given["dataset"]), "--data.ema", ema, *self.networks[network])
         arguments += (*as_arguments(row.given.get("evaluate_arguments")), *self.arguments["evaluate"])
-        distill, file = self.distill_step(row), self.set_file(row)
+        return config, arguments
+
+    def evaluation_step(self, row: Row, network: str) -> FitStep:
+        """Give an evaluation of a row."""
+        config, arguments = self._evaluation(row, network)
+        made, file = self.distill_step(row) or self.label_step(row), self.set_file(row)
         source = ["--data.synthetic", str(file or row.given["synthetic"])]
         if file is None:
             source += ["--data.ipc", str(self.given.get("ipc", 1))]
@@ -191,8 +211,8 @@ class Comparison:
             if (store := self.store(row)) is not None:
                 source += ["--data.trajectories", str(store[0])]
                 depends.append(store[1])
-        elif distill is not None:
-            depends = [distill.folder.name, *(["best"] if file.stem == "best" else [])]
+        elif made is not None:
+            depends = [made.folder.name, *(["best"] if file.stem == "best" else [])]
         else:
             depends = [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()]
         folder = self.fits / name_of(config, arguments, *depends)
@@ -202,7 +222,8 @@ class Comparison:
     def steps(self, row: Row) -> list[FitStep]:
         """Give the fits of a row in the order in which they are done."""
         teachers = row.given.get("teachers")
-        first = [self.teacher_step(teachers) if teachers is not None else None, self.distill_step(row)]
+        first = [self.teacher_step(teachers) if teachers is not None else None]
+        first += [self.distill_step(row), self.label_step(row)]
         evaluations = [self.evaluation_step(row, network) for network in self.networks]
         return [*(step for step in first if step is not None), *evaluations]
 

@@ -106,6 +106,7 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
         return facts
     steps = job.steps(row)
     teachers, distill, file = row.given.get("teachers"), job.distill_step(row), job.set_file(row)
+    labels = job.label_step(row)
     evaluations = {network: job.evaluation_step(row, network) for network in job.networks}
     accuracy = {network: _accuracy(step.folder) for network, step in evaluations.items()}
     first = next(iter(evaluations.values()))
@@ -118,7 +119,7 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
         "epochs": measured["epochs"],
         "seconds": {
             "teachers": seconds_of([job.teacher_step(teachers) if teachers is not None else None]),
-            "distillation": seconds_of([distill]),
+            "distillation": seconds_of([distill, labels]),
             "evaluation": seconds_of(evaluations.values()),
         },
         "peak_memory_MiB": _read(distill.folder / FILE) if distill else None,

@@ -46,7 +46,7 @@ class FitError(InputError):
 
 
 class FitStep(NamedTuple):
-    """One fit of a job.
+    """One fit of a job, or another command that may take as long.
 
     Attributes:
         title: for people.
@@ -56,6 +56,7 @@ class FitStep(NamedTuple):
         finished: looks at what the fit left on disk.
         target: how far it goes (teachers, iterations, epochs): a step may be taken further later.
         prepare: done before the fit is started.
+        words: the command before its config, where it is no fit: it is not resumed, but begun anew.
     """
 
     title: str
@@ -65,10 +66,13 @@ class FitStep(NamedTuple):
     finished: Callable[[], bool]
     target: int = 1
     prepare: Callable[[], None] | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:
         """Arguments after ``ftd``; with a checkpoint there, those of a run that goes on from it."""
+        if self.words:
+            return [*self.words, "--config", str(self.config), *self.arguments]
         own_folder = ["--trainer.logger.init_args.save_dir", str(self.folder.parent)]
         own_folder += ["--trainer.logger.init_args.name", self.folder.name]
         resumed = ["--ckpt_path", "last"] if self.checkpoint.exists() else []

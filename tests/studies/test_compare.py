@@ -225,6 +225,29 @@ def test_sets_as_files_on_several_networks(here: Path, trajectories: Path) -> No
     assert line == ["mine", "50.0 ± 1.0 (2)", "50.0 ± 1.0 (2)", "-", "-", "-", "40", "-", "10", "1 %"]
 
 
+def test_random_images_are_labelled_in_a_step_of_their_own(here: Path, trajectories: Path) -> None:
+    teachers = {"mtt": {"store": str(trajectories)}, "ftd": {"store": "elsewhere"}}
+    soft = {"synthetic": "random", "labels": "teacher", "teachers": "mtt"}
+    rows = {"random": {"synthetic": "random"}, "soft": soft, "ftd": {**soft, "teachers": "ftd"}}
+    networks = {"convnet": [], "alexnet": ["--model.network", "alexnet", "--model.network_options", {}]}
+    file = write(here / "s.yaml", teachers=teachers, rows=rows, ipc=3)
+    labels, evaluation = (job := comparison_plan.load(file)).steps(job.rows["soft"])
+    command = labels.command
+    written = str(labels.folder / "set.safetensors")
+    assert command[:4] == ["label", written, "--config", str(ROOT / "configs" / "digits" / "evaluate.yaml")]
+    assert command[-4:] == ["--data.ipc", "3", "--data.trajectories", str(trajectories)]
+    assert evaluation.arguments[-2:] == ("--data.synthetic", written)
+    assert len(job.steps(job.rows["random"])) == 1
+    assert job.steps(job.rows["ftd"])[0].folder != labels.folder, "labels of other teachers"
+    assert job.steps(job.rows["ftd"])[1].folder != evaluation.folder
+    # One set, by the first network, for all that it is evaluated on.
+    several = comparison_plan.load(write(here / "s.yaml", teachers=teachers, rows=rows, ipc=3, networks=networks))
+    first, *others = several.steps(several.rows["soft"])
+    assert first.folder == labels.folder
+    assert {step.arguments[-1] for step in others} == {written}
+    assert len(others) == 2
+
+
 def test_a_plot_takes_rows_that_are_done_by_rising_x() -> None:
     last = {"accuracy": {"last": {"mean": 0.5, "std": 0.1, "n": 5}}, "state": "done"}
     rows = [{"label": str(x), "x": x, **last} for x in (0.1, 0.005, 0.03)]
@@ -268,6 +291,22 @@ def test_a_plot_takes_rows_that_are_done_by_rising_x() -> None:
         ({"rows": {"a": {"synthetic": "random", "x": float("nan")}}}, "row a: x=nan is no number"),
         ({"rows": {"a": {"synthetic": "herding"}}}, "row a: herding goes by the features of a teacher"),
         ({"rows": {"a": {"synthetic": "k-center"}}}, "row a: k-center goes by the features of a teacher"),
+        (
+            {"rows": {"a": {"synthetic": "random", "labels": "teacher"}}},
+            "row a: labels: teacher is for a row of random",
+        ),
+        (
+            {"rows": {"a": {"synthetic": "herding", "labels": "teacher", "teachers": "mtt"}}},
+            "row a: labels: teacher is for a row of random",
+        ),
+        (
+            {"rows": {"a": {"synthetic": "random", "labels": "soft", "teachers": "mtt"}}},
+            "row a: labels: teacher is for a row of random",
+        ),
+        (
+            {"rows": {"a": {"synthetic": "random", "labels": "teacher", "teachers": "mtt", "ema": True}}},
+            "row a: random images have no average",
+        ),
     ],
 )
 def test_bad_input_is_one_line(here: Path, refused, changes: dict, said: str) -> None:

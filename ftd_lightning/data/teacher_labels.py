@@ -1,0 +1,63 @@
+"""Labels that a recorded teacher gives to images, after any of its epochs.
+
+Random real images with such labels are a base line for whatever learns images: much of what soft labels gain is in the
+labels alone, and the best teacher is one that was stopped early (Qin et al., A Label is Worth a Thousand Images in
+Dataset Distillation, NeurIPS 2024).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ftd_lightning.data.coresets import IMAGES_PER_PASS, estimate_running_statistics, teacher_network
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ftd_lightning.data.trajectory_store import TrajectoryStore
+
+
+@torch.no_grad()
+def teacher_labels(
+    store: TrajectoryStore, images: Tensor, *, epoch: int, teacher: int = 0, statistics: Tensor | None = None
+) -> Tensor:
+    """Give images the class probabilities of a teacher: the softmax of its logits, without augmentation.
+
+    Args:
+        store: the teachers.
+        images: (N, C, H, W), transformed as the teachers saw theirs.
+        epoch: after which the teacher is asked, 0 (its initialisation) to its last one.
+        teacher: its number, from 0.
+        statistics: images (M, C, H, W) over which the running statistics of BatchNorm layers are estimated, which
+            trajectories do not hold; None takes ``images``.
+
+    Returns:
+        (N, K) float32, each row of sum 1, on the device of the images.
+
+    Raises:
+        InputError: for a teacher or an epoch that is not recorded, or a network that has no name to build it by.
+    """
+    network = teacher_network(store, teacher, epoch).to(images.device)
+    estimate_running_statistics(network, (images if statistics is None else statistics).to(images.device))
+    logits = torch.cat([network(chunk) for chunk in images.split(IMAGES_PER_PASS)])
+    return logits.float().softmax(dim=1)
+
+
+def candidate_epochs(epochs: int, count: int = 8) -> list[int]:
+    """List epochs of a teacher to choose from: all but the initialisation, or of more than ``count`` some.
+
+    Those are spread evenly in the logarithm, because a teacher changes fastest at first; rounding may leave fewer.
+
+    Args:
+        epochs: that the teacher has, >= 1.
+        count: how many at most, >= 2.
+
+    Example:
+        >>> candidate_epochs(4), candidate_epochs(50)
+        ([1, 2, 3, 4], [1, 2, 3, 5, 9, 16, 29, 50])
+    """
+    if epochs <= count:
+        return list(range(1, epochs + 1))
+    return sorted({round(epochs ** (index / (count - 1))) for index in range(count)})

@@ -1,0 +1,173 @@
+"""``ftd label``: random real images with the labels of a teacher, stopped at the epoch that serves best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
+from dataclasses import replace
+from functools import partial
+from pathlib import Path  # noqa: TC003
+from typing import TYPE_CHECKING
+
+import torch
+
+from ftd_lightning.bounds import check_bounds
+from ftd_lightning.command_line import parse_command, split_overrides
+from ftd_lightning.contracts import Images
+from ftd_lightning.data import DistillationDataModule, SyntheticSet, TrajectoryStore
+from ftd_lightning.data.files import versions
+from ftd_lightning.data.teacher_labels import candidate_epochs, teacher_labels
+from ftd_lightning.data.trajectory_store import check_compatible
+from ftd_lightning.errors import InputError
+from ftd_lightning.lightning_cli import configured
+from ftd_lightning.modules import SyntheticEvaluation
+from ftd_lightning.modules.evaluation import DEFAULT_LR
+from ftd_lightning.training.compile_choice import EVALUATION, choose_compile, training_operations
+from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, per_cent
+from ftd_lightning.training.label_epoch import best_epoch, try_labels
+from ftd_lightning.training.side_by_side import SideBySide
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# After the options of the user: a configuration is read, nothing is fitted or recorded.
+LAST_WORDS = ("--data.synthetic", "random", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false")
+
+
+def label_random_images(
+    module: SyntheticEvaluation,
+    data: DistillationDataModule,
+    *,
+    networks: int = 2,
+    epochs: int = 1000,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> SyntheticSet:
+    """Make a set of random real images and the labels that a teacher gives them after one of its epochs.
+
+    The epoch is the one of at most eight whose labels make the best training set: a few fresh networks are trained on
+    the images with each, as the evaluation trains its own, and measured on held-out images.
+
+    Args:
+        module: an evaluation, not fitted, whose networks, optimizer and augmentation are taken.
+        data: with ``synthetic`` "random", the teachers' store as ``trajectories``, and held-out images. The teacher is
+            number ``data.teacher``.
+        networks: how many for each epoch, the same ones for all.
+        epochs: of each network over the images.
+        device: where to compute; None: the CPU.
+        progress: show bars.
+
+    Returns:
+        The set, with ``metadata["label_teacher"]``: {"teacher", "epoch", "held_out_accuracy": a list of {"epoch",
+        "mean", "std", "n"}, fractions, one for each epoch that was tried}. It has no step size.
+
+    Raises:
+        InputError: without a store or held-out images, or for teachers of other images.
+    """
+    check_bounds(label_random_images, locals())
+    options, device = data.hparams, device or torch.device("cpu")
+    if options["trajectories"] is None:
+        raise InputError("the labels are a teacher's: give the store of the teachers as data.trajectories")
+    data.prepare_data()
+    data.setup()
+    chosen, held_out = data.synthetic_set, Images(*(values.to(device) for values in data.val))
+    if chosen is None or options["synthetic"] != "random":
+        raise InputError(f"data.synthetic={options['synthetic']!r}: labels are for random real images, give random")
+    if not len(held_out.labels):
+        raise InputError(
+            "the teacher's epoch is chosen on held-out images, and none are held out: give data.val_fraction above 0"
+        )
+    store, teacher = TrajectoryStore(options["trajectories"]), options["teacher"]
+    check_compatible(store, data.describe())
+    module.data = data.description()
+    module.build()
+    hparams, images = module.hparams, chosen.images.to(device)
+    protocol = EvaluationProtocol(
+        epochs=epochs,
+        lr=DEFAULT_LR if hparams["lr"] is None else hparams["lr"],
+        batch_size=options["batch_size"],
+        momentum=hparams["momentum"],
+        weight_decay=hparams["weight_decay"],
+        augment=module.augment,
+    )
+
+    def fresh() -> list[nn.Module]:
+        return [module.fresh.build(hparams["seed"], "label epoch", index).to(device) for index in range(networks)]
+
+    ask = partial(teacher_labels, store, chosen.images, teacher=teacher, statistics=data.train.images)
+    labels = {epoch: ask(epoch=epoch) for epoch in candidate_epochs(store.teacher_metadata(teacher)["epochs"])}
+    passes = epochs * networks * len(images) * len(labels)
+    compile_or_not = choose_compile(
+        hparams["compile"],
+        device,
+        EVALUATION,
+        steps=epochs * len(labels) * math.ceil(len(images) / protocol.batch_size),
+        operations=lambda: training_operations(module.fresh.architecture(), tuple(images.shape[1:]), passes),
+    )
+    measured = try_labels(
+        ((epoch, given.to(device)) for epoch, given in labels.items()),
+        images,
+        held_out,
+        fresh,
+        protocol,
+        seed=hparams["seed"],
+        losses=SideBySide(compile_or_not, device, rho=hparams["rho"]),
+        progress=progress,
+    )
+    epoch = best_epoch(measured)
+    made = {"labels_made": "teacher", "versions": versions()}
+    made |= {"label_teacher": {"teacher": teacher, "epoch": epoch, "held_out_accuracy": measured}}
+    return replace(chosen, labels=labels[epoch], metadata={**chosen.metadata, **made})
+
+
+def label(
+    out: Path, *, config: Path, networks: int = 2, epochs: int | None = None, overrides: Sequence[str] = ()
+) -> SyntheticSet:
+    """Write a set of random real images with the labels of a teacher, stopped where its labels serve best.
+
+    A few networks are trained with the labels of each of at most eight epochs and measured on held-out images, which
+    choose one. Further options are those of the config: --data.trajectories STORE names the teachers, --data.ipc N the
+    images of each class, --data.teacher the teacher.
+
+    Args:
+        out: the set to write, e.g. set.safetensors.
+        config: of an evaluation, a file or a shipped one by its name, e.g. digits/evaluate.
+        networks: for each epoch that is tried.
+        epochs: of each network; by default those of the config (trainer.max_epochs).
+        overrides: further options, for the config.
+
+    Returns:
+        The set that was written.
+
+    Raises:
+        InputError: for a config of something else, teachers that do not fit, no held-out images, or another set in
+            the place of ``out``.
+    """
+    if out.exists() and SyntheticSet.read_metadata(out).get("labels_made") != "teacher":
+        raise InputError(f"{out}: is there already, and is another set; name another file")
+    cli = configured(["--config", str(config), *overrides, *LAST_WORDS])
+    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    if not isinstance(module, SyntheticEvaluation) or not isinstance(data, DistillationDataModule):
+        raise InputError(f"{config}: is no config of a SyntheticEvaluation with a DistillationDataModule")
+    epochs = trainer.max_epochs if epochs is None else epochs
+    if epochs is None or epochs < 1:
+        raise InputError(f"{config}: names no trainer.max_epochs: say how long networks are trained, --epochs")
+    torch.set_float32_matmul_precision("high")  # as for a fit
+    device, bars = trainer.strategy.root_device, trainer.progress_bar_callback is not None
+    made = label_random_images(module, data, networks=networks, epochs=epochs, device=device, progress=bars)
+    made.save(out)
+    return made
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``ftd label``."""
+    own, overrides = split_overrides(arguments)
+    own = ["--config" if argument == "-c" else argument for argument in own]
+    parsed = parse_command(label, "label", own, skip=["overrides"])
+    made = label(**parsed, overrides=overrides)
+    by = made.metadata["label_teacher"]
+    for one in by["held_out_accuracy"]:
+        chosen = "  chosen" if one["epoch"] == by["epoch"] else ""
+        print(f"epoch {one['epoch']:>3}  {per_cent(one, count=True)} % on held-out images{chosen}")
+    source = f"labels of teacher {by['teacher']} after epoch {by['epoch']}"
+    print(f"{parsed['out']}: {len(made.labels)} random images, {source}")
