@@ -11,6 +11,7 @@ import torch
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.data import SyntheticSet, TrajectoryStore, store_data, synthetic_set, trajectory_store
 from ftd_lightning.data.json_files import without_nan
+from ftd_lightning.data.schema import label_kind
 from ftd_lightning.data.store_data import load_store_data
 from ftd_lightning.data.tensor_file import TensorFile, file_kind
 from ftd_lightning.data.trajectory_store import check_teacher, epoch_name
@@ -90,6 +91,15 @@ def _stored(metadata: Mapping[str, Any], *keys: str) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), formats.get(key, phrase)(metadata[key])) for key in keys if key in metadata]
 
 
+def _labels(synthetic: SyntheticSet) -> str:
+    """Describe labels: how they were made, what they are, and which teacher gave them."""
+    if (kind := label_kind(synthetic.labels, synthetic.metadata)) == "class":
+        return synthetic.label_description
+    by = synthetic.metadata.get("label_teacher", {})
+    teacher = f": teacher {by['teacher']} after epoch {by['epoch']}" if {"teacher", "epoch"} <= by.keys() else ""
+    return f"{synthetic.label_description}, {'probabilities' if kind == 'probability' else 'targets'}{teacher}"
+
+
 def describe_set(path: Path) -> Description:
     """Describe a synthetic set, without building its whitening.
 
@@ -105,9 +115,13 @@ def describe_set(path: Path) -> Description:
     ema = synthetic.ema_images is not None
     per_class = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     low, high = (float(value) for value in torch.aminmax(images))
+    stored, trained_on = synthetic.image_counts
+    counted = "" if stored == trained_on else f"; {stored} stored, {trained_on} trained on"
     facts = {
         "images": list(images.shape),
-        "labels": "soft" if soft else "hard",
+        "labels": synthetic.label_description,
+        "images_stored": stored,
+        "images_trained_on": trained_on,
         "per_class": counts,
         "step_size": step_size,
         "ema": ema,
@@ -125,10 +139,10 @@ def describe_set(path: Path) -> Description:
     rows = [
         ("method", method),
         ("data set", _named(metadata.get("dataset", "unknown"))),
-        ("images", f"{len(images)} of {shape}, {per_class} per class; {averages}"),
+        ("images", f"{len(images)} of {shape}, {per_class} per class{counted}; {averages}"),
         ("values", f"{low:.4g} to {high:.4g}, as networks see them"),
         ("classes", f"{len(counts)}: {phrase(', '.join(map(str, names[:10])))}{', ...' if len(names) > 10 else ''}"),
-        ("labels", "soft, probabilities" if soft else "hard"),
+        ("labels", _labels(synthetic)),
         ("step size", "none: evaluation needs a learning rate" if step_size is None else phrase(step_size)),
         ("transform", _transform(metadata.get("transform"))),
     ]

@@ -77,6 +77,15 @@ class SyntheticSet:
         made = self.metadata.get("labels_made")
         return "hard" if self.labels.ndim == 1 else f"soft ({made})" if made else "soft"
 
+    @property
+    def image_counts(self) -> tuple[int, int]:
+        """How many images' storage the set takes, and how many networks are trained on; N each unless metadata says.
+
+        A method that decodes its images trains on more than it stores: "images_stored", "images_trained_on".
+        """
+        count = len(self.images)
+        return self.metadata.get("images_stored", count), self.metadata.get("images_trained_on", count)
+
     def check(self, where: object) -> None:
         """Refuse a set that is not as its attributes are described.
 

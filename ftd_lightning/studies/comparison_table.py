@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ftd_lightning.studies.fit_steps import FitStep
 
 KIND = "comparison"
+NO_TEACHER = "No row has a teacher at evaluation: networks are trained on the images and labels of a set alone."
 ACCURACY = "Test accuracy in %: mean ± population standard deviation over networks (how many)."
 ITERATES = (
     "Last: after the last epoch. Chosen on held-out: at the epoch that held-out training images chose.",
@@ -97,7 +98,9 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
     Returns:
         "state" is "done", "failed" (with a "reason") or "to do". "accuracy" holds "last", "chosen_on_held_out" and
         "best_on_test", fractions, on the first network; "networks" the same of each where several are named. "share" is
-        that of the training images, held-out ones included.
+        that of the training images, held-out ones included. "labels" is the set's ``label_description``, "images" those
+        that networks are trained on, "images_stored" those that the set takes the storage of. "teacher_at_evaluation"
+        is False: none of these evaluations asks a teacher.
     """
     facts: dict[str, Any] = {"name": row.name, "label": row.label}
     facts |= {key: row.given[key] for key in ("x", "reference") if key in row.given}
@@ -111,11 +114,13 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
     accuracy = {network: _accuracy(step.folder) for network, step in evaluations.items()}
     first = next(iter(evaluations.values()))
     counts, measured = _read(first.folder / COUNTS), _read(first.folder / "evaluation.json")
+    synthetic = SyntheticSet.load(file) if file else None
+    stored, trained_on = synthetic.image_counts if synthetic else (counts.get("images"), counts.get("images"))
     return {
         **facts,
         "accuracy": next(iter(accuracy.values())),
         **({"networks": accuracy} if "" not in accuracy else {}),
-        "iterations": SyntheticSet.load(file).metadata.get("iterations") if distill and file else None,
+        "iterations": synthetic.metadata.get("iterations") if distill and synthetic else None,
         "epochs": measured["epochs"],
         "seconds": {
             "teachers": seconds_of([job.teacher_step(teachers) if teachers is not None else None]),
@@ -123,8 +128,11 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
             "evaluation": seconds_of(evaluations.values()),
         },
         "peak_memory_MiB": _read(distill.folder / FILE) if distill else None,
-        "images": counts.get("images"),
-        "share": counts["images"] / counts["training_images"] if counts else None,
+        "labels": synthetic.label_description if synthetic else "hard",
+        "images": trained_on,
+        "images_stored": stored,
+        "teacher_at_evaluation": False,
+        "share": stored / counts["training_images"] if counts else None,
         "seeds": measured["seeds"],
         "each": measured["each"],
         "folders": [str(step.folder) for step in steps],
@@ -173,11 +181,22 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
+def _images_cell(row: Mapping[str, Any]) -> str:
+    """Give the images that networks are trained on, after those that are stored where these are others.
+
+    Example:
+        >>> _images_cell({"images": 10}), _images_cell({"images": 40, "images_stored": 10})
+        ('10', '10 -> 40')
+    """
+    trained_on, stored = row["images"], row.get("images_stored", row["images"])
+    return _number(trained_on) if stored == trained_on else f"{_number(stored)} -> {_number(trained_on)}"
+
+
 def _cells(row: dict[str, Any], networks: Sequence[str]) -> list[str]:
     measured = max(len(networks), 3)
     if row["state"] != "done":
         said = "to do" if row["state"] == "to do" else f"failed: {row['reason']}"
-        return [row["label"], said, *["-"] * (measured + 6)]
+        return [row["label"], said, *["-"] * (measured + 7)]
     kinds = row["accuracy"].values()
     accuracy = [per_cent(row["networks"][name]["last"], count=True) for name in networks] or [
         per_cent(kind, count=True) for kind in kinds
@@ -186,13 +205,14 @@ def _cells(row: dict[str, Any], networks: Sequence[str]) -> list[str]:
     cells = [row["label"], *accuracy, *(_number(seconds[key]) for key in ("teachers", "distillation", "evaluation"))]
     cells.append(_number(row.get("iterations")))
     share = "-" if row["share"] is None else f"{100 * row['share']:.3g} %"
-    return [*cells, _number(peak.get("device", peak.get("process"))), _number(row["images"]), share]
+    labels = row.get("labels", "hard")  # all were, before records said so
+    return [*cells, _number(peak.get("device", peak.get("process"))), labels, _images_cell(row), share]
 
 
 def columns(networks: Sequence[str]) -> list[str]:
     """Name the columns: accuracies of one network, or the last iterates of several."""
     kinds = ["last", "chosen on held-out", "best on test (upper bound)"]
-    rest = ["teachers, s", "distillation, s", "evaluation, s", "iterations", "peak, MiB", "images", "share"]
+    rest = ["teachers, s", "distillation, s", "evaluation, s", "iterations", "peak, MiB", "labels", "images", "share"]
     return ["method", *(networks or kinds), *rest]
 
 
@@ -229,7 +249,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     }
     teachers = "".join(f"- teachers {name}: {what}\n" for name, what in said.items())
     below = "".join(f"- {note}\n" for note in notes(results))
-    return f"# {results['title']}\n\n{rows}\n\n{teachers}{below}- {results['device'] or 'nothing is done yet'}\n"
+    device = results["device"] or "nothing is done yet"
+    return f"# {results['title']}\n\n{NO_TEACHER}\n\n{rows}\n\n{teachers}{below}- {device}\n"
 
 
 def text(results: Mapping[str, Any]) -> str:

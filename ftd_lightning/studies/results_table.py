@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 RECORDS = Path("notebooks/results")
-SHORT = (0, 1, 4, 5, 6)  # columns of a comparison that a page has room for: method, last iterate, seconds
+SHORT = (0, 1, 9, 4, 5, 6)  # columns of a comparison that a page has room for: method, last iterate, labels, seconds
 
 # Test accuracy in per cent by data set, method and ipc: Tables 1 and 2 of FTD, which repeats MTT's.
 PAPER: dict[str, dict[str, dict[int, float]]] = {

@@ -97,6 +97,20 @@ def test_a_whitened_soft_set_that_says_little_of_itself(tmp_path: Path, capsys) 
     assert found["transform"].startswith("ZCA whitening, eps 0.1")
 
 
+def test_a_set_says_how_its_labels_were_made_and_how_much_is_trained_on(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "set.safetensors"
+    soft = torch.eye(2)[[0, 0, 1, 1]]
+    by = {"labels_made": "teacher", "label_teacher": {"teacher": 2, "epoch": 5, "held_out_accuracy": []}}
+    colour_set(labels=soft, metadata=by).save(path)
+    assert rows(said(capsys, path))["labels"].strip() == "soft (teacher), probabilities: teacher 2 after epoch 5"
+    colour_set(labels=soft * 3, metadata={"label_kind": "target", "labels_made": "learned"}).save(path)
+    assert rows(said(capsys, path))["labels"].strip() == "soft (learned), targets"
+    colour_set(metadata={"images_stored": 4, "images_trained_on": 16}).save(path)
+    assert "2 per class; 4 stored, 16 trained on; with EMA images" in rows(said(capsys, path))["images"]
+    facts = json.loads(said(capsys, path, "--json"))
+    assert (facts["labels"], facts["images_stored"], facts["images_trained_on"]) == ("hard", 4, 16)
+
+
 def test_a_set_as_json(tmp_path: Path, capsys) -> None:
     path = tmp_path / "set.safetensors"
     colour_set().save(path)

@@ -137,7 +137,7 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, mo
     (line,) = (line for line in lines if line.startswith("| MTT |"))
     mean = 100 * found["mtt"]["accuracy"]["last"]["mean"]
     assert f"| {mean:.1f} ± " in line
-    assert line.endswith("| 10 | 7.14 % |")
+    assert line.endswith("| hard | 10 | 7.14 % |")
     assert any(line.startswith("| broken | failed: broken: distillation: ") for line in lines)
     shown = capsys.readouterr().out
     assert "MTT     " in shown
@@ -222,7 +222,7 @@ def test_sets_as_files_on_several_networks(here: Path, trajectories: Path) -> No
     results = {"rows": [{**row, "iterations": 40, "images": 10, "share": 0.01}], "networks": list(networks)}
     head, line = comparison_table.table(results)
     assert head[:3] == ["method", "convnet", "alexnet"]
-    assert line == ["mine", "50.0 ± 1.0 (2)", "50.0 ± 1.0 (2)", "-", "-", "-", "40", "-", "10", "1 %"]
+    assert line == ["mine", "50.0 ± 1.0 (2)", "50.0 ± 1.0 (2)", "-", "-", "-", "40", "-", "hard", "10", "1 %"]
 
 
 def test_random_images_are_labelled_in_a_step_of_their_own(here: Path, trajectories: Path) -> None:
@@ -246,6 +246,53 @@ def test_random_images_are_labelled_in_a_step_of_their_own(here: Path, trajector
     assert first.folder == labels.folder
     assert {step.arguments[-1] for step in others} == {written}
     assert len(others) == 2
+
+
+def test_labels_and_images_have_columns_that_old_records_fill_too() -> None:
+    kinds = {key: {"mean": 0.5, "std": 0.01, "n": 2} for key in ("last", "chosen_on_held_out", "best_on_test")}
+    old = {"label": "a", "state": "done", "accuracy": kinds, "peak_memory_MiB": None, "images": 10, "share": 0.01}
+    old |= {"seconds": dict.fromkeys(["teachers", "distillation", "evaluation"])}
+    soft = {**old, "labels": "soft (learned)", "images": 40, "images_stored": 10}
+    to_do = {"label": "c", "state": "to do"}
+    results = {"title": "t", "rows": [old, soft, to_do], "teachers": {}, "device": ""}
+    head, *lines = comparison_table.table(results)
+    found = [dict(zip(head, line, strict=True)) for line in lines]
+    assert [(row["labels"], row["images"]) for row in found] == [
+        ("hard", "10"),
+        ("soft (learned)", "10 -> 40"),
+        ("-", "-"),
+    ]
+    above, _ = comparison_table.markdown(results).split("| method |", 1)
+    assert "No row has a teacher at evaluation" in above
+
+
+@pytest.mark.slow
+def test_a_row_of_random_images_with_a_teacher_s_labels(here: Path, trajectories: Path) -> None:
+    teachers = {"mtt": {"store": str(trajectories)}}
+    soft = {"synthetic": "random", "labels": "teacher", "teachers": "mtt"}
+    rows = {"hard": {"synthetic": "random"}, "soft": soft}
+    study = write(here / "study.yaml", arguments=SMALL, teachers=teachers, rows=rows)
+    cli.main(["compare", "--config", str(study)])
+    results = json.loads(Path("runs/small/compare.json").read_text())
+    hard, soft = results["rows"]
+    assert [row["state"] for row in (hard, soft)] == ["done", "done"]
+    assert [row["labels"] for row in (hard, soft)] == ["hard", "soft (teacher)"]
+    assert {(row["images"], row["images_stored"], row["teacher_at_evaluation"]) for row in (hard, soft)} == {
+        (10, 10, False)
+    }
+    assert hard["seeds"] == soft["seeds"]
+    assert hard["seconds"]["distillation"] is None
+    assert soft["seconds"]["distillation"] > 0
+    folder = next(path for path in map(Path, soft["folders"]) if path.name.startswith("labels"))
+    measured = json.loads((Path(soft["folders"][-1]) / "evaluation.json").read_text())
+    hard_measured = json.loads((Path(hard["folders"][-1]) / "evaluation.json").read_text())
+    assert measured["lr"] == hard_measured["lr"] == 0.01
+    made = SyntheticSet.load(folder / "set.safetensors")
+    assert measured["set"]["label_teacher"] == made.metadata["label_teacher"]
+    lines = Path("runs/small/compare.md").read_text().splitlines()
+    assert [line.endswith("| soft (teacher) | 10 | 7.14 % |") for line in lines if line.startswith("| soft |")] == [
+        True
+    ]
 
 
 def test_a_plot_takes_rows_that_are_done_by_rising_x() -> None:
