@@ -271,7 +271,9 @@ def test_a_row_of_random_images_with_a_teacher_s_labels(here: Path, trajectories
     teachers = {"mtt": {"store": str(trajectories)}}
     soft = {"synthetic": "random", "labels": "teacher", "teachers": "mtt"}
     rows = {"hard": {"synthetic": "random"}, "soft": soft}
-    study = write(here / "study.yaml", arguments=SMALL, teachers=teachers, rows=rows)
+    enough = ["--evaluate.model.network_options", {"width": 16, "depth": 1}, "--evaluate.model.augment", ""]
+    enough += ["--evaluate.trainer.max_epochs", 100, "--evaluate.trainer.check_val_every_n_epoch", 100]
+    study = write(here / "study.yaml", arguments=[*SMALL, *enough], teachers=teachers, rows=rows)
     cli.main(["compare", "--config", str(study)])
     results = json.loads(Path("runs/small/compare.json").read_text())
     hard, soft = results["rows"]
