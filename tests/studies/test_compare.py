@@ -11,7 +11,7 @@ import yaml
 from fits import distil, record
 from PIL import Image
 
-from ftd_lightning import SyntheticSet, TrajectoryStore, cli
+from ftd_lightning import DistillationDataModule, SyntheticSet, TrajectoryStore, cli
 from ftd_lightning.callbacks import SyntheticSetWriter
 from ftd_lightning.callbacks.peak_memory import PeakMemory
 from ftd_lightning.studies import compare, comparison_plan, comparison_table, fit_steps
@@ -118,6 +118,10 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, mo
         assert all(set(value) == {"mean", "std", "n"} and value["n"] == 2 for value in accuracy.values())
         assert accuracy["best_on_test"]["mean"] >= max(accuracy["last"]["mean"], accuracy["chosen_on_held_out"]["mean"])
     assert found["mtt"]["seeds"] == found["random"]["seeds"] == found["whole"]["seeds"]
+    assert {name: row.get("labels") for name, row in found.items()} == {
+        "broken": None,
+        **dict.fromkeys(["mtt", "random", "whole"], "hard"),
+    }
     images = {name: (row.get("images"), row.get("share")) for name, row in found.items()}
     assert images == {"broken": (None, None), "mtt": (10, 1 / 14), "random": (10, 1 / 14), "whole": (130, 13 / 14)}
 
@@ -269,28 +273,24 @@ def test_labels_and_images_have_columns_that_old_records_fill_too() -> None:
 @pytest.mark.slow
 def test_a_row_of_random_images_with_a_teacher_s_labels(here: Path, trajectories: Path) -> None:
     teachers = {"mtt": {"store": str(trajectories)}}
-    soft = {"synthetic": "random", "labels": "teacher", "teachers": "mtt"}
-    rows = {"hard": {"synthetic": "random"}, "soft": soft}
+    rows = {"soft": {"synthetic": "random", "labels": "teacher", "teachers": "mtt"}}
     enough = ["--evaluate.model.network_options", {"width": 16, "depth": 1}, "--evaluate.model.augment", ""]
     enough += ["--evaluate.trainer.max_epochs", 100, "--evaluate.trainer.check_val_every_n_epoch", 100]
     study = write(here / "study.yaml", arguments=[*SMALL, *enough], teachers=teachers, rows=rows)
     cli.main(["compare", "--config", str(study)])
-    results = json.loads(Path("runs/small/compare.json").read_text())
-    hard, soft = results["rows"]
-    assert [row["state"] for row in (hard, soft)] == ["done", "done"]
-    assert [row["labels"] for row in (hard, soft)] == ["hard", "soft (teacher)"]
-    assert {(row["images"], row["images_stored"], row["teacher_at_evaluation"]) for row in (hard, soft)} == {
-        (10, 10, False)
-    }
-    assert hard["seeds"] == soft["seeds"]
-    assert hard["seconds"]["distillation"] is None
-    assert soft["seconds"]["distillation"] > 0
-    folder = next(path for path in map(Path, soft["folders"]) if path.name.startswith("labels"))
-    measured = json.loads((Path(soft["folders"][-1]) / "evaluation.json").read_text())
-    hard_measured = json.loads((Path(hard["folders"][-1]) / "evaluation.json").read_text())
-    assert measured["lr"] == hard_measured["lr"] == 0.01
-    made = SyntheticSet.load(folder / "set.safetensors")
+    (row,) = json.loads(Path("runs/small/compare.json").read_text())["rows"]
+    assert row["state"] == "done"
+    assert (row["labels"], row["images"], row["images_stored"]) == ("soft (teacher)", 10, 10)
+    assert row["teacher_at_evaluation"] is False
+    assert row["seconds"]["distillation"] > 0
+    labels, evaluation = map(Path, row["folders"])
+    measured = json.loads((evaluation / "evaluation.json").read_text())
+    assert measured["lr"] == 0.01, "as for other real images"
+    made = SyntheticSet.load(labels / "set.safetensors")
     assert measured["set"]["label_teacher"] == made.metadata["label_teacher"]
+    data = DistillationDataModule("digits", max_per_class=14, synthetic="random")
+    data.setup()
+    assert torch.equal(made.images, data.synthetic_set.images)
     lines = Path("runs/small/compare.md").read_text().splitlines()
     assert [line.endswith("| soft (teacher) | 10 | 7.14 % |") for line in lines if line.startswith("| soft |")] == [
         True
