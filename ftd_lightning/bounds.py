@@ -80,6 +80,7 @@ BOUNDS: dict[str, Count | Range] = {
     # Rates and other weights
     "lr": ABOVE_0,
     "real_lr": ABOVE_0,
+    "learning_rates": ABOVE_0,
     "lr_network": ABOVE_0,
     "step_size_init": ABOVE_0,
     "lr_images": PIXEL_RATE,
@@ -108,6 +109,7 @@ BOUNDS: dict[str, Count | Range] = {
     "teachers": Count(),
     "teacher_epochs": Count(0),  # 0: as many as published
     "networks": Count(1, 10_000),  # all at once
+    "lr_networks": Count(1, 10_000),
     "epochs": Count(),
     "real_epochs": Count(),
     "rounds": Count(),

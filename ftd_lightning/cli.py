@@ -63,6 +63,7 @@ COMMANDS = {
     "info": Command("describe a set, a store, a teacher or a whitening", "ftd_lightning.artefacts.info"),
     "label": Command("give random images the labels of a teacher, of its best epoch", "ftd_lightning.studies.label"),
     "nas": Command("rank architectures by training them on a set", "ftd_lightning.studies.nas", CONTINUES),
+    "rank": Command("score sets fairly against random real images", "ftd_lightning.studies.rank", CONTINUES),
     "reproduce": Command(
         "run one cell of the published tables and record it", "ftd_lightning.studies.reproduce", CONTINUES
     ),

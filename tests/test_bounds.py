@@ -35,6 +35,7 @@ from ftd_lightning.studies.distill import distill_source
 from ftd_lightning.studies.distill_datasets import distill
 from ftd_lightning.studies.label import label
 from ftd_lightning.studies.nas import SearchSettings
+from ftd_lightning.studies.rank_settings import RankData, RankSettings
 from ftd_lightning.studies.reproduce import reproduce
 from ftd_lightning.studies.trajectory_error_command import trajectory_error
 from ftd_lightning.training.alignment_loops import Loops
@@ -66,6 +67,8 @@ OWNERS = {
     ResNet18: SHAPE,
     GSAM: {"params": [nn.Parameter(torch.ones(1))], "base_optimizer": torch.optim.SGD},
     SearchSettings: {"out": "nas"},
+    RankSettings: {},
+    RankData: {},
 }
 COMMANDS = [compare, distill, distill_source, label, reproduce, trajectory_error, import_set]
 # Public, but made by the library of numbers that are checked or measured, or checked against more than a range.
