@@ -120,6 +120,6 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
     axes.minorticks_off()
     axes.set_title("circles: hard labels, squares: soft, diamonds: by a teacher; filled: the set's own", fontsize=9)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center")  # a place among the points may not be free
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=120)

@@ -115,7 +115,7 @@ def scores(
     Example:
         >>> found = scores([0.9, 0.8], [0.5, 0.6], ([0.5, 0.6], [0.25, 0.35]), ([0.5, 0.6], [0.5, 0.6]))
         >>> {name: round(score["mean"], 4) for name, score in found.items()}
-        {'hlr': 0.3, 'ior': 0.25, 'lrs': 0.2583, 'ars': 0.3256}
+        {'hlr': 0.3, 'ior': 0.25, 'lrs': 0.259, 'ars': 0.3256}
     """
     found: dict[str, list[float]] = {name: [] for name in SCORES}
     for whole, hard_one, own_one, random, plain_one, plain_random in zip(real, hard, *own, *plain, strict=True):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.data import DistillationDataModule, SyntheticSet
+from ftd_lightning.data.datasets import check_name
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.models.description import same_network
@@ -143,6 +144,10 @@ def data_options(sets: Mapping[str, SyntheticSet], given: RankData) -> dict[str,
     first = next(iter(sets))
     for name, one in described.items():
         _check_same_images(described[first], one, f"{name}: was made of another data set than {first}")
+        if given.dataset is not None:  # before anything is downloaded
+            check_name(given.dataset)
+            if one.get("name", given.dataset) != given.dataset:
+                raise InputError(f"{name}: was made of {one['name']!r}, not of {given.dataset!r}")
     options: dict[str, Any] = {}
     for key, otherwise in SPLIT.items():
         values = [one.get(key, otherwise) for one in described.values()]
