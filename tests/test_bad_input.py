@@ -484,6 +484,7 @@ REAL = [
     (["fit", "--config", str(CONFIGS / "distill_mtt_ipc1.yaml"), "--model.trajectories=gone"], 1),
     (["exprot"], 2),
     (["nas", "--out", "out", "--data.max_per_class", "14"], 1),
+    (["rank", "gone.safetensors"], 1),
 ]
 
 

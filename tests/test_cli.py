@@ -421,6 +421,7 @@ def test_help_names_every_command(capsys) -> None:
         "info",
         "label",
         "nas",
+        "rank",
         "reproduce",
     ):
         assert name in cli.COMMANDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import cache
@@ -71,8 +72,10 @@ class RankedSet:
     @property
     def learning_rates(self) -> list[float]:
         """Learning rates to choose from, rising: those of the settings, and the set's own step size."""
-        own = self.synthetic.learning_rate
-        return sorted({*self.evaluation.settings.learning_rates, *([] if own is None else [own])})
+        listed, own = set(self.evaluation.settings.learning_rates), self.synthetic.learning_rate
+        # Files hold float32, in which 0.1 is another number.
+        known = own is None or any(math.isclose(own, lr, rel_tol=1e-6) for lr in listed)
+        return sorted(listed if known else {*listed, own})
 
     def columns(self) -> dict[str, tuple[Labels, bool]]:
         """Return label kind, and whether batches are augmented, of every column that it has."""

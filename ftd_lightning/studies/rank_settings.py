@@ -228,5 +228,9 @@ def choose_augmentation(sets: Mapping[str, SyntheticSet], settings: RankSettings
     (first, chosen), *others = named.items()
     for name, other in others:
         if other != chosen:
-            raise InputError(f"{name}: was made with another augmentation than {first}: give --augment for all")
+            differ = [key for key, value in chosen.plain().items() if other.plain()[key] != value]
+            raise InputError(
+                f"{name}: was made with another augmentation than {first} ({', '.join(differ)}): give --augment for all, "
+                f"such as --augment {chosen.strategy}"
+            )
     return chosen

@@ -309,6 +309,12 @@ def test_accuracy_is_that_after_the_last_epoch(sets, straight) -> None:
     assert column["each"][1] == accuracy(network, *data.test)
 
 
+def test_a_step_size_that_is_listed_is_tried_once(sets, tmp_path: Path) -> None:
+    same = changed(sets[0], tmp_path / "same.safetensors", step_size=torch.tensor(0.1))
+    (one,) = prepared([same], tmp_path)
+    assert one.learning_rates == [0.01, 0.1]
+
+
 # 7: all real images
 
 
@@ -337,6 +343,14 @@ def test_held_out_images_are_among_them_but_not_where_the_rate_is_chosen(sets, t
     evaluation.measured = watched
     assert evaluation.real["accuracy"]["n"] == 2
     assert lessons == [130, 130, 140, 140]
+
+
+def test_teachers_are_the_networks_that_were_measured(sets, tmp_path: Path) -> None:
+    """Read again, running statistics included."""
+    (one,) = prepared([sets[0]], tmp_path, network="convnet", network_options={**SMALL, "norm": "batch"})
+    measured = [accuracy(teacher, *one.evaluation.data.test) for teacher in one.evaluation.teachers]
+    assert measured == one.evaluation.real["each"]
+    assert not any(teacher.training for teacher in one.evaluation.teachers)
 
 
 # 8: any data set, any transform
