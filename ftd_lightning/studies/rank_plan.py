@@ -74,8 +74,9 @@ class RankedSet:
         """Learning rates to choose from, rising: those of the settings, and the set's own step size."""
         listed, own = set(self.evaluation.settings.learning_rates), self.synthetic.learning_rate
         # Files hold float32, in which 0.1 is another number.
-        known = own is None or any(math.isclose(own, lr, rel_tol=1e-6) for lr in listed)
-        return sorted(listed if known else {*listed, own})
+        if own is not None and not any(math.isclose(own, lr, rel_tol=1e-6) for lr in listed):
+            listed.add(own)
+        return sorted(listed)
 
     def columns(self) -> dict[str, tuple[Labels, bool]]:
         """Return label kind, and whether batches are augmented, of every column that it has."""

@@ -228,9 +228,9 @@ def choose_augmentation(sets: Mapping[str, SyntheticSet], settings: RankSettings
     (first, chosen), *others = named.items()
     for name, other in others:
         if other != chosen:
-            differ = [key for key, value in chosen.plain().items() if other.plain()[key] != value]
+            unlike = [key for key, value in chosen.plain().items() if other.plain()[key] != value]
             raise InputError(
-                f"{name}: was made with another augmentation than {first} ({', '.join(differ)}): give --augment for all, "
-                f"such as --augment {chosen.strategy}"
+                f"{name}: was made with another augmentation than {first} ({', '.join(unlike)}): "
+                f"give --augment for all, such as --augment {chosen.strategy}"
             )
     return chosen
