@@ -176,7 +176,7 @@ def read_data(sets: Mapping[str, SyntheticSet], given: RankData) -> dict[str, Di
         transform = one.transform.describe()
         data = next((known for described, known in by_transform if described == transform), None)
         if data is None:
-            data = DistillationDataModule(synthetic=name, **options)
+            data = DistillationDataModule(synthetic=str(Path(name).resolve()), **options)  # "random" is no file
             data.prepare_data()
             data.setup()
             by_transform.append((transform, data))
