@@ -78,7 +78,7 @@ def test_ranks_match_segments_of_their_own_and_share_the_images(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "labels", [{"class_path": "LearnedLabels", "init_args": {"lr": 2.0}}, {"class_path": "TeacherLabels"}]
+    "labels", [{"class_path": "LearnedLabels", "init_args": {"lr": 2.0}}, {"class_path": "TargetLabels"}]
 )
 def test_ideas_on_two_ranks_are_those_of_one_process(tmp_path: Path, labels: dict[str, Any]) -> None:
     """Labels, window, choice of the step, and a gate that judges the mean loss: some steps pass it, some do not."""

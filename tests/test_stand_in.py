@@ -16,7 +16,7 @@ from ftd_lightning.functional import (
     LearnedLabels,
     LossGate,
     StartWindow,
-    TeacherLabels,
+    TargetLabels,
     chunked_permutations,
     make_generator,
     matching,
@@ -99,7 +99,7 @@ def test_stand_in_matching(tmp_path, monkeypatch, trajectories, strategy):
     check_steps(steps)
 
 
-LABELS = {"learned": LearnedLabels(lr=1.0, init="one_hot"), "teacher": TeacherLabels()}
+LABELS = {"learned": LearnedLabels(lr=1.0, init="one_hot"), "teacher": TargetLabels()}
 
 
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)

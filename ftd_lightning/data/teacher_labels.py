@@ -12,11 +12,39 @@ from typing import TYPE_CHECKING
 import torch
 
 from ftd_lightning.data.coresets import IMAGES_PER_PASS, estimate_running_statistics, teacher_network
+from ftd_lightning.functional.to_device import to_device
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ftd_lightning.data.trajectory_store import TrajectoryStore
+
+
+@torch.no_grad()
+def logits_of(network: nn.Module, images: Tensor) -> Tensor:
+    """Classify images as they are, part by part, so that memory does not grow with their number.
+
+    Args:
+        network: put into evaluation mode.
+        images: (N, C, H, W), of the network's dtype, on any device.
+
+    Returns:
+        (N, K), on the device of the images.
+    """
+    network.eval()
+    device = next((weight.device for weight in network.parameters()), images.device)
+    parts = [network(to_device(part, device)) for part in images.split(IMAGES_PER_PASS)]
+    return torch.cat(parts).to(images.device)
+
+
+def class_probabilities(network: nn.Module, images: Tensor) -> Tensor:
+    """Label images with a network's softmax, (N, K) float32; see :func:`logits_of`.
+
+    Example:
+        >>> class_probabilities(torch.nn.Flatten(), torch.zeros(3, 2, 1, 1))[0]
+        tensor([0.5000, 0.5000])
+    """
+    return logits_of(network, images).float().softmax(dim=1)
 
 
 @torch.no_grad()
@@ -41,8 +69,7 @@ def teacher_labels(
     """
     network = teacher_network(store, teacher, epoch).to(images.device)
     estimate_running_statistics(network, (images if statistics is None else statistics).to(images.device))
-    logits = torch.cat([network(chunk) for chunk in images.split(IMAGES_PER_PASS)])
-    return logits.float().softmax(dim=1)
+    return class_probabilities(network, images)
 
 
 def candidate_epochs(epochs: int, count: int = 8) -> list[int]:

@@ -28,7 +28,7 @@ from ftd_lightning.functional.rules import LabelRule, MatchingRule, Teachers
 from ftd_lightning.functional.seeding import derive_seed, make_generator, seeded
 from ftd_lightning.functional.selection import herding, k_center
 from ftd_lightning.functional.start_window import StartWindow
-from ftd_lightning.functional.teacher_labels import TeacherLabels
+from ftd_lightning.functional.target_labels import TargetLabels
 from ftd_lightning.functional.trajectory_error import (
     accumulated_error,
     initialization_error,
@@ -51,7 +51,7 @@ __all__ = [
     "MatchingRule",
     "RobustStart",
     "StartWindow",
-    "TeacherLabels",
+    "TargetLabels",
     "Teachers",
     "Watcher",
     "accumulated_error",

@@ -17,6 +17,7 @@ import torch
 from ftd_lightning.contracts import Images
 from ftd_lightning.data.files import fingerprint, write_tensors
 from ftd_lightning.data.json_files import write_json
+from ftd_lightning.data.teacher_labels import class_probabilities
 from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
@@ -27,8 +28,8 @@ from ftd_lightning.training.evaluation_protocol import (
     mean_and_std,
     train_fresh_networks,
 )
+from ftd_lightning.training.labelled_by_teacher import LabelledByTeacher
 from ftd_lightning.training.parts_on_device import PartsOnDevice
-from ftd_lightning.training.teacher_labels import TeacherLabels, teacher_labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -174,7 +175,7 @@ class RankEvaluation:
     def trained(self, lesson: Lesson, protocol: EvaluationProtocol, index: int) -> nn.Module:
         """Train a network; those of one index have equal initial weights, batches and augmentation everywhere."""
         network = self.fresh.build(self.settings.seed, "fresh", index).to(self.device)
-        losses = None if lesson.teacher is None else TeacherLabels(lesson.teacher, self.device)
+        losses = None if lesson.teacher is None else LabelledByTeacher(lesson.teacher, self.device)
         draws = derive_seed(self.settings.seed, "rank", index)
         options: dict[str, Any] = {"compile": False, "indices": [index], "losses": losses}
         train_fresh_networks([network], lesson.images, lesson.labels, protocol, seed=draws, **options)
@@ -281,4 +282,4 @@ class RankEvaluation:
 
     def soft(self, images: Images, index: int) -> Lesson:
         """Return images with the labels that the index-th teacher gives them as they are."""
-        return Lesson(images.images, teacher_labels(self.teachers[index], images.images))
+        return Lesson(images.images, class_probabilities(self.teachers[index], images.images))

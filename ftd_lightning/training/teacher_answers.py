@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ftd_lightning.data.coresets import IMAGES_PER_PASS, estimate_running_statistics
+from ftd_lightning.data.coresets import estimate_running_statistics
+from ftd_lightning.data.teacher_labels import logits_of
 from ftd_lightning.functional.unroll import load_flat
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ class StoreTeachers:
             load_flat(self._network, self._store.trained(teacher).to(device))
             estimate_running_statistics(self._network, self._real.to(device))
             self._loaded = teacher
-        chunks = images.split(IMAGES_PER_PASS)
-        return torch.cat([self._network(chunk.to(device)).to(images.device) for chunk in chunks])
+        return logits_of(self._network, images)
 
     def answers(self, images: Tensor) -> Iterator[Tensor]:
         """Classify images with every teacher in turn; (N, K) each."""

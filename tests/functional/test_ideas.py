@@ -15,7 +15,7 @@ from ftd_lightning.functional import (
     LossGate,
     RobustStart,
     StartWindow,
-    TeacherLabels,
+    TargetLabels,
     chunked_permutations,
     flatten_parameters,
     make_generator,
@@ -208,7 +208,7 @@ def test_labels_of_teachers_have_no_gradient_and_are_asked_once():
         asked.append(1)
         return torch.randn(3, 2)
 
-    labels = TeacherLabels().labels(None, answers)
+    labels = TargetLabels().labels(None, answers)
     torch.testing.assert_close(labels.sum(1), torch.ones(3))
     assert len(asked) == 1
     assert not labels.requires_grad

@@ -16,7 +16,7 @@ from ftd_lightning.functional import (
     LossGate,
     MatchingRule,
     StartWindow,
-    TeacherLabels,
+    TargetLabels,
     flatten_parameters,
 )
 from ftd_lightning.training.teacher_answers import StoreTeachers
@@ -30,7 +30,7 @@ DATM = [
 EACH = [
     [LearnedLabels(lr=1.0)],
     [LearnedLabels(lr=1.0, momentum=0.0, init="one_hot")],
-    [TeacherLabels()],
+    [TargetLabels()],
     [StartWindow(first=1)],
     [LossGate(threshold=2.0)],
     [CorrectImages()],
@@ -81,7 +81,7 @@ def test_its_set_and_its_checkpoint_stand_alone(tmp_path, teachers, rules):
     loaded = TrajectoryMatching.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
     assert torch.equal(loaded.synthetic_set().labels, labels)
     assert [type(rule) for rule in loaded.rules] == [type(rule) for rule in rules]
-    made = {"labels": "soft (learned)", "teacher-labels": "soft (teacher)"}.get(rules[0].name, "hard")
+    made = {"labels": "soft (learned)", "target-labels": "soft (teacher)"}.get(rules[0].name, "hard")
     assert written.label_description == made
 
 
@@ -118,8 +118,8 @@ def test_correct_images_are_classified_correctly(tmp_path, teachers):
 
 
 def test_teacher_labels_are_what_the_target_says_of_the_images_before_the_step(tmp_path, teachers):
-    module = distil(tmp_path, teachers, steps=1, rules=[TeacherLabels()])
-    first = distil(tmp_path, teachers, steps=0, rules=[TeacherLabels()])
+    module = distil(tmp_path, teachers, steps=1, rules=[TargetLabels()])
+    first = distil(tmp_path, teachers, steps=0, rules=[TargetLabels()])
     segment = first.iteration_loader().draw(0)
     network = first.fresh.architecture()
     from ftd_lightning.functional import load_flat
@@ -160,7 +160,7 @@ def run_closed(tmp_path, teachers, closed, steps, **options):
     return module, [*seen, learned(module)]
 
 
-@pytest.mark.parametrize("labels", [LearnedLabels(lr=1.0), TeacherLabels()], ids=["learned", "teacher"])
+@pytest.mark.parametrize("labels", [LearnedLabels(lr=1.0), TargetLabels()], ids=["learned", "teacher"])
 def test_a_gated_step_leaves_everything_bit_for_bit(tmp_path, teachers, labels):
     module, seen = run_closed(tmp_path / "gated", teachers, (2,), 4, rules=[labels])
     # After two steps, the refused third one changes nothing: images, step size, labels, all momenta.
@@ -214,7 +214,7 @@ def test_rules_that_decide_the_same_thing_exclude_each_other(teachers):
         ([StartWindow(), StartWindow(first=1)], "start_epochs"),
         ([ClosestStep(), ClosestStep()], "distance"),
         ([CorrectImages(), CorrectImages()], "initial_images"),
-        ([TeacherLabels(), LearnedLabels(lr=1.0)], "labels"),
+        ([TargetLabels(), LearnedLabels(lr=1.0)], "labels"),
     ]
     for rules, hook in pairs:
         with pytest.raises(InputError, match=f"each decide {hook}: give one"):

@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 
 from ftd_lightning import DistillationDataModule, SyntheticSet, cli
 from ftd_lightning.data.coresets import random_real_images
+from ftd_lightning.data.teacher_labels import class_probabilities
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.models import build_network
@@ -23,7 +24,6 @@ from ftd_lightning.studies.rank_report import markdown
 from ftd_lightning.studies.rank_scores import SCORES, normalised
 from ftd_lightning.studies.rank_settings import RankData, RankSettings
 from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, accuracy, train_fresh_networks
-from ftd_lightning.training.teacher_labels import teacher_labels
 
 NETWORK = {"name": "convnet", "options": SMALL}
 AUGMENTATION = {"strategy": "crop_scale", "mode": "single"}
@@ -152,7 +152,7 @@ def test_random_images_of_a_soft_set_have_the_labels_of_a_teacher(sets, tmp_path
     for index, teacher in enumerate(one.evaluation.teachers):
         lesson, drawn = lessons["random"](index), one.random_images(index)
         assert lesson.images.equal(drawn.images)
-        torch.testing.assert_close(lesson.labels, teacher_labels(teacher, drawn.images))
+        torch.testing.assert_close(lesson.labels, class_probabilities(teacher, drawn.images))
     weights = [next(teacher.parameters()) for teacher in one.evaluation.teachers]
     assert not weights[0].equal(weights[1])
 

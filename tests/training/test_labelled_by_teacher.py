@@ -5,12 +5,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from ftd_lightning.data.teacher_labels import class_probabilities
 from ftd_lightning.functional import seeded
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.models import ConvNet
 from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, train_fresh_networks
-from ftd_lightning.training.teacher_labels import TeacherLabels, teacher_labels
+from ftd_lightning.training.labelled_by_teacher import LabelledByTeacher
 
 CPU = torch.device("cpu")
 AUGMENT = Augmentation("crop_scale", "multiple")
@@ -38,7 +39,7 @@ class Watched(nn.Module):
 @pytest.mark.parametrize("augment", [AUGMENT, Augmentation("")])
 def test_the_teacher_labels_the_batch_that_each_network_sees(augment: Augmentation) -> None:
     teacher, students = Watched(network(9)), [network(0), network(1)]
-    losses = TeacherLabels(teacher, CPU)(students, IMAGES, LABELS, seeds=[3, 4], augment=augment)
+    losses = LabelledByTeacher(teacher, CPU)(students, IMAGES, LABELS, seeds=[3, 4], augment=augment)
     expected = []
     for student, seed, seen in zip(students, (3, 4), teacher.seen, strict=True):
         batch = augment(IMAGES, make_generator(seed))
@@ -50,7 +51,7 @@ def test_the_teacher_labels_the_batch_that_each_network_sees(augment: Augmentati
 
 def test_gradients_are_those_of_the_students_alone() -> None:
     teacher, student = network(9), network(0)
-    losses = TeacherLabels(teacher, CPU)
+    losses = LabelledByTeacher(teacher, CPU)
     losses([student], IMAGES, LABELS, seeds=[3], augment=AUGMENT).sum().backward()
     ours = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
@@ -68,7 +69,11 @@ def test_the_labels_that_come_with_the_images_are_not_used_and_the_teacher_stays
     for labels in (LABELS, LABELS.flip(0)):
         student = network(0)
         train_fresh_networks(
-            [student], IMAGES, labels, EvaluationProtocol(3, 0.1, augment=AUGMENT), losses=TeacherLabels(teacher, CPU)
+            [student],
+            IMAGES,
+            labels,
+            EvaluationProtocol(3, 0.1, augment=AUGMENT),
+            losses=LabelledByTeacher(teacher, CPU),
         )
         trained.append(student)
     for a, b, fresh in zip(*(one.parameters() for one in (*trained, network(0))), strict=True):
@@ -80,6 +85,6 @@ def test_the_labels_that_come_with_the_images_are_not_used_and_the_teacher_stays
 def test_labels_of_images_as_they_are() -> None:
     teacher = network(9)
     images = IMAGES.repeat(200, 1, 1, 1)  # more than one forward pass takes
-    labels = teacher_labels(teacher, images)
+    labels = class_probabilities(teacher, images)
     torch.testing.assert_close(labels, teacher(images).detach().softmax(1))
     assert not labels.requires_grad

@@ -1,4 +1,4 @@
-"""Soft labels by a teacher: of images as they are, and of every augmented batch while networks train on it."""
+"""A teacher at evaluation: it labels every augmented batch while networks train on it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ftd_lightning.data.teacher_labels import class_probabilities
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import make_generator
-from ftd_lightning.functional.to_device import to_device
 from ftd_lightning.training.side_by_side import SideBySide
 
 if TYPE_CHECKING:
@@ -17,31 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 AS_IT_IS = Augmentation("")
-IMAGES_PER_PASS = 1000  # bounds the memory of a forward pass
 
 
-@torch.no_grad()
-def teacher_labels(teacher: nn.Module, images: Tensor) -> Tensor:
-    """Label images by a teacher's softmax, at temperature 1.
-
-    Args:
-        teacher: put into evaluation mode.
-        images: (N, C, H, W), of the teacher's dtype; they go to its device part by part.
-
-    Returns:
-        (N, K) probabilities, float32, on the device of the images.
-
-    Example:
-        >>> teacher_labels(torch.nn.Flatten(), torch.zeros(3, 2, 1, 1))[0]
-        tensor([0.5000, 0.5000])
-    """
-    teacher.eval()
-    device = next((weight.device for weight in teacher.parameters()), images.device)
-    parts = [teacher(to_device(part, device)).float().softmax(1) for part in images.split(IMAGES_PER_PASS)]
-    return torch.cat(parts).to(images.device)
-
-
-class TeacherLabels(SideBySide):
+class LabelledByTeacher(SideBySide):
     """Computes the losses of networks that learn a teacher's labels of the very images that they see.
 
     A network's batch is augmented first; the teacher then labels the augmented images, so that its labels are a
@@ -70,6 +48,6 @@ class TeacherLabels(SideBySide):
         losses = []
         for network, seed in zip(networks, seeds, strict=True):
             batch = augment(images, make_generator(seed))
-            targets = teacher_labels(self.teacher, batch)
+            targets = class_probabilities(self.teacher, batch)
             losses.append(super().__call__([network], batch, targets, seeds=[seed], augment=AS_IT_IS))
         return torch.cat(losses)

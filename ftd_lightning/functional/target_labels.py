@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TeacherLabels(LabelRule):
+class TargetLabels(LabelRule):
     """Soft label assignment (TESLA, Cui et al., ICML 2023, Sec. 4.2): labels from the weights that are to be matched.
 
     In every iteration the labels are ``softmax(f(X; theta*_{t+m}))`` of the images as they are, without gradient. A set
     holds those of the last iteration's first segment.
 
     Example:
-        >>> TeacherLabels().labels(None, lambda: torch.zeros(1, 2))
+        >>> TargetLabels().labels(None, lambda: torch.zeros(1, 2))
         tensor([[0.5000, 0.5000]])
     """
 
-    name: ClassVar[str] = "teacher-labels"
+    name: ClassVar[str] = "target-labels"
     made: ClassVar[str] = "teacher"
 
     def labels(self, logits: Tensor | None, answers: Callable[[], Tensor]) -> Tensor:
