@@ -19,7 +19,16 @@ from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, TensorBoard
 from ftd_lightning.contracts import ImageShape
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional import DropLargest, KeepSimilar, RobustStart
+from ftd_lightning.functional import (
+    DropLargest,
+    DropShallow,
+    DropSmallest,
+    KeepSimilar,
+    LearnedLabels,
+    LossGate,
+    RobustStart,
+    StartWindow,
+)
 from ftd_lightning.models import VGG11, AlexNet, ConvNet, ResNet18
 from ftd_lightning.modules import (
     DistributionMatching,
@@ -60,6 +69,11 @@ OWNERS = {
     Loops: {},
     RobustStart: {"kappa": 0.1},
     DropLargest: {"rate": 0.1},
+    DropShallow: {"rate": 0.1},
+    DropSmallest: {"rate": 0.1},
+    LearnedLabels: {"lr": 1.0},
+    LossGate: {"threshold": 1.0},
+    StartWindow: {},
     KeepSimilar: {"epsilon": 0.1},
     ConvNet: SHAPE,
     AlexNet: SHAPE,
