@@ -214,7 +214,7 @@ def test_a_folder_has_one_process_at_a_time_and_a_failed_fit_is_named(here: Path
 
 
 def test_bad_input_is_one_line(here: Path, capsys) -> None:
-    assert "digits/distill_ftd_ipc7: no such config; there are digits/distill_cafe" in refusal(
+    assert "digits/distill_ftd_ipc7: no such config; there are digits/distill_att_ipc1" in refusal(
         capsys, "--dataset=digits", "--ipc=7", "--method=ftd"
     )
     assert "has no teachers" in refusal(capsys, "--dataset=digits", "--ipc=1", "--method=dm")
