@@ -90,6 +90,8 @@ BOUNDS: dict[str, Count | Range] = {
     "rho": AT_LEAST_0,
     "alpha": AT_LEAST_0,
     "decay": BELOW_1,
+    "betas": BELOW_1,
+    "eps": ABOVE_0,
     "discrimination": AT_LEAST_0,
     "level_weights": AT_LEAST_0,
     # Of matching rules and of CAFE's loops

@@ -17,6 +17,7 @@ from ftd_lightning.functional.feature_alignment import (
 )
 from ftd_lightning.functional.gradient_matching import gradient_distance, loss_gradients
 from ftd_lightning.functional.gsam import gsam_direction, gsam_perturbation
+from ftd_lightning.functional.inner_optimizers import InnerAdam, InnerOptimizer, InnerSGD
 from ftd_lightning.functional.inner_step import compile_seconds, draws_random_numbers
 from ftd_lightning.functional.learned_labels import LearnedLabels
 from ftd_lightning.functional.loss_gate import LossGate
@@ -44,6 +45,9 @@ __all__ = [
     "DropLargest",
     "DropShallow",
     "DropSmallest",
+    "InnerAdam",
+    "InnerOptimizer",
+    "InnerSGD",
     "KeepSimilar",
     "LabelRule",
     "LearnedLabels",

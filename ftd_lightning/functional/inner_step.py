@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Adjoint = tuple[Tensor, Tensor, Tensor, Tensor | None]
+Product = tuple[Tensor, Tensor, Tensor | None]
 
 
 class InnerStep(NamedTuple):
-    """The two functions of one network, which is their first argument."""
+    """The functions of one network, their first argument; the last two are for optimizers other than plain SGD."""
 
     forward: Callable[..., Tensor]
     adjoint: Callable[..., Adjoint]
+    gradient: Callable[..., Tensor]
+    product: Callable[..., Product]
 
 
 # By network, because compiling takes longer than many steps. Networks are held weakly, and no value refers to its key.
@@ -134,7 +137,25 @@ def _adjoint(
     return s.detach(), adjoint - lr * parts[0], parts[1], parts[2] if soft else None
 
 
-# The same two functions for the compiler; in eager mode torch.func takes a quarter longer than torch.autograd.
+def _gradient(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    weights = weights.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = student_loss(network, weights, images, labels)
+    return torch.autograd.grad(loss, weights)[0]
+
+
+def _product(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, gamma: Tensor, soft: bool) -> Product:
+    # s does not depend on lr: with 1, and the adjoint taken off again, digits would be lost.
+    inputs = [t.detach().requires_grad_() for t in (weights, images, *([labels] if soft else []))]
+    with torch.enable_grad():
+        loss = student_loss(network, inputs[0], inputs[1], inputs[2] if soft else labels)
+        gradient = torch.autograd.grad(loss, inputs[0], create_graph=True)[0]
+        s = torch.dot(gradient, gamma)
+        parts = torch.autograd.grad(s, inputs, allow_unused=True, materialize_grads=True)
+    return parts[0], parts[1], parts[2] if soft else None
+
+
+# The same functions for the compiler; in eager mode torch.func takes a quarter longer than torch.autograd.
 
 
 def _forward_func(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
@@ -155,6 +176,22 @@ def _adjoint_func(
     return s, adjoint - lr * parts[0], parts[1], parts[2] if soft else None
 
 
+def _gradient_func(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    gradient: Tensor = torch.func.grad(lambda w: student_loss(network, w, images, labels))(weights)
+    return gradient
+
+
+def _product_func(
+    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, gamma: Tensor, soft: bool
+) -> Product:
+    def inner(weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        gradient = torch.func.grad(lambda w: student_loss(network, w, images, labels))(weights)
+        return torch.dot(gradient, gamma)
+
+    parts = torch.func.grad(inner, argnums=(0, 1, 2) if soft else (0, 1))(weights, images, labels)
+    return parts[0], parts[1], parts[2] if soft else None
+
+
 def inner_step(
     network: nn.Module,
     *,
@@ -171,7 +208,9 @@ def inner_step(
     Returns:
         ``forward(network, weights, images, labels, lr)`` returns the next weights, (P,);
         ``adjoint(network, weights, images, labels, lam, lr, soft)`` returns ``s``, the adjoint of ``weights``, ds/dx,
-        and ds/dy if ``soft``, else None. Call both with gradients disabled.
+        and ds/dy if ``soft``, else None. ``gradient(network, weights, images, labels)`` returns g, (P,);
+        ``product(network, weights, images, labels, gamma, soft)`` returns ds/dtheta, ds/dx and ds/dy of
+        ``s = <g, gamma>``. Call them with gradients disabled.
 
     Raises:
         InputError: for an unknown setting of ``compile``.
@@ -183,12 +222,17 @@ def inner_step(
         tensor([ 0.5000, -0.5000])
     """
     if not compiles(compile, device):
-        return InnerStep(_forward, _adjoint)
+        return InnerStep(_forward, _adjoint, _gradient, _product)
     steps = _compiled.setdefault(network, {})
     key = (device, compile == "cuda_graphs")
     if key not in steps:
         build = partial(compiled, compile=compile, device=device)
-        steps[key] = InnerStep(build(_forward_func, eager=_forward), build(_adjoint_func, eager=_adjoint))
+        steps[key] = InnerStep(
+            build(_forward_func, eager=_forward),
+            build(_adjoint_func, eager=_adjoint),
+            build(_gradient_func, eager=_gradient),
+            build(_product_func, eager=_product),
+        )
     return steps[key]
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from ftd_lightning.functional.compiling import Compile
     from ftd_lightning.functional.rules import MatchingRule
-    from ftd_lightning.functional.unroll import Augment, Unroll
+    from ftd_lightning.functional.student import Augment
+    from ftd_lightning.functional.unroll import Unroll
 
 
 class Match(NamedTuple):

@@ -1,48 +1,25 @@
-"""The inner loop: n SGD steps of a student on the synthetic set, with its exact gradient.
-
-With ``g_i = grad_theta loss(theta_i, x_i)`` and ``theta_{i+1} = theta_i - lr * g_i``, going backwards from
-``lam_n = dL/dtheta_n``::
-
-    s         = <g_i(theta_i, x_i), lam_{i+1}>       the graph of one step, built and freed
-    dL/dlr   += -s
-    dL/dx_i  += -lr * ds/dx_i
-    lam_i     = lam_{i+1} - lr * ds/dtheta_i         a Hessian-vector product
-
-The adjoint stores only the weights at each inner step, so activation memory is that of one step, whatever n.
-"""
+"""The inner loop: n steps of a student on the synthetic set, with its exact gradient; see :mod:`.adjoint`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
-from weakref import WeakKeyDictionary
+import itertools
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ftd_lightning.errors import InputError
-from ftd_lightning.functional.inner_step import (
-    InnerStep,
-    draws_random_numbers,
-    inner_step,
-    named_views,
-    student_loss,
-)
-from ftd_lightning.functional.seeding import make_generator
+from ftd_lightning.functional.adjoint import OptimizerAdjoint, PlainAdjoint
+from ftd_lightning.functional.inner_optimizers import InnerSGD
+from ftd_lightning.functional.inner_step import inner_step, named_views, student_loss
+from ftd_lightning.functional.student import Augment, Student, require_function, step_size_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ftd_lightning.functional.compiling import Compile
+    from ftd_lightning.functional.inner_optimizers import InnerOptimizer, State
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
 Unroll = Literal["adjoint", "graph"]
-
-DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-# The modes (of all modules) in which a network was seen to be a function of its weights.
-_functions: WeakKeyDictionary[nn.Module, set[tuple[bool, ...]]] = WeakKeyDictionary()
 
 
 def flatten_parameters(network: nn.Module) -> Tensor:
@@ -79,65 +56,6 @@ def load_flat(network: nn.Module, flat: Tensor) -> None:
             parameter.copy_(value)
 
 
-class _Student(NamedTuple):
-    """What all inner steps have in common."""
-
-    network: nn.Module
-    batches: Sequence[Tensor]
-    augment: Augment | None
-    seed: int
-    step: InnerStep
-
-    def augmented(self, images: Tensor, step: int) -> Tensor:
-        """Augment the mini-batch of a step; a repeated step draws the same augmentation."""
-        return images if self.augment is None else self.augment(images, make_generator(self.seed, "inner", step))
-
-    def after(self, step: int, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-        """Return the weights after a step, detached."""
-        index = self.batches[step]
-        x = self.augmented(images.detach()[index], step)
-        return self.step.forward(self.network, weights, x, labels.detach()[index], lr.detach())
-
-
-class _Adjoint(torch.autograd.Function):
-    """theta_n as a function of theta_0, images, labels and step size; backward as in the module's docstring."""
-
-    @staticmethod
-    def forward(ctx: Any, student: _Student, start: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-        weights, path = start.detach().clone(), []
-        for step in range(len(student.batches)):
-            path.append(weights)
-            weights = student.after(step, weights, images, labels, lr)
-        ctx.student = student
-        # Saved through autograd, so that a set changed in place before backward is an error, not a wrong gradient.
-        ctx.save_for_backward(images, labels, lr, *path)
-        return weights
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
-        images, labels, lr, *path = (saved.detach() for saved in ctx.saved_tensors)
-        student, soft = ctx.student, ctx.needs_input_grad[3]
-        grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(lr)
-        grad_labels = torch.zeros_like(labels) if soft else None
-        for step in reversed(range(len(student.batches))):
-            index = student.batches[step]
-            raw = images[index].requires_grad_()
-            with torch.enable_grad():
-                x = student.augmented(raw, step)
-            s, adjoint, in_x, in_labels = student.step.adjoint(
-                student.network, path[step], x.detach(), labels[index], adjoint, lr, soft
-            )
-            grad_lr -= s
-            # The augmentation is differentiated once, here. One that ignores its images has no gradient.
-            if x.requires_grad:
-                (in_raw,) = torch.autograd.grad(x, raw, in_x, allow_unused=True, materialize_grads=True)
-                grad_images.index_add_(0, index, -lr * in_raw)
-            if grad_labels is not None:
-                grad_labels.index_add_(0, index, -lr * in_labels)
-        return None, adjoint, grad_images, grad_labels, grad_lr
-
-
 def unroll(
     network: nn.Module,
     start: Tensor,
@@ -150,15 +68,17 @@ def unroll(
     seed: int = 0,
     method: Unroll = "adjoint",
     compile: Compile = "auto",  # noqa: A002
+    optimizer: InnerOptimizer = InnerSGD(),  # noqa: B008  frozen
+    skip: int = 0,
 ) -> Tensor:
-    """Train a student for n plain SGD steps on the synthetic set, differentiably (A[grad L_S, n] of Eq. 5).
+    """Train a student for n steps on the synthetic set, differentiably (A[grad L_S, n] of Eq. 5).
 
     Args:
         network: the architecture; its own weights and buffers are neither used nor changed.
         start: theta_0, (P,), in the order of ``network.parameters()``.
         images: (N, C, H, W).
         labels: (N,) int64 classes, or (N, K) probabilities.
-        step_size: scalar tensor.
+        step_size: a scalar tensor, or (n,), one for each step.
         batches: n index tensors into ``images``.
         augment: ``augment(batch, generator) -> batch``; "adjoint" calls it twice per step, with equal generators.
         seed: decides what the generators draw.
@@ -166,12 +86,15 @@ def unroll(
         compile: whether "adjoint" compiles its steps: True, False, "auto" (on a GPU only), or "cuda_graphs" (also
             replays CUDA graphs on a GPU). Compilation happens once per network and shape of the mini-batch; if it
             fails, there is one warning and the steps run eagerly.
+        optimizer: plain SGD, or one with a state: ``InnerSGD`` with momentum or weight decay, ``InnerAdam``.
+        skip: the first s of the steps run without gradient (truncation); the optimizer's state is carried over them.
 
     Returns:
-        theta_n, (P,), differentiable in start, images, step_size and soft labels ("adjoint": once).
+        theta_n, (P,), differentiable in images, step_size, soft labels ("adjoint": once) and, without ``skip``, start.
 
     Raises:
-        ValueError: for weights of another network, labels that do not fit the images, or an unknown method or setting.
+        ValueError: for weights of another network, labels that do not fit the images, step sizes that do not fit the
+            batches, a ``skip`` that is no number of steps, or an unknown method or setting.
         InputError: (a ValueError) for a network that draws random numbers: dropout, drop path. The adjoint repeats each
             step and would draw other numbers. The first call for a network and mode runs the network once to see.
 
@@ -185,17 +108,29 @@ def unroll(
     """
     if method not in get_args(Unroll):
         raise ValueError(f"unroll {method!r} is unknown: choose from {list(get_args(Unroll))}")
+    if not 0 <= skip <= len(batches):
+        raise ValueError(f"skip={skip} is no number of the {len(batches)} steps")
     # The full graph is differentiated twice, which a compiled function cannot be.
     compile = compile if method == "adjoint" else False  # noqa: A001
     student = _student(network, start, images, labels, batches=batches, augment=augment, seed=seed, compile=compile)
+    check_step_size(step_size, len(batches))
+    state = optimizer.initial(start.detach())
+    if skip:
+        *_, (start, state) = itertools.islice(_run(student, optimizer, start, images, labels, step_size), skip)
     # Without gradients there is no graph to keep, and the adjoint's forward pass computes the same numbers.
     if method == "adjoint" or not torch.is_grad_enabled():
-        weights: Tensor = _Adjoint.apply(student, start, images, labels, step_size)
+        weights: Tensor
+        if optimizer.is_plain:
+            weights = PlainAdjoint.apply(student, skip, start, images, labels, step_size)
+        else:
+            weights = OptimizerAdjoint.apply(student, (optimizer, skip), start, images, labels, step_size, *state)
         return weights
     weights = start if start.requires_grad else start.detach().clone().requires_grad_()
-    for step, batch in enumerate(student.batches):
-        loss = student_loss(network, weights, student.augmented(images[batch], step), labels[batch])
-        weights = weights - step_size * torch.autograd.grad(loss, weights, create_graph=True)[0]
+    for step in range(skip, len(batches)):
+        index = student.batches[step]
+        loss = student_loss(network, weights, student.augmented(images[index], step), labels[index])
+        (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
+        weights, state = optimizer.step(weights, gradient, state, step_size_of(step_size, step), step + 1)
     return weights
 
 
@@ -211,6 +146,7 @@ def roll_out(
     augment: Augment | None = None,
     seed: int = 0,
     compile: Compile = "auto",  # noqa: A002
+    optimizer: InnerOptimizer = InnerSGD(),  # noqa: B008  frozen
 ) -> Iterator[Tensor]:
     """Train a student as :func:`unroll` does, without gradient, and yield its weights after every step.
 
@@ -226,10 +162,36 @@ def roll_out(
         [tensor([ 0.5000, -0.5000])]
     """
     student = _student(network, start, images, labels, batches=batches, augment=augment, seed=seed, compile=compile)
-    weights = start
-    for step in range(len(student.batches)):
-        weights = student.after(step, weights, images, labels, step_size)
+    check_step_size(step_size, len(batches))
+    for weights, _ in _run(student, optimizer, start, images, labels, step_size):
         yield weights
+
+
+@torch.no_grad()
+def _run(
+    student: Student, optimizer: InnerOptimizer, start: Tensor, images: Tensor, labels: Tensor, step_size: Tensor
+) -> Iterator[tuple[Tensor, State]]:
+    """Yield weights and the optimizer's state after every step, detached."""
+    weights, state, network = start.detach(), optimizer.initial(start.detach()), student.network
+    for step in range(len(student.batches)):
+        x, y = student.batch(step, images, labels)
+        lr = step_size_of(step_size, step).detach()
+        if optimizer.is_plain:
+            weights = student.step.forward(network, weights, x, y, lr)
+        else:
+            gradient = student.step.gradient(network, weights, x, y)
+            weights, state = optimizer.step(weights, gradient, state, lr, step + 1)
+        yield weights, state
+
+
+def check_step_size(step_size: Tensor, steps: int) -> None:
+    """Refuse step sizes that are neither one for all steps nor one for each.
+
+    Raises:
+        ValueError: for other shapes.
+    """
+    if tuple(step_size.shape) not in ((), (steps,)):
+        raise ValueError(f"step_size has shape {tuple(step_size.shape)}: one for all, or one for each of {steps} steps")
 
 
 def _student(
@@ -242,7 +204,7 @@ def _student(
     augment: Augment | None,
     seed: int,
     compile: Compile,  # noqa: A002
-) -> _Student:
+) -> Student:
     """Check what belongs together, and move the batches' indices to the images."""
     if len(labels) != len(images):
         raise ValueError(f"{len(images)} images but {len(labels)} labels")
@@ -250,23 +212,7 @@ def _student(
     step_functions = inner_step(network, device=start.device, compile=compile)
     # Each index once: a copy from pageable memory makes the host wait, and full batches are one and the same tensor.
     moved = {id(batch): batch.to(images.device, non_blocking=True) for batch in batches}
-    student = _Student(network, [moved[id(batch)] for batch in batches], augment, seed, step_functions)
+    student = Student(network, [moved[id(batch)] for batch in batches], augment, seed, step_functions)
     if batches:
-        _require_function(network, start, images, student.batches[0])
+        require_function(network, start, images, student.batches[0])
     return student
-
-
-def _require_function(network: nn.Module, weights: Tensor, images: Tensor, index: Tensor) -> None:
-    """Refuse a network that draws random numbers; once per network and mode, on the first mini-batch."""
-    for name, module in network.named_modules():
-        if isinstance(module, DROPOUT) and module.training and module.p > 0:
-            raise InputError(f"dropout {name!r} is active: a student must be a function of its weights; set p to 0")
-    mode = tuple(module.training for module in network.modules())
-    seen = _functions.setdefault(network, set())
-    if mode not in seen:
-        if draws_random_numbers(network, images.detach()[index], weights=weights.detach()):
-            raise InputError(
-                f"{type(network).__name__} draws random numbers (dropout, drop path): a student must be a function of "
-                "its weights; switch that off"
-            )
-        seen.add(mode)
