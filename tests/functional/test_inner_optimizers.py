@@ -162,7 +162,7 @@ def test_numbers_out_of_range_are_refused(make, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"skip": 7}, "skip=7 is no number of the 6 steps"), ({"step_size": [0.1] * 5}, "one for all")],,
+    [({"skip": 7}, "skip=7 is no number of the 6 steps"), ({"step_size": [0.1] * 5}, "one for all")],
 )
 def test_what_does_not_fit_the_steps_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
