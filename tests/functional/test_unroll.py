@@ -3,7 +3,6 @@
 import copy
 import functools
 import gc
-import importlib
 import weakref
 from types import SimpleNamespace
 
@@ -26,9 +25,8 @@ from ftd_lightning.functional import (
     trajectory_matching_loss,
     unroll,
 )
+from ftd_lightning.functional import student as student_module
 from ftd_lightning.models import ConvNet
-
-unroll_module = importlib.import_module("ftd_lightning.functional.unroll")  # the package has a function of that name
 
 METHODS = ["adjoint", "graph"]
 DSA_SINGLE, DSA_MULTIPLE = (functools.partial(dsa, mode=mode) for mode in ("single", "multiple"))
@@ -489,7 +487,7 @@ def test_the_same_network_passes_in_evaluation_mode_and_is_refused_in_training_m
 def test_the_check_of_a_network_runs_once_per_mode_and_does_not_keep_the_network(monkeypatch):
     checked = []
     monkeypatch.setattr(
-        unroll_module, "draws_random_numbers", lambda *args, **options: bool(checked.append(args[0].training))
+        student_module, "draws_random_numbers", lambda *args, **options: bool(checked.append(args[0].training))
     )
     network, arguments, options = random_student("none")
     for training in (True, True, False, True, False):
