@@ -90,6 +90,7 @@ BOUNDS: dict[str, Count | Range] = {
     "rho": AT_LEAST_0,
     "alpha": AT_LEAST_0,
     "decay": BELOW_1,
+    "clip": ABOVE_0,
     "betas": BELOW_1,
     "eps": ABOVE_0,
     "discrimination": AT_LEAST_0,
@@ -122,6 +123,7 @@ BOUNDS: dict[str, Count | Range] = {
     "expert_epochs": Count(),
     "max_start_epoch": Count(),
     "segments_per_step": Count(),
+    "networks_per_step": Count(),
     "iterations_per_epoch": Count(),
     "every_n_epochs": Count(0),  # 0: never
     "lr_milestones": Count(0),

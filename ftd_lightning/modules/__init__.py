@@ -1,5 +1,6 @@
 """The LightningModules, under the names that the field gives them."""
 
+from ftd_lightning.modules.bilevel import BilevelDistillation
 from ftd_lightning.modules.distribution_matching import DistributionMatching
 from ftd_lightning.modules.evaluation import SyntheticEvaluation
 from ftd_lightning.modules.feature_alignment import FeatureAlignment
@@ -8,6 +9,7 @@ from ftd_lightning.modules.teacher import FlatTeacher
 from ftd_lightning.modules.trajectory_matching import TrajectoryMatching
 
 __all__ = [
+    "BilevelDistillation",
     "DistributionMatching",
     "FeatureAlignment",
     "FlatTeacher",

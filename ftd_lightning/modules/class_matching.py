@@ -139,8 +139,3 @@ class ClassMatching(Distillation):
                 optimizer.zero_grad()
                 cross_entropy(network(batch), self.labels[index]).backward()
                 optimizer.step()
-
-    def set_metadata(self) -> dict[str, Any]:
-        """Describe the data and the network."""
-        dataset = {"name": "own images"} if self.data is None else self.data.dataset
-        return {"dataset": dataset, "network": self.fresh.describe()}

@@ -49,8 +49,9 @@ class LearnedSet(PhaseModule):
         raise NotImplementedError
 
     def set_metadata(self) -> dict[str, Any]:
-        """Return what the set's metadata contains beyond settings: at least "dataset" and "network"."""
-        raise NotImplementedError
+        """Return what the set's metadata contains beyond settings: here the data and the network."""
+        dataset = {"name": "own images"} if self.data is None else self.data.dataset
+        return {"dataset": dataset, "network": self.fresh.describe()}
 
     @property
     def skipped_steps(self) -> int:

@@ -20,11 +20,10 @@ from ftd_lightning.functional.mini_batches import chunked_permutations
 from ftd_lightning.functional.rules import MatchingRule, having, label_rule, only_one
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll
-from ftd_lightning.modules.distillation import Distillation, Init
-from ftd_lightning.training.compile_choice import MATCHING, CompileNotice
+from ftd_lightning.modules.distillation import SMALLEST_STEP_SIZE, Distillation, Init
+from ftd_lightning.training.compile_choice import CompileNotice
 from ftd_lightning.training.fresh_networks import Network, student_networks
 from ftd_lightning.training.inner_labels import InnerLabels
-from ftd_lightning.training.limits import steps_left
 from ftd_lightning.training.plain_arguments import matching_rules, not_plain, plain
 from ftd_lightning.training.rules_in_use import choose_images, start_window
 from ftd_lightning.training.same_stores import refuse_other_stores
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from ftd_lightning.contracts import Images
-
-# Far below any step size that trains a network, far above float32's smallest number.
-SMALLEST_STEP_SIZE = 1e-8
 
 
 class TrajectoryMatching(Distillation):
@@ -187,17 +183,7 @@ class TrajectoryMatching(Distillation):
         """Move the student to the device."""
         super().on_fit_start()
         self._student[0].to(self.device, self.images.dtype)
-        self._compile = self._chosen_compile()
-
-    def _chosen_compile(self) -> Compile:
-        """Decide by the iterations that the trainer's limits allow."""
-        hparams, done = self.hparams, (self._first_step, self._first_epoch)
-        steps = steps_left(self.trainer, *done, steps_per_epoch=hparams["iterations_per_epoch"])
-        batch = min(hparams["syn_batch"] or len(self.images), len(self.images))
-        # A gradient costs as much as three forward passes, its adjoint three times that: four passes of training.
-        passes = 4 * batch * hparams["syn_steps"] * hparams["segments_per_step"] * steps
-        values = batch * self.images[0].numel()
-        return self.choose_compile(hparams["compile"], MATCHING, steps=steps, images=passes, batch_values=values)
+        self._compile = self.choose_inner_compile(self.hparams["segments_per_step"])
 
     def training_step(self, batch: list[SegmentBatch], batch_idx: int) -> Tensor:
         """Average the matching losses of this rank's segments."""

@@ -60,6 +60,10 @@ class InnerLabels(nn.Module):
         """How they are made, as a set records it."""
         return self._rule.made
 
+    def learned_labels(self) -> Tensor:
+        """Return what is learned as labels, (N, K), differentiable in the logits."""
+        return self._rule.labels(self.logits, self._no_answers)
+
     def group(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter group of what is learned, in a list; nothing where nothing is."""
         return [] if self.logits is None else [{"params": [self.logits], **self._rule.optimizer_options()}]
@@ -93,8 +97,7 @@ class InnerLabels(nn.Module):
         """Return the labels of the set, (N, K)."""
         if self.given is not None:
             return self.given
-        assert self.logits is not None
-        return self._rule.labels(self.logits, self._no_answers)
+        return self.learned_labels()
 
     def _no_answers(self) -> Tensor:
         raise RuntimeError(f"{type(self._rule).__name__}: labels that are learned may not depend on teachers")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftd_lightning.errors import InputError
+from ftd_lightning.functional.inner_optimizers import InnerOptimizer
 from ftd_lightning.functional.rules import MatchingRule, check_together
 
 if TYPE_CHECKING:
     from ftd_lightning.training.fresh_networks import Network
+
+
+Built = TypeVar("Built")
 
 
 def plain(value: Any) -> Any:
@@ -24,7 +28,7 @@ def plain(value: Any) -> Any:
         >>> plain((1, 2)), plain(Augmentation("flip"))["strategy"]
         ([1, 2], 'flip')
     """
-    if isinstance(value, MatchingRule):
+    if isinstance(value, (MatchingRule, InnerOptimizer)):
         return {"class_path": _path(type(value)), "init_args": asdict(value)}  # type: ignore[call-overload]
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
@@ -58,25 +62,36 @@ def matching_rules(rules: Iterable[MatchingRule | Mapping[str, Any]]) -> list[Ma
         >>> matching_rules([{"class_path": "ftd_lightning.functional.RobustStart", "init_args": {"kappa": 0.1}}])
         [RobustStart(kappa=0.1, residual='displacement')]
     """
-    built = [rule if isinstance(rule, MatchingRule) else _rule(rule) for rule in rules]
+    built = [rule if isinstance(rule, MatchingRule) else _built(MatchingRule, rule, "rules") for rule in rules]
     check_together(built)
     return built
 
 
-def _rule(spec: Mapping[str, Any]) -> MatchingRule:
-    known = {_path(kind): kind for kind in _subclasses(MatchingRule)}
+def inner_optimizer(optimizer: InnerOptimizer | Mapping[str, Any]) -> InnerOptimizer:
+    """Build an inner optimizer from what :func:`plain` made of it; see :func:`matching_rules`.
+
+    Example:
+        >>> inner_optimizer({"class_path": "InnerSGD", "init_args": {"momentum": 0.5}})
+        InnerSGD(momentum=0.5, weight_decay=0.0)
+    """
+    return optimizer if isinstance(optimizer, InnerOptimizer) else _built(InnerOptimizer, optimizer, "optimizer")
+
+
+def _built(base: type[Built], spec: Mapping[str, Any], name: str) -> Built:
+    """Build an object of a subclass of ``base``, from its class path and arguments."""
+    known = {_path(kind): kind for kind in _subclasses(base)}
     path = str(spec.get("class_path"))
     by_name = {name.rpartition(".")[2]: kind for name, kind in known.items()}
     kind = known.get(path) or by_name.get(path.rpartition(".")[2])
     if kind is None:
-        raise InputError(f"rules: {path!r} is no matching rule: choose from {', '.join(sorted(by_name))}")
+        raise InputError(f"{name}: {path!r} is no {base.__name__}: choose from {', '.join(sorted(by_name))}")
     try:
         return kind(**spec.get("init_args", {}))
     except TypeError as error:
-        raise InputError(f"rules: {path}: {error}") from error
+        raise InputError(f"{name}: {path}: {error}") from error
 
 
-def _subclasses(kind: type[MatchingRule]) -> list[type[MatchingRule]]:
+def _subclasses(kind: type[Built]) -> list[type[Built]]:
     return [below for child in kind.__subclasses__() for below in (child, *_subclasses(child))]
 
 

@@ -1,0 +1,286 @@
+"""Bilevel distillation without teachers: real data's loss after training on the set (DD, SLDD, BPTT, RaT-BPTT)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ftd_lightning.bounds import check_bounds
+from ftd_lightning.data.iterations import IterationCounter
+from ftd_lightning.data.loader import fits_on
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.augment import Augmentation
+from ftd_lightning.functional.compiling import Compile, compiles
+from ftd_lightning.functional.inner_optimizers import InnerAdam, InnerOptimizer, InnerSGD
+from ftd_lightning.functional.inner_step import compile_seconds, student_logits
+from ftd_lightning.functional.mini_batches import chunked_permutations
+from ftd_lightning.functional.rules import MatchingRule, having, label_rule
+from ftd_lightning.functional.seeding import derive_seed, make_generator
+from ftd_lightning.functional.to_device import to_device
+from ftd_lightning.functional.unroll import flatten_parameters, unroll
+from ftd_lightning.modules.distillation import SMALLEST_STEP_SIZE, Distillation, Init
+from ftd_lightning.training.compile_choice import CompileNotice
+from ftd_lightning.training.fresh_networks import Network, refuse_object
+from ftd_lightning.training.gradient_clipping import clip_by_average
+from ftd_lightning.training.inner_labels import InnerLabels
+from ftd_lightning.training.plain_arguments import inner_optimizer, matching_rules, not_plain, plain
+
+if TYPE_CHECKING:
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+    from torch.optim import Optimizer
+
+    from ftd_lightning.data.synthetic_set import SyntheticSet
+
+Schedule = Literal["shuffled", "fixed"]
+# What ask teachers, of whom there are none.
+OF_TEACHERS = ("begin", "compared", "keep", "distance", "start_epochs", "initial_images")
+EVALUATION_LR = 0.01  # of SGD, for sets whose inner optimizer is another
+
+
+class BilevelDistillation(Distillation):
+    """Learns the set on which a fresh network trains best, as measured on real images, without any teacher.
+
+    In every iteration a fresh network is trained on the set for some steps, and the cross entropy of real images at its
+    weights is differentiated through these steps, exactly and in the activation memory of one. By settings this is
+
+    - **DD** (Wang et al., arXiv 1811.10959): ``schedule="fixed"``, every step has a mini-batch and a learned step size
+      of its own; ``init="noise"``. With ``LearnedLabels(init="one_hot")`` it is SLDD (Sucholutsky and Schonlau, 2021).
+    - **BPTT**: ``schedule="shuffled"``, all steps are differentiated.
+    - **RaT-BPTT** (Feng et al., ICLR 2024): ``window`` steps are, at a random place of all; ``InnerAdam``; ``clip=2``.
+
+    One Adam over images, step size and labels, one global step per iteration; see ``Distillation`` for the rest. Under
+    DDP every rank trains networks of its own and the gradient is averaged: W ranks with s networks per step learn what
+    one process with W * s learns.
+
+    Args:
+        network: a name, an import path, or a function that builds one.
+        network_options: for a named network.
+        ipc: synthetic images per class.
+        init: "real" starts from random real images of each class, "noise" from a standard normal.
+        syn_steps: T, inner steps; "fixed" needs as many mini-batches, or goes through them again.
+        window: M, the steps that are differentiated: those before a step drawn from {M .. T}; None: all T.
+        optimizer: of the inner steps, an ``InnerSGD``, an ``InnerAdam``, or as in a config.
+        syn_batch: synthetic images per inner step; None takes all of them.
+        schedule: "shuffled" draws mini-batches anew in every iteration; "fixed" gives step i always the i-th one, made
+            of one image of each class after the other, and a step size of its own.
+        step_size_init: inner learning rate at the start, > 0; kept positive by projection.
+        fixed_network: train the same initial network in every iteration, instead of a new one.
+        batch_real: real images per network and iteration.
+        lr_images: learning rate of the pixels.
+        lr_step_size: learning rate of the step sizes; 0 keeps them.
+        clip: clip the gradient at so many times its norm's moving average (decay 0.9); None does not.
+        rules: a ``LabelRule`` that learns, a ``LossGate``, image weights; those that ask teachers are refused.
+        augment: of synthetic and of real images: an ``Augmentation``, its fields as a mapping, or a strategy.
+        networks_per_step: networks per iteration on each rank, whose losses are averaged.
+        iterations_per_epoch: iterations that make a Lightning epoch: the rhythm of evaluation, pictures and files.
+        seed: decides initial images, networks, batches and augmentation.
+        real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
+        compile: compile the inner steps: True, False, "auto" or "cuda_graphs"; see ``TrajectoryMatching``.
+
+    Raises:
+        InputError: for numbers out of range, a window longer than all steps, or rules that ask teachers.
+    """
+
+    step_size: nn.Parameter
+    gradient_average: Tensor
+
+    def __init__(
+        self,
+        network: Network = "convnet",
+        network_options: dict[str, Any] | None = None,
+        ipc: int = 1,
+        init: Init = "real",
+        syn_steps: int = 30,
+        window: int | None = None,
+        optimizer: InnerOptimizer | dict[str, Any] = InnerSGD(),  # noqa: B008  frozen
+        syn_batch: int | None = None,
+        schedule: Schedule = "shuffled",
+        step_size_init: float = 0.01,
+        fixed_network: bool = False,
+        batch_real: int = 1024,
+        lr_images: float = 0.01,
+        lr_step_size: float = 0.001,
+        clip: float | None = None,
+        rules: list[MatchingRule] | list[dict[str, Any]] | None = None,
+        augment: Augmentation | dict[str, Any] | str = "",
+        networks_per_step: int = 1,
+        iterations_per_epoch: int = 100,
+        seed: int = 0,
+        real: tuple[Tensor, Tensor] | None = None,
+        compile: Compile = "auto",  # noqa: A002
+    ) -> None:
+        check_bounds(BilevelDistillation, locals())
+        super().__init__()
+        refuse_object(network)
+        compiles(compile, torch.device("cpu"))  # refuses an unknown setting
+        if schedule not in get_args(Schedule):
+            raise InputError(f"schedule={schedule!r} is unknown: choose from {list(get_args(Schedule))}")
+        if window is not None and window > syn_steps:
+            raise InputError(f"window={window} must be at most syn_steps={syn_steps}")
+        self.augment = Augmentation.of(augment)
+        self.optimizer = inner_optimizer(optimizer)
+        self.rules = matching_rules(rules or [])
+        for hook in OF_TEACHERS:
+            if asking := having(self.rules, hook):
+                raise InputError(f"rules: {type(asking[0]).__name__} asks teachers ({hook}), but there are none here")
+        network_options = plain(network_options)
+        augment, optimizer, rules = plain(self.augment), plain(self.optimizer), plain(self.rules)
+        self.save_hyperparameters(ignore=not_plain(network))
+        self._architecture = network
+        self.keep_real(real)
+        self._notice = CompileNotice("the inner step")
+
+    def build(self) -> None:
+        """Make the initial synthetic set, its step sizes and labels."""
+        self.fresh = self.own_networks(self._architecture, self.hparams["network_options"])
+        # In a list: no submodule, so neither in checkpoints nor among DDP's parameters.
+        self._student = [self.fresh.architecture().requires_grad_(False).train()]
+        self.make_images()
+        self.inner_labels = self._make_labels()
+        fixed, steps = self.hparams["schedule"] == "fixed", self.hparams["syn_steps"]
+        sizes = torch.full((steps,) if fixed else (), float(self.hparams["step_size_init"]))
+        self.step_size = nn.Parameter(sizes)
+        self.register_buffer("gradient_average", torch.tensor(0.0))
+
+    def _make_labels(self) -> InnerLabels | None:
+        rule = label_rule(self.rules)
+        if rule is None:
+            return None
+        if self._loaded_shapes:
+            return InnerLabels.empty(rule, self._loaded_shapes, "inner_labels.")
+
+        def no_teachers() -> list[Tensor]:
+            raise InputError(f"{rule}: labels start from teachers, but there are none here: give init='one_hot'")
+
+        labels = InnerLabels.start(rule, self.labels, int(self.labels.max()) + 1, no_teachers)
+        if labels.logits is None:
+            raise InputError(f"{rule}: labels come from teachers, but there are none here")
+        return labels
+
+    def iteration_loader(self) -> IterationCounter:
+        """Make a loader of bare iterations: networks and real images are drawn here."""
+        loader = IterationCounter(self.hparams["iterations_per_epoch"])
+        loader.load_state_dict({"iteration": self.step})  # loaders may be built again in every epoch
+        return loader
+
+    def configure_optimizers(self) -> torch.optim.Adam:
+        """Give images, step sizes and learned labels a parameter group each."""
+        groups = [
+            {"params": [self.images], "lr": self.hparams["lr_images"]},
+            {"params": [self.step_size], "lr": self.hparams["lr_step_size"]},
+        ]
+        labels = [] if self.inner_labels is None else self.inner_labels.group()
+        groups += [{"params": group["params"], "lr": group["lr"]} for group in labels]  # momentum is for SGD
+        # Counts of steps on the device: a step that is skipped there must not be counted on the host.
+        return torch.optim.Adam(groups, capturable=self.images.is_cuda)
+
+    def on_fit_start(self) -> None:
+        """Move the student to the device, and the real images, or leave them in host memory if they do not fit."""
+        super().on_fit_start()
+        self._student[0].to(self.device, self.images.dtype)
+        real = self.real_images()
+        place = self.device if fits_on(self.device, real.images) else torch.device("cpu")
+        self._real_images, self._real_labels = real.images.to(place), real.labels.to(place)
+        self._compile = self.choose_inner_compile(self.hparams["networks_per_step"])
+
+    def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
+        """Average the losses of this rank's networks."""
+        count = self.hparams["networks_per_step"]
+        slots = range(self.global_rank * count, (self.global_rank + 1) * count)
+        # In full precision whatever the trainer's: the backward run is not under its autocast.
+        with torch.autocast(self.device.type, enabled=False):
+            return self.logged(torch.stack([self._loss_of(batch["iteration"], slot) for slot in slots]).mean())
+
+    def _loss_of(self, iteration: int, slot: int) -> Tensor:
+        """Train a network on the set, and measure real images at its weights."""
+        hparams, student, keys = self.hparams, self._student[0], (iteration, slot)
+        steps, skip = self._place(*keys)
+        start = self.fresh.build(hparams["seed"], "network", *((0, 0) if hparams["fixed_network"] else keys))
+        labels = self.labels if self.inner_labels is None else self.inner_labels.learned_labels()
+        weights = unroll(
+            student,
+            flatten_parameters(start).to(self.device, self.images.dtype),
+            self.images,
+            labels,
+            self.step_size[:steps] if self.step_size.ndim else self.step_size,
+            batches=self._batches(*keys)[:steps],
+            augment=self.augment or None,
+            seed=derive_seed(hparams["seed"], "dsa", *keys),
+            compile=self._compile,
+            optimizer=self.optimizer,
+            skip=skip,
+        )
+        images, answers = self._real_batch(*keys)
+        return cross_entropy(student_logits(student, weights, images), answers)
+
+    def _place(self, iteration: int, slot: int) -> tuple[int, int]:
+        """Return how many steps are made, and how many of them come before the window."""
+        steps, window = self.hparams["syn_steps"], self.hparams["window"]
+        if window is None:
+            return steps, 0
+        generator = make_generator(self.hparams["seed"], "window", iteration, slot)
+        skip = int(torch.randint(steps - window + 1, (1,), generator=generator))
+        return skip + window, skip
+
+    def _batches(self, iteration: int, slot: int) -> list[Tensor]:
+        """Return the mini-batches of all inner steps."""
+        count, steps, size = len(self.images), self.hparams["syn_steps"], self.hparams["syn_batch"]
+        if self.hparams["schedule"] == "shuffled":
+            order = make_generator(self.hparams["seed"], "batches", iteration, slot)
+            return chunked_permutations(count, steps, order, batch_size=size)
+        # The first image of every class, then the second of every class, and so on.
+        chunks = torch.arange(count).view(-1, self.hparams["ipc"]).T.reshape(-1).split(size or count)
+        return [chunks[step % len(chunks)] for step in range(steps)]
+
+    def _real_batch(self, iteration: int, slot: int) -> tuple[Tensor, Tensor]:
+        """Draw real images without replacement, augmented, and their classes."""
+        generator = make_generator(self.hparams["seed"], "real", iteration, slot)
+        index = torch.randperm(len(self._real_labels), generator=generator)[: self.hparams["batch_real"]]
+        index = index.to(self._real_images.device, non_blocking=True)
+        images = to_device(self._real_images[index], self.device, self.images.dtype)
+        augmented = self.augment(images, make_generator(self.hparams["seed"], "real dsa", iteration, slot))
+        return augmented, to_device(self._real_labels[index], self.device)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the gradient, then judge the step."""
+        if self.hparams["clip"] is not None:
+            learned = [value for value in self.learned().values() if value.grad is not None]
+            clip_by_average(learned, self.gradient_average, factor=self.hparams["clip"])
+        super().on_before_optimizer_step(optimizer)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
+    ) -> None:
+        """Update, then project the step sizes to be positive."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        with torch.no_grad():
+            self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the step size, and how long compilation took, where anything was compiled."""
+        self._notice(compile_seconds(self._student[0]))
+        self.log("matching/step_size", self.step_size.detach().mean(), prog_bar=True, batch_size=1)
+        super().on_train_batch_end(outputs, batch, batch_idx)
+
+    @property
+    def method(self) -> str:
+        """Name by the settings: "dd", "bptt" or "rat-bptt", and by the rules: "dd+labels" is SLDD."""
+        kind = "rat-bptt" if self.hparams["window"] is not None else "bptt"
+        kind = "dd" if self.hparams["schedule"] == "fixed" else kind
+        return "+".join([kind, *(rule.name for rule in self.rules)])
+
+    def settings(self) -> dict[str, Any]:
+        """Count the networks of all ranks, as one process that learns the same would have them."""
+        settings = {**super().settings(), "rules": plain(self.rules), "optimizer": plain(self.optimizer)}
+        if self.attached:
+            settings["networks_per_step"] *= self.trainer.world_size
+        return settings
+
+    def synthetic_set(self) -> SyntheticSet:
+        """Return the set; one that was made for Adam carries 0.01, for evaluations train by SGD."""
+        made = super().synthetic_set()
+        return replace(made, step_size=torch.tensor(EVALUATION_LR)) if isinstance(self.optimizer, InnerAdam) else made
