@@ -24,23 +24,29 @@ import torch
 sys.path.insert(0, {tests!r})
 from fits import make_trainer, small_data, small_matching
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, SyntheticSetWriter
+from ftd_lightning.functional import InnerAdam
+from ftd_lightning.modules import BilevelDistillation
 
 folder = Path({folder!r})
 parallel = dict(strategy="ddp", devices=2)
-module = small_matching({trajectories!r}, augment="crop_scale", rules={rules!r})
+module = {module}
 callbacks = [SyntheticEMA(0.9), EvaluateSynthetic(every_n_epochs=1, networks=1, epochs=1), SyntheticSetWriter()]
 trainer = make_trainer(folder, callbacks=callbacks, max_steps=5, **parallel)
 trainer.fit(module, datamodule=small_data())
-final = torch.cat([module.images.detach().flatten(), module.step_size.detach().view(1)])
+final = torch.cat([module.images.detach().flatten(), module.step_size.detach().flatten()])
 torch.save(final, folder / f"rank{{trainer.global_rank}}.pt")
 """
 
 
-def run_on_two(folder: Path, *, trajectories: Path, rules: Sequence[dict[str, Any]] = ()) -> list[torch.Tensor]:
+def run_on_two(
+    folder: Path, *, trajectories: Path | None = None, rules: Sequence[dict[str, Any]] = (), module: str = ""
+) -> list[torch.Tensor]:
+    """Run a matching on two processes, or another module, given as an expression."""
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "run.py"
     tests = str(Path(__file__).parent)
-    text = RUN.format(tests=tests, folder=str(folder), trajectories=str(trajectories), rules=list(rules))
+    matching = f'small_matching({str(trajectories)!r}, augment="crop_scale", rules={list(rules)!r})'
+    text = RUN.format(tests=tests, folder=str(folder), module=module or matching)
     script.write_text(text)
     # gloo must not look for an interface that a sandboxed machine lacks.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -102,3 +108,28 @@ def test_ideas_on_two_ranks_are_those_of_one_process(tmp_path: Path, labels: dic
     loaded, own = SyntheticSet.load(tmp_path / "distil" / "set.safetensors"), one.synthetic_set()
     torch.testing.assert_close(loaded.labels, own.labels, rtol=0, atol=1e-6)
     assert loaded.metadata["gated_steps"] == own.metadata["gated_steps"] >= 1
+
+
+BILEVEL = {
+    "dd": 'schedule="fixed", augment="crop_scale"',
+    "rat": "optimizer=InnerAdam(), window=2, clip=1.0, step_size_init=0.01",
+}
+
+
+@pytest.mark.parametrize("options", BILEVEL.values(), ids=BILEVEL)
+def test_two_ranks_learn_without_teachers_what_one_process_with_two_networks_does(tmp_path: Path, options: str) -> None:
+    from fits import SMALL
+
+    from ftd_lightning.functional import InnerAdam
+    from ftd_lightning.modules import BilevelDistillation
+
+    shared = f"network_options={SMALL!r}, syn_steps=4, batch_real=32, {options}"
+    first, second = run_on_two(tmp_path / "two", module=f"BilevelDistillation({shared})")
+    assert torch.equal(first, second)
+    named = {"BilevelDistillation": BilevelDistillation, "InnerAdam": InnerAdam}
+    one = eval(f"BilevelDistillation({shared}, networks_per_step=2)", named)
+    make_trainer(tmp_path / "one", max_steps=5).fit(one, datamodule=small_data())
+    expected = torch.cat([one.images.detach().flatten(), one.step_size.detach().flatten()])
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-5)
+    loaded = SyntheticSet.load(tmp_path / "two" / "set.safetensors")
+    assert loaded.metadata["settings"]["networks_per_step"] == 2

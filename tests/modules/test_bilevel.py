@@ -1,0 +1,206 @@
+"""Distillation without teachers: the gradient, what the settings mean, and what every distillation promises."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from fits import SMALL, make_trainer, small_data
+from torch.nn.functional import cross_entropy
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional import (
+    ClosestStep,
+    CorrectImages,
+    InnerAdam,
+    InnerSGD,
+    LearnedLabels,
+    LossGate,
+    StartWindow,
+    TargetLabels,
+    flatten_parameters,
+    make_generator,
+)
+from ftd_lightning.functional.inner_step import student_logits
+from ftd_lightning.modules import BilevelDistillation
+from ftd_lightning.training.gradient_clipping import clip_by_average
+
+SETTINGS = {
+    "dd": {"schedule": "fixed", "init": "noise", "syn_batch": 10, "ipc": 2},
+    "sldd": {"schedule": "fixed", "rules": [LearnedLabels(lr=0.01, init="one_hot")]},
+    "bptt": {"augment": "crop_scale", "syn_batch": 4},
+    "momentum": {"optimizer": InnerSGD(momentum=0.9, weight_decay=1e-3)},
+    "rat-bptt": {"optimizer": InnerAdam(), "window": 2, "clip": 2.0, "step_size_init": 0.01, "lr_step_size": 0.0},
+}
+
+
+def bilevel(**options) -> BilevelDistillation:
+    defaults = {"network_options": SMALL, "syn_steps": 4, "batch_real": 32, "step_size_init": 0.1, "compile": False}
+    return BilevelDistillation(**{**defaults, "iterations_per_epoch": 5, **options})
+
+
+def distil(folder, *, steps=4, trainer=None, **options) -> BilevelDistillation:
+    module = bilevel(**options)
+    make_trainer(folder, max_steps=steps, **(trainer or {})).fit(module, datamodule=small_data())
+    return module
+
+
+def learned(module):
+    state = module.trainer.optimizers[0].state.values()
+    moments = [value for entry in state for key, value in sorted(entry.items())]
+    return [value.detach().clone() for value in (module.images, module.step_size, module.set_labels(), *moments)]
+
+
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_a_run_resumes_exactly(tmp_path, options):
+    whole = distil(tmp_path / "whole", steps=6, **options)
+    half = distil(tmp_path / "half", steps=3, **options)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rest = bilevel(**options)
+    make_trainer(tmp_path / "rest", max_steps=6).fit(
+        rest, datamodule=small_data(), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=False
+    )
+    for value, wanted in zip(learned(rest), learned(whole), strict=True):
+        assert torch.equal(value, wanted)
+    assert torch.equal(rest.gradient_average, whole.gradient_average)
+
+
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_its_set_and_its_checkpoint_stand_alone(tmp_path, options):
+    module = distil(tmp_path, steps=2, **options)
+    module.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = BilevelDistillation.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    ours, theirs = module.synthetic_set(), loaded.synthetic_set()
+    for name in ("images", "labels", "step_size"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    theirs.save(tmp_path / "again.safetensors")
+    assert loaded.method == module.method
+
+
+def test_methods_are_named_by_their_settings():
+    names = {name: bilevel(**options).method for name, options in SETTINGS.items()}
+    assert names == {"dd": "dd", "sldd": "dd+labels", "bptt": "bptt", "momentum": "bptt", "rat-bptt": "rat-bptt"}
+
+
+def test_the_loss_is_that_of_real_images_after_training_on_the_set(tmp_path):
+    """A transcription of an iteration with the full graph of plain torch."""
+    module = distil(tmp_path, steps=0)
+    network = module.fresh.build(0, "network", 0, 0)
+    weights = flatten_parameters(network).requires_grad_()
+    images = module.images.detach().clone().requires_grad_()
+    for _ in range(4):
+        loss = cross_entropy(student_logits(network, weights, images), module.labels)
+        weights = weights - 0.1 * torch.autograd.grad(loss, weights, create_graph=True)[0]
+    real = module.real_images()
+    index = torch.randperm(len(real.labels), generator=make_generator(0, "real", 0, 0))[:32]
+    meta = cross_entropy(student_logits(network, weights, real.images[index]), real.labels[index])
+    found = module._loss_of(0, 0)
+    torch.testing.assert_close(found, meta)
+    (wanted,) = torch.autograd.grad(meta, images)
+    (gradient,) = torch.autograd.grad(found, module.images)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_it_learns(tmp_path):
+    from lightning.pytorch import Callback
+
+    class Losses(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, module, outputs, *_):
+            self.seen.append(float(outputs["loss"]))
+
+    losses = Losses()
+    distil(tmp_path, steps=40, lr_images=0.1, syn_steps=8, trainer={"callbacks": [losses]})
+    assert sum(losses.seen[-10:]) < 0.9 * sum(losses.seen[:10])
+
+
+def test_dd_has_a_mini_batch_and_a_step_size_for_each_step(tmp_path):
+    module = distil(tmp_path, **SETTINGS["dd"])
+    assert module.step_size.shape == (4,)
+    assert len(set(module.step_size.tolist())) == 4
+    first, second, third, _ = module._batches(0, 0)
+    assert module.labels[first].tolist() == module.labels[second].tolist() == list(range(10))
+    assert not set(first.tolist()) & set(second.tolist())
+    assert torch.equal(first, third)
+    assert all(torch.equal(a, b) for a, b in zip(module._batches(7, 1), module._batches(0, 0), strict=True))
+
+
+def test_windows_lie_anywhere_in_the_run():
+    module = bilevel(window=2, syn_steps=5)
+    places = {module._place(iteration, 0) for iteration in range(60)}
+    assert places == {(2, 0), (3, 1), (4, 2), (5, 3)}
+    assert bilevel(syn_steps=5)._place(3, 0) == (5, 0)
+
+
+def test_a_fixed_network_is_the_same_in_every_iteration(tmp_path):
+    @dataclass
+    class Seen:
+        keys: list
+
+    seen = Seen([])
+    for fixed in (True, False):
+        module = bilevel(fixed_network=fixed)
+        make_trainer(tmp_path / str(fixed), max_steps=0).fit(module, datamodule=small_data())
+        build = module.fresh.build
+        module.fresh.build = lambda *keys, build=build: seen.keys.append(keys) or build(*keys)
+        for iteration in range(3):
+            module._loss_of(iteration, 0)
+    assert len(set(seen.keys[:3])) == 1
+    assert len(set(seen.keys[3:])) == 3
+
+
+def test_gradients_are_clipped_at_a_multiple_of_their_average():
+    weight, average = torch.zeros(2, requires_grad=True), torch.tensor(0.0)
+    norms = []
+    for size in (1.0, 1.0, 100.0, float("nan"), 1.0):
+        weight.grad = torch.tensor([size, 0.0])
+        clip_by_average([weight], average, factor=2.0)
+        norms.append((float(weight.grad.norm()), round(float(average), 4)))
+    assert norms[:3] == [(1.0, 1.0), (1.0, 1.0), (2.0, 1.1)]
+    assert norms[3][1] == 1.1, "what is not finite leaves the average alone"
+    assert norms[4] == (1.0, 1.09)
+
+
+def test_a_gated_or_bad_step_leaves_everything(tmp_path):
+    module = distil(tmp_path, steps=3, rules=[LossGate(threshold=1e-6)], trainer={})
+    assert torch.equal(module.images.detach(), module.initial_images)
+    assert module.synthetic_set().metadata["gated_steps"] == 3
+
+
+def test_sets_of_adam_carry_a_learning_rate_for_sgd(tmp_path):
+    assert float(distil(tmp_path, **SETTINGS["rat-bptt"]).synthetic_set().step_size) == pytest.approx(0.01)
+
+
+def test_several_networks_are_averaged(tmp_path):
+    module = distil(tmp_path, steps=0, networks_per_step=2)
+    module.trainer.strategy._lightning_module = module
+    mean = torch.stack([module._loss_of(0, 0), module._loss_of(0, 1)]).mean()
+    module.log = lambda *args, **options: None
+    torch.testing.assert_close(module.training_step({"iteration": 0}, 0), mean)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 5}, "window=5 must be at most syn_steps=4"),
+        ({"schedule": "random"}, "schedule='random' is unknown"),
+        ({"optimizer": {"class_path": "InnerRMSProp"}}, "is no InnerOptimizer: choose from InnerAdam, InnerSGD"),
+        ({"optimizer": {"class_path": "InnerSGD", "init_args": {"beta": 1}}}, "optimizer: InnerSGD: "),
+        ({"rules": [ClosestStep()]}, "ClosestStep asks teachers"),
+        ({"rules": [StartWindow()]}, "StartWindow asks teachers"),
+        ({"rules": [CorrectImages()]}, "CorrectImages asks teachers"),
+        ({"clip": 0.0}, "clip=0.0 must be above 0"),
+        ({"networks_per_step": 0}, "networks_per_step=0 must be at least 1"),
+        ({"network": torch.nn.Linear(1, 1)}, "several fresh networks are needed"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_trained(options, message):
+    with pytest.raises(InputError, match=message):
+        bilevel(**options)
+
+
+@pytest.mark.parametrize("rule", [LearnedLabels(lr=1.0), TargetLabels()])
+def test_labels_of_teachers_are_refused(tmp_path, rule):
+    with pytest.raises(InputError, match=r"no teachers|there are none here"):
+        distil(tmp_path, rules=[rule])
