@@ -23,6 +23,8 @@ from ftd_lightning.functional import (
     DropLargest,
     DropShallow,
     DropSmallest,
+    InnerAdam,
+    InnerSGD,
     KeepSimilar,
     LearnedLabels,
     LossGate,
@@ -31,6 +33,7 @@ from ftd_lightning.functional import (
 )
 from ftd_lightning.models import VGG11, AlexNet, ConvNet, ResNet18
 from ftd_lightning.modules import (
+    BilevelDistillation,
     DistributionMatching,
     FeatureAlignment,
     FlatTeacher,
@@ -74,6 +77,9 @@ OWNERS = {
     LearnedLabels: {"lr": 1.0},
     LossGate: {"threshold": 1.0},
     StartWindow: {},
+    InnerSGD: {},
+    InnerAdam: {},
+    BilevelDistillation: {},
     KeepSimilar: {"epsilon": 0.1},
     ConvNet: SHAPE,
     AlexNet: SHAPE,
