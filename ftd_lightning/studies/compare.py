@@ -12,7 +12,7 @@ from pathlib import Path  # noqa: TC003
 
 from ftd_lightning.command_line import parse_command, split_overrides
 from ftd_lightning.studies.comparison_plan import load
-from ftd_lightning.studies.comparison_run import advance, report, threads_of
+from ftd_lightning.studies.comparison_run import advance, cost, report, threads_of
 from ftd_lightning.studies.comparison_table import text
 from ftd_lightning.studies.fit_steps import TimeSlice
 
@@ -43,6 +43,7 @@ def compare(
     only = only or []
     job = load(config, overrides, only)
     rows = [row for name, row in job.rows.items() if not only or name in only]
+    print(cost(job, rows), flush=True)
     with threads_of(job):
         failures, in_time = advance(job, rows, TimeSlice(stop_after))
         results = report(job, failures)

@@ -12,7 +12,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.studies.paired_difference import check_bases
 
 KEYS = {
-    *("title", "dataset", "ipc", "run", "fits", "threads", "arguments"),
+    *("title", "cost", "dataset", "ipc", "run", "fits", "threads", "arguments"),
     *("teachers", "evaluate", "networks", "rows", "plot", "paired_with", "distill_minutes"),
 }
 ROW_KEYS = {

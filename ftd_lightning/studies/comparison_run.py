@@ -35,6 +35,19 @@ def threads_of(job: Comparison) -> Iterator[None]:
             os.environ.pop("OMP_NUM_THREADS", None)
 
 
+def cost(job: Comparison, rows: Sequence[Row]) -> str:
+    """Say how many fits are to be done, and what the comparison's file says of all of them.
+
+    Args:
+        job: the comparison.
+        rows: those of it that are wanted.
+    """
+    steps = {step.folder: step for row in rows for step in job.steps(row)}
+    to_do = sum(not is_done(step) for step in steps.values())
+    whole = f" (all rows: {job.given['cost']})" if "cost" in job.given else ""
+    return f"{to_do} of {len(steps)} fits to do{whole}"
+
+
 def advance(
     job: Comparison, rows: Sequence[Row], time_slice: TimeSlice, *, quiet: bool = False
 ) -> tuple[dict[str, str], bool]:
