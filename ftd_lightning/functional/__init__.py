@@ -19,11 +19,18 @@ from ftd_lightning.functional.gradient_matching import gradient_distance, loss_g
 from ftd_lightning.functional.gsam import gsam_direction, gsam_perturbation
 from ftd_lightning.functional.inner_optimizers import InnerAdam, InnerOptimizer, InnerSGD
 from ftd_lightning.functional.inner_step import compile_seconds, draws_random_numbers
+from ftd_lightning.functional.kernels import nngp_kernel, ntk_kernel
 from ftd_lightning.functional.learned_labels import LearnedLabels
 from ftd_lightning.functional.loss_gate import LossGate
 from ftd_lightning.functional.matching import normalized_distance, trajectory_matching_loss
 from ftd_lightning.functional.mini_batches import chunked_permutations
 from ftd_lightning.functional.pruning import DropLargest, KeepSimilar, pruned_distance
+from ftd_lightning.functional.ridge import (
+    centred_targets,
+    half_squared_error,
+    ridge_predictions,
+    target_probabilities,
+)
 from ftd_lightning.functional.robust import RobustStart, start_noise
 from ftd_lightning.functional.rules import LabelRule, MatchingRule, Teachers
 from ftd_lightning.functional.seeding import derive_seed, make_generator, seeded
@@ -61,6 +68,7 @@ __all__ = [
     "accumulated_error",
     "alignment_loss",
     "batch_norms",
+    "centred_targets",
     "chunked_permutations",
     "class_means",
     "compile_seconds",
@@ -76,6 +84,7 @@ __all__ = [
     "gradient_distance",
     "gsam_direction",
     "gsam_perturbation",
+    "half_squared_error",
     "herding",
     "initialization_error",
     "k_center",
@@ -84,11 +93,15 @@ __all__ = [
     "loss_gradients",
     "make_generator",
     "matching_error",
+    "nngp_kernel",
     "normalized_distance",
+    "ntk_kernel",
     "pruned_distance",
+    "ridge_predictions",
     "roll_out",
     "seeded",
     "start_noise",
+    "target_probabilities",
     "trajectory_errors",
     "trajectory_matching_loss",
     "unroll",
