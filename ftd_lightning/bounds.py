@@ -84,6 +84,8 @@ BOUNDS: dict[str, Count | Range] = {
     "lr_network": ABOVE_0,
     "step_size_init": ABOVE_0,
     "lr_images": PIXEL_RATE,
+    "lr_labels": PIXEL_RATE,
+    "lr_pool": ABOVE_0,
     "lr_step_size": PIXEL_RATE,  # 0: the step size is not learned
     "momentum": BELOW_1,
     "weight_decay": AT_LEAST_0,
@@ -95,6 +97,8 @@ BOUNDS: dict[str, Count | Range] = {
     "eps": ABOVE_0,
     "discrimination": AT_LEAST_0,
     "level_weights": AT_LEAST_0,
+    "reg": AT_LEAST_0,
+    "bias_variance": AT_LEAST_0,
     # Of matching rules and of CAFE's loops
     "kappa": AT_LEAST_0,
     "rate": BELOW_1,
@@ -124,6 +128,8 @@ BOUNDS: dict[str, Count | Range] = {
     "max_start_epoch": Count(),
     "segments_per_step": Count(),
     "networks_per_step": Count(),
+    "pool_size": Count(1, 10_000),  # all at once
+    "max_steps_per_network": Count(),
     "iterations_per_epoch": Count(),
     "every_n_epochs": Count(0),  # 0: never
     "lr_milestones": Count(0),
@@ -135,6 +141,8 @@ BOUNDS: dict[str, Count | Range] = {
     "per_class": Count(),
     "batch_size": Count(),
     "batch_real": Count(),
+    "batch_target": Count(),
+    "pool_batch": Count(),
     "syn_batch": Count(),
     "query": Count(),
     "val_fraction": Range(0, 0.9),  # enough must be left to train on

@@ -214,6 +214,9 @@ class LearnedSet(Protocol):
     class_names: list[str]
     metadata: dict[str, Any]
 
+    def training_labels(self) -> Tensor:
+        """Return what networks are trained on by cross entropy: (N,) classes or (N, K) probabilities."""
+
     def save(self, path: str | Path) -> None:
         """Write the set atomically."""
 

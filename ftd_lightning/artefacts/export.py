@@ -169,7 +169,7 @@ def export_pictures(path: Path, folder: Path, *, ema: bool = False) -> int:
             hold, or a folder that is not empty.
     """
     description, synthetic = describe_set(path), SyntheticSet.load(path)
-    pictures, labels = synthetic.pictures(ema=ema), synthetic.labels
+    pictures, labels = synthetic.pictures(ema=ema), synthetic.training_labels()
     if pictures.shape[1] not in (1, 3):
         raise InputError(f"{path}: images have {pictures.shape[1]} channels, but a PNG holds 1 or 3")
     classes = (labels if labels.ndim == 1 else labels.argmax(1)).tolist()

@@ -185,7 +185,7 @@ class EvaluateSynthetic(Callback):
         train_fresh_networks(
             networks,
             images.detach().clone(),
-            synthetic.labels.to(device),
+            synthetic.training_labels().to(device),
             EvaluationProtocol(epochs=self.epochs, lr=lr, augment=module.augmentation()),
             seed=derive_seed(*keys),
             progress=f"evaluation of {name} images" if shown else None,

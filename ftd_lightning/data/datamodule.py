@@ -276,7 +276,7 @@ class DistillationDataModule(ImageDataModule):
         if isinstance(module, BringsBatches):
             return module.iteration_loader()
         if self.synthetic_set is not None:
-            chosen = Images(self.synthetic_set.chosen(ema=self.hparams["ema"]), self.synthetic_set.labels)
+            chosen = Images(self.synthetic_set.chosen(ema=self.hparams["ema"]), self.synthetic_set.training_labels())
             return self._loader(chosen, shuffle=True)
         return self._loader(self.train, shuffle=True)
 

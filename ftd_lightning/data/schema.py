@@ -80,6 +80,10 @@ def _is_rate(value: Any) -> bool:
     return is_number(value, 0)
 
 
+def _is_scale(value: Any) -> bool:
+    return is_number(value, 0) and value > 0
+
+
 def _is_share(value: Any) -> bool:
     return is_number(value, 0, 1)
 
@@ -111,6 +115,8 @@ SET_METADATA: dict[str, Rule] = {
     "method": TEXT,
     "labels_made": TEXT,
     "label_teacher": MAPPING,
+    "kernel": MAPPING,
+    "target_scale": (_is_scale, "a finite number above 0"),
     "images_stored": COUNT,
     "images_trained_on": COUNT,
     "settings": MAPPING,

@@ -13,6 +13,7 @@ from ftd_lightning.data.files import write_tensors
 from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.data.transform import Standardization, load_transform
 from ftd_lightning.errors import InputError
+from ftd_lightning.functional.ridge import target_probabilities
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +86,19 @@ class SyntheticSet:
         """
         count = len(self.images)
         return self.metadata.get("images_stored", count), self.metadata.get("images_trained_on", count)
+
+    def training_labels(self) -> Tensor:
+        """Return what networks are trained on by cross entropy: the labels, or of targets their probabilities.
+
+        Targets are those of a regression (KIP, FRePo), which cross entropy cannot be computed with; see
+        ``functional.target_probabilities``. The set itself keeps them as they were learned.
+
+        Returns:
+            (N,) int64 classes, or (N, K) float32 probabilities.
+        """
+        if schema.label_kind(self.labels, self.metadata) != "target":
+            return self.labels
+        return target_probabilities(self.labels, scale=self.metadata.get("target_scale", 1.0))
 
     def check(self, where: object) -> None:
         """Refuse a set that is not as its attributes are described.
@@ -185,7 +199,7 @@ class SyntheticSet:
         Raises:
             InputError: if averaged images are asked for and none were kept.
         """
-        return TensorDataset(self.chosen(ema=ema), self.labels)
+        return TensorDataset(self.chosen(ema=ema), self.training_labels())
 
     def chosen(self, *, ema: bool) -> Tensor:
         """Return the averaged images or the last ones, (N, C, H, W)."""

@@ -1,10 +1,11 @@
-"""Kernels of infinitely wide fully connected ReLU networks, in closed form (Cho and Saul, NeurIPS 2009; Jacot et al.,
-NeurIPS 2018).
+"""Kernels of infinitely wide fully connected ReLU networks, in closed form.
+
+Sources: Cho and Saul, NeurIPS 2009 (arc-cosine kernels); Jacot, Gabriel and Hongler, NeurIPS 2018 (NTK).
 
 The network of ``depth`` hidden layers is in NTK parameterisation, with He's weight variance 2 in every layer and the
 bias variance b: the input is ``h_0 = x / sqrt(D)``, pre-activations are ``z_1 = sqrt(2) W_1 h_0 + sqrt(b) b_1`` and
 ``z_{l+1} = sqrt(2 / width) W_{l+1} relu(z_l) + sqrt(b) b_{l+1}``, weights and biases are standard normal, and the
-output is ``z_{depth+1}``. With u the cosine of the angle t between two inputs as layer l sees them::
+output is ``z_{depth+1}``. With t the angle between two inputs as layer l sees them, and ``|x|_l`` their norms there::
 
     S_1 = 2 <x, z> / D + b        S_{l+1} = |x|_l |z|_l (sin t + (pi - t) cos t) / pi + b      (NNGP: covariance)
     T_1 = S_1                     T_{l+1} = S_{l+1} + T_l (pi - t) / pi                        (NTK)
@@ -86,8 +87,9 @@ def _root(squares: Tensor) -> Tensor:
 
 
 def _angle(cosine: Tensor) -> Tensor:
-    """Arc cosine, whose gradient is infinite at the ends, as a constant there: rounding puts equal images on both
-    sides of 1, and the angle between an image and itself does not change with the image.
+    """Arc cosine, as a constant at its ends, where its gradient is infinite.
+
+    Rounding puts equal images on both sides of 1, and the angle between an image and itself does not change with it.
     """
     limit = 1 - ROUNDING * torch.finfo(cosine.dtype).eps
     inside = cosine.clamp(-limit, limit).arccos()  # clamped values have no gradient

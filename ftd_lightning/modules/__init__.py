@@ -4,7 +4,9 @@ from ftd_lightning.modules.bilevel import BilevelDistillation
 from ftd_lightning.modules.distribution_matching import DistributionMatching
 from ftd_lightning.modules.evaluation import SyntheticEvaluation
 from ftd_lightning.modules.feature_alignment import FeatureAlignment
+from ftd_lightning.modules.feature_regression import FeatureRegression
 from ftd_lightning.modules.gradient_matching import GradientMatching
+from ftd_lightning.modules.kernel_inducing_points import KernelInducingPoints
 from ftd_lightning.modules.teacher import FlatTeacher
 from ftd_lightning.modules.trajectory_matching import TrajectoryMatching
 
@@ -12,8 +14,10 @@ __all__ = [
     "BilevelDistillation",
     "DistributionMatching",
     "FeatureAlignment",
+    "FeatureRegression",
     "FlatTeacher",
     "GradientMatching",
+    "KernelInducingPoints",
     "SyntheticEvaluation",
     "TrajectoryMatching",
 ]

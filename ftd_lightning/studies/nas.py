@@ -106,7 +106,7 @@ class Search:
         if synthetic is None:
             raise InputError("a search needs a synthetic set to stand for the real images: give data.synthetic")
         parts = {
-            "proxy": (synthetic.chosen(ema=data.hparams["ema"]), synthetic.labels),
+            "proxy": (synthetic.chosen(ema=data.hparams["ema"]), synthetic.training_labels()),
             "real": data.train,
         }
         self.images = {side: Images(*(t.to(self.device) for t in part)) for side, part in parts.items()}

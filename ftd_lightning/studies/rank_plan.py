@@ -99,7 +99,7 @@ class RankedSet:
     def _lessons(self, labels: Labels) -> dict[str, Callable[[int], Lesson]]:
         evaluation = self.evaluation
         images = self.synthetic.chosen(ema=self.ema).to(evaluation.device)
-        stored = self.synthetic.labels.to(evaluation.device)
+        stored = self.synthetic.training_labels().to(evaluation.device)
         own = Lesson(images, stored if labels == "soft" else hard_labels(stored))
 
         def on_set(index: int) -> Lesson:
@@ -155,7 +155,7 @@ class RankedSet:
         }
 
     def _fingerprint(self) -> str:
-        own = Lesson(self.synthetic.chosen(ema=self.ema), self.synthetic.labels)
+        own = Lesson(self.synthetic.chosen(ema=self.ema), self.synthetic.training_labels())
         return f"{own.identity['images']}-{own.identity['labels']}"
 
 

@@ -184,7 +184,7 @@ def _students(
     network: nn.Module, synthetic: SyntheticSet, n: int, *, ema: bool, seed: int, device: torch.device | str
 ) -> Callable[[int, Tensor, int], Tensor]:
     """Return advance(teacher, weights, segment)."""
-    images, labels = synthetic.chosen(ema=ema).to(device), synthetic.labels.to(device)
+    images, labels = synthetic.chosen(ema=ema).to(device), synthetic.training_labels().to(device)
     assert synthetic.step_size is not None
     step_size = synthetic.step_size.to(device)
     augment = Augmentation.of(synthetic.metadata.get("augmentation") or "")

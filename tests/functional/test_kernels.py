@@ -1,5 +1,6 @@
 """Kernels of infinite networks: against the recursion in loops, and against networks that are merely wide."""
 
+import itertools
 import math
 
 import pytest
@@ -52,7 +53,7 @@ class Wide(torch.nn.Module):
         sizes = [dimension, *[width] * depth, 1]
         generator = torch.Generator().manual_seed(seed)
         self.b, self.depth = b, depth
-        for layer, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             draw = [torch.randn(*size, generator=generator).double() for size in ((fan_out, fan_in), (fan_out,))]
             self.register_parameter(f"w{layer}", torch.nn.Parameter(draw[0]))
             self.register_parameter(f"b{layer}", torch.nn.Parameter(draw[1]))
