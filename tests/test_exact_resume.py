@@ -13,10 +13,18 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ftd_lightning import FlatTeacher, SyntheticEvaluation, SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA
-from ftd_lightning.modules import DistributionMatching, FeatureAlignment, GradientMatching
+from ftd_lightning.modules import (
+    DistributionMatching,
+    FeatureAlignment,
+    FeatureRegression,
+    GradientMatching,
+    KernelInducingPoints,
+)
 
 NET = {"network_options": SMALL}
 RIVAL = {**NET, "batch_real": 8, "iterations_per_epoch": 5}
+RIDGE = {**NET, "batch_target": 32, "learn_labels": True, "iterations_per_epoch": 5}
+POOL = {"pool_size": 2, "max_steps_per_network": 4, "pool_batch": 7}
 
 
 class KilledError(Exception):
@@ -118,6 +126,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         "dc": Case(lambda: GradientMatching(**RIVAL, outer_loops=3, inner_epochs=2), callbacks=averaged, max_steps=17),
         "dm": Case(lambda: DistributionMatching(**RIVAL), callbacks=averaged, max_steps=17),
         "cafe": Case(dynamic, callbacks=averaged, max_steps=17),
+        "kip": Case(lambda: KernelInducingPoints(**RIDGE), callbacks=averaged, max_steps=17),
+        "frepo": Case(lambda: FeatureRegression(**RIDGE, **POOL), callbacks=averaged, max_steps=17),
         "evaluation": Case(lambda: SyntheticEvaluation(**NET, networks=2), evaluated, max_epochs=4),
     }
 
@@ -152,7 +162,7 @@ def check(case: Case, folder: Path, stops: list[tuple]) -> None:
     assert not wrong
 
 
-NAMES = ["teachers", "teachers, nothing held out", "matching", "dc", "dm", "cafe", "evaluation"]
+NAMES = ["teachers", "teachers, nothing held out", "matching", "dc", "dm", "cafe", "kip", "frepo", "evaluation"]
 # One of each kind: within an epoch, at its last batch, between that and its end, after it, and cut short by a limit.
 FEW = [(1, "batch", 4), (1, "batch", 6), (3, "batch", 9), ("end", "batch", 7), (2, "epoch end", 2)]
 
