@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.data.iterations import IterationCounter
-from ftd_lightning.data.loader import fits_on
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
@@ -161,12 +159,6 @@ class BilevelDistillation(Distillation):
             raise InputError(f"{rule}: labels come from teachers, but there are none here")
         return labels
 
-    def iteration_loader(self) -> IterationCounter:
-        """Make a loader of bare iterations: networks and real images are drawn here."""
-        loader = IterationCounter(self.hparams["iterations_per_epoch"])
-        loader.load_state_dict({"iteration": self.step})  # loaders may be built again in every epoch
-        return loader
-
     def configure_optimizers(self) -> torch.optim.Adam:
         """Give images, step sizes and learned labels a parameter group each."""
         groups = [
@@ -175,16 +167,14 @@ class BilevelDistillation(Distillation):
         ]
         labels = [] if self.inner_labels is None else self.inner_labels.group()
         groups += [{"params": group["params"], "lr": group["lr"]} for group in labels]  # momentum is for SGD
-        # Counts of steps on the device: a step that is skipped there must not be counted on the host.
-        return torch.optim.Adam(groups, capturable=self.images.is_cuda)
+        # Fused: its count of steps is on the device, where a step that is skipped is undone without waiting.
+        return torch.optim.Adam(groups, fused=True)
 
     def on_fit_start(self) -> None:
         """Move the student to the device, and the real images, or leave them in host memory if they do not fit."""
         super().on_fit_start()
         self._student[0].to(self.device, self.images.dtype)
-        real = self.real_images()
-        place = self.device if fits_on(self.device, real.images) else torch.device("cpu")
-        self._real_images, self._real_labels = real.images.to(place), real.labels.to(place)
+        self._real_images, self._real_labels = self.real_on_device()
         self._compile = self.choose_inner_compile(self.hparams["networks_per_step"])
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:

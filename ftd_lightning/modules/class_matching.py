@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ftd_lightning.data.iterations import IterationCounter
-from ftd_lightning.data.loader import fits_on
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.functional.to_device import to_device
@@ -65,12 +63,6 @@ class ClassMatching(Distillation):
         self.make_images()
         self.register_buffer("step_size", torch.tensor(float(self.hparams["lr_network"])))
 
-    def iteration_loader(self) -> IterationCounter:
-        """Make a loader of bare iterations: real images are drawn here, class by class."""
-        loader = IterationCounter(self.hparams["iterations_per_epoch"])
-        loader.load_state_dict({"iteration": self.step})  # loaders may be built again in every epoch
-        return loader
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Learn the images by SGD."""
         return torch.optim.SGD([self.images], lr=self.hparams["lr_images"], momentum=self.hparams["momentum"])
@@ -78,10 +70,8 @@ class ClassMatching(Distillation):
     def on_fit_start(self) -> None:
         """Move the real images to the device, or leave them in host memory where they do not fit."""
         super().on_fit_start()
-        real = self.real_images()
-        self._of_class = [(real.labels == label).nonzero().squeeze(1) for label in range(self.num_classes)]
-        place = self.device if fits_on(self.device, real.images) else torch.device("cpu")
-        self._pool = real.images.to(place)
+        self._pool, labels = self.real_on_device().images, self.real_images().labels
+        self._of_class = [(labels == label).nonzero().squeeze(1) for label in range(self.num_classes)]
 
     @property
     def num_classes(self) -> int:

@@ -9,9 +9,11 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
+from ftd_lightning.contracts import Images
 from ftd_lightning.data.coresets import random_real_images
 from ftd_lightning.data.datamodule import NoLoaders
-from ftd_lightning.data.iterations import IterationLoader
+from ftd_lightning.data.iterations import IterationCounter, IterationLoader
+from ftd_lightning.data.loader import fits_on
 from ftd_lightning.data.real_images import given_images
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch.optim import Optimizer
 
-    from ftd_lightning.contracts import Images
     from ftd_lightning.functional.compiling import Compile
     from ftd_lightning.functional.rules import MatchingRule
 
@@ -64,8 +65,13 @@ class Distillation(LearnedSet):
         self.initial_images: Tensor | None = None
 
     def iteration_loader(self) -> IterationLoader[Any]:
-        """Make the training loader, starting at the current iteration; the datamodule asks for it."""
-        raise NotImplementedError
+        """Make the training loader, starting at the current iteration; the datamodule asks for it.
+
+        Here one of bare iterations, for methods that draw real images themselves.
+        """
+        loader = IterationCounter(self.hparams["iterations_per_epoch"])
+        loader.load_state_dict({"iteration": self.step})  # loaders may be built again in every epoch
+        return loader
 
     def train_dataloader(self) -> IterationLoader[Any]:
         """Return the iterations to a trainer without a datamodule."""
@@ -120,6 +126,12 @@ class Distillation(LearnedSet):
                 "from_datamodule make one of yours), or give the argument real"
             )
         return self.source.part("train")
+
+    def real_on_device(self) -> Images:
+        """Return the real images on the device, or in host memory where they do not fit."""
+        real = self.real_images()
+        place = self.device if fits_on(self.device, real.images) else torch.device("cpu")
+        return Images(real.images.to(place), real.labels.to(place))
 
     def on_train_start(self) -> None:
         """Refuse batches that are not this module's iterations.

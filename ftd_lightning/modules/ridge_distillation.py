@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ftd_lightning.callbacks.evaluation import PARTS
-from ftd_lightning.data.iterations import IterationCounter
-from ftd_lightning.data.loader import fits_on
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.ridge import centred_targets, half_squared_error, ridge_predictions
 from ftd_lightning.functional.seeding import make_generator
@@ -78,12 +76,6 @@ class RidgeDistillation(Distillation):
         """Factor of the centred one-hot vectors."""
         return 1.0
 
-    def iteration_loader(self) -> IterationCounter:
-        """Make a loader of bare iterations: real images are drawn here."""
-        loader = IterationCounter(self.hparams["iterations_per_epoch"])
-        loader.load_state_dict({"iteration": self.step})  # loaders may be built again in every epoch
-        return loader
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Learn images and targets by Adam."""
         groups: list[dict[str, Any]] = [{"params": [self.images], "lr": self.hparams["lr_images"]}]
@@ -95,9 +87,7 @@ class RidgeDistillation(Distillation):
     def on_fit_start(self) -> None:
         """Move the real images to the device, or leave them in host memory where they do not fit."""
         super().on_fit_start()
-        real = self.real_images()
-        place = self.device if fits_on(self.device, real.images) else torch.device("cpu")
-        self._images, self._classes = real.images.to(place), real.labels.to(place)
+        self._images, self._classes = self.real_on_device()
 
     def real_batch(self, iteration: int) -> tuple[Tensor, Tensor]:
         """Draw ``batch_target`` real images of all classes without replacement (all, if there are fewer).
