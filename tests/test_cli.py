@@ -61,6 +61,8 @@ CLASSES = {
     "distill_dc": "GradientMatching",
     "distill_dm": "DistributionMatching",
     "distill_dsa": "GradientMatching",
+    "distill_frepo": "FeatureRegression",
+    "distill_kip": "KernelInducingPoints",
 }
 
 
