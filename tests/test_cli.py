@@ -63,6 +63,9 @@ CLASSES = {
     "distill_dsa": "GradientMatching",
     "distill_frepo": "FeatureRegression",
     "distill_kip": "KernelInducingPoints",
+    "distill_dd": "BilevelDistillation",
+    "distill_bptt": "BilevelDistillation",
+    "distill_rat_bptt": "BilevelDistillation",
 }
 
 
