@@ -37,7 +37,7 @@ class DropSmallest(MatchingRule):
 
     rate: float
 
-    name: ClassVar[str] = "hard"
+    name: ClassVar[str] = "edf"
 
     def __post_init__(self) -> None:
         check_bounds(DropSmallest, vars(self))
