@@ -164,7 +164,7 @@ class TrajectoryStore:
         names = self.class_names or [str(label) for label in range(self.shape.num_classes)]
         return DataDescription(self.shape, names, self.transform, self.metadata["dataset"])
 
-    def described(self) -> dict[str, Any]:
+    def set_metadata(self) -> dict[str, Any]:
         """Return what a set tells of its teachers: "method", "dataset", "network" and "teachers"."""
         told, plain = self.metadata, "ftd" if self.metadata.get("rho", 0) > 0 else "mtt"
         return {

@@ -130,7 +130,7 @@ class OptimizerAdjoint(torch.autograd.Function):
             raw = images[index].requires_grad_()
             with torch.enable_grad():
                 x = student.augmented(raw, step)
-            in_weights, in_x, in_labels = student.step.product(
+            _, in_weights, in_x, in_labels = student.step.product(
                 student.network, weights, x.detach(), labels[index], gamma, soft
             )
             adjoint, of_state = through + in_weights, tuple(of_state_before)

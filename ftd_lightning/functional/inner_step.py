@@ -24,17 +24,16 @@ from ftd_lightning.functional.compiling import Compile, compiled, compiles, seco
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Adjoint = tuple[Tensor, Tensor, Tensor, Tensor | None]
-Product = tuple[Tensor, Tensor, Tensor | None]
+Derivatives = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class InnerStep(NamedTuple):
     """The functions of one network, their first argument; the last two are for optimizers other than plain SGD."""
 
     forward: Callable[..., Tensor]
-    adjoint: Callable[..., Adjoint]
+    adjoint: Callable[..., Derivatives]
     gradient: Callable[..., Tensor]
-    product: Callable[..., Product]
+    product: Callable[..., Derivatives]
 
 
 # By network, because compiling takes longer than many steps. Networks are held weakly, and no value refers to its key.
@@ -117,26 +116,6 @@ def _generator_states(gpu: torch.device | None) -> list[Tensor]:
     return [torch.get_rng_state(), *([] if gpu is None else [torch.cuda.get_rng_state(gpu)])]
 
 
-def _forward(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-    weights = weights.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = student_loss(network, weights, images, labels)
-    return weights.detach() - lr * torch.autograd.grad(loss, weights)[0]
-
-
-def _adjoint(
-    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, adjoint: Tensor, lr: Tensor, soft: bool
-) -> Adjoint:
-    inputs = [t.detach().requires_grad_() for t in (weights, images, *([labels] if soft else []))]
-    with torch.enable_grad():
-        loss = student_loss(network, inputs[0], inputs[1], inputs[2] if soft else labels)
-        gradient = torch.autograd.grad(loss, inputs[0], create_graph=True)[0]
-        s = torch.dot(gradient, adjoint)
-        # Zeros for an input that the gradient does not depend on.
-        parts = torch.autograd.grad(s, inputs, allow_unused=True, materialize_grads=True)
-    return s.detach(), adjoint - lr * parts[0], parts[1], parts[2] if soft else None
-
-
 def _gradient(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     weights = weights.detach().requires_grad_()
     with torch.enable_grad():
@@ -144,36 +123,20 @@ def _gradient(network: nn.Module, weights: Tensor, images: Tensor, labels: Tenso
     return torch.autograd.grad(loss, weights)[0]
 
 
-def _product(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, gamma: Tensor, soft: bool) -> Product:
-    # s does not depend on lr: with 1, and the adjoint taken off again, digits would be lost.
+def _product(
+    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, gamma: Tensor, soft: bool
+) -> Derivatives:
     inputs = [t.detach().requires_grad_() for t in (weights, images, *([labels] if soft else []))]
     with torch.enable_grad():
         loss = student_loss(network, inputs[0], inputs[1], inputs[2] if soft else labels)
         gradient = torch.autograd.grad(loss, inputs[0], create_graph=True)[0]
         s = torch.dot(gradient, gamma)
+        # Zeros for an input that the gradient does not depend on.
         parts = torch.autograd.grad(s, inputs, allow_unused=True, materialize_grads=True)
-    return parts[0], parts[1], parts[2] if soft else None
+    return s.detach(), parts[0], parts[1], parts[2] if soft else None
 
 
-# The same functions for the compiler; in eager mode torch.func takes a quarter longer than torch.autograd.
-
-
-def _forward_func(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-    gradient = torch.func.grad(lambda w: student_loss(network, w, images, labels))(weights)
-    return weights - lr * gradient
-
-
-def _adjoint_func(
-    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, adjoint: Tensor, lr: Tensor, soft: bool
-) -> Adjoint:
-    def inner(weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        gradient = torch.func.grad(lambda w: student_loss(network, w, images, labels))(weights)
-        s = torch.dot(gradient, adjoint)
-        return s, s
-
-    argnums = (0, 1, 2) if soft else (0, 1)
-    parts, s = torch.func.grad(inner, argnums=argnums, has_aux=True)(weights, images, labels)
-    return s, adjoint - lr * parts[0], parts[1], parts[2] if soft else None
+# The same two functions for the compiler; in eager mode torch.func takes a quarter longer than torch.autograd.
 
 
 def _gradient_func(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -183,13 +146,39 @@ def _gradient_func(network: nn.Module, weights: Tensor, images: Tensor, labels: 
 
 def _product_func(
     network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, gamma: Tensor, soft: bool
-) -> Product:
-    def inner(weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        gradient = torch.func.grad(lambda w: student_loss(network, w, images, labels))(weights)
-        return torch.dot(gradient, gamma)
+) -> Derivatives:
+    def inner(weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        s = torch.dot(_gradient_func(network, weights, images, labels), gamma)
+        return s, s
 
-    parts = torch.func.grad(inner, argnums=(0, 1, 2) if soft else (0, 1))(weights, images, labels)
-    return parts[0], parts[1], parts[2] if soft else None
+    argnums = (0, 1, 2) if soft else (0, 1)
+    parts, s = torch.func.grad(inner, argnums=argnums, has_aux=True)(weights, images, labels)
+    return s, parts[0], parts[1], parts[2] if soft else None
+
+
+# A plain step and its adjoint, of either: one function each, so that the compiler fuses the update too.
+
+
+def _forward(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+    return weights.detach() - lr * _gradient(network, weights, images, labels)
+
+
+def _forward_func(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+    return weights - lr * _gradient_func(network, weights, images, labels)
+
+
+def _adjoint(
+    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, adjoint: Tensor, lr: Tensor, soft: bool
+) -> Derivatives:
+    s, in_weights, in_images, in_labels = _product(network, weights, images, labels, adjoint, soft)
+    return s, adjoint - lr * in_weights, in_images, in_labels
+
+
+def _adjoint_func(
+    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, adjoint: Tensor, lr: Tensor, soft: bool
+) -> Derivatives:
+    s, in_weights, in_images, in_labels = _product_func(network, weights, images, labels, adjoint, soft)
+    return s, adjoint - lr * in_weights, in_images, in_labels
 
 
 def inner_step(
@@ -209,8 +198,8 @@ def inner_step(
         ``forward(network, weights, images, labels, lr)`` returns the next weights, (P,);
         ``adjoint(network, weights, images, labels, lam, lr, soft)`` returns ``s``, the adjoint of ``weights``, ds/dx,
         and ds/dy if ``soft``, else None. ``gradient(network, weights, images, labels)`` returns g, (P,);
-        ``product(network, weights, images, labels, gamma, soft)`` returns ds/dtheta, ds/dx and ds/dy of
-        ``s = <g, gamma>``. Call them with gradients disabled.
+        ``product(network, weights, images, labels, gamma, soft)`` returns ``s = <g, gamma>``, ds/dtheta, ds/dx and
+        ds/dy. Call them with gradients disabled.
 
     Raises:
         InputError: for an unknown setting of ``compile``.

@@ -91,7 +91,7 @@ def trajectory_matching_loss(
 
     Raises:
         ValueError: for weights of another network, labels that do not fit the images, a network that draws random
-                numbers, an unknown ``unroll`` or ``compile``, or rules that exclude each other.
+            numbers, an unknown ``unroll`` or ``compile``, or rules that exclude each other.
 
     Example:
         >>> import torch

@@ -14,21 +14,20 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.inner_optimizers import InnerAdam, InnerOptimizer, InnerSGD
-from ftd_lightning.functional.inner_step import compile_seconds, student_logits
+from ftd_lightning.functional.inner_step import student_logits
 from ftd_lightning.functional.mini_batches import chunked_permutations
 from ftd_lightning.functional.rules import MatchingRule, having, label_rule
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.to_device import to_device
 from ftd_lightning.functional.unroll import flatten_parameters, unroll
-from ftd_lightning.modules.distillation import SMALLEST_STEP_SIZE, Distillation, Init
-from ftd_lightning.training.compile_choice import CompileNotice
+from ftd_lightning.modules.distillation import Init
+from ftd_lightning.modules.student_distillation import StudentDistillation
 from ftd_lightning.training.fresh_networks import Network, refuse_object
 from ftd_lightning.training.gradient_clipping import clip_by_average
 from ftd_lightning.training.inner_labels import InnerLabels
 from ftd_lightning.training.plain_arguments import inner_optimizer, matching_rules, not_plain, plain
 
 if TYPE_CHECKING:
-    from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch.optim import Optimizer
 
     from ftd_lightning.data.synthetic_set import SyntheticSet
@@ -39,7 +38,7 @@ OF_TEACHERS = ("begin", "compared", "keep", "distance", "start_epochs", "initial
 EVALUATION_LR = 0.01  # of SGD, for sets whose inner optimizer is another
 
 
-class BilevelDistillation(Distillation):
+class BilevelDistillation(StudentDistillation):
     """Learns the set on which a fresh network trains best, as measured on real images, without any teacher.
 
     In every iteration a fresh network is trained on the set for some steps, and the cross entropy of real images at its
@@ -50,9 +49,9 @@ class BilevelDistillation(Distillation):
     - **BPTT**: ``schedule="shuffled"``, all steps are differentiated.
     - **RaT-BPTT** (Feng et al., ICLR 2024): ``window`` steps are, at a random place of all; ``InnerAdam``; ``clip=2``.
 
-    One Adam over images, step size and labels, one global step per iteration; see ``Distillation`` for the rest. Under
-    DDP every rank trains networks of its own and the gradient is averaged: W ranks with s networks per step learn what
-    one process with W * s learns.
+    One Adam over images, step size and labels, one global step per iteration; see ``StudentDistillation`` for the rest.
+    Under DDP every rank trains networks of its own and the gradient is averaged: W ranks with s networks per step learn
+    what one process with W * s learns.
 
     Args:
         network: a name, an import path, or a function that builds one.
@@ -83,7 +82,6 @@ class BilevelDistillation(Distillation):
         InputError: for numbers out of range, a window longer than all steps, or rules that ask teachers.
     """
 
-    step_size: nn.Parameter
     gradient_average: Tensor
 
     def __init__(
@@ -130,13 +128,11 @@ class BilevelDistillation(Distillation):
         self.save_hyperparameters(ignore=not_plain(network))
         self._architecture = network
         self.keep_real(real)
-        self._notice = CompileNotice("the inner step")
 
     def build(self) -> None:
         """Make the initial synthetic set, its step sizes and labels."""
         self.fresh = self.own_networks(self._architecture, self.hparams["network_options"])
-        # In a list: no submodule, so neither in checkpoints nor among DDP's parameters.
-        self._student = [self.fresh.architecture().requires_grad_(False).train()]
+        self.make_student()
         self.make_images()
         self.inner_labels = self._make_labels()
         fixed, steps = self.hparams["schedule"] == "fixed", self.hparams["syn_steps"]
@@ -171,9 +167,8 @@ class BilevelDistillation(Distillation):
         return torch.optim.Adam(groups, fused=True)
 
     def on_fit_start(self) -> None:
-        """Move the student to the device, and the real images, or leave them in host memory if they do not fit."""
+        """Move the real images to the device too, or leave them in host memory if they do not fit."""
         super().on_fit_start()
-        self._student[0].to(self.device, self.images.dtype)
         self._real_images, self._real_labels = self.real_on_device()
         self._compile = self.choose_inner_compile(self.hparams["networks_per_step"])
 
@@ -187,7 +182,7 @@ class BilevelDistillation(Distillation):
 
     def _loss_of(self, iteration: int, slot: int) -> Tensor:
         """Train a network on the set, and measure real images at its weights."""
-        hparams, student, keys = self.hparams, self._student[0], (iteration, slot)
+        hparams, student, keys = self.hparams, self.student, (iteration, slot)
         steps, skip = self._place(*keys)
         start = self.fresh.build(hparams["seed"], "network", *((0, 0) if hparams["fixed_network"] else keys))
         labels = self.labels if self.inner_labels is None else self.inner_labels.learned_labels()
@@ -241,20 +236,6 @@ class BilevelDistillation(Distillation):
             learned = [value for value in self.learned().values() if value.grad is not None]
             clip_by_average(learned, self.gradient_average, factor=self.hparams["clip"])
         super().on_before_optimizer_step(optimizer)
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
-    ) -> None:
-        """Update, then project the step sizes to be positive."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        with torch.no_grad():
-            self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the step size, and how long compilation took, where anything was compiled."""
-        self._notice(compile_seconds(self._student[0]))
-        self.log("matching/step_size", self.step_size.detach().mean(), prog_bar=True, batch_size=1)
-        super().on_train_batch_end(outputs, batch, batch_idx)
 
     @property
     def method(self) -> str:

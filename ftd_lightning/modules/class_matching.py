@@ -70,7 +70,7 @@ class ClassMatching(Distillation):
     def on_fit_start(self) -> None:
         """Move the real images to the device, or leave them in host memory where they do not fit."""
         super().on_fit_start()
-        self._pool, labels = self.real_on_device().images, self.real_images().labels
+        labels, self._pool = self.real_images().labels, self.real_on_device().images
         self._of_class = [(labels == label).nonzero().squeeze(1) for label in range(self.num_classes)]
 
     @property

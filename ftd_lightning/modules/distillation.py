@@ -18,8 +18,6 @@ from ftd_lightning.data.real_images import given_images
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.modules.learned_set import LearnedSet
-from ftd_lightning.training.compile_choice import MATCHING
-from ftd_lightning.training.limits import steps_left
 from ftd_lightning.training.ranks import mean_over_ranks
 from ftd_lightning.training.rules_in_use import accepted, weigh_gradient
 from ftd_lightning.training.step_guard import MAX_SKIPPED
@@ -30,12 +28,9 @@ if TYPE_CHECKING:
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch.optim import Optimizer
 
-    from ftd_lightning.functional.compiling import Compile
     from ftd_lightning.functional.rules import MatchingRule
 
 Init = Literal["real", "noise"]
-# Far below any step size that trains a network, far above float32's smallest number.
-SMALLEST_STEP_SIZE = 1e-8
 
 
 class Distillation(LearnedSet):
@@ -144,20 +139,6 @@ class Distillation(LearnedSet):
                 "a distillation iterates over its own loader, but the datamodule brings another: wrap it with "
                 "DistillationDataModule.from_datamodule, or fit without a datamodule"
             )
-
-    def choose_inner_compile(self, students: int) -> Compile:
-        """Decide on compiling inner steps by the iterations that the trainer's limits allow.
-
-        Args:
-            students: per iteration on this rank.
-        """
-        hparams, done = self.hparams, (self._first_step, self._first_epoch)
-        steps = steps_left(self.trainer, *done, steps_per_epoch=hparams["iterations_per_epoch"])
-        batch = min(hparams["syn_batch"] or len(self.images), len(self.images))
-        # A gradient costs as much as three forward passes, its adjoint three times that: four passes of training.
-        passes = 4 * batch * hparams["syn_steps"] * students * steps
-        values = batch * self.images[0].numel()
-        return self.choose_compile(hparams["compile"], MATCHING, steps=steps, images=passes, batch_values=values)
 
     def logged(self, loss: Tensor) -> Tensor:
         """Log a loss and return it; the images change with it, so scores of the old ones are forgotten."""

@@ -151,8 +151,7 @@ class RidgeDistillation(Distillation):
     def set_metadata(self) -> dict[str, Any]:
         """Describe the data, the network, the kernel and the labels."""
         return {
-            "dataset": {"name": "own images"} if self.data is None else self.data.dataset,
-            "network": self.fresh.describe(),
+            **super().set_metadata(),
             "kernel": self.kernel_metadata(),
             "target_scale": self.target_scale,
             **({"label_kind": "target", "labels_made": "learned"} if self.hparams["learn_labels"] else {}),

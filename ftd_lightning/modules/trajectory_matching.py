@@ -14,14 +14,13 @@ from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatibl
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
-from ftd_lightning.functional.inner_step import compile_seconds
 from ftd_lightning.functional.matching import Match, match
 from ftd_lightning.functional.mini_batches import chunked_permutations
 from ftd_lightning.functional.rules import MatchingRule, having, label_rule, only_one
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll
-from ftd_lightning.modules.distillation import SMALLEST_STEP_SIZE, Distillation, Init
-from ftd_lightning.training.compile_choice import CompileNotice
+from ftd_lightning.modules.distillation import Init
+from ftd_lightning.modules.student_distillation import StudentDistillation
 from ftd_lightning.training.fresh_networks import Network, student_networks
 from ftd_lightning.training.inner_labels import InnerLabels
 from ftd_lightning.training.plain_arguments import matching_rules, not_plain, plain
@@ -32,25 +31,18 @@ from ftd_lightning.training.teacher_answers import StoreTeachers
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lightning.pytorch.core.optimizer import LightningOptimizer
-    from torch.optim import Optimizer
-
     from ftd_lightning.contracts import Images
 
 
-class TrajectoryMatching(Distillation):
+class TrajectoryMatching(StudentDistillation):
     """Learns a synthetic set whose training trajectory follows the teachers'.
 
     FTD and MTT differ in the teachers alone, so this serves both. One SGD with two parameter groups, one global step
     per iteration; the number of iterations is the trainer's ``max_steps``. What it does with steps that are not finite,
-    and its attributes, are described in ``Distillation``.
+    and with a step size below 0, and its attributes, are described in ``Distillation`` and ``StudentDistillation``.
 
     Under DDP every rank matches segments of its own and the gradient is averaged: W ranks with s segments per step
     learn what one process with W * s learns.
-
-    The step size is kept positive by projection: after an update it is raised to 1e-8 where it fell below. It stays a
-    plain parameter, so the paper's learning rate for it means what it means there; a log or softplus
-    parametrisation would rescale it.
 
     Args:
         trajectories: folder of the trajectory store.
@@ -84,8 +76,6 @@ class TrajectoryMatching(Distillation):
         InputError: for numbers out of range; when the model is configured, for teachers that do not fit or segments
             that were not recorded.
     """
-
-    step_size: nn.Parameter
 
     def __init__(
         self,
@@ -123,7 +113,6 @@ class TrajectoryMatching(Distillation):
         self.save_hyperparameters(ignore=not_plain(network))
         self._architecture = network
         self.keep_real(real)
-        self._notice = CompileNotice("the inner step")
         self._teachers: dict[str, Any] = {}
 
     @cached_property
@@ -136,13 +125,12 @@ class TrajectoryMatching(Distillation):
         options, shape = self.hparams["network_options"], None if self.data is None else self.data.shape
         if not self._loaded_shapes:
             self.fresh = student_networks(self.store, self._architecture, options, shape)
-            self._teachers = self.store.described()
+            self._teachers = self.store.set_metadata()
             self.data = self.data or self.store.description()
             self.iteration_loader()  # refuses segments beyond the record before anything else is done
         else:
             self.fresh = self.own_networks(self._architecture, options)
-        # In a list: no submodule, so neither in checkpoints nor among DDP's parameters.
-        self._student = [self.fresh.architecture().requires_grad_(False).train()]
+        self.make_student()
         self.make_images()
         self.inner_labels = self._make_labels()
         self.step_size = nn.Parameter(torch.tensor(float(self.hparams["step_size_init"])))
@@ -180,9 +168,8 @@ class TrajectoryMatching(Distillation):
         return torch.optim.SGD(groups, momentum=self.hparams["momentum"])
 
     def on_fit_start(self) -> None:
-        """Move the student to the device."""
+        """Decide on compiling too."""
         super().on_fit_start()
-        self._student[0].to(self.device, self.images.dtype)
         self._compile = self.choose_inner_compile(self.hparams["segments_per_step"])
 
     def training_step(self, batch: list[SegmentBatch], batch_idx: int) -> Tensor:
@@ -204,7 +191,7 @@ class TrajectoryMatching(Distillation):
         if iteration != self.step:
             raise RuntimeError(f"segment {iteration} came at step {self.step}: the run could not be reproduced")
         seed, size = self.hparams["seed"], self.hparams["syn_batch"]
-        order, student = make_generator(seed, "batches", iteration, slot), self._student[0]
+        order, student = make_generator(seed, "batches", iteration, slot), self.student
         labels = self.labels
         if self.inner_labels is not None:
             labels = self.inner_labels.of_segment(student, segment["target"], self.images.detach())
@@ -244,20 +231,6 @@ class TrajectoryMatching(Distillation):
         if rule is None:
             return super().first_images(real, ipc, seed)
         return choose_images(rule, real, ipc, seed, self._store_teachers(real))
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
-    ) -> None:
-        """Update, then project the step size to be positive."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        with torch.no_grad():
-            self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the step size, and how long compilation took."""
-        self._notice(compile_seconds(self._student[0]))
-        self.log("matching/step_size", self.step_size.detach(), prog_bar=True, batch_size=1)
-        super().on_train_batch_end(outputs, batch, batch_idx)
 
     @property
     def method(self) -> str:

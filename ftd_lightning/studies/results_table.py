@@ -135,6 +135,10 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "compare": (Path("docs/reproduction.md"), lambda: _comparison("compare", _shortened)),
     "compare_w32": (Path("docs/reproduction.md"), lambda: _comparison("compare_w32_ipc1", comparison_rows)),
     "study_ideas": (Path("docs/reproduction.md"), lambda: _comparison("study_ideas", comparison_rows)),
+    "labels_window": (
+        Path("docs/reproduction.md"),
+        lambda: _comparison("study_labels_window_w32", comparison_rows),
+    ),
     "results": (Path("docs/reproduction.md"), lambda: table(read_records(RECORDS))),
 }
 

@@ -8,6 +8,7 @@ import torch
 
 from ftd_lightning.data.coresets import estimate_running_statistics
 from ftd_lightning.data.teacher_labels import logits_of
+from ftd_lightning.functional.batch_norm import batch_norms
 from ftd_lightning.functional.unroll import load_flat
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class StoreTeachers:
         device = next(self._network.parameters()).device
         if teacher != self._loaded:
             load_flat(self._network, self._store.trained(teacher).to(device))
-            estimate_running_statistics(self._network, self._real.to(device))
+            if batch_norms(self._network):  # else all of the training images would go to the device for nothing
+                estimate_running_statistics(self._network, self._real.to(device))
             self._loaded = teacher
         return logits_of(self._network, images)
 

@@ -233,8 +233,7 @@ def test_numbers_out_of_range_are_refused(make, message):
         make()
 
 
-def test_a_network_without_the_mask_s_layers_is_no_matter():
-    """The cut of DropShallow may lie within a layer."""
+def test_the_cut_by_depth_may_lie_within_a_layer():
     network = nn.Linear(3, 2)
     kept = DropShallow(rate=0.5).keep(flatten_parameters(network), flatten_parameters(network), torch.zeros(8))
     assert kept.tolist() == [False] * 4 + [True] * 4

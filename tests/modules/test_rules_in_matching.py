@@ -17,7 +17,6 @@ from ftd_lightning.functional import (
     MatchingRule,
     StartWindow,
     TargetLabels,
-    flatten_parameters,
 )
 from ftd_lightning.training.teacher_answers import StoreTeachers
 
@@ -239,16 +238,3 @@ def test_all_rules_go_through_a_config(tmp_path, teachers):
     for rules in EACH:
         built = small_matching(teachers, rules=plain(rules)).rules
         assert built == rules
-
-
-def test_snapshots_are_those_of_the_teachers(teachers):
-    """What correct images and labels rest on: the last epoch, not the first."""
-    store = TrajectoryStore(teachers)
-    assert not torch.equal(store.trained(0), store.segment(0, 0, 1).start)
-    assert store.trained(0).shape == flatten_parameters(small_network(store)).shape
-
-
-def small_network(store):
-    from ftd_lightning.data.coresets import teacher_network
-
-    return teacher_network(store, 0)
