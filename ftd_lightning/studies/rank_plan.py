@@ -135,14 +135,15 @@ class RankedSet:
             return columns[column]["set"]["each"], columns[column]["random"]["each"]
 
         real, one = self.evaluation.real, self.synthetic
+        stored, trained_on = one.image_counts
         return {
             **scores(real["each"], columns["hard"]["set"]["each"], both(self.own), both(PLAIN)),
             "method": one.metadata.get("method"),
             "labels": one.label_description,
             "compared_by": self.own,
             "images": "averaged" if self.ema else "last",
-            "images_stored": len(one.images) * (1 if one.ema_images is None else 2),
-            "images_trained_on": len(one.labels),
+            "images_stored": stored,
+            "images_trained_on": trained_on,
             "images_per_class": self.counts,
             "teacher_at_evaluation": False,  # of the scores; the column "teacher" has one
             "step_size": one.learning_rate,

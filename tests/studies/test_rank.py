@@ -222,7 +222,7 @@ def test_every_option_is_taken(sets, tmp_path: Path, capsys) -> None:
     described = {key: results["settings"]["dataset"][key] for key in ("val_fraction", "max_per_class", "seed")}
     assert described == {"val_fraction": 0.2, "max_per_class": 10, "seed": 4}
     (one,) = results["sets"].values()
-    assert (one["images"], one["images_stored"], one["held_out_seen"]) == ("averaged", 20, True)
+    assert (one["images"], one["images_stored"], one["held_out_seen"]) == ("averaged", 10, True)
     (again,) = prepare([ema], RankSettings(str(tmp_path), ema=True), RankData())
     assert again._lessons("hard")["set"](0).images.equal(averaged)
     assert "Distilled from images that are held out here too" in capsys.readouterr().out
