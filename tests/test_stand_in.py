@@ -13,6 +13,8 @@ from ftd_lightning.functional import (
     Augmentation,
     ClosestStep,
     DropSmallest,
+    InnerAdam,
+    InnerSGD,
     LearnedLabels,
     LossGate,
     StartWindow,
@@ -21,10 +23,18 @@ from ftd_lightning.functional import (
     make_generator,
     matching,
     trajectory_matching_loss,
+    unroll,
 )
 from ftd_lightning.functional.inner_step import inner_step
 from ftd_lightning.models import build_network
-from ftd_lightning.modules import DistributionMatching, FeatureAlignment, GradientMatching
+from ftd_lightning.modules import (
+    BilevelDistillation,
+    DistributionMatching,
+    FeatureAlignment,
+    FeatureRegression,
+    GradientMatching,
+    KernelInducingPoints,
+)
 from ftd_lightning.optim import GSAM
 from ftd_lightning.training.evaluation_protocol import EvaluationProtocol
 from ftd_lightning.training.side_by_side import SideBySide
@@ -147,12 +157,39 @@ def test_stand_in_class_matching(tmp_path, monkeypatch, method):
     check_steps(steps, may_read="_local_scalar_dense at feature_alignment.py" if method == "cafe" else None)
 
 
+WITHOUT_TEACHERS = {
+    "dd": lambda: BilevelDistillation(
+        network_options=SMALL, schedule="fixed", syn_steps=3, batch_real=16, augment="scale_rotate"
+    ),
+    "rat-bptt": lambda: BilevelDistillation(
+        network_options=SMALL,
+        syn_steps=6,
+        window=2,
+        optimizer=InnerAdam(),
+        batch_real=16,
+        clip=2.0,
+        rules=[LearnedLabels(lr=0.01, init="one_hot")],
+    ),
+    "kip": lambda: KernelInducingPoints(network_options=SMALL, batch_target=16, learn_labels=True),
+    "frepo": lambda: FeatureRegression(network_options=SMALL, batch_target=16, pool_size=2, max_steps_per_network=2),
+}
+
+
+@pytest.mark.parametrize("method", WITHOUT_TEACHERS)
+def test_stand_in_without_teachers(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(SyntheticSet, "save", lambda self, path: None)  # what comes from there are no labels
+    with stand_in(monkeypatch) as mode:
+        trainer, steps = stand_in_trainer(tmp_path, mode, max_steps=4)
+        trainer.fit(WITHOUT_TEACHERS[method](), datamodule=small_data())
+    check_steps(steps)
+
+
 FITS = {
     "teachers": lambda store: small_teacher(epochs=1, augment=""),
     "teachers, one on both ranks": lambda store: small_teacher(epochs=1, augment="", parallel="data"),
     "matching": lambda store: small_matching(store, augment=""),
     "evaluation": lambda store: SyntheticEvaluation(network_options=SMALL, networks=2, augment=""),
-    **{name: lambda store, make=make: make() for name, make in CLASS_MATCHING.items()},
+    **{name: lambda store, make=make: make() for name, make in (CLASS_MATCHING | WITHOUT_TEACHERS).items()},
 }
 
 
@@ -161,6 +198,7 @@ FITS = {
 def test_stand_in_no_collective_takes_a_tensor_of_the_host(tmp_path, monkeypatch, trajectories, phase):
     data = small_data(synthetic="random") if phase == "evaluation" else small_data()
     limits = {"max_epochs": 2} if phase in ("evaluation", "teachers, one on both ranks") else {"max_steps": 2}
+    monkeypatch.setattr(SyntheticSet, "save", lambda self, path: None)
     with collectives(monkeypatch) as seen, stand_in(monkeypatch) as mode:
         # It leaves all but distillations alone.
         measuring = EvaluateSynthetic(1, networks=2, epochs=1, lr=0.01)
@@ -245,6 +283,27 @@ def test_stand_in_memory_of_a_matching_step_is_level(monkeypatch, paper):
     vector = start.numel() * start.element_size()
     assert peak(8, "adjoint") - peak(2, "adjoint") <= 6.5 * vector
     assert peak(4, "graph") - peak(2, "graph") > 100 * vector
+
+
+@pytest.mark.parametrize(("optimizer", "kept"), [(InnerSGD(momentum=0.9), 3), (InnerAdam(), 4)], ids=["sgd", "adam"])
+def test_stand_in_memory_of_an_unroll_is_level(monkeypatch, paper, optimizer, kept):
+    """A step keeps weights, gradient and the optimizer's state, one vector or two; those that are skipped nothing."""
+    network, start, images, labels = paper
+    images, lr = images.requires_grad_(), torch.zeros((), device=META, requires_grad=True)
+
+    def peak(steps: int, skip: int = 0) -> int:
+        batches = [torch.arange(100)] * (skip + steps)
+        with stand_in(monkeypatch) as mode:
+            end = unroll(
+                *(network, start, images, labels, lr), batches=batches, optimizer=optimizer, skip=skip, compile=False
+            )
+            end.sum().backward()
+        assert not mode.seen.reads + mode.seen.mismatches + mode.seen.copies_out
+        return mode.peak
+
+    vector = start.numel() * start.element_size()
+    assert peak(8) - peak(2) <= (6 * kept + 0.5) * vector
+    assert abs(peak(2, skip=6) - peak(2)) <= kept * vector
 
 
 # Settings of DATM, which ran out of 80 GB there: images per class and mini-batch, with learned labels.
