@@ -14,6 +14,7 @@ from ftd_lightning.data.files import replacing
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies.comparison_table import markdown_table
 from ftd_lightning.studies.comparison_table import table as comparison_rows
+from ftd_lightning.studies.published_table import published_rows
 from ftd_lightning.studies.summary import short_rows
 from ftd_lightning.training.evaluation_protocol import per_cent
 
@@ -129,10 +130,22 @@ def _shortened(record: dict[str, Any]) -> list[list[str]]:
     return [[line[column] for column in SHORT if column < len(line)] for line in comparison_rows(record)]
 
 
+def _published() -> str:
+    records = read_records(RECORDS, "comparison")
+
+    def of(*names: str) -> list[dict[str, Any]]:
+        return [record for name in names for record in records if record["config"].removesuffix(".yaml").endswith(name)]
+
+    return markdown_table(published_rows(of("compare_w32_ipc1", "compare_hour_w32"), of("digits/compare_all")))
+
+
 # Name of the markers -> file, and the table between them.
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "demo": (Path("README.md"), lambda: _comparison("demo", short_rows)),
     "compare": (Path("docs/reproduction.md"), lambda: _comparison("compare", _shortened)),
+    "compare_all": (Path("docs/reproduction.md"), lambda: _comparison("compare_all", comparison_rows)),
+    "hour": (Path("docs/reproduction.md"), lambda: _comparison("compare_hour_w32", comparison_rows)),
+    "published": (Path("docs/methods.md"), _published),
     "compare_w32": (Path("docs/reproduction.md"), lambda: _comparison("compare_w32_ipc1", comparison_rows)),
     "study_ideas": (Path("docs/reproduction.md"), lambda: _comparison("study_ideas", comparison_rows)),
     "labels_window": (
