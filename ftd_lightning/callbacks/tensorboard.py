@@ -40,7 +40,7 @@ def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str]
         labels: (N,) classes, or (N, K) probabilities.
         class_names: in label order, without accents and shortened to what fits; classes beyond them, and those whose
             names have no ASCII letters, are numbered.
-        per_class: rows at most; all classes have those that the smallest one has.
+        per_class: rows at most; a class with fewer images leaves the rest of its column white.
 
     Returns:
         (3, height, width) uint8, on the CPU.
@@ -51,7 +51,8 @@ def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str]
     """
     classes = labels if labels.ndim == 1 else labels.argmax(1)
     columns = {label: (classes == label).nonzero().squeeze(1)[:per_class] for label in classes.unique().tolist()}
-    rows = min(len(index) for index in columns.values())
+    # Labels of teachers may give one class two images and another none: all of them are shown.
+    rows = max(len(index) for index in columns.values())
     factor = -(-WIDTH // pictures.shape[-1])
     height, width = (factor * size for size in pictures.shape[-2:])
     bands = -(-len(columns) // COLUMNS)
@@ -65,7 +66,7 @@ def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str]
         name = _printable(class_names[label]) if label < len(class_names) else ""
         text = _shortened(name or str(label), width - 3 * GAP, font)  # neighbours do not touch
         pen.text((left + width // 2, top), text, fill="black", font=font, anchor="ma")
-        shown = (pictures[index[:rows]].detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+        shown = (pictures[index].detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
         for row, picture in enumerate(shown.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)):
             enlarged = Image.fromarray(picture.numpy()).resize((width, height), Image.Resampling.NEAREST)
             grid.paste(enlarged, (left, top + NAME_HEIGHT + row * (height + GAP)))

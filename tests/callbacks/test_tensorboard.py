@@ -143,6 +143,13 @@ def test_the_grid_has_a_column_a_class() -> None:
     assert tops == [[round(255 * 2 / 5), 0], [round(255 * 3 / 5), round(255 / 5)]]
 
 
+def test_a_class_with_fewer_images_hides_none_of_another() -> None:
+    labels = torch.eye(3)[[0, 1, 1]]  # a teacher's, who takes the third image for one of the second class
+    grid = picture_grid(torch.zeros(3, 1, 96, 96), labels)
+    black = [[not grid[:, 22 + 98 * row, 2 + 98 * column].any() for column in range(2)] for row in range(2)]
+    assert black == [[True, True], [False, True]]
+
+
 @pytest.mark.parametrize(("size", "width"), [(1, 96), (8, 96), (28, 112), (32, 96), (64, 128), (96, 96), (128, 128)])
 def test_pictures_are_enlarged_by_a_whole_factor(size: int, width: int) -> None:
     pictures = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
