@@ -147,6 +147,6 @@ print("without teachers", measure(without.images, without.labels, float(without.
 # %%
 records = next(path for path in (Path("notebooks/results"), Path("results")) if path.is_dir())
 record = json.loads((records / "compare_hour_w32.json").read_text(encoding="utf-8"))
-for row in record["rows"]:
+for row in (row for row in record["rows"] if row["state"] == "done"):
     last = row["accuracy"]["last"]
     print(f"{row['label']:28}{100 * last['mean']:.1f} ± {100 * last['std']:.1f} %, {last['n']} networks")
