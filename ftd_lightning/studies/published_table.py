@@ -1,6 +1,6 @@
 """Published accuracies of one image per class, beside those that this library measured, and what differs.
 
-Published numbers are those of FTD's Table 1 and, for what it does not list, of the publications named in ``METHODS``.
+Published numbers are those of FTD's Table 1 and, for what it does not list, of the sources that docs/methods.md names.
 Ours come from records of ``ftd compare``: on all of CIFAR-10 with narrow networks, and on the digits.
 """
 
@@ -18,17 +18,17 @@ COLUMNS = ("method", "published, CIFAR-10", "here, CIFAR-10, width 32", "here, d
 
 
 @dataclass(frozen=True)
-class Published:
+class Method:
     """A method of the field.
 
     Args:
-        rows: its names in our comparisons; the first that is there counts.
+        row: its name in our comparisons.
         label: its name.
         accuracy: test accuracy in per cent on CIFAR-10 with one image per class; None where none was published.
         differs: what is different in ours, besides width, teachers and time.
     """
 
-    rows: tuple[str, ...]
+    row: str
     label: str
     accuracy: float | None
     differs: str
@@ -36,38 +36,38 @@ class Published:
 
 NOTHING = "nothing else"
 METHODS = (
-    Published(("random",), "random", 14.4, "as listed by DC; whitened images here"),
-    Published(("herding",), "herding", 21.5, "as listed by DC; whitened images and a teacher of four epochs here"),
-    Published(("dd",), "DD", None, "published for ipc 10, 36.8, on AlexCifarNet; a constant learning rate here"),
-    Published(
-        ("kip",),
+    Method("random", "random", 14.4, "as listed by AutoPalette; whitened images here"),
+    Method("herding", "herding", 21.5, "as listed by AutoPalette; whitened images and a teacher of four epochs here"),
+    Method("dd", "DD", None, "published for ipc 10, 36.8, on AlexCifarNet; a constant learning rate here"),
+    Method(
+        "kip",
         "KIP",
         49.9,
         "there a convolutional network's kernel, learned labels, and networks of width 1024 trained by squared error; "
         "here a fully connected one's, classes, and cross entropy",
     ),
-    Published(
-        ("frepo",),
+    Method(
+        "frepo",
         "FRePo",
         46.8,
         "there LAMB, flipped copies, and evaluation by Adam, squared error and averaged weights; here Adam, and "
         "evaluation by SGD and cross entropy",
     ),
-    Published(
-        ("rat-bptt", "rat-bptt-raw"),
+    Method(
+        "rat-bptt",
         "RaT-BPTT",
         53.2,
         "there evaluation by Adam, the best of several lengths on test images; here by SGD, the last epoch",
     ),
-    Published(("dc",), "DC", 28.3, NOTHING),
-    Published(("dsa",), "DSA", 28.8, NOTHING),
-    Published(("dm",), "DM", 26.0, NOTHING),
-    Published(("cafe",), "CAFE", 30.3, "loops are bounded here"),
-    Published(("cafe+dsa",), "CAFE+DSA", 31.6, "loops are bounded here"),
-    Published(("pp",), "PP", 46.4, "its rule as FTD describes it: its code is not published"),
-    Published(("mtt",), "MTT", 46.2, NOTHING),
-    Published(("mtt+robust",), "MTT + robust learning", 45.8, "sigma, which is not published, is relative here"),
-    Published(("ftd",), "FTD", 46.8, NOTHING),
+    Method("dc", "DC", 28.3, NOTHING),
+    Method("dsa", "DSA", 28.8, NOTHING),
+    Method("dm", "DM", 26.0, NOTHING),
+    Method("cafe", "CAFE", 30.3, "loops are bounded here"),
+    Method("cafe+dsa", "CAFE+DSA", 31.6, "loops are bounded here"),
+    Method("pp", "PP", 46.4, "its rule as FTD describes it: its code is not published"),
+    Method("mtt", "MTT", 46.2, NOTHING),
+    Method("mtt+robust", "MTT + robust learning", 45.8, "sigma, which is not published, is relative here"),
+    Method("ftd", "FTD", 46.8, NOTHING),
 )
 
 
@@ -91,7 +91,6 @@ def published_rows(cifar10: Sequence[dict[str, Any]], digits: Sequence[dict[str,
     return lines
 
 
-def _measured(method: Published, records: Sequence[dict[str, Any]]) -> str:
-    done = [{row["name"]: row for row in record["rows"] if row["state"] == "done"} for record in records]
-    found = [rows[name] for rows in done for name in method.rows if name in rows]
-    return per_cent(found[0]["accuracy"]["last"], count=True) if found else "-"
+def _measured(method: Method, records: Sequence[dict[str, Any]]) -> str:
+    rows = [row for record in records for row in record["rows"] if row["name"] == method.row and row["state"] == "done"]
+    return per_cent(rows[0]["accuracy"]["last"], count=True) if rows else "-"
