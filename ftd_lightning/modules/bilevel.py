@@ -68,8 +68,9 @@ class BilevelDistillation(StudentDistillation):
         fixed_network: train the same initial network in every iteration, instead of a new one.
         batch_real: real images per network and iteration.
         lr_images: learning rate of the pixels.
-        lr_step_size: learning rate of the step sizes; 0 keeps them.
-        clip: clip the gradient at so many times its norm's moving average (decay 0.9); None does not.
+        lr_step_size: learning rate of the step sizes; 0 keeps them, without a gradient.
+        clip: clip the images' gradient at so many times its norm's moving average (decay 0.9), and that of learned
+            labels likewise with an average of its own; None does not clip.
         rules: a ``LabelRule`` that learns, a ``LossGate``, image weights; those that ask teachers are refused.
         augment: of synthetic and of real images: an ``Augmentation``, its fields as a mapping, or a strategy.
         networks_per_step: networks per iteration on each rank, whose losses are averaged.
@@ -82,7 +83,7 @@ class BilevelDistillation(StudentDistillation):
         InputError: for numbers out of range, a window longer than all steps, or rules that ask teachers.
     """
 
-    gradient_average: Tensor
+    gradient_averages: Tensor
 
     def __init__(
         self,
@@ -137,8 +138,8 @@ class BilevelDistillation(StudentDistillation):
         self.inner_labels = self._make_labels()
         fixed, steps = self.hparams["schedule"] == "fixed", self.hparams["syn_steps"]
         sizes = torch.full((steps,) if fixed else (), float(self.hparams["step_size_init"]))
-        self.step_size = nn.Parameter(sizes)
-        self.register_buffer("gradient_average", torch.tensor(0.0))
+        self.step_size = nn.Parameter(sizes, requires_grad=self.hparams["lr_step_size"] > 0)
+        self.register_buffer("gradient_averages", torch.zeros(2))  # norms of the images' gradient, and of the labels'
 
     def _make_labels(self) -> InnerLabels | None:
         rule = label_rule(self.rules)
@@ -233,8 +234,10 @@ class BilevelDistillation(StudentDistillation):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradient, then judge the step."""
         if self.hparams["clip"] is not None:
-            learned = [value for value in self.learned().values() if value.grad is not None]
-            clip_by_average(learned, self.gradient_average, factor=self.hparams["clip"])
+            # Not the step sizes': it is larger by orders of magnitude, and no publication clips it.
+            for name, average in zip(("images", "labels"), self.gradient_averages, strict=True):
+                if name in (learned := self.learned()) and learned[name].grad is not None:
+                    clip_by_average(learned[name].grad, average, factor=self.hparams["clip"])
         super().on_before_optimizer_step(optimizer)
 
     @property

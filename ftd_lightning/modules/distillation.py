@@ -99,7 +99,7 @@ class Distillation(LearnedSet):
         images = start.images
         if self.hparams["init"] == "noise":
             images = torch.randn(images.shape, generator=make_generator(seed, "initial noise"))
-        self.images = nn.Parameter(images.clone())
+        self.images = nn.Parameter(images.clone(), requires_grad=self.hparams["lr_images"] > 0)
         self.register_buffer("labels", start.labels.clone())
         self.initial_images = images.clone()
 

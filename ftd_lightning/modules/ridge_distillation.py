@@ -61,7 +61,7 @@ class RidgeDistillation(Distillation):
         self.make_images()
         start = centred_targets(self.labels, self.num_classes, scale=self.target_scale)
         if self.hparams["learn_labels"]:
-            self.targets = nn.Parameter(start)
+            self.targets = nn.Parameter(start, requires_grad=self.hparams["lr_labels"] > 0)
         else:
             self.register_buffer("targets", start)
         self.register_buffer("step_size", torch.tensor(float(self.hparams["lr_network"])))

@@ -56,7 +56,7 @@ class TrajectoryMatching(StudentDistillation):
         max_start_epoch: segments start at an epoch in {0 .. max_start_epoch - 1}, or as a ``StartWindow`` narrows it.
         syn_batch: synthetic images per inner step; None takes all of them.
         lr_images: learning rate of the pixels.
-        lr_step_size: learning rate of the step size; 0 keeps it as it is.
+        lr_step_size: learning rate of the step size; 0 keeps it, without a gradient.
         step_size_init: inner learning rate at the start.
         momentum: of both.
         augment: DSA of the inner steps: an ``Augmentation``, its fields as a mapping, or a strategy; "" for none.
@@ -133,7 +133,8 @@ class TrajectoryMatching(StudentDistillation):
         self.make_student()
         self.make_images()
         self.inner_labels = self._make_labels()
-        self.step_size = nn.Parameter(torch.tensor(float(self.hparams["step_size_init"])))
+        learned = self.hparams["lr_step_size"] > 0
+        self.step_size = nn.Parameter(torch.tensor(float(self.hparams["step_size_init"])), requires_grad=learned)
 
     def configure_model(self) -> None:
         """Build for the trainer's data, which have to be the teachers'."""

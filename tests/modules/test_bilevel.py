@@ -61,7 +61,7 @@ def test_a_run_resumes_exactly(tmp_path, options):
     )
     for value, wanted in zip(learned(rest), learned(whole), strict=True):
         assert torch.equal(value, wanted)
-    assert torch.equal(rest.gradient_average, whole.gradient_average)
+    assert torch.equal(rest.gradient_averages, whole.gradient_averages)
 
 
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
@@ -151,15 +151,56 @@ def test_a_fixed_network_is_the_same_in_every_iteration(tmp_path):
 
 
 def test_gradients_are_clipped_at_a_multiple_of_their_average():
-    weight, average = torch.zeros(2, requires_grad=True), torch.tensor(0.0)
-    norms = []
+    """The order of the authors' code: the average takes in the unclipped norm, then the gradient is clipped."""
+    average, seen = torch.tensor(0.0), []
     for size in (1.0, 1.0, 100.0, float("nan"), 1.0):
-        weight.grad = torch.tensor([size, 0.0])
-        clip_by_average([weight], average, factor=2.0)
-        norms.append((float(weight.grad.norm()), round(float(average), 4)))
-    assert norms[:3] == [(1.0, 1.0), (1.0, 1.0), (2.0, 1.1)]
-    assert norms[3][1] == 1.1, "what is not finite leaves the average alone"
-    assert norms[4] == (1.0, 1.09)
+        gradient = torch.tensor([size, 0.0])
+        clip_by_average(gradient, average, factor=2.0)
+        seen.append((round(float(gradient.norm()), 4), round(float(average), 4)))
+    assert seen[:3] == [(1.0, 1.0), (1.0, 1.0), (21.8, 10.9)]
+    assert seen[3][1] == 10.9, "what is not finite leaves the average alone"
+    assert seen[4] == (1.0, 9.91)
+
+
+@pytest.mark.parametrize("lr_step_size", [0.0, 1e-3])
+def test_a_spike_in_the_gradient_of_images_or_labels_is_clipped_whatever_the_step_size_has(tmp_path, lr_step_size):
+    """A step size's gradient is larger by orders of magnitude; within one norm it hid every spike of the images."""
+
+    class Spiked(BilevelDistillation):
+        def on_before_optimizer_step(self, optimizer):
+            if self.step == 3:
+                self.images.grad *= 100
+                self.inner_labels.logits.grad *= 50
+            learned = {name: value.grad for name, value in self.learned().items() if value.grad is not None}
+            before = {name: float(gradient.norm()) for name, gradient in learned.items()}
+            super().on_before_optimizer_step(optimizer)
+            norms.append({name: (norm, float(learned[name].norm())) for name, norm in before.items()})
+
+    norms = []
+    settings = {"network_options": SMALL, "syn_steps": 4, "batch_real": 32, "compile": False, **SETTINGS["rat-bptt"]}
+    rules = [LearnedLabels(lr=0.01, init="one_hot")]
+    module = Spiked(**{**settings, "lr_step_size": lr_step_size, "rules": rules})
+    make_trainer(tmp_path, max_steps=4).fit(module, datamodule=small_data())
+    for kind, average in zip(("images", "labels"), module.gradient_averages, strict=True):
+        wanted = norms[0][kind][0]
+        for entry in norms[1:]:
+            wanted = 0.9 * wanted + 0.1 * entry[kind][0]
+        assert float(average) == pytest.approx(wanted, rel=1e-4)
+        before, after = norms[3][kind]
+        assert after == pytest.approx(2 * wanted, rel=1e-4)
+        assert after < 0.5 * before, f"the spike in {kind} was not clipped"
+    if lr_step_size:
+        assert all(before == after for before, after in (entry["step_size"] for entry in norms))
+
+
+def test_what_has_learning_rate_0_has_no_gradient(tmp_path):
+    module = distil(tmp_path, **SETTINGS["rat-bptt"])
+    assert module.step_size.grad is None
+    assert not module.step_size.requires_grad
+    rules = [LearnedLabels(lr=0.01, init="one_hot")]
+    labels_alone = distil(tmp_path / "labels", lr_images=0.0, lr_step_size=0.0, rules=rules)
+    assert torch.equal(labels_alone.images, labels_alone.initial_images)
+    assert not labels_alone.images.requires_grad
 
 
 def test_a_gated_step_leaves_the_images(tmp_path):
