@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# A file's tests share what is costly to make, so a worker takes whole files.
-WORKERS ?= --numprocesses 2 --dist loadfile
+# A worker that runs out of tests takes some of another's.
+WORKERS ?= --numprocesses 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint types check bench reproduce results notebooks docs clean
+.PHONY: help setup demo test test-fast test-all lint types check bench reproduce results notebooks docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,11 +22,14 @@ setup: $(VENV)/.ready  ## make .venv and install everything into it
 demo: setup  ## distil the embedded digits: teachers, distillation, evaluation, a table and a picture
 	$(BIN)/python -m ftd_lightning.demo
 
-test: setup  ## run all tests
-	$(BIN)/python -m pytest $(WORKERS)
+test: setup  ## run the tests
+	$(BIN)/python -m pytest $(WORKERS) -m 'not exhaustive'
 
 test-fast: setup  ## run the tests that take no more than seconds each
-	$(BIN)/python -m pytest $(WORKERS) -m 'not slow'
+	$(BIN)/python -m pytest $(WORKERS) -m 'not slow and not exhaustive'
+
+test-all: setup  ## run the full grids too, for an hour or more
+	FTD_TEST_ALL=1 $(BIN)/python -m pytest $(WORKERS)
 
 lint: setup  ## check style and form
 	$(BIN)/ruff check .

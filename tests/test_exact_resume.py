@@ -184,7 +184,7 @@ def test_a_few_stops(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
     check(cases[name], tmp_path, stops)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # 1,044 stops
 @pytest.mark.filterwarnings("ignore:.*manual optimization and every_n_train_steps.*")
 @pytest.mark.filterwarnings("ignore:.*ends this fit before.*")
 @pytest.mark.parametrize("name", NAMES)

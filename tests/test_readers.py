@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ from ftd_lightning.data.trajectory_store import write_teacher
 from ftd_lightning.errors import InputError
 from ftd_lightning.shipped_configs import with_config_files
 
+# make test-all tries ten times as many.
+EXAMPLES = 10 if "FTD_TEST_ALL" in os.environ else 1
 thorough = partial(
     settings,
     derandomize=True,
@@ -191,21 +194,21 @@ def reader(request, tmp_path_factory):
 
 
 @given(content=st.binary(max_size=300))
-@thorough(max_examples=100)
+@thorough(max_examples=10 * EXAMPLES)
 def test_random_bytes_are_refused(reader, content):
     assert reader.of(content) is None
     assert reader.of(len(content).to_bytes(8, "little") + content) is None
 
 
 @given(data=st.data())
-@thorough(max_examples=100)
+@thorough(max_examples=10 * EXAMPLES)
 def test_a_file_cut_anywhere_is_refused(reader, data):
     length = data.draw(st.integers(0, len(reader.content) - 1))
     assert reader.of(reader.content[:length]) is None
 
 
 @given(data=st.data())
-@thorough(max_examples=200)
+@thorough(max_examples=20 * EXAMPLES)
 def test_a_flipped_bit_is_refused_or_changes_nothing(reader, data):
     place = data.draw(
         st.integers(0, len(reader.content) - 1)
@@ -262,7 +265,7 @@ def odd(draw, metadata):
 
 
 @given(data=st.data())
-@thorough(max_examples=200)
+@thorough(max_examples=20 * EXAMPLES)
 def test_odd_metadata_is_refused_or_makes_a_good_object(reader, data):
     metadata = data.draw(odd(reader.metadata))
     kind = metadata.get("kind", reader.kind)
@@ -272,7 +275,7 @@ def test_odd_metadata_is_refused_or_makes_a_good_object(reader, data):
 
 
 @given(data=st.data())
-@thorough(max_examples=150)
+@thorough(max_examples=15 * EXAMPLES)
 def test_odd_tensors_are_refused_or_make_a_good_object(reader, data):
     name = data.draw(st.sampled_from([*reader.tensors, "transform.mean", "labels", "step_size", "other"]))
     tensors = {**reader.tensors, name: data.draw(TENSORS)}
@@ -288,7 +291,7 @@ def test_odd_tensors_are_refused_or_make_a_good_object(reader, data):
     key=st.sampled_from(["network", "transform", "other"]),
     ends=st.sampled_from(["[]", ['{"a":', "}"]]),
 )
-@thorough(max_examples=30)
+@thorough(max_examples=10 * EXAMPLES)
 def test_deep_nesting_is_refused_or_makes_a_good_object(reader, depth, key, ends):
     text = json.dumps({**reader.metadata, key: "DEEP"})
     deep = ends[0] * depth + "0" * (ends[0] != "[") + ends[1] * depth
@@ -342,13 +345,13 @@ SNIPPETS = (
 @given(
     content=st.binary(max_size=100) | st.lists(st.sampled_from(SNIPPETS), max_size=8).map(lambda s: "".join(s).encode())
 )
-@thorough(max_examples=200)
+@thorough(max_examples=20 * EXAMPLES)
 def test_anything_instead_of_a_config_is_refused_or_passed_on(config, content):
     config.of(content)
 
 
 @given(data=st.data())
-@thorough(max_examples=150)
+@thorough(max_examples=15 * EXAMPLES)
 def test_a_damaged_config_is_refused_or_passed_on(config, data):
     place = data.draw(st.integers(0, len(config.content) - 1))
     content = bytearray(config.content)
@@ -358,7 +361,7 @@ def test_a_damaged_config_is_refused_or_passed_on(config, data):
 
 
 @given(key=st.sampled_from(("base", "model", "data")), value=JSON | st.sampled_from(SNIPPETS), rest=JSON)
-@thorough(max_examples=150)
+@thorough(max_examples=15 * EXAMPLES)
 def test_odd_settings_are_refused_or_passed_on(config, key, value, rest):
     passed = config.of(yaml.safe_dump({key: value, "trainer": rest}, allow_unicode=True).encode())
     assert (passed is None) == (key == "base")

@@ -15,6 +15,7 @@ from benchmarks import stage_steps, stages, transfer
 from ftd_lightning import SyntheticSet
 from ftd_lightning.data.transform import Whitening
 
+pytestmark = pytest.mark.exhaustive  # a tool of the project
 TESTS = Path(__file__).resolve().parent
 
 
