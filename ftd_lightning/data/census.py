@@ -1,27 +1,36 @@
-"""What the image files of a data set are, counted from their headers."""
+"""What the image files of a folder are, counted from their headers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping  # noqa: TC003 -- fields of a dataclass
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def is_cut(mode: str) -> bool:
+    """Tell whether Pillow reads 8 of 16 bits, by a mode of a :class:`Census`."""
+    return mode.endswith(";16") and mode != "I;16"
 
 
 @dataclass(frozen=True)
 class Census:
-    """Counts over all image files of a data set.
+    """Counts over all image files of a folder.
 
     Attributes:
         files: number of files, unreadable ones included.
         sizes: files by (width, height) in pixels, as they are shown: after turning.
-        modes: files by Pillow mode, such as "RGB", "L" or "I;16".
+        modes: files by Pillow mode, such as "RGB", "L" or "I;16"; "RGB;16" and the like where 8 of 16 bits are read.
         turned: files whose EXIF orientation is applied.
         transparent: files with an alpha channel or a transparent colour, which are composited on white.
         bits: bits per value of the deepest file, 8 or 16.
         classes: files of each class, by name, in label order.
         unreadable: files that are not readable images.
-        channels: 1 if all files are grey, else 3.
+        channels: 1 if all training images are grey, else 3.
+        size: height and width in pixels that they get if none is asked for: the shorter side of the most common size of
+            the training images, so that no detail is made up.
     """
 
     files: int
@@ -33,23 +42,18 @@ class Census:
     classes: Mapping[str, int]
     unreadable: int
     channels: int
-
-    @property
-    def size(self) -> int:
-        """The most common size, of its sides the shorter: no detail is made up."""
-        most = max(self.sizes.values())
-        return min(min(size) for size, count in self.sizes.items() if count == most)
+    size: int
 
     def lines(self) -> list[str]:
         """Say it in a line, and in a second one where something is done to the files.
 
         Example:
             >>> sizes, classes = {(64, 48): 3, (32, 32): 2}, {"cat": 4, "dog": 1}
-            >>> first, second = Census(5, sizes, {"RGB": 4, "L": 1}, 2, 1, 8, classes, 0, channels=3).lines()
+            >>> first, second = Census(5, sizes, {"RGB": 4, "L": 1}, 2, 1, 8, classes, 0, 3, 48).lines()
             >>> first
             '5 images of 32 x 32 to 64 x 48 px in colour; 2 classes of 1 (dog) to 4 (cat)'
             >>> second
-            '2 are turned upright by their EXIF orientation; 1 is transparent, composited on white'
+            '2 are turned upright by EXIF orientation; 1 is transparent, composited on white'
         """
         ends = [f"{width} x {height}" for width, height in sorted(self.sizes, key=lambda size: size[0] * size[1])]
         size = " to ".join(dict.fromkeys([ends[0], ends[-1]])) if ends else "unknown size"
@@ -60,8 +64,9 @@ class Census:
         colour = "in grey" if self.channels == 1 else "in colour"
         first = f"{self.files:,} images of {size} px {colour}{depth}; {len(self.classes)} classes of {each}"
         done = {
-            "turned upright by their EXIF orientation": self.turned,
+            "turned upright by EXIF orientation": self.turned,
             "transparent, composited on white": self.transparent,
+            "read with 8 of their 16 bits": sum(self.modes[mode] for mode in self.modes if is_cut(mode)),
             "unreadable": self.unreadable,
         }
         told = [f"{count:,} {'is' if count == 1 else 'are'} {what}" for what, count in done.items() if count]
@@ -77,7 +82,7 @@ class Census:
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields as JSON holds them."""
-        return {**asdict(self), "sizes": [[*size, count] for size, count in sorted(self.sizes.items())]}
+        return {**vars(self), "sizes": [[*size, count] for size, count in sorted(self.sizes.items())]}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Census:
