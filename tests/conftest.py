@@ -43,6 +43,10 @@ def default_precision():
 def user_cache(tmp_path_factory):
     """Give the user's cache folder of this session, which decoded images and whitenings go to."""
     folder = tmp_path_factory.mktemp("cache")
+    # matplotlib would look for all fonts again.
+    os.environ.setdefault(
+        "MPLCONFIGDIR", str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "matplotlib").expanduser())
+    )
     os.environ["XDG_CACHE_HOME"] = str(folder)
     return folder / "ftd_lightning"
 

@@ -80,7 +80,7 @@ class DistillationDataModule(ImageDataModule):
         seed: decides the held-out images, the random ones, and the order of batches.
         image_size: height and width in pixels that the images are resized to; None: the data set's own.
         test_fraction: share of every class that becomes the test part, in (0, 0.9], for a "folder" of classes that
-            names no test part; the same images for every seed.
+            names no test part; the names of the files decide which images.
         trajectories: store of the teachers whose features "herding" and "k-center" use.
         teacher: which of them.
         cache_dir: folder of decoded images and whitenings; None: ``ftd_lightning`` in the user's cache folder.
@@ -90,6 +90,7 @@ class DistillationDataModule(ImageDataModule):
             another datamodule in its images, at its first use: it and what follows from it (``num_classes``,
             ``in_channels``, ``image_size``, ``class_names``) need ``prepare_data``, or do its downloading and decoding.
         synthetic_set: what ``synthetic`` named, after ``setup``, or None.
+        census: what the files of a "folder" are, by their headers; None for other data sets.
     """
 
     def __init__(
@@ -135,8 +136,8 @@ class DistillationDataModule(ImageDataModule):
     ) -> DistillationDataModule:
         """Read torch datasets of (image, label), or pairs of tensors (images, labels), into memory.
 
-        Images are pictures: Pillow images, uint8, or floats in [0, 1]. Items are read once. Mean and standard deviation
-        are measured on ``train``; the contents identify the data in stores and sets.
+        Images are pictures: Pillow images, uint8, floats in [0, 1], or uint16, which is divided by its largest value.
+        Items are read once. Mean and standard deviation are measured on ``train``; the contents identify the data.
 
         Args:
             train: e.g. a torchvision dataset, with or without ``ToTensor``.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 from tqdm.auto import tqdm
 
 from ftd_lightning.data.images import Pictures
@@ -70,7 +70,7 @@ def in_parallel(work: Callable[[int], T], count: int, what: str) -> list[T]:
         return list(chain.from_iterable(job.result() for job in jobs))
 
 
-def opened(path: Path, use: Callable[[Image.Image], T]) -> T:
+def opened(path: Path, use: Callable[[ImageFile.ImageFile], T]) -> T:
     """Apply a function to an open image file.
 
     Raises:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from PIL import Image
+    from PIL import ImageFile
     from torch import Tensor
 
 PARTS = ("train", "val", "test")  # folders of parts under root; where there are none, the folders there are classes
@@ -105,7 +105,7 @@ class _Header(NamedTuple):
     grey: bool
 
 
-def _read_header(image: Image.Image) -> _Header:
+def _read_header(image: ImageFile.ImageFile) -> _Header:
     """Look at an image that is open but not decoded."""
     turn = turn_of(image)
     raw = str(image.tile[0][3]) if image.tile else ""  # how the file holds its values, such as "RGB;16B"
@@ -118,7 +118,7 @@ def _read_header(image: Image.Image) -> _Header:
 
 def _census(names: Sequence[str], parts: Mapping[str, Part]) -> Census:
     """Look at the headers of all files, in parallel; the training part decides channels and size."""
-    files, labels = ([item for part in parts.values() for item in part[i]] for i in (0, 1))
+    files = [file for part in parts.values() for file in part.files]
 
     def look(i: int) -> _Header | InputError:
         try:
@@ -131,7 +131,8 @@ def _census(names: Sequence[str], parts: Mapping[str, Part]) -> Census:
     train = [header for header in looks[: len(parts["train"].files)] if isinstance(header, _Header)]
     if not train:
         raise next(error for error in looks if isinstance(error, InputError))
-    sizes, counts = Counter(header.size for header in train), Counter(labels)
+    sizes = Counter(header.size for header in train)
+    counts = Counter(label for part in parts.values() for label in part.labels)
     most = max(sizes.values())
     return Census(
         files=len(files),

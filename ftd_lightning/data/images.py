@@ -109,9 +109,13 @@ class ImageDataset:
         """
         if image_size is None or image_size == self.image_size:
             return self
-        size = {"image_size": image_size, "native_size": self.native_size or self.image_size}
-        held_out = self.held_out and partial(_held_out_resized, self.held_out, image_size)
-        return replace(self, **size, load=partial(_load_resized, self.load, image_size), held_out=held_out)
+        return replace(
+            self,
+            image_size=image_size,
+            native_size=self.native_size or self.image_size,
+            load=partial(_load_resized, self.load, image_size),
+            held_out=self.held_out and partial(_held_out_resized, self.held_out, image_size),
+        )
 
     def describe(self) -> dict[str, Any]:
         """Describe what the name alone does not say: a size other than the data set's own, and its contents."""
