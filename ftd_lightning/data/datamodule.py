@@ -80,17 +80,17 @@ class DistillationDataModule(ImageDataModule):
         seed: decides the held-out images, the random ones, and the order of batches.
         image_size: height and width in pixels that the images are resized to; None: the data set's own.
         test_fraction: share of every class that becomes the test part, in (0, 0.9], for a "folder" of classes that
-            names no test part; the same images for every seed.
+            names no test part; the names of the files decide which images.
         trajectories: store of the teachers whose features "herding" and "k-center" use.
         teacher: which of them.
-        cache_dir: folder of decoded images and whitenings; None: ``root``, or the user's cache folder where root cannot
-            be written to.
+        cache_dir: folder of decoded images and whitenings; None: ``ftd_lightning`` in the user's cache folder.
 
     Attributes:
         spec: the description of the data set. That of "tiny-imagenet" and "folder" is found in their files, and that of
             another datamodule in its images, at its first use: it and what follows from it (``num_classes``,
             ``in_channels``, ``image_size``, ``class_names``) need ``prepare_data``, or do its downloading and decoding.
         synthetic_set: what ``synthetic`` named, after ``setup``, or None.
+        census: what the files of a "folder" are, by their headers; None for other data sets.
     """
 
     def __init__(
@@ -136,8 +136,8 @@ class DistillationDataModule(ImageDataModule):
     ) -> DistillationDataModule:
         """Read torch datasets of (image, label), or pairs of tensors (images, labels), into memory.
 
-        Images are pictures: Pillow images, uint8, or floats in [0, 1]. Items are read once. Mean and standard deviation
-        are measured on ``train``; the contents identify the data in stores and sets.
+        Images are pictures: Pillow images, uint8, floats in [0, 1], or uint16, which is divided by its largest value.
+        Items are read once. Mean and standard deviation are measured on ``train``; the contents identify the data.
 
         Args:
             train: e.g. a torchvision dataset, with or without ``ToTensor``.
@@ -173,8 +173,9 @@ class DistillationDataModule(ImageDataModule):
         """Read the loaders of another LightningDataModule into memory, once, and serve every phase from there.
 
         Its ``prepare_data`` and ``setup`` are called by ours. Images are pictures, as for :meth:`from_datasets`. The
-        validation loader's images are the held-out ones; without one, none are. Map-style datasets are read in their
-        own order. Its hooks on batches (``on_after_batch_transfer`` and the like) are not called.
+        validation loader's images are the held-out ones; without one, none are. Map-style datasets are read whole, in
+        their own order: of samplers, only the choice of a ``SubsetRandomSampler`` counts. Its hooks on batches
+        (``on_after_batch_transfer`` and the like) are not called.
 
         Args:
             datamodule: its loaders yield (images, labels); the batch size is that of its training loader.
@@ -282,7 +283,7 @@ class DistillationDataModule(ImageDataModule):
 
     def val_dataloader(self) -> Iterable[Any]:
         """Return the held-out images, in order; nothing where there are none, or where a distillation is fitted."""
-        if isinstance(self._module(), BringsBatches) or not self._read().count("val"):
+        if isinstance(self._module(), BringsBatches) or not len(self._read().labels("val")):
             return [] if self.trainer is None else NoLoaders()
         return self._loader(self.val, shuffle=False)
 
