@@ -74,6 +74,7 @@ def test_its_set_and_its_checkpoint_stand_alone(tmp_path, options):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
     theirs.save(tmp_path / "again.safetensors")
     assert loaded.method == module.method
+    distil(tmp_path, steps=1, **options)  # in the same folder: its settings are those of the set that lies there
 
 
 def test_methods_are_named_by_their_settings():
