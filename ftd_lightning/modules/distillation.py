@@ -79,7 +79,12 @@ class Distillation(LearnedSet):
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a writer of the set where the trainer has none."""
-        return self.missing_callbacks(SyntheticSetWriter)
+        return [*super().configure_callbacks(), *self.missing_callbacks(SyntheticSetWriter)]
+
+    @property
+    def verbs(self) -> list[str]:
+        """A set is fitted; :class:`SyntheticEvaluation` measures it."""
+        return ["fit"]
 
     def keep_real(self, real: tuple[Tensor, Tensor] | None) -> None:
         """Keep the argument ``real``; see ``given_images``."""
