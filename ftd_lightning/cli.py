@@ -48,7 +48,7 @@ COMMANDS = {
     ),
     "validate": Command("measure a checkpoint on the held-out training images"),
     "test": Command("measure a checkpoint on the test images"),
-    "predict": Command("run a checkpoint's predict step"),
+    "predict": Command("write a checkpoint's logits of the test images to predictions.npy"),
     "compare": Command(
         "run several methods or values of a setting, and tabulate them", "ftd_lightning.studies.compare", CONTINUES
     ),

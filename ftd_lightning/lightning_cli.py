@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -24,12 +28,14 @@ from ftd_lightning.callbacks import (
     TensorBoardPictures,
 )
 from ftd_lightning.contracts import LearnsSet, data_source
+from ftd_lightning.data.files import replacing
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation
 from ftd_lightning.shipped_configs import run_folder_of, with_config_files
 from ftd_lightning.training.learning_check import summary
 from ftd_lightning.training.nodes import last_checkpoint
 from ftd_lightning.training.phase_module import PhaseModule
+from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,6 +80,21 @@ def check_checkpoint(path: str, model: str | None = None) -> None:
         raise InputError(f"{path}: is a checkpoint of {recorded}, the model here is {model}")
 
 
+class Parser(LightningArgumentParser):
+    """Lightning's parser, which tells an option that a class lacks in one line, with the nearest that it has."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with code 2."""
+        unknown = re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message)
+        if unknown is None:
+            super().error(message, ex)
+        module, _, name = unknown[1].rpartition(".")
+        options = list(inspect.signature(getattr(sys.modules[module], name)).parameters)
+        near = difflib.get_close_matches(unknown[2], options, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(options)}"
+        self.exit(2, f"ftd: error: {name} has no option {unknown[2]!r}: {hint}\n")
+
+
 class FTDCLI(LightningCLI):
     """LightningCLI with this library's defaults; everything else is as in Lightning's documentation."""
 
@@ -90,6 +111,8 @@ class FTDCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what only records, and atomic checkpoints, unless the config has its own."""
+        if self.subcommand not in (None, "fit"):
+            self.save_config_callback = None  # config.yaml beside the logs is that of the fit
         config = self._get(self.config_init, "trainer", default={})
         kwargs["callbacks"] = _with_defaults(config.get("callbacks"), self._recording(config))
         kwargs["plugins"] = _with_defaults(config.get("plugins"), {CheckpointIO: AtomicCheckpointIO()})
@@ -138,6 +161,14 @@ class FTDCLI(LightningCLI):
         """Say which of the networks of an evaluation are not to be trusted."""
         if isinstance(self.model, SyntheticEvaluation):
             self._judge(self.model)
+
+    def after_predict(self) -> None:
+        """Write the logits (N, K) of a module of this library as ``predictions.npy`` beside the logs."""
+        if isinstance(self.model, PhaseModule) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            file = run_folder(self.trainer) / "predictions.npy"
+            with replacing(file) as part, part.open("wb") as out:
+                np.save(out, torch.cat(self.trainer.predict_loop.predictions).float().numpy())
+            print(f"ftd: wrote {file}")
 
     def _judge(self, module: SyntheticEvaluation) -> None:
         total = module.hparams["networks"]
@@ -188,6 +219,7 @@ def _command_line(args: ArgsType, *, run: bool) -> FTDCLI:
     return FTDCLI(
         LightningModule,
         LightningDataModule,
+        parser_class=Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,

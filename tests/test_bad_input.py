@@ -321,6 +321,12 @@ def test_configs(kind: str, option: str, here: Path, capsys) -> None:
     assert not (here / "exploded").exists()
 
 
+def test_verbs_that_a_module_lacks(here: Path, capsys) -> None:
+    for verb in ("validate", "predict"):
+        line = one_line(capsys, verb, *DISTIL[1:], "--model.trajectories=gone")
+        assert line.endswith(f"TrajectoryMatching has no {verb}: it has fit")
+
+
 def saved(value):
     return lambda path: torch.save(value, path)
 

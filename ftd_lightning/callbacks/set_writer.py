@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,8 @@ class SyntheticSetWriter(Callback):
     def _refuse_other(file: Path, trainer: Trainer, module: LearnsSet) -> None:
         if not file.exists() or trainer.ckpt_path:  # a resumed fit may have been given more to do
             return
-        there, planned = SyntheticSet.read_metadata(file), module.synthetic_set().metadata
+        there = SyntheticSet.read_metadata(file)
+        planned = json.loads(json.dumps(module.synthetic_set().metadata))  # as the file holds it: lists for tuples
         different = [key for key in IDENTITY if key in there and there[key] != planned.get(key)]
         if "settings" in different:
             old, new = there["settings"], planned["settings"]

@@ -34,9 +34,10 @@ def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str]
     """Lay pictures out for eyes: in real colours, one column per class under its name, ten columns side by side.
 
     Pictures narrower than 96 pixels are enlarged by a whole factor, pixel by pixel. The next ten classes follow below.
+    Three channels are red, green and blue, one is grey. Of more than three the first three are shown, of two the first.
 
     Args:
-        pictures: (N, C, H, W) in [0, 1], C being 1 or 3.
+        pictures: (N, C, H, W) in [0, 1].
         labels: (N,) classes, or (N, K) probabilities.
         class_names: in label order, without accents and shortened to what fits; classes beyond them, and those whose
             names have no ASCII letters, are numbered.
@@ -55,6 +56,7 @@ def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str]
     rows = max(len(index) for index in columns.values())
     factor = -(-WIDTH // pictures.shape[-1])
     height, width = (factor * size for size in pictures.shape[-2:])
+    visible = pictures[:, : 3 if pictures.shape[1] >= 3 else 1]
     bands = -(-len(columns) // COLUMNS)
     band_height = NAME_HEIGHT + rows * (height + GAP)
     size = (GAP + min(len(columns), COLUMNS) * (width + GAP), GAP + bands * band_height)
@@ -66,7 +68,7 @@ def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str]
         name = _printable(class_names[label]) if label < len(class_names) else ""
         text = _shortened(name or str(label), width - 3 * GAP, font)  # neighbours do not touch
         pen.text((left + width // 2, top), text, fill="black", font=font, anchor="ma")
-        shown = (pictures[index].detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+        shown = (visible[index].detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
         for row, picture in enumerate(shown.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)):
             enlarged = Image.fromarray(picture.numpy()).resize((width, height), Image.Resampling.NEAREST)
             grid.paste(enlarged, (left, top + NAME_HEIGHT + row * (height + GAP)))
@@ -97,6 +99,8 @@ def _boards(trainer: Trainer) -> list[Any]:
 
 class TensorBoardPictures(Callback):
     """Shows the synthetic images in real colours, whitening undone, and histograms of their values.
+
+    Of images with two channels the first is shown, of those with more than three the first three.
 
     Args:
         every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``, and at the beginning and the end;

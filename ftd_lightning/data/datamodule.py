@@ -284,12 +284,16 @@ class DistillationDataModule(ImageDataModule):
     def val_dataloader(self) -> Iterable[Any]:
         """Return the held-out images, in order; nothing where there are none, or where a distillation is fitted."""
         if isinstance(self._module(), BringsBatches) or not len(self._read().labels("val")):
+            if self.trainer is not None and self.trainer.state.fn == "validate":
+                raise InputError("no training images are held out to validate on: set data.val_fraction")
             return [] if self.trainer is None else NoLoaders()
         return self._loader(self.val, shuffle=False)
 
     def test_dataloader(self) -> Iterable[Any]:
         """Return the test images, in order."""
         return self._loader(self.test, shuffle=False)
+
+    predict_dataloader = test_dataloader
 
 
 def _same_epoch(epoch: int) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
-from ftd_lightning.models.layers import NORMS, Norm, check_option
+from ftd_lightning.models.layers import NORMS, Norm, check_option, first_padding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,10 +31,14 @@ POOLINGS: dict[str, Callable[[], nn.Module]] = {
 class ConvNet(nn.Sequential):
     """Depth times [3x3 convolution, norm, activation, 2x2 pooling], then a linear layer.
 
+    Convention: images of one channel and 28 px (MNIST) become 32 px by a padding of 3 in the first convolution, as in
+    DC and MTT. Their code pads every image of one channel so; here other sizes keep a padding of 1.
+
     Args:
         in_channels: C of the images.
         num_classes: length of the logits.
-        image_size: height and width in pixels; pooling must divide it ``depth`` times.
+        image_size: height and width in pixels; pooling must divide it (32 instead of 28 with one channel) ``depth``
+            times.
         width: channels of every convolution.
         depth: number of blocks.
         norm: "none", "batch", "layer", "instance" or "group" (4 groups).
@@ -71,14 +75,15 @@ class ConvNet(nn.Sequential):
             check_option("ConvNet", what, value, known)
         if norm == "group" and width % 4:
             raise InputError(f"ConvNet's norm 'group' has 4 groups, which do not divide width {width}")
-        if pooling != "none" and image_size % 2**depth:
+        padding = first_padding(in_channels, image_size)
+        size = image_size + 2 * (padding - 1)
+        if pooling != "none" and size % 2**depth:
             raise InputError(f"ConvNet of depth {depth} cannot halve {image_size} px {depth} times: lower the depth")
         layers: list[nn.Module] = []
-        size = image_size
         for _ in range(depth):
-            layers += [nn.Conv2d(in_channels, width, 3, padding=1), NORMS[norm](width, size), ACTIVATIONS[activation]()]
-            layers.append(POOLINGS[pooling]())
-            in_channels, size = width, size if pooling == "none" else size // 2
+            layers.append(nn.Conv2d(in_channels, width, 3, padding=padding))
+            layers += [NORMS[norm](width, size), ACTIVATIONS[activation](), POOLINGS[pooling]()]
+            in_channels, padding, size = width, 1, size if pooling == "none" else size // 2
         super().__init__(*layers, nn.Flatten(), nn.Linear(in_channels * size * size, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -23,6 +23,16 @@ NORMS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+def first_padding(in_channels: int, image_size: int) -> int:
+    """Return the padding of a 3x3 convolution on the images: 1, or 3 for one channel of 28 px, which makes 32 px.
+
+    Example:
+        >>> first_padding(1, 28), first_padding(3, 32)
+        (3, 1)
+    """
+    return 3 if (in_channels, image_size) == (1, 28) else 1
+
+
 def check_option(network: str, what: str, value: str, known: Sequence[str] = get_args(Norm)) -> None:
     """Refuse an option that a network does not have.
 

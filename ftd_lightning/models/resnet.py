@@ -16,16 +16,14 @@ if TYPE_CHECKING:
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
 
 
-def _convolution(in_channels: int, channels: int, kernel: int, stride: int, *, average_pooling: bool) -> nn.Sequential:
-    """Convolve without bias, making the map ``stride`` times smaller by striding or by pooling afterwards.
+def _convolution(in_channels: int, channels: int, kernel: int, stride: int, pool: int = 1) -> nn.Sequential:
+    """Convolve without bias, then average ``pool`` x ``pool`` places.
 
-    Pooling keeps the incomplete window at the edge of an odd map, as a stride does: both variants have maps, and layer
-    norms, of the same sizes. It is there as an identity too, so that weights have the same names in both.
+    Pooling is there as an identity too, so that weights have the same names in both variants.
     """
-    pooled = average_pooling and stride > 1
     return nn.Sequential(
-        nn.Conv2d(in_channels, channels, kernel, stride=1 if pooled else stride, padding=kernel // 2, bias=False),
-        nn.AvgPool2d(stride, ceil_mode=True) if pooled else nn.Identity(),
+        nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=False),
+        nn.AvgPool2d(pool) if pool > 1 else nn.Identity(),
     )
 
 
@@ -37,14 +35,15 @@ class BasicBlock(nn.Module):
     Args:
         in_channels: of the map that comes in.
         channels: of the map that goes out.
-        size: height and width of the map that goes out.
+        size: height and width of the map that comes in.
         stride: 1, or 2 to halve the map.
         norm: a key of ``NORMS``.
-        average_pooling: halve by pooling instead of striding.
+        average_pooling: halve by pooling instead of striding: after the first ReLU, and, in the shortcut, after the
+            convolution. A stride keeps the last place of an odd map, pooling drops it.
 
     Example:
         >>> import torch
-        >>> BasicBlock(4, 8, 3, 2, "instance", average_pooling=True)(torch.zeros(1, 4, 6, 6)).shape
+        >>> BasicBlock(4, 8, 6, 2, "instance", average_pooling=True)(torch.zeros(1, 4, 6, 6)).shape
         torch.Size([1, 8, 3, 3])
     """
 
@@ -52,20 +51,22 @@ class BasicBlock(nn.Module):
         self, in_channels: int, channels: int, size: int, stride: int, norm: Norm, *, average_pooling: bool
     ) -> None:
         super().__init__()
+        stride, pool = (1, stride) if average_pooling else (stride, 1)
+        halved = -(-size // stride) // pool
         self.residual = nn.Sequential(
-            _convolution(in_channels, channels, 3, stride, average_pooling=average_pooling),
-            NORMS[norm](channels, size),
-            nn.ReLU(),
-            _convolution(channels, channels, 3, 1, average_pooling=average_pooling),
-            NORMS[norm](channels, size),
+            _convolution(in_channels, channels, 3, stride),
+            NORMS[norm](channels, -(-size // stride)),
+            nn.ReLU() if pool == 1 else nn.Sequential(nn.ReLU(), nn.AvgPool2d(pool)),
+            _convolution(channels, channels, 3, 1),
+            NORMS[norm](channels, halved),
         )
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
-            shortcut = _convolution(in_channels, channels, 1, stride, average_pooling=average_pooling)
-            self.shortcut = nn.Sequential(shortcut, NORMS[norm](channels, size))
+        if max(stride, pool) != 1 or in_channels != channels:
+            shortcut = _convolution(in_channels, channels, 1, stride, pool)
+            self.shortcut = nn.Sequential(shortcut, NORMS[norm](channels, halved))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in_channels, H, W) to (N, channels, size, size)."""
+        """Map (N, in_channels, size, size) to (N, channels, H, W)."""
         out: Tensor = self.residual(x) + self.shortcut(x)
         return out.relu()
 
@@ -73,16 +74,18 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Sequential):
     """A 3x3 convolution, norm and ReLU, four stages of two basic blocks, the mean over the map, a linear layer.
 
-    Convention: convolutions have no bias, whatever the norm, and the linear layer takes 512 numbers whatever the image
-    size (public networks of the pooling variant give it all of the 4x4 map, which ties them to 32 px).
+    Convention: convolutions have no bias, whatever the norm. Both variants are those of DC and MTT at 32 px, and at
+    28 px with one channel, to which their code is tied; here the linear layer follows the image size.
 
     Args:
         in_channels: C of the images.
         num_classes: length of the logits.
-        image_size: height and width in pixels, at least 8; 9 with instance norm, of whose last map of 8 px, one place,
-            nothing would be left but the offset.
+        image_size: height and width in pixels, at least 8. Instance norm leaves only its offset of a last map of one
+            place, and so takes at least 9 px, or 16 with average pooling.
         norm: "none", "batch", "layer", "instance" or "group" (4 groups).
-        average_pooling: give every convolution of stride 2 a stride of 1 and average 2x2 places after it.
+        average_pooling: the variant "ResNet18_AP" of DC. Where a block halves its map, it averages 2x2 places after the
+            first ReLU, and after the convolution of the shortcut, instead of striding; the linear layer takes the whole
+            last map instead of its mean.
 
     Raises:
         InputError: for a number out of range, an unknown norm, or an image that is too small.
@@ -103,17 +106,20 @@ class ResNet18(nn.Sequential):
     ) -> None:
         check_bounds(ResNet18, locals())
         check_option("ResNet18", "norm", norm)
-        name, least = ("ResNet18 with instance norm", 9) if norm == "instance" else ("ResNet18", 8)
+        name, least = "ResNet18", 8
+        if norm == "instance":
+            name, least = "ResNet18 with instance norm", 16 if average_pooling else 9
         check_size(name, image_size, halvings=3, least=least)
         channels, size = STAGES[0][0], image_size
         layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)]
         layers += [NORMS[norm](channels, size), nn.ReLU()]
         for wider, first_stride in STAGES:
             for stride in (first_stride, 1):
-                size = -(-size // stride)
                 layers.append(BasicBlock(channels, wider, size, stride, norm, average_pooling=average_pooling))
-                channels = wider
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+                channels, size = wider, size // stride if average_pooling else -(-size // stride)
+        last = size if average_pooling else 1
+        layers.append(nn.Identity() if average_pooling else nn.AdaptiveAvgPool2d(1))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * last * last, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, C, H, W) to logits (N, K)."""

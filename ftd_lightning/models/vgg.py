@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.models.layers import NORMS, check_option, check_size
+from ftd_lightning.models.layers import NORMS, check_option, check_size, first_padding
 
 if TYPE_CHECKING:
     from ftd_lightning.models.layers import Norm
@@ -22,11 +22,14 @@ class VGG11(nn.Sequential):
     The linear layer takes 512 numbers whatever the image size: the mean over the last map. Of 32 px the five poolings
     leave one place, so that there the mean changes nothing.
 
+    Convention: images of one channel and 28 px (MNIST) become 32 px by a padding of 3 in the first convolution, as in
+    DC and MTT. Their code pads every image of one channel so; here other sizes keep a padding of 1.
+
     Args:
         in_channels: C of the images.
         num_classes: length of the logits.
-        image_size: height and width in pixels, at least 32; a size that pooling does not divide loses its last rows
-            and columns.
+        image_size: height and width in pixels, at least 32, or 28 with one channel; a size that pooling does not
+            divide loses its last rows and columns.
         norm: "none", "batch", "layer", "instance" or "group" (4 groups).
 
     Raises:
@@ -41,13 +44,14 @@ class VGG11(nn.Sequential):
     def __init__(self, in_channels: int, num_classes: int, image_size: int, norm: Norm = "instance") -> None:
         check_bounds(VGG11, locals())
         check_option("VGG11", "norm", norm)
-        check_size("VGG11", image_size, halvings=len(STAGES), least=2 ** len(STAGES))
+        padding = first_padding(in_channels, image_size)
+        size = image_size + 2 * (padding - 1)
+        check_size("VGG11", size, halvings=len(STAGES), least=2 ** len(STAGES))
         layers: list[nn.Module] = []
-        size = image_size
         for stage in STAGES:
             for channels in stage:
-                layers += [nn.Conv2d(in_channels, channels, 3, padding=1), NORMS[norm](channels, size), nn.ReLU()]
-                in_channels = channels
+                layers += [nn.Conv2d(in_channels, channels, 3, padding=padding), NORMS[norm](channels, size), nn.ReLU()]
+                in_channels, padding = channels, 1
             layers.append(nn.MaxPool2d(2))
             size //= 2
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))

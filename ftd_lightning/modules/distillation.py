@@ -43,8 +43,9 @@ class Distillation(LearnedSet):
     none.
 
     A step whose loss or gradient is not finite is skipped (images and momentum stay as they are), counted in
-    ``matching/skipped_steps``, and after ten in a row the run ends with a ``DivergenceError``. Neither makes the host
-    wait for the device: there the count is read every tenth iteration.
+    ``matching/skipped_steps``, and after ten in a row the run ends with a ``DivergenceError``. Ten iterations in a row
+    in which the images' gradient is exactly zero end it with an ``InputError``: the network lets no gradient through.
+    Neither makes the host wait for the device: there the counts are read every tenth iteration.
 
     Attributes:
         initial_images: a copy of the images at the start; None in a module loaded from a checkpoint.
@@ -78,7 +79,12 @@ class Distillation(LearnedSet):
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a writer of the set where the trainer has none."""
-        return self.missing_callbacks(SyntheticSetWriter)
+        return [*super().configure_callbacks(), *self.missing_callbacks(SyntheticSetWriter)]
+
+    @property
+    def verbs(self) -> list[str]:
+        """A set is fitted; :class:`SyntheticEvaluation` measures it."""
+        return ["fit"]
 
     def keep_real(self, real: tuple[Tensor, Tensor] | None) -> None:
         """Keep the argument ``real``; see ``given_images``."""
@@ -162,6 +168,7 @@ class Distillation(LearnedSet):
             optimizer,
             [self._loss, *norms.values()],
             accepted=self.accepted(self._loss),
+            still=norms["images"] == 0 if "images" in norms else None,
             reduce=self._minimum_over_ranks,
         )
         self.log_dict({f"gradient_norm/{name}": norm for name, norm in norms.items()}, batch_size=1)

@@ -159,6 +159,7 @@ class SyntheticEvaluation(PhaseModule):
 
     def on_validation_start(self) -> None:
         """Restore them where nothing is fitted: there too the first rank's weights are broadcast."""
+        super().on_validation_start()
         self._states.restore(self)
 
     on_test_start = on_validation_start
@@ -210,6 +211,15 @@ class SyntheticEvaluation(PhaseModule):
         self.train_loss.update(losses.detach()[: self.counted].expand(len(batch[1]), self.counted))
         self.log("evaluation/train_loss", self.train_loss, on_step=False, on_epoch=True)
         return losses.sum()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the logits of n networks (n, N, K)."""
+        assert self.networks is not None
+        return torch.stack([network(images) for network in self.networks])
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean logits of the networks (N, K)."""
+        return self(batch[0]).mean(0)  # type: ignore[no-any-return]
 
     def _measure(self, batch: tuple[Tensor, Tensor]) -> None:
         assert self.networks is not None

@@ -184,7 +184,7 @@ class FlatTeacher(PhaseModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a recorder where the trainer has none."""
-        return self.missing_callbacks(TrajectoryRecorder)
+        return [*super().configure_callbacks(), *self.missing_callbacks(TrajectoryRecorder)]
 
     def configure_optimizers(self) -> GSAM:
         """Wrap plain SGD in GSAM."""
@@ -269,6 +269,15 @@ class FlatTeacher(PhaseModule):
         self.train_accuracy.update(right_answers(first["logits"], labels))
         self.log("teacher/train_loss", self.train_loss, on_step=False, on_epoch=True)
         self.log("teacher/train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (N, C, H, W) to logits (N, K) of the teacher being trained."""
+        logits: Tensor = self.teacher_network()(images)
+        return logits
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return logits (N, K)."""
+        return self(batch[0])  # type: ignore[no-any-return]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure accuracy on held-out images."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def set_picture(synthetic: SyntheticSet, *, ema: bool = False) -> Image.Image:
-    """Lay a set's images out as a grid, one column per class, at most ten images of each.
+    """Lay a set's images out as a grid, one column per class, at most ten images of each; see ``picture_grid``.
 
     Raises:
         InputError: if averaged images are asked for and there are none.

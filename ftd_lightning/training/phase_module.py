@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ftd_lightning.contracts import DataDescription, ImageShape, Stateful, data_source
 from ftd_lightning.data.transform import load_transform
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ftd_lightning.training.fresh_networks import Network
 
 KEY = "ftd_lightning"  # of what a checkpoint holds beside Lightning's own
+STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}  # what a verb calls
 
 
 class PhaseModule(LightningModule):
@@ -134,6 +136,22 @@ class PhaseModule(LightningModule):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [] if any(isinstance(callback, kind) for callback in callbacks) else [kind()]
 
+    @property
+    def verbs(self) -> list[str]:
+        """What a trainer can do with this module: "fit", and "validate", "test", "predict" where it has their step."""
+        return ["fit", *(verb for verb, step in STEPS.items() if is_overridden(step, self))]
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add no callback; refuse what this module cannot do, in the first hook of all.
+
+        Raises:
+            InputError: for a verb that it lacks, with those that it has.
+        """
+        verb = self.trainer.state.fn
+        if verb is not None and verb.value not in self.verbs:
+            raise InputError(f"{type(self).__name__} has no {verb.value}: it has {', '.join(self.verbs)}")
+        return []
+
     def configure_model(self) -> None:
         """Build for the trainer's data; nothing without a trainer, or where everything has been built."""
         self._resumed = False
@@ -202,6 +220,30 @@ class PhaseModule(LightningModule):
         if not self._resumed and not continued:
             self._first_epoch, self._first_step = self.current_epoch, self.global_step
         self._fitted_by = weakref.ref(self.trainer)
+
+    def on_validation_start(self) -> None:
+        """Refuse to measure, or to predict by, a module that neither a fit nor a checkpoint has given its weights.
+
+        Raises:
+            InputError: for such a module.
+        """
+        if self._fitted_by is None and self._recorded_network is None:
+            raise InputError(
+                f"this {type(self).__name__} is not trained: fit it first, or name a checkpoint (--ckpt_path last is "
+                "the last one of the same fit)"
+            )
+
+    on_test_start = on_validation_start
+
+    def on_predict_start(self) -> None:
+        """Refuse untrained modules, and several processes, each of which has networks of its own.
+
+        Raises:
+            InputError: for either.
+        """
+        self.on_validation_start()
+        if self.trainer.world_size > 1:
+            raise InputError("predict runs in one process: pass --trainer.devices 1")
 
     def choose_compile(
         self,

@@ -29,7 +29,7 @@ def plain(value: Any) -> Any:
         ([1, 2], 'flip')
     """
     if isinstance(value, (MatchingRule, InnerOptimizer)):
-        return {"class_path": _path(type(value)), "init_args": asdict(value)}  # type: ignore[call-overload]
+        return {"class_path": _path(type(value)), "init_args": plain(asdict(value))}  # type: ignore[call-overload]
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):

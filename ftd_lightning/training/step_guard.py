@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ftd_lightning.errors import DivergenceError
+from ftd_lightning.errors import DivergenceError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,6 +29,7 @@ class StepGuard:
         in_a_row: number of them since the last finite one, likewise.
         gated: number of finite steps that were not accepted, likewise.
         gated_in_a_row: number of them since the last other one, likewise.
+        still_in_a_row: number of steps with a gradient of zero since the last other one, likewise; not in checkpoints.
         gates: whether something else than that decides on steps.
         applied: whether the present step is made, a bool scalar on the device.
     """
@@ -36,6 +37,7 @@ class StepGuard:
     def __init__(self) -> None:
         self.skipped, self.in_a_row, self.gated, self.gated_in_a_row = (torch.tensor(0) for _ in range(4))
         self.applied = self._finite = torch.tensor(True)
+        self._still, self.still_in_a_row = torch.tensor(False), torch.tensor(0)
         self.gates = False
         self._before: list[tuple[Tensor, Tensor]] = []
 
@@ -46,6 +48,7 @@ class StepGuard:
         values: Sequence[Tensor],
         *,
         accepted: Tensor | None = None,
+        still: Tensor | None = None,
         reduce: Callable[[Tensor], Tensor] = lambda flag: flag,
     ) -> None:
         """Judge a step, and remember what it is going to change.
@@ -54,10 +57,12 @@ class StepGuard:
             optimizer: about to step.
             values: scalars that all have to be finite: the loss, norms of the gradients.
             accepted: a bool scalar, the same on all ranks; None accepts.
+            still: a bool scalar: whether the gradient is exactly zero; None: it is not.
             reduce: the minimum over all ranks: they skip together, or their weights would drift apart.
         """
         finite = torch.isfinite(torch.stack([value.detach().float() for value in values])).all()
         self._finite = reduce(finite.float()) > 0
+        self._still = torch.zeros_like(finite) if still is None else still
         self.gates = accepted is not None
         self.applied = self._finite if accepted is None else self._finite & accepted
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -82,6 +87,7 @@ class StepGuard:
         self.in_a_row = (self.in_a_row.to(skip.device) + 1) * skip
         self.gated = self.gated.to(gate.device) + gate
         self.gated_in_a_row = (self.gated_in_a_row.to(gate.device) + 1) * gate
+        self.still_in_a_row = (self.still_in_a_row.to(gate.device) + 1) * self._still
 
     def check(self, iteration: int) -> None:
         """Stop a run that only diverges, or learns nothing; waits for the device.
@@ -91,7 +97,13 @@ class StepGuard:
 
         Raises:
             DivergenceError: after ``MAX_SKIPPED`` skipped or ``MAX_GATED`` gated steps in a row.
+            InputError: after ``MAX_SKIPPED`` steps in a row with a gradient of zero.
         """
+        if int(self.still_in_a_row) >= MAX_SKIPPED:
+            raise InputError(
+                f"the images' gradient was exactly zero {int(self.still_in_a_row)} iterations in a row, the last one "
+                f"{iteration}: the network lets no gradient through; remove no_grad, detach and frozen layers from it"
+            )
         if int(self.in_a_row) >= MAX_SKIPPED:
             raise DivergenceError(
                 f"loss or gradient not finite {int(self.in_a_row)} iterations in a row, the last one {iteration}; the "

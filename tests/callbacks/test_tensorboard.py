@@ -150,6 +150,13 @@ def test_a_class_with_fewer_images_hides_none_of_another() -> None:
     assert black == [[True, True], [False, True]]
 
 
+@pytest.mark.parametrize(("channels", "shown"), [(2, 1), (4, 3), (13, 3)])
+def test_channels_that_eyes_lack_are_left_out(channels: int, shown: int) -> None:
+    pictures = torch.rand(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1])
+    assert torch.equal(picture_grid(pictures, labels), picture_grid(pictures[:, :shown], labels))
+
+
 @pytest.mark.parametrize(("size", "width"), [(1, 96), (8, 96), (28, 112), (32, 96), (64, 128), (96, 96), (128, 128)])
 def test_pictures_are_enlarged_by_a_whole_factor(size: int, width: int) -> None:
     pictures = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))

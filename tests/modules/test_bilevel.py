@@ -74,6 +74,23 @@ def test_its_set_and_its_checkpoint_stand_alone(tmp_path, options):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
     theirs.save(tmp_path / "again.safetensors")
     assert loaded.method == module.method
+    distil(tmp_path, steps=1, **options)  # in the same folder: its settings are those of the set that lies there
+
+
+class NoGradient(torch.nn.Module):
+    """A network whose features are computed without gradient, as those of a frozen backbone are."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(64, 10)
+
+    def forward(self, images):
+        return self.head(images.detach().flatten(1))
+
+
+def test_a_network_without_gradient_ends_the_run(tmp_path, refused):
+    with refused("the images' gradient was exactly zero 10 iterations in a row", "the last one 9", "no_grad"):
+        distil(tmp_path, steps=12, network=NoGradient, network_options=None)
 
 
 def test_methods_are_named_by_their_settings():

@@ -109,6 +109,23 @@ def test_a_tested_checkpoint_gives_the_results_of_its_fit(tmp_path: Path) -> Non
     tester.test(again, datamodule=small_data(synthetic="random"), ckpt_path=tmp_path / "done.ckpt", verbose=False)
     assert module.results["epochs"] == 4
     assert again.results == module.results
+    logits = torch.cat(tester.predict(again, datamodule=data, ckpt_path=tmp_path / "done.ckpt"))
+    images, labels = data.test
+    assert again(images).shape == (2, len(images), 10)
+    torch.testing.assert_close(logits, sum(network(images) for network in module.networks) / 2)
+    each = (again(images).argmax(2) == labels).float().mean(1)
+    torch.testing.assert_close(each, torch.tensor(module.results["each"]))
+
+
+def test_untrained_networks_are_not_measured(tmp_path: Path, refused) -> None:
+    """The result of a fit would be overwritten by theirs."""
+    data, module = small_data(synthetic="random"), SyntheticEvaluation(network_options=SMALL, networks=1)
+    for verb in ("test", "validate", "predict"):
+        with refused("this SyntheticEvaluation is not trained", "--ckpt_path last"):
+            getattr(make_trainer(tmp_path), verb)(module, datamodule=data)
+    assert not list(tmp_path.iterdir())
+    with refused("no training images are held out", "data.val_fraction"):
+        make_trainer(tmp_path).validate(module, datamodule=small_data(synthetic="random", val_fraction=0.0))
 
 
 def test_other_iterates_are_reported_under_their_own_names(tmp_path: Path) -> None:

@@ -119,6 +119,18 @@ def test_teachers_that_diverge_end_the_fit_in_one_line(tmp_path: Path) -> None:
     assert not list((tmp_path / "trajectories").glob("teacher_*"))
 
 
+def test_predictions_are_the_logits_of_the_test_images(tmp_path: Path, refused) -> None:
+    module, data, trainer = small_teacher(teachers=1, epochs=1), small_data(), make_trainer(tmp_path)
+    trainer.fit(module, datamodule=data)
+    logits = torch.cat(trainer.predict(module, datamodule=data))
+    with torch.no_grad():
+        expected = module.network(data.test.images)
+        assert torch.equal(module(data.test.images), expected)
+    torch.testing.assert_close(logits, expected)
+    with refused("FlatTeacher has no test: it has fit, validate, predict"):
+        trainer.test(module, datamodule=data)
+
+
 def test_half_precision_with_loss_scaling_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.strategy.precision_plugin.precision = "16-mixed"

@@ -49,6 +49,17 @@ def test_one_rank_s_bad_step_is_everyone_s() -> None:
     assert torch.equal(seen[-1], torch.tensor([1.0, -2.0]))
 
 
+def test_ten_gradients_of_zero_in_a_row_end_the_run(refused) -> None:
+    guard, weight = StepGuard(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for step, still in enumerate([*[True] * 9, False, *[True] * 10]):
+        guard.check(step)
+        guard.before(optimizer, [torch.tensor(0.0)], still=torch.tensor(still))
+        guard.after(optimizer)
+    with refused("the images' gradient was exactly zero 10 iterations in a row", "the last one 19", "no_grad"):
+        guard.check(19)
+
+
 def test_counts_go_through_a_checkpoint() -> None:
     guard = StepGuard()
     guard.load((7, 2))
