@@ -281,8 +281,10 @@ class DistillationDataModule(ImageDataModule):
         return self._loader(self.train, shuffle=True)
 
     def val_dataloader(self) -> Iterable[Any]:
-        """Return the held-out images, in order; nothing where there are none, or where a distillation is fitted."""
-        if isinstance(self._module(), BringsBatches) or not self._read().count("val"):
+        """Return the held-out images, in order; nothing where there are none, or the module's fit does not validate."""
+        module, fits = self._module(), self.trainer is not None and self.trainer.state.fn == "fit"
+        measures_itself = fits and isinstance(module, PlansBatches) and not module.batch_plan().validates
+        if measures_itself or isinstance(module, BringsBatches) or not self._read().count("val"):
             return [] if self.trainer is None else NoLoaders()
         return self._loader(self.val, shuffle=False)
 
