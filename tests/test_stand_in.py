@@ -233,7 +233,7 @@ def test_stand_in_launches_of_an_inner_step(monkeypatch, paper):
     with stand_in(monkeypatch) as mode, torch.no_grad():
         step.forward(network, weights, images, labels, lr)
         forward, mode.seen = mode.seen, type(mode.seen)()
-        step.adjoint(network, weights, images, labels, weights, lr, False)
+        step.adjoint(network, weights, images, labels, weights, lr, (True, False))
     assert 20 < forward.launched <= BUDGET["inner step"], forward.launches
     assert 200 < mode.seen.launched <= BUDGET["adjoint"], mode.seen.launches
 
