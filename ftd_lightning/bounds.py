@@ -132,6 +132,7 @@ BOUNDS: dict[str, Count | Range] = {
     "max_steps_per_network": Count(),
     "iterations_per_epoch": Count(),
     "every_n_epochs": Count(0),  # 0: never
+    "measure_every": Count(0),  # 0: not before the end
     "lr_milestones": Count(0),
     "architectures": Count(2),  # one alone has no rank
     "real_architectures": Count(2),

@@ -154,11 +154,13 @@ class BatchPlan(NamedTuple):
         rank: this process's share, in {0 .. world_size - 1}.
         world_size: number of shares; 1 gives every process all images.
         epoch: maps the trainer's epoch to the one that decides the order.
+        validates: whether Lightning validates on the held-out images while the module is fitted.
     """
 
     rank: int
     world_size: int
     epoch: Callable[[int], int]
+    validates: bool = True
 
 
 @runtime_checkable
@@ -227,6 +229,10 @@ class LearnedSet(Protocol):
 @runtime_checkable
 class LearnsSet(Protocol):
     """A module that learns a synthetic set: what callbacks ask of a distillation."""
+
+    @property
+    def iterations(self) -> int:
+        """Number of iterations that the current set has had."""
 
     def synthetic_set(self) -> LearnedSet:
         """Return the current set, on the CPU, with everything that describes it."""

@@ -35,7 +35,7 @@ class Seen:
 
     reads: list[str] = field(default_factory=list)
     copies_out: list[str] = field(default_factory=list)
-    copies_in: list[tuple[int, bool, str]] = field(default_factory=list)  # bytes, non_blocking, where
+    copies_in: list[tuple[bool, str]] = field(default_factory=list)  # non_blocking, where
     mismatches: list[str] = field(default_factory=list)
     launches: Counter[str] = field(default_factory=Counter)
 
@@ -43,9 +43,10 @@ class Seen:
     def launched(self) -> int:
         return sum(self.launches.values())
 
-    def blocking(self, least: int) -> list[str]:
-        """Copies from pageable memory, at least so large, that the host waits for."""
-        return [where for size, non_blocking, where in self.copies_in if size >= least and not non_blocking]
+    @property
+    def blocking(self) -> list[str]:
+        """Copies from pageable memory that the host waits for."""
+        return [where for non_blocking, where in self.copies_in if not non_blocking]
 
 
 def _where(name: str) -> str:
@@ -131,8 +132,7 @@ class StandIn(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _note_in(self, source: torch.Tensor, non_blocking: bool, name: str) -> None:
-        if source.dim() > 0 or source.numel() > 1:
-            self.seen.copies_in.append((source.numel() * source.element_size(), non_blocking, _where(name)))
+        self.seen.copies_in.append((non_blocking, _where(name)))
 
     @staticmethod
     def _values(source: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from ftd_lightning import cli
 from ftd_lightning.artefacts.import_set import import_set
 from ftd_lightning.bounds import BOUNDS, Count, check_bounds
-from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, TensorBoardPictures
+from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, SyntheticSetWriter, TensorBoardPictures
 from ftd_lightning.contracts import ImageShape
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.errors import InputError
@@ -70,6 +70,7 @@ OWNERS = {
     SyntheticEvaluation: {},
     DistillationDataModule: {},
     EvaluateSynthetic: {},
+    SyntheticSetWriter: {},
     SyntheticEMA: {},
     TensorBoardPictures: {},
     EvaluationProtocol: {},

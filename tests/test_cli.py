@@ -101,7 +101,7 @@ def test_shipped_configs_hold_nothing_of_ours_alone() -> None:
         assert content["data"]["class_path"].startswith("ftd_lightning."), config
         callbacks = content["trainer"].pop("callbacks", [])
         assert {callback["class_path"] for callback in callbacks} <= {"ftd_lightning.callbacks.SyntheticEMA"}, config
-        assert set(content["trainer"]) <= {"max_epochs", "max_steps", "check_val_every_n_epoch"}, config
+        assert set(content["trainer"]) <= {"max_epochs", "max_steps"}, config
 
 
 def test_an_unknown_key_of_a_config_is_found(here: Path, capsys) -> None:

@@ -53,8 +53,8 @@ def evaluate(folder: str, norm: str = "instance", how: str = "whole", **options)
 
     def fit(limit: int, checkpoint: Path | None) -> SyntheticEvaluation:
         network = {"network_options": {**SMALL, "norm": norm}, "networks": 3}
-        module = SyntheticEvaluation(**network, augment="crop_scale", lr=0.05)
-        settings = {"max_epochs": 6, "check_val_every_n_epoch": 2, **options}
+        module = SyntheticEvaluation(**network, augment="crop_scale", lr=0.05, measure_every=2)
+        settings = {"max_epochs": 6, **options}
         trainer = make_trainer(path, limit_train_batches=3, max_steps=limit, **settings)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         return module

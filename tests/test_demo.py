@@ -16,7 +16,7 @@ SHORT = [
     *("--teacher.model.teachers=2", "--teacher.model.epochs=3"),
     *("--distill.trainer.max_steps=4", "--distill.model.iterations_per_epoch=2", "--distill.model.max_start_epoch=2"),
     *("--evaluate.trainer.max_epochs=12", "--evaluate.model.networks=2"),  # until something of the set is learned
-    *("--evaluate.trainer.check_val_every_n_epoch=12", "--trainer.accelerator=cpu"),
+    *("--evaluate.model.measure_every=12", "--trainer.accelerator=cpu"),
 ]
 
 

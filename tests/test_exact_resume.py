@@ -128,7 +128,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         "cafe": Case(dynamic, callbacks=averaged, max_steps=17),
         "kip": Case(lambda: KernelInducingPoints(**RIDGE), callbacks=averaged, max_steps=17),
         "frepo": Case(lambda: FeatureRegression(**RIDGE, **POOL), callbacks=averaged, max_steps=17),
-        "evaluation": Case(lambda: SyntheticEvaluation(**NET, networks=2), evaluated, max_epochs=4),
+        "evaluation": Case(lambda: SyntheticEvaluation(**NET, networks=2, measure_every=1), evaluated, max_epochs=4),
     }
 
 
@@ -179,7 +179,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_few_stops(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
     stops = [*FEW, (2, "max_steps", 7), ("end", "max_steps", 8)]
     stops += [(3, "max_time", 7), ("end", "max_time", 8), (2, "SIGTERM", 7)]
-    if name in ("teachers", "evaluation"):
+    if name == "teachers":
         stops += [(1, "validation", 2), ("validated", "validated", 2), ("validated", "batch", 7)]
     check(cases[name], tmp_path, stops)
 

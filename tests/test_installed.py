@@ -70,7 +70,7 @@ def test_a_folder_of_pictures(ftd) -> None:
             Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / f"{index}.png")
     # What is planned is made shorter: how much fits into a few minutes is another on each machine.
     short = ["--teacher.model.teachers=2", "--distill.trainer.max_steps=4", "--evaluate.model.networks=2"]
-    short += ["--evaluate.trainer.max_epochs=40", "--evaluate.trainer.check_val_every_n_epoch=40"]
+    short += ["--evaluate.trainer.max_epochs=40", "--evaluate.model.measure_every=40"]
     out = ftd("distill", "pictures", "--ipc", "1", "--out", "mine", "--minutes", "10", *short)
     assert "plan for 10 minutes" in out
     accuracy = json.loads((ftd.folder / "mine/results.json").read_text())["accuracy"]

@@ -18,7 +18,7 @@ QUIET = ["--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=
 SMALL = {
     "teacher_ftd": ["--model.teachers=2", "--model.epochs=4"],
     "distill_ftd_ipc1": ["--trainer.max_steps=6", "--model.iterations_per_epoch=3", "--model.max_start_epoch=2"],
-    "evaluate": ["--trainer.max_epochs=12", "--trainer.check_val_every_n_epoch=6", "--model.networks=2"],
+    "evaluate": ["--trainer.max_epochs=12", "--model.measure_every=6", "--model.networks=2"],
 }
 
 

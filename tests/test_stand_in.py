@@ -40,8 +40,6 @@ from ftd_lightning.training.evaluation_protocol import EvaluationProtocol
 from ftd_lightning.training.side_by_side import SideBySide
 from ftd_lightning.training.teacher_pass import TeacherPass
 
-LARGE = 1 << 16  # bytes
-
 
 def check_steps(steps, *, may_read: str | None = None) -> None:
     assert steps.steps
@@ -49,7 +47,7 @@ def check_steps(steps, *, may_read: str | None = None) -> None:
         assert not seen.mismatches
         assert not [where for where in seen.reads if may_read is None or may_read not in where]
         assert not seen.copies_out
-        assert not seen.blocking(LARGE)
+        assert not seen.blocking
 
 
 def test_stand_in_sees_what_is_wrong(monkeypatch):
@@ -65,9 +63,9 @@ def test_stand_in_sees_what_is_wrong(monkeypatch):
         assert len(mode.seen.reads) == 1
         assert images.cpu().shape == (4, 3)
         assert len(mode.seen.copies_out) == 1
-        torch.ones(1 << 15).to(META)
-        torch.ones(1 << 15).to(META, non_blocking=True)
-        assert len(mode.seen.blocking(LARGE)) == 1
+        torch.ones(()).to(META)
+        torch.ones(()).to(META, non_blocking=True)
+        assert len(mode.seen.blocking) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter.*:UserWarning")
@@ -235,7 +233,7 @@ def test_stand_in_launches_of_an_inner_step(monkeypatch, paper):
     with stand_in(monkeypatch) as mode, torch.no_grad():
         step.forward(network, weights, images, labels, lr)
         forward, mode.seen = mode.seen, type(mode.seen)()
-        step.adjoint(network, weights, images, labels, weights, lr, False)
+        step.adjoint(network, weights, images, labels, weights, lr, (True, False))
     assert 20 < forward.launched <= BUDGET["inner step"], forward.launches
     assert 200 < mode.seen.launched <= BUDGET["adjoint"], mode.seen.launches
 

@@ -17,22 +17,17 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.training.compile_choice import EVALUATION, choose_compile, training_operations
-from ftd_lightning.training.evaluation_protocol import (
-    EvaluationProtocol,
-    accuracies,
-    mean_and_std,
-    train_fresh_networks,
-)
+from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, mean_and_std, train_fresh_networks
 from ftd_lightning.training.nodes import follow_first_rank
 from ftd_lightning.training.parts_on_device import PartsOnDevice
-from ftd_lightning.training.ranks import from_all_ranks, own_share
+from ftd_lightning.training.ranks import own_share
 from ftd_lightning.training.run_folder import run_folder
 from ftd_lightning.training.side_by_side import SideBySide
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from ftd_lightning.contracts import Part
+    from ftd_lightning.contracts import LearnedSet, Part
 
 # Of a data source: how scores in a set's metadata, and entries of evaluations.json, name its parts.
 PARTS: dict[Part, tuple[str, str]] = {"val": ("held-out training images", "held_out"), "test": ("test images", "test")}
@@ -123,16 +118,16 @@ class EvaluateSynthetic(Callback):
         if not isinstance(pl_module, LearnsSet) or self.every_n_epochs == 0:
             return
         complete = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        iteration = pl_module.synthetic_set().metadata["iterations"]
+        iteration = pl_module.iterations
         regular = complete and is_due(trainer, self.every_n_epochs, times=4)
         if not regular and not is_last_epoch(trainer):
             return
         # A run that resumes from a checkpoint of this very iteration measures it again.
         self._regular = [entry for entry in self._regular if entry["iteration"] < iteration]
         self.history = list(self._regular)
-        chosen, scores = {}, {}
+        chosen, scores, synthetic = {}, {}, pl_module.synthetic_set()
         for name, images in pl_module.learned_images().items():
-            for part, values in self._measure(trainer, pl_module, name, images, iteration).items():
+            for part, values in self._measure(trainer, pl_module, synthetic, name, images).items():
                 summary = mean_and_std(values)
                 in_words, on_file = PARTS[part]
                 self.history.append({"iteration": iteration, "images": name, "part": on_file, **summary})
@@ -165,11 +160,11 @@ class EvaluateSynthetic(Callback):
             follow_first_rank(trainer, run_folder(trainer) / "best.safetensors")
 
     def _measure(
-        self, trainer: Trainer, module: LearnsSet, name: str, images: torch.Tensor, iteration: int
+        self, trainer: Trainer, module: LearnsSet, synthetic: LearnedSet, name: str, images: torch.Tensor
     ) -> dict[Part, torch.Tensor]:
-        device, synthetic = trainer.strategy.root_device, module.synthetic_set()
+        device = trainer.strategy.root_device
         assert self._real is not None
-        keys = (self.seed, "evaluation", iteration, name)
+        keys = (self.seed, "evaluation", module.iterations, name)
         own = own_share(self.networks, rank=trainer.global_rank, world_size=trainer.world_size)
         networks = [module.evaluation_network(*keys, index).to(device, images.dtype) for index in own]
         if self._losses is None:  # one for all measurements, which compiles once
@@ -192,13 +187,7 @@ class EvaluateSynthetic(Callback):
             indices=own,
             losses=self._losses,
         )
-        measured = {}
-        for part in PARTS:
-            real = self._real(part)
-            if len(real.labels):
-                values = accuracies(networks, *real)
-                measured[part] = torch.tensor(from_all_ranks(values, self.networks))
-        return measured
+        return self._real.accuracies(networks, self.networks)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what was measured, and the best of it."""

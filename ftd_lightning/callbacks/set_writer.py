@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ftd_lightning.bounds import check_bounds
+from ftd_lightning.callbacks.last_epoch import is_due
 from ftd_lightning.contracts import LearnsSet
 from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.errors import InputError
@@ -19,23 +21,26 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 IDENTITY = ("method", "dataset", "network", "settings")  # metadata by which a set of another run is recognised
-HARMLESS = ("compile", "iterations_per_epoch")  # settings that leave the set as it is
+HARMLESS = ("compile", "iterations_per_epoch", "measure_every")  # settings that leave the set as it is
 
 
 class SyntheticSetWriter(Callback):
-    """Writes the set after every epoch, at the end, and when the run is interrupted or fails.
+    """Writes the set every few epochs, at the end, and when the run is interrupted or fails.
 
     A set with values that are not finite is never written, so what lies on disk is always the last good one. Modules
     that learn no set are left alone. The first process writes it; at the end every node has it.
 
     Args:
         path: the file; None is ``set.safetensors`` beside the logs.
+        every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``; 0: not before the end.
 
     Raises:
         InputError: when the fit starts, if the file contains a set of other settings.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, every_n_epochs: int = 1) -> None:
+        check_bounds(SyntheticSetWriter, locals())
+        self.every_n_epochs = every_n_epochs
         self.path = None if path is None else Path(path)
 
     def _file(self, trainer: Trainer) -> Path:
@@ -71,8 +76,9 @@ class SyntheticSetWriter(Callback):
             module.synthetic_set().save(self._file(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the current set."""
-        self._write(trainer, pl_module)
+        """Write the current set where it is due."""
+        if is_due(trainer, self.every_n_epochs, times=1):
+            self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final set, and give it to nodes that share no disk with the first one."""

@@ -73,7 +73,7 @@ class SyntheticEMA(Callback):
         images = self._module.learned_images()["raw"].detach()
         # Whether it was an update is known on the device alone, and the host does not wait to learn it.
         updated = self._module.step_was_applied().to(images.device)
-        self.updates = self.updates.to(images.device) + updated
+        self.updates = self.updates + updated
         weight = (updated * self._weight()).to(images.dtype)
         self.average.lerp_(images, weight)
         self.initial_weight.mul_(1 - weight)

@@ -282,9 +282,11 @@ class DistillationDataModule(ImageDataModule):
         return self._loader(self.train, shuffle=True)
 
     def val_dataloader(self) -> Iterable[Any]:
-        """Return the held-out images, in order; nothing where there are none, or where a distillation is fitted."""
-        if isinstance(self._module(), BringsBatches) or not len(self._read().labels("val")):
-            if self.trainer is not None and self.trainer.state.fn == "validate":
+        """Return the held-out images, in order; nothing where there are none, or the module's fit does not validate."""
+        module, doing = self._module(), None if self.trainer is None else self.trainer.state.fn
+        measures_itself = doing == "fit" and isinstance(module, PlansBatches) and not module.batch_plan().validates
+        if measures_itself or isinstance(module, BringsBatches) or not len(self._read().labels("val")):
+            if doing == "validate":
                 raise InputError("no training images are held out to validate on: set data.val_fraction")
             return [] if self.trainer is None else NoLoaders()
         return self._loader(self.val, shuffle=False)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator
+from ftd_lightning.functional.to_device import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -142,7 +143,7 @@ class TensorLoader(ResumableLoader):
 
     def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         for index in islice(self.sampler, first, None):
-            index = index.to(self.images.device, non_blocking=True)
+            index = to_device(index, self.images.device)
             self._batch += 1
             yield self.images[index], self.labels[index]
 

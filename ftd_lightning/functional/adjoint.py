@@ -32,6 +32,11 @@ from ftd_lightning.functional.student import Student, step_size_of
 
 if TYPE_CHECKING:
     from ftd_lightning.functional.inner_optimizers import InnerOptimizer, State
+    from ftd_lightning.functional.inner_step import Wanted
+
+
+def _zeros(want: Wanted, *tensors: Tensor) -> list[Tensor | None]:
+    return [torch.zeros_like(tensor) if wanted else None for tensor, wanted in zip(tensors, want, strict=True)]
 
 
 class PlainAdjoint(torch.autograd.Function):
@@ -57,21 +62,21 @@ class PlainAdjoint(torch.autograd.Function):
     def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
         """Go through the steps backwards."""
         images, labels, step_sizes, *path = (saved.detach() for saved in ctx.saved_tensors)
-        student, done, soft = ctx.student, ctx.done, ctx.needs_input_grad[4]
-        grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(step_sizes)
-        grad_labels = torch.zeros_like(labels) if soft else None
+        student, done, want = ctx.student, ctx.done, ctx.needs_input_grad[3:5]
+        grad_images, grad_labels = _zeros(want, images, labels)
+        grad_lr = torch.zeros_like(step_sizes)
         for step in reversed(range(done, len(student.batches))):
             index = student.batches[step]
-            raw = images[index].requires_grad_()
+            raw = images[index].requires_grad_(want[0])
             with torch.enable_grad():
                 x = student.augmented(raw, step)
             lr = step_size_of(step_sizes, step)
             s, adjoint, in_x, in_labels = student.step.adjoint(
-                student.network, path[step - done], x.detach(), labels[index], adjoint, lr, soft
+                student.network, path[step - done], x.detach(), labels[index], adjoint, lr, want
             )
             step_size_of(grad_lr, step).sub_(s)
             # The augmentation is differentiated once, here. One that ignores its images has no gradient.
-            if x.requires_grad:
+            if grad_images is not None and x.requires_grad:
                 (in_raw,) = torch.autograd.grad(x, raw, in_x, allow_unused=True, materialize_grads=True)
                 grad_images.index_add_(0, index, -lr * in_raw)
             if grad_labels is not None:
@@ -112,9 +117,9 @@ class OptimizerAdjoint(torch.autograd.Function):
         """Go through the steps backwards."""
         images, labels, step_sizes, *path = (saved.detach() for saved in ctx.saved_tensors)
         student, (optimizer, done), size = ctx.student, ctx.rule, ctx.size
-        soft = ctx.needs_input_grad[4]
-        grad_images, grad_sizes = torch.zeros_like(images), torch.zeros_like(step_sizes)
-        grad_labels = torch.zeros_like(labels) if soft else None
+        want = ctx.needs_input_grad[3:5]
+        grad_images, grad_labels = _zeros(want, images, labels)
+        grad_sizes = torch.zeros_like(step_sizes)
         of_state: State = tuple(torch.zeros_like(adjoint) for _ in range(size - 2))
         for step in reversed(range(done, len(student.batches))):
             weights, gradient, *state = path[(step - done) * size : (step - done + 1) * size]
@@ -127,14 +132,14 @@ class OptimizerAdjoint(torch.autograd.Function):
             )
             step_size_of(grad_sizes, step).add_(in_lr)
             index = student.batches[step]
-            raw = images[index].requires_grad_()
+            raw = images[index].requires_grad_(want[0])
             with torch.enable_grad():
                 x = student.augmented(raw, step)
             _, in_weights, in_x, in_labels = student.step.product(
-                student.network, weights, x.detach(), labels[index], gamma, soft
+                student.network, weights, x.detach(), labels[index], gamma, want
             )
             adjoint, of_state = through + in_weights, tuple(of_state_before)
-            if x.requires_grad:
+            if grad_images is not None and x.requires_grad:
                 (in_raw,) = torch.autograd.grad(x, raw, in_x, allow_unused=True, materialize_grads=True)
                 grad_images.index_add_(0, index, in_raw)
             if grad_labels is not None:

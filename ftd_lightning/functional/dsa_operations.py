@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, pad
 
+from ftd_lightning.functional.to_device import to_device
+
 Operation = Callable[..., Tensor]
 
 SAMPLED = ("scale", "rotate")  # the operations that sample between pixels
@@ -25,7 +27,7 @@ def _uniform(images: Tensor, generator: torch.Generator, *shape: int, siamese: b
     Draws are float32 for every dtype, so that float64 checks see the augmentation that float32 runs see.
     """
     u = torch.rand(1 if siamese else len(images), *shape, generator=generator, device=generator.device)
-    return u.to(images.device, images.dtype, non_blocking=True)
+    return to_device(u, images.device, images.dtype)
 
 
 def _integers(images: Tensor, generator: torch.Generator, high: int, *, axis: int, siamese: bool) -> Tensor:
@@ -34,7 +36,7 @@ def _integers(images: Tensor, generator: torch.Generator, high: int, *, axis: in
     # augmentations, and thereby the teachers and sets, that a seed has produced since version 0.1.0.
     shape = (2, 1 if siamese else len(images))
     draws = torch.randint(high + 1, shape, generator=generator, device=generator.device)
-    return draws[axis].to(images.device, non_blocking=True)
+    return to_device(draws[axis], images.device)
 
 
 def flip(images: Tensor, generator: torch.Generator, *, probability: float = 0.5, siamese: bool = False) -> Tensor:

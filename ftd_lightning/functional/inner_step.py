@@ -24,7 +24,8 @@ from ftd_lightning.functional.compiling import Compile, compiled, compiles, seco
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Derivatives = tuple[Tensor, Tensor, Tensor, Tensor | None]
+Wanted = tuple[bool, bool]  # whether to differentiate in images, and in labels
+Derivatives = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class InnerStep(NamedTuple):
@@ -124,16 +125,22 @@ def _gradient(network: nn.Module, weights: Tensor, images: Tensor, labels: Tenso
 
 
 def _product(
-    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, gamma: Tensor, soft: bool
+    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, gamma: Tensor, want: Wanted
 ) -> Derivatives:
-    inputs = [t.detach().requires_grad_() for t in (weights, images, *([labels] if soft else []))]
+    inputs = [t.detach().requires_grad_(w) for t, w in zip((weights, images, labels), (True, *want), strict=True)]
     with torch.enable_grad():
-        loss = student_loss(network, inputs[0], inputs[1], inputs[2] if soft else labels)
+        loss = student_loss(network, *inputs)
         gradient = torch.autograd.grad(loss, inputs[0], create_graph=True)[0]
         s = torch.dot(gradient, gamma)
         # Zeros for an input that the gradient does not depend on.
-        parts = torch.autograd.grad(s, inputs, allow_unused=True, materialize_grads=True)
-    return s.detach(), parts[0], parts[1], parts[2] if soft else None
+        leaves = [t for t in inputs if t.requires_grad]
+        parts = torch.autograd.grad(s, leaves, allow_unused=True, materialize_grads=True)
+    return _derivatives(s.detach(), parts, want)
+
+
+def _derivatives(s: Tensor, parts: tuple[Tensor, ...], want: Wanted) -> Derivatives:
+    """Put None where images or labels, the second and third of the parts, were not asked for."""
+    return s, parts[0], parts[1] if want[0] else None, parts[-1] if want[1] else None
 
 
 # The same two functions for the compiler; in eager mode torch.func takes a quarter longer than torch.autograd.
@@ -145,15 +152,15 @@ def _gradient_func(network: nn.Module, weights: Tensor, images: Tensor, labels: 
 
 
 def _product_func(
-    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, gamma: Tensor, soft: bool
+    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, gamma: Tensor, want: Wanted
 ) -> Derivatives:
     def inner(weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         s = torch.dot(_gradient_func(network, weights, images, labels), gamma)
         return s, s
 
-    argnums = (0, 1, 2) if soft else (0, 1)
+    argnums = (0, *(number for number, wanted in enumerate(want, 1) if wanted))
     parts, s = torch.func.grad(inner, argnums=argnums, has_aux=True)(weights, images, labels)
-    return s, parts[0], parts[1], parts[2] if soft else None
+    return _derivatives(s, parts, want)
 
 
 # A plain step and its adjoint, of either: one function each, so that the compiler fuses the update too.
@@ -168,16 +175,16 @@ def _forward_func(network: nn.Module, weights: Tensor, images: Tensor, labels: T
 
 
 def _adjoint(
-    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, adjoint: Tensor, lr: Tensor, soft: bool
+    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, adjoint: Tensor, lr: Tensor, want: Wanted
 ) -> Derivatives:
-    s, in_weights, in_images, in_labels = _product(network, weights, images, labels, adjoint, soft)
+    s, in_weights, in_images, in_labels = _product(network, weights, images, labels, adjoint, want)
     return s, adjoint - lr * in_weights, in_images, in_labels
 
 
 def _adjoint_func(
-    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, adjoint: Tensor, lr: Tensor, soft: bool
+    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, adjoint: Tensor, lr: Tensor, want: Wanted
 ) -> Derivatives:
-    s, in_weights, in_images, in_labels = _product_func(network, weights, images, labels, adjoint, soft)
+    s, in_weights, in_images, in_labels = _product_func(network, weights, images, labels, adjoint, want)
     return s, adjoint - lr * in_weights, in_images, in_labels
 
 
@@ -196,10 +203,10 @@ def inner_step(
 
     Returns:
         ``forward(network, weights, images, labels, lr)`` returns the next weights, (P,);
-        ``adjoint(network, weights, images, labels, lam, lr, soft)`` returns ``s``, the adjoint of ``weights``, ds/dx,
-        and ds/dy if ``soft``, else None. ``gradient(network, weights, images, labels)`` returns g, (P,);
-        ``product(network, weights, images, labels, gamma, soft)`` returns ``s = <g, gamma>``, ds/dtheta, ds/dx and
-        ds/dy. Call them with gradients disabled.
+        ``adjoint(network, weights, images, labels, lam, lr, want)`` returns ``s``, the adjoint of ``weights``, ds/dx
+        and ds/dy, each None unless the pair ``want`` asks for it. ``gradient(network, weights, images, labels)``
+        returns g, (P,); ``product(network, weights, images, labels, gamma, want)`` returns ``s = <g, gamma>``,
+        ds/dtheta, ds/dx and ds/dy. Call them with gradients disabled.
 
     Raises:
         InputError: for an unknown setting of ``compile``.

@@ -30,12 +30,28 @@ def ridge_predictions(k_ts: Tensor, k_ss: Tensor, targets: Tensor, *, reg: float
         tensor([[1.],
                 [2.]])
     """
+    return (k_ts.double() @ ridge_weights(k_ss, targets, reg=reg)).to(targets.dtype)
+
+
+def ridge_weights(k_ss: Tensor, targets: Tensor, *, reg: float) -> Tensor:
+    """Solve the system of :func:`ridge_predictions`: a kernel ``K_ts`` times the result is the predictions.
+
+    Args: as for :func:`ridge_predictions`.
+
+    Returns:
+        (N, K) float64.
+
+    Example:
+        >>> ridge_weights(torch.eye(2), torch.tensor([[3.0], [6.0]]), reg=2.0)
+        tensor([[1.],
+                [2.]], dtype=torch.float64)
+    """
     kernel, y = k_ss.double(), targets.double()
     mean_eigenvalue = kernel.diagonal().mean()
     identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     # solve_ex and not solve, which would wait for a GPU to raise an error, and end a run that may skip the step.
     weights, _ = torch.linalg.solve_ex(kernel + reg * mean_eigenvalue * identity, y)
-    return (k_ts.double() @ weights).to(targets.dtype)
+    return weights
 
 
 def half_squared_error(predictions: Tensor, targets: Tensor) -> Tensor:

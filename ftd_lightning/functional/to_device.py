@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -23,3 +23,12 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, tensor.dtype if dtype is None else dtype, non_blocking=True)
+
+
+def network_to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move a network in place as :func:`to_device` moves a tensor, and cast its floating-point tensors; returns it."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return to_device(tensor, device, dtype if tensor.is_floating_point() else None)
+
+    return network._apply(moved)  # as Module.to does, which copies from memory that is not pinned

@@ -12,6 +12,7 @@ from ftd_lightning.functional.adjoint import OptimizerAdjoint, PlainAdjoint
 from ftd_lightning.functional.inner_optimizers import InnerSGD
 from ftd_lightning.functional.inner_step import inner_step, named_views, student_loss
 from ftd_lightning.functional.student import Augment, Student, require_function, step_size_of
+from ftd_lightning.functional.to_device import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -210,8 +211,9 @@ def _student(
         raise ValueError(f"{len(images)} images but {len(labels)} labels")
     named_views(network, start)
     step_functions = inner_step(network, device=start.device, compile=compile)
-    # Each index once: a copy from pageable memory makes the host wait, and full batches are one and the same tensor.
-    moved = {id(batch): batch.to(images.device, non_blocking=True) for batch in batches}
+    unique = list({id(batch): batch for batch in batches}.values())  # full batches are one and the same tensor
+    together = to_device(torch.cat(unique), images.device) if unique else torch.empty(0)  # in one copy
+    moved = dict(zip(map(id, unique), together.split([len(batch) for batch in unique]), strict=True))
     student = Student(network, [moved[id(batch)] for batch in batches], augment, seed, step_functions)
     if batches:
         require_function(network, start, images, student.batches[0])

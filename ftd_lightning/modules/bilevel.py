@@ -189,7 +189,7 @@ class BilevelDistillation(StudentDistillation):
         labels = self.labels if self.inner_labels is None else self.inner_labels.learned_labels()
         weights = unroll(
             student,
-            flatten_parameters(start).to(self.device, self.images.dtype),
+            to_device(flatten_parameters(start), self.device, self.images.dtype),
             self.images,
             labels,
             self.step_size[:steps] if self.step_size.ndim else self.step_size,
@@ -226,7 +226,7 @@ class BilevelDistillation(StudentDistillation):
         """Draw real images without replacement, augmented, and their classes."""
         generator = make_generator(self.hparams["seed"], "real", iteration, slot)
         index = torch.randperm(len(self._real_labels), generator=generator)[: self.hparams["batch_real"]]
-        index = index.to(self._real_images.device, non_blocking=True)
+        index = to_device(index, self._real_images.device)
         images = to_device(self._real_images[index], self.device, self.images.dtype)
         augmented = self.augment(images, make_generator(self.hparams["seed"], "real dsa", iteration, slot))
         return augmented, to_device(self._real_labels[index], self.device)

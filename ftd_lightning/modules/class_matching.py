@@ -10,12 +10,12 @@ from torch.nn.functional import cross_entropy
 
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import make_generator
-from ftd_lightning.functional.to_device import to_device
+from ftd_lightning.functional.to_device import network_to_device, to_device
 from ftd_lightning.modules.distillation import Distillation
 from ftd_lightning.training.fresh_networks import Network, refuse_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 TRAIN_BATCH = 256  # synthetic images per step of the network's own training, in all of these methods
 
@@ -81,24 +81,35 @@ class ClassMatching(Distillation):
     def fresh_network(self, *keys: int | str) -> nn.Module:
         """Draw a new network, in training mode on the device; equal keys give equal weights, on every rank."""
         network = self.fresh.build(self.hparams["seed"], "network", *keys)
-        return network.to(self.device, self.images.dtype).train()
+        return network_to_device(network, self.device, self.images.dtype).train()
 
     def synthetic_of(self, label: int) -> Tensor:
         """Return the synthetic images of a class, (ipc, C, H, W)."""
         ipc = self.hparams["ipc"]
         return self.images[label * ipc : (label + 1) * ipc]
 
-    def real_of(self, label: int, *keys: int | str, count: int | None = None, on_all_ranks: bool = False) -> Tensor:
-        """Draw ``count`` (else ``batch_real``) real images of a class without replacement; all, if it has fewer.
+    def real_images_by_class(
+        self, *keys: int | str, count: int | None = None, on_all_ranks: bool = False
+    ) -> Iterator[Tensor]:
+        """Draw ``count`` (else ``batch_real``) real images of each class without replacement; all, if it has fewer.
 
         Every rank draws images of its own, or, with ``on_all_ranks``, the same ones.
+
+        Args:
+            keys: what the draw is for.
+            count: of each class.
+            on_all_ranks: see above.
+
+        Yields:
+            (n, C, H, W) of class 0, then of class 1, and so on, on the device, in the trainer's precision.
         """
-        members = self._of_class[label]
-        rank = 0 if on_all_ranks else self.global_rank
-        order = torch.randperm(len(members), generator=self._generator("real", label, *keys, rank))
-        index = members[order[: count or self.hparams["batch_real"]]]
-        drawn = self._pool[index.to(self._pool.device)]
-        return to_device(drawn, self.device, self.images.dtype)  # in the trainer's precision
+        rank, drawn = 0 if on_all_ranks else self.global_rank, []
+        for label, members in enumerate(self._of_class):
+            order = torch.randperm(len(members), generator=self._generator("real", label, *keys, rank))
+            drawn.append(members[order[: count or self.hparams["batch_real"]]])
+        index = to_device(torch.cat(drawn), self._pool.device)  # in one copy
+        for part in index.split([len(of_class) for of_class in drawn]):
+            yield to_device(self._pool[part], self.device, self.images.dtype)
 
     def siamese(self, images: Tensor, label: int, *keys: int | str) -> Tensor:
         """Augment images of a class: with equal keys in the same way, be they real or synthetic, few or many."""
@@ -123,8 +134,8 @@ class ClassMatching(Distillation):
         """Train a network on the present synthetic set by plain SGD, in place; each image augmented for itself."""
         images, optimizer = self.images.detach(), torch.optim.SGD(network.parameters(), lr=self.hparams["lr_network"])
         for epoch in range(epochs):
-            order = torch.randperm(len(images), generator=self._generator("order", *keys, epoch)).to(self.device)
-            for step, index in enumerate(order.split(TRAIN_BATCH)):
+            order = torch.randperm(len(images), generator=self._generator("order", *keys, epoch))
+            for step, index in enumerate(to_device(order, self.device).split(TRAIN_BATCH)):
                 batch = self.augment(images[index], self._generator("inner", *keys, epoch, step))
                 optimizer.zero_grad()
                 cross_entropy(network(batch), self.labels[index]).backward()

@@ -79,8 +79,8 @@ class DistributionMatching(ClassMatching):
 
     def _pairs(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield synthetic and real images of each class, augmented alike."""
-        for label in range(self.num_classes):
-            synthetic, real = self.synthetic_of(label), self.real_of(label, iteration)
+        for label, real in enumerate(self.real_images_by_class(iteration)):
+            synthetic = self.synthetic_of(label)
             yield self.siamese(synthetic, label, iteration), self.siamese(real, label, iteration)
 
     def _distances(self, network: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -20,8 +19,8 @@ from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.training.compile_choice import EVALUATION
 from ftd_lightning.training.evaluation_protocol import (
     EvaluationProtocol,
-    accuracies,
     choose_iterates,
+    learned_lr,
     mean_and_std,
     set_lr,
     write_results,
@@ -45,8 +44,6 @@ from ftd_lightning.training.side_by_side import SideBySide
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-DEFAULT_LR = 0.01  # of this line's code, for sets without a learned step size
 
 
 class SyntheticEvaluation(PhaseModule):
@@ -72,6 +69,8 @@ class SyntheticEvaluation(PhaseModule):
             enough to repay it. A resumed one follows what the first one chose.
         rho: train by SAM with a ball of this radius, each network for itself ("MTT + flat minimum", Sec. 4.3); only
             the gradients change, the schedule stays. 0: plain SGD.
+        measure_every: measure held-out and test images after every so many epochs; among these iterates one is chosen.
+            0: never. ``test`` measures the last iterate in any case.
 
     Attributes:
         networks: an ``nn.ModuleList`` of those that this rank trains; of all, in a module loaded from a checkpoint.
@@ -91,6 +90,7 @@ class SyntheticEvaluation(PhaseModule):
         seed: int = 0,
         compile: Compile = "auto",  # noqa: A002
         rho: float = 0.0,
+        measure_every: int = 100,
     ) -> None:
         check_bounds(SyntheticEvaluation, locals())
         super().__init__()
@@ -112,7 +112,7 @@ class SyntheticEvaluation(PhaseModule):
 
     def batch_plan(self) -> BatchPlan:
         """Give each process all images; see ``contracts.PlansBatches``."""
-        return BatchPlan(0, 1, epoch=lambda epoch: epoch - self._first_epoch)
+        return BatchPlan(0, 1, epoch=lambda epoch: epoch - self._first_epoch, validates=False)
 
     def progress_label(self) -> str:
         """Name what is done."""
@@ -138,18 +138,10 @@ class SyntheticEvaluation(PhaseModule):
         """Build for the trainer's data, and take the learning rate of the set."""
         super().configure_model()
         if self.attached:
-            self.lr = self._learning_rate()
+            training, lr = None if self.source is None else self.source.training_set(), self.hparams["lr"]
+            self.lr = learned_lr(training) if lr is None else float(lr)
             if self._built and self.trainer.world_size > 1:
                 self._states.keep(self)
-
-    def _learning_rate(self) -> float:
-        if self.hparams["lr"] is not None:
-            return float(self.hparams["lr"])
-        synthetic = None if self.source is None else self.source.training_set()
-        if synthetic is None or synthetic.step_size is None:
-            rank_zero_info(f"the training images have no learned step size: using lr={DEFAULT_LR}")
-            return DEFAULT_LR
-        return float(synthetic.step_size.mean())
 
     def on_fit_start(self) -> None:
         """Restore the networks that DDP has overwritten by the first rank's."""
@@ -178,7 +170,7 @@ class SyntheticEvaluation(PhaseModule):
         self._unsynchronised.enter_context(without_gradient_sync(self.trainer))
 
     def on_train_end(self) -> None:
-        """Leave DDP as it was, and give the memory of the test images back."""
+        """Leave DDP as it was, and give the memory of the real images back."""
         self._unsynchronised.close()
         self._real = None
 
@@ -226,40 +218,43 @@ class SyntheticEvaluation(PhaseModule):
         for network, metric in zip(self.networks, self.accuracies, strict=True):
             metric.update(right_answers(network(batch[0]), batch[1]))  # type: ignore[operator]
 
-    def _log_accuracies(self, part: str) -> Tensor:
-        """Log mean and std and clear the metrics; returns the accuracies of all ranks' networks (n,)."""
+    def _measured(self) -> Tensor:
+        """Clear the metrics; returns the accuracies of all ranks' networks, (n,)."""
         own = torch.stack([metric.compute() for metric in self.accuracies]).tolist()  # type: ignore[operator]
         for metric in self.accuracies:
             metric.reset()  # type: ignore[operator]
-        values = torch.tensor(from_all_ranks(own, self.hparams["networks"]))
+        return torch.tensor(from_all_ranks(own, self.hparams["networks"]))
+
+    def _log_accuracies(self, part: str, values: Tensor) -> None:
         summary = mean_and_std(values)
         log = partial(self.log, sync_dist=True)  # equal on all ranks; Lightning warns where this is not said
         log(f"evaluation/{part}_accuracy_mean", summary["mean"], prog_bar=True)
         log(f"evaluation/{part}_accuracy_std", summary["std"])
-        return values
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure on held-out training images."""
         self._measure(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log their accuracy, and remember it beside that on the test images, so that an iterate can be chosen."""
-        values = self._log_accuracies("val")
-        # A fit that is stopped within an epoch validates there too; resumed, it would not have.
-        if self.trainer.sanity_checking or self.trainer.state.fn != "fit" or not self.epoch_complete:
-            return
-        self.trained_epochs = self.epoch + 1  # a checkpoint may be saved before the epoch's end counts it
-        if self._real is None or self.networks is None:
-            return
-        on_test = from_all_ranks(accuracies(self.networks, *self._real("test")), self.hparams["networks"])
-        # A fit that resumes from here validates again.
-        self.history = [entry for entry in self.history if entry["epoch"] <= self.epoch]
-        self.history.append({"epoch": self.epoch + 1, "held_out": values.tolist(), "test": on_test})
+        """Log their accuracy."""
+        self._log_accuracies("val", self._measured())
+        if self.trainer.state.fn == "fit" and self.epoch_complete:
+            self.trained_epochs = self.epoch + 1  # a checkpoint may be saved before the epoch's end counts it
 
     def on_train_epoch_end(self) -> None:
-        """Count the epoch."""
-        if self.epoch_complete:
-            self.trained_epochs = self.epoch + 1
+        """Count the epoch; measure held-out and test images where that is due, so that an iterate can be chosen."""
+        if not self.epoch_complete:  # a fit that is stopped within an epoch; resumed, it ends the epoch again
+            return
+        self.trained_epochs, every = self.epoch + 1, self.hparams["measure_every"]
+        due = every > 0 and self.trained_epochs % every == 0
+        if not due or self._real is None or self.networks is None or not len(self._real("val").labels):
+            return
+        measured = self._real.accuracies(self.networks, self.hparams["networks"])
+        self._log_accuracies("val", measured["val"])
+        # A fit that resumes from here measures again.
+        self.history = [entry for entry in self.history if entry["epoch"] < self.trained_epochs]
+        held_out, test = (measured[part].tolist() for part in ("val", "test"))
+        self.history.append({"epoch": self.trained_epochs, "held_out": held_out, "test": test})
 
     def extra_state(self) -> dict[str, Any]:
         """Keep what was measured so far."""
@@ -285,7 +280,8 @@ class SyntheticEvaluation(PhaseModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the accuracy of the last iterates and write ``evaluation.json`` beside the logs."""
-        values = self._log_accuracies("test")
+        values = self._measured()
+        self._log_accuracies("test", values)
         synthetic = None if self.source is None else self.source.training_set()
         metadata = {} if synthetic is None else synthetic.metadata
         chosen = choose_iterates(self.history, values)

@@ -200,8 +200,7 @@ class FeatureAlignment(ClassMatching):
         """
         network = self._network[0].eval()
         shares = []
-        for label in range(self.num_classes):
-            images = self.real_of(label, "query", *keys, count=self.hparams["query"])
+        for label, images in enumerate(self.real_images_by_class("query", *keys, count=self.hparams["query"])):
             shares.append(right_answers(network(images), self.labels.new_full((len(images),), label)).mean())
         network.train()
         # All ranks go by one number, or their networks would part.
@@ -244,8 +243,8 @@ class FeatureAlignment(ClassMatching):
 
         One class at a time: of the shallow levels, which are large, means alone are kept.
         """
-        classes = range(self.num_classes)
-        batches = [self.siamese(self.real_of(label, iteration), label, iteration) for label in classes]
+        drawn = self.real_images_by_class(iteration)
+        batches = [self.siamese(images, label, iteration) for label, images in enumerate(drawn)]
         groups = [batches] if batch_norms(network) else [[batch] for batch in batches]
         means, embeddings = [], []
         for group in groups:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.distribution_matching import embed
+from ftd_lightning.functional.to_device import network_to_device, to_device
 from ftd_lightning.modules.distillation import Init
 from ftd_lightning.modules.ridge_distillation import RidgeDistillation
 from ftd_lightning.training.fresh_networks import Network
@@ -58,6 +59,7 @@ class FeatureRegression(RidgeDistillation):
         iterations_per_epoch: iterations that make a Lightning epoch.
         seed: decides initial images, networks and batches.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
+        measure_every: Lightning epochs between measurements by the method's own protocol; 0: when the fit ends alone.
 
     Raises:
         InputError: for numbers out of range; in the fit, for a network that runs no ``nn.Linear``.
@@ -84,6 +86,7 @@ class FeatureRegression(RidgeDistillation):
         iterations_per_epoch: int = 100,
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
+        measure_every: int = 0,
     ) -> None:
         check_bounds(FeatureRegression, locals())
         super().__init__()
@@ -113,7 +116,7 @@ class FeatureRegression(RidgeDistillation):
 
         def build(place: int, generation: int) -> nn.Module:
             network = self.fresh.build(self.hparams["seed"], "pool", place, generation)
-            return network.to(self.device, self.images.dtype).train()
+            return network_to_device(network, self.device, self.images.dtype).train()
 
         hparams = self.hparams
         self._networks = NetworkPool(build, hparams["pool_size"], hparams["max_steps_per_network"], hparams["lr_pool"])
@@ -158,7 +161,7 @@ class FeatureRegression(RidgeDistillation):
     def _train_network(self, iteration: int) -> None:
         """Train the network of an iteration on the set that it has led to."""
         index = torch.randperm(len(self.images), generator=self._generator("set", iteration))
-        index = index[: self.hparams["pool_batch"]].to(self.device)
+        index = to_device(index[: self.hparams["pool_batch"]], self.device)
         self.pool.train(self.place_of(iteration), self.images.detach()[index], self.targets.detach()[index])
 
     def own_accuracies(self, real: Images) -> Tensor:

@@ -126,14 +126,14 @@ class GradientMatching(ClassMatching):
         norms = batch_norms(network)
         if not norms:
             return
-        classes, keys = range(self.num_classes), ("statistics", iteration)
-        network(torch.cat([self.real_of(c, *keys, count=STATISTICS_IMAGES, on_all_ranks=True) for c in classes]))
+        drawn = self.real_images_by_class("statistics", iteration, count=STATISTICS_IMAGES, on_all_ranks=True)
+        network(torch.cat(list(drawn)))
         for norm in norms:
             norm.eval()
 
     def _distances(self, network: nn.Module, iteration: int) -> Iterator[Tensor]:
-        for label in range(self.num_classes):
-            real = self.siamese(self.real_of(label, iteration), label, iteration)
+        for label, drawn in enumerate(self.real_images_by_class(iteration)):
+            real = self.siamese(drawn, label, iteration)
             synthetic = self.siamese(self.synthetic_of(label), label, iteration)
             target = loss_gradients(network, real, self.labels.new_full((len(real),), label))
             labels = self.labels.new_full((len(synthetic),), label)

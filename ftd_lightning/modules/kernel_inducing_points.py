@@ -50,6 +50,7 @@ class KernelInducingPoints(RidgeDistillation):
         iterations_per_epoch: iterations that make a Lightning epoch.
         seed: decides initial images and real batches.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
+        measure_every: Lightning epochs between measurements by the method's own protocol; 0: when the fit ends alone.
 
     Raises:
         InputError: for numbers out of range and an unknown kernel.
@@ -75,6 +76,7 @@ class KernelInducingPoints(RidgeDistillation):
         iterations_per_epoch: int = 100,
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
+        measure_every: int = 0,
     ) -> None:
         check_bounds(KernelInducingPoints, locals())
         if kernel not in KERNELS:

@@ -54,6 +54,11 @@ class LearnedSet(PhaseModule):
         return {"dataset": dataset, "network": self.fresh.describe()}
 
     @property
+    def iterations(self) -> int:
+        """Number of iterations that the set has had."""
+        return self.step if self.attached else self._loaded_iterations
+
+    @property
     def skipped_steps(self) -> int:
         """Number of skipped steps; waits for the device."""
         return int(self._guard.skipped)
@@ -111,7 +116,7 @@ class LearnedSet(PhaseModule):
                 **self.set_metadata(),
                 **({} if self.inner_labels is None else {"labels_made": self.inner_labels.made}),
                 "settings": self.settings(),
-                "iterations": self.step if self.attached else self._loaded_iterations,
+                "iterations": self.iterations,
                 "skipped_steps": self.skipped_steps,
                 **({"gated_steps": int(self._guard.gated)} if self._guard.gates else {}),
                 **({} if self._initial_weight is None else {"ema_initial_weight": float(self._initial_weight)}),

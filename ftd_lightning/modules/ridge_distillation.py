@@ -25,14 +25,14 @@ class RidgeDistillation(Distillation):
     """The base of methods whose loss is the error of ridge regression in closed form.
 
     Its subclasses' hyper-parameters include ``network_options``, ``reg``, ``batch_target``, ``lr_images``,
-    ``learn_labels``, ``lr_labels``, ``lr_network`` and ``iterations_per_epoch``; they call :meth:`keep` in their
-    ``__init__``. Images, and targets where they are learned, are learned by Adam.
+    ``learn_labels``, ``lr_labels``, ``lr_network``, ``iterations_per_epoch`` and ``measure_every``; they call
+    :meth:`keep` in their ``__init__``. Images, and targets where they are learned, are learned by Adam.
 
     Labels of the set: classes, or, where they are learned, (N, K) targets (``label_kind`` "target"). Two protocols
-    measure it. The method's own, accuracy of the ridge regression, is measured at the end of each Lightning epoch and
-    when the fit ends, on the raw targets; it is logged (``evaluation/ridge_test_accuracy``) and recorded in the set's
-    scores. The library's, networks trained by cross entropy, takes probabilities: ``SyntheticSet.training_labels``
-    makes them of the targets.
+    measure it. The method's own, accuracy of the ridge regression, is measured on the raw targets when the fit ends and
+    every ``measure_every`` Lightning epochs; it is logged (``evaluation/ridge_test_accuracy``) and recorded in the
+    set's scores. The library's, networks trained by cross entropy, takes probabilities:
+    ``SyntheticSet.training_labels`` makes them of the targets.
 
     Under DDP every rank draws real images of its own, and the gradient is averaged.
 
@@ -97,9 +97,9 @@ class RidgeDistillation(Distillation):
         """
         generator = self._generator("real", iteration, self.global_rank)
         order = torch.randperm(len(self._classes), generator=generator)[: self.hparams["batch_target"]]
-        index = order.to(self._classes.device)
+        index = to_device(order, self._classes.device)
         images = to_device(self._images[index], self.device, self.images.dtype)  # in the trainer's precision
-        classes = self._classes[index].to(self.device)
+        classes = to_device(self._classes[index], self.device)
         return images, centred_targets(classes, self.num_classes, scale=self.target_scale).to(self.images.dtype)
 
     def _generator(self, *keys: int | str) -> torch.Generator:
@@ -121,10 +121,12 @@ class RidgeDistillation(Distillation):
         raise NotImplementedError
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure by the method's own protocol, where an epoch or the fit ends: before the set is written."""
+        """Measure by the method's own protocol where that is due or the fit ends: before the set is written."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        ends = self.trainer.should_stop or self.trainer.global_step == self.trainer.max_steps
-        if self.source is None or not (ends or self.trainer.is_last_batch):
+        trainer, every = self.trainer, self.hparams["measure_every"]
+        due = (every and (self.epoch + 1) % every == 0) or trainer.current_epoch + 1 == trainer.max_epochs
+        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if self.source is None or not (ends or (due and trainer.is_last_batch)):
             return
         for part, (in_words, on_file) in PARTS.items():
             real = self.source.part(part)

@@ -180,8 +180,8 @@ class TrajectoryMatching(StudentDistillation):
         with torch.autocast(self.device.type, enabled=False):
             matches = [self._match(segment) for segment in batch]
             loss = torch.stack([found.loss for found in matches]).mean()
-        start_epoch = torch.tensor(sum(s["start_epoch"] for s in batch) / len(batch))
-        self.log("matching/start_epoch", start_epoch.to(self.device, non_blocking=True), batch_size=1)
+        start_epoch = sum(s["start_epoch"] for s in batch) / len(batch)
+        self.log("matching/start_epoch", torch.full((), start_epoch, device=self.device), batch_size=1)
         if having(self.rules, "distance"):
             self.log("matching/steps", sum(found.steps for found in matches) / len(matches), batch_size=1)
         return self.logged(loss)

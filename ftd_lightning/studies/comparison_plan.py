@@ -151,7 +151,7 @@ class Comparison:
             # Its time is over when the fit ended by itself after it: the trainer's clock goes on where it was resumed.
             if minutes is not None and read_notes(folder)["seconds"] >= 60 * minutes:
                 return True
-            made, steps = SyntheticSet.load(file).metadata, saved["trainer"]["max_steps"]
+            made, steps = SyntheticSet.read_metadata(file), saved["trainer"]["max_steps"]
             rounds = saved["model"]["init_args"].get("rounds")
             if rounds is None:
                 return bool(made["iterations"] >= steps)
@@ -189,7 +189,7 @@ class Comparison:
         last, best = step.folder / "set.safetensors", step.folder / "best.safetensors"
         if row.given.get("iterate", "last") == "last" or not best.is_file():
             return last
-        made = [SyntheticSet.load(file).metadata["iterations"] for file in (last, best)]
+        made = [SyntheticSet.read_metadata(file)["iterations"] for file in (last, best)]
         return last if made[0] == made[1] else best
 
     def _evaluation(self, row: Row, network: str) -> tuple[Path, tuple[str, ...]]:

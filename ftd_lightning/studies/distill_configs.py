@@ -104,8 +104,8 @@ def planned_configs(plan: Plan, source: Source, out: Path, *, ipc: int, method: 
     }
     average = {"class_path": "ftd_lightning.callbacks.SyntheticEMA", "init_args": {"decay": plan.decay}}
     learning: dict[str, Any] = {"max_steps": plan.iterations, **({"callbacks": [average]} if method == "ftd" else {})}
-    evaluation = {"network_options": options, "networks": plan.networks, "augment": augment}
-    often = {"max_epochs": plan.evaluation_epochs, "check_val_every_n_epoch": plan.evaluation_epochs}
+    epochs = plan.evaluation_epochs
+    evaluation = {"network_options": options, "networks": plan.networks, "augment": augment, "measure_every": epochs}
     folder = out / "configs"
     files = {
         "teacher": config(
@@ -113,11 +113,14 @@ def planned_configs(plan: Plan, source: Source, out: Path, *, ipc: int, method: 
         ),
         "distill": config("TrajectoryMatching", matching, {**data, **part}, learning),
         "evaluate": config(
-            "SyntheticEvaluation", evaluation, {**data, "synthetic": "runs/distill/set.safetensors"}, often
+            "SyntheticEvaluation",
+            evaluation,
+            {**data, "synthetic": "runs/distill/set.safetensors"},
+            {"max_epochs": epochs},
         ),
     }
     written = {phase: _write(folder, phase, content) for phase, content in files.items()}
-    on_real = ["--trainer.max_epochs", plan.real_epochs, "--trainer.check_val_every_n_epoch", plan.real_epochs]
+    on_real = ["--trainer.max_epochs", plan.real_epochs, "--model.measure_every", plan.real_epochs]
     real: dict[str, Any] = {"evaluate_arguments": on_real}
     if plan.real_per_class is not None:
         on_real += ["--data.max_per_class", plan.real_per_class]
@@ -153,7 +156,7 @@ def published_configs(configs: Published, source: Source, out: Path, *, ipc: int
     rows = {
         "random": {"evaluate_arguments": real},
         "method": {**learned, **({"teachers": "teachers"} if teachers else {})},
-        "real": {"evaluate_arguments": [*real, "--trainer.max_epochs", 60, "--trainer.check_val_every_n_epoch", 10]},
+        "real": {"evaluate_arguments": [*real, "--trainer.max_epochs", 60, "--model.measure_every", 10]},
     }
     arguments = [*configs.arguments, *(["--data.root", source.root] if source.root else [])]
     evaluate = str(configs.evaluate)

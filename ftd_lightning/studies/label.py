@@ -21,9 +21,8 @@ from ftd_lightning.data.trajectory_store import check_compatible
 from ftd_lightning.errors import InputError
 from ftd_lightning.lightning_cli import configured
 from ftd_lightning.modules import SyntheticEvaluation
-from ftd_lightning.modules.evaluation import DEFAULT_LR
 from ftd_lightning.training.compile_choice import EVALUATION, choose_compile, training_operations
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, per_cent
+from ftd_lightning.training.evaluation_protocol import DEFAULT_LR, EvaluationProtocol, per_cent
 from ftd_lightning.training.label_epoch import best_epoch, try_labels
 from ftd_lightning.training.side_by_side import SideBySide
 

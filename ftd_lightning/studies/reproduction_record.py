@@ -90,9 +90,9 @@ def make_record(
     first = job.rows["raw-last"]
     teacher, distill = job.steps(first)[:2]
     evaluation = job.evaluation_step(first, "")
-    synthetic = SyntheticSet.load(distill.folder / "set.safetensors")
+    made = SyntheticSet.read_metadata(distill.folder / "set.safetensors")
     best = distill.folder / "best.safetensors"
-    chosen = SyntheticSet.load(best).metadata["iterations"] if best.is_file() else None
+    chosen = SyntheticSet.read_metadata(best)["iterations"] if best.is_file() else None
 
     def accuracy(name: str) -> dict[str, Any] | None:
         return rows[name]["accuracy"]["last"] if name in rows else None
@@ -110,9 +110,9 @@ def make_record(
         "ipc": cell.ipc,
         "method": cell.method,
         "teachers": _teachers(TrajectoryStore(distill.folder / "teachers"), settings["teacher"]),
-        "iterations": synthetic.metadata["iterations"],
+        "iterations": made["iterations"],
         "chosen_iteration": chosen,
-        "skipped_steps": synthetic.metadata.get("skipped_steps", 0),
+        "skipped_steps": made.get("skipped_steps", 0),
         "evaluation_epochs": rows["raw-last"]["epochs"],
         "config": reproduction.published,
         "accuracy": {

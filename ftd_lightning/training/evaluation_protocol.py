@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm.auto import tqdm
 
 from ftd_lightning.bounds import check_bounds
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ftd_lightning.contracts import TrainingSet
     from ftd_lightning.functional.compiling import Compile
+
+
+DEFAULT_LR = 0.01  # of this line's code, for sets without a learned step size
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class EvaluationProtocol:
     """
 
     epochs: int = 1000
-    lr: float = 0.01
+    lr: float = DEFAULT_LR
     batch_size: int = 256
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -70,6 +75,14 @@ class EvaluationProtocol:
             [0.5, 0.5, 0.05, 0.05]
         """
         return self.lr * 0.1 if epoch >= max(1, self.epochs // 2) else self.lr
+
+
+def learned_lr(training: TrainingSet | None) -> float:
+    """Return the mean step size that a set was learned with; where there is none, say so and return 0.01."""
+    if training is None or training.step_size is None:
+        rank_zero_info(f"the training images have no learned step size: using lr={DEFAULT_LR}")
+        return DEFAULT_LR
+    return float(training.step_size.mean())
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.kernels import nngp_kernel, ntk_kernel
-from ftd_lightning.functional.ridge import centred_targets, ridge_predictions
+from ftd_lightning.functional.ridge import centred_targets, ridge_weights
+from ftd_lightning.functional.to_device import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,10 +33,10 @@ def ridge_accuracy(cross: Callable[[Tensor], Tensor], own: Tensor, targets: Tens
         reg: as for ``functional.ridge_predictions``.
         real: on any device.
     """
-    right = torch.zeros((), device=own.device)
+    right, weights = torch.zeros((), device=own.device), ridge_weights(own, targets, reg=reg)
     for images, labels in zip(real.images.split(BATCH), real.labels.split(BATCH), strict=True):
-        predictions = ridge_predictions(cross(images.to(own.device)), own, targets, reg=reg)
-        right += (predictions.argmax(1) == labels.to(own.device)).sum()
+        predictions = cross(to_device(images, own.device)).double() @ weights
+        right += (predictions.argmax(1) == to_device(labels, own.device)).sum()
     return right / len(real.labels)
 
 

@@ -83,11 +83,11 @@ class StepGuard:
                     value.copy_(torch.where(self.applied, value, torch.zeros_like(value)))
         self._before = []
         skip, gate = (~self._finite).long(), (self._finite & ~self.applied).long()
-        self.skipped = self.skipped.to(skip.device) + skip
-        self.in_a_row = (self.in_a_row.to(skip.device) + 1) * skip
-        self.gated = self.gated.to(gate.device) + gate
-        self.gated_in_a_row = (self.gated_in_a_row.to(gate.device) + 1) * gate
-        self.still_in_a_row = (self.still_in_a_row.to(gate.device) + 1) * self._still
+        self.skipped = self.skipped + skip
+        self.in_a_row = (self.in_a_row + 1) * skip
+        self.gated = self.gated + gate
+        self.gated_in_a_row = (self.gated_in_a_row + 1) * gate
+        self.still_in_a_row = (self.still_in_a_row + 1) * self._still
 
     def check(self, iteration: int) -> None:
         """Stop a run that only diverges, or learns nothing; waits for the device.

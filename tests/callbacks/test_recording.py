@@ -6,8 +6,8 @@ import pytest
 from fits import distil, make_trainer, small_data, small_matching, small_teacher
 from lightning.pytorch import Callback
 
-from ftd_lightning import SyntheticSet, TrajectoryStore
-from ftd_lightning.callbacks import FitProgress, SyntheticSetWriter, TrajectoryRecorder
+from ftd_lightning import SyntheticSet, TrajectoryMatching, TrajectoryStore
+from ftd_lightning.callbacks import EvaluateSynthetic, FitProgress, SyntheticSetWriter, TrajectoryRecorder
 
 
 def test_files_go_beside_the_logs_by_default(tmp_path: Path, trajectories: Path) -> None:
@@ -16,6 +16,14 @@ def test_files_go_beside_the_logs_by_default(tmp_path: Path, trajectories: Path)
     assert names == ["data.safetensors", "teacher_0000.safetensors"]
     distil(tmp_path, trajectories, callbacks=[SyntheticSetWriter()])
     assert len(SyntheticSet.load(tmp_path / "set.safetensors").images) == 10
+
+
+def test_a_set_is_copied_only_to_be_written_or_measured(tmp_path: Path, trajectories: Path, monkeypatch) -> None:
+    copied, original = [], TrajectoryMatching.synthetic_set
+    monkeypatch.setattr(TrajectoryMatching, "synthetic_set", lambda self: copied.append(self.step) or original(self))
+    measuring = EvaluateSynthetic(3, networks=1, epochs=1, keep_best=False)
+    distil(tmp_path, trajectories, steps=25, callbacks=[SyntheticSetWriter(every_n_epochs=2), measuring])
+    assert copied == [10, 15, 20, 25, 25]
 
 
 def test_each_leaves_the_other_phases_alone(tmp_path: Path, trajectories: Path) -> None:

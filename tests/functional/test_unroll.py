@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, dropout, one_hot, scaled_dot_product_attention, softmax
 
 from ftd_lightning.functional import (
+    InnerSGD,
     chunked_permutations,
     draws_random_numbers,
     dsa,
@@ -146,6 +147,34 @@ def test_student_equals_plain_sgd_training(method, norm):
     expected = flatten_parameters(network)
     assert relative_difference(expected, p.start) > 0.01
     torch.testing.assert_close(student_of(p, method).detach(), expected, rtol=1e-11, atol=1e-13)
+
+
+class Counted(torch.autograd.Function):
+    """Does nothing, and counts its backward passes."""
+
+    passes = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Counted.passes += 1
+        return gradient
+
+
+@pytest.mark.parametrize("optimizer", [InnerSGD(), InnerSGD(momentum=0.9)], ids=["plain", "momentum"])
+def test_images_that_need_no_gradient_cost_none(optimizer, monkeypatch):
+    p, results = problem(), []
+    for images in (p.images, p.images.detach()):
+        monkeypatch.setattr(Counted, "passes", 0)
+        soft = p.soft.detach().requires_grad_()
+        settings = {"batches": p.batches, "augment": lambda x, generator: Counted.apply(x), "optimizer": optimizer}
+        end = unroll(p.network, p.start, images, soft, p.lr, **settings)
+        results.append(grad(end.sum(), soft)[0])
+        assert Counted.passes == (len(p.batches) if images.requires_grad else 0)
+    assert results[1].equal(results[0])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -61,25 +61,29 @@ def test_one_class_has_a_graph_at_a_time(module) -> None:
     assert len(alive) == 3
 
 
+def drawn(module, *keys, **options) -> list[torch.Tensor]:
+    return list(module.real_images_by_class(*keys, **options))
+
+
 def test_real_images_are_of_the_class_and_drawn_without_replacement(module) -> None:
-    for label in (0, 7):
-        drawn = module.real_of(label, 1)
-        match = (drawn.flatten(1)[:, None] == module.real_images().images.flatten(1)).all(2)
+    real = module.real_images()
+    for label, images in enumerate(drawn(module, 1)):
+        match = (images.flatten(1)[:, None] == real.images.flatten(1)).all(2)
         index = match.float().argmax(1)
         assert match.any(1).all()
-        assert (module.real_images().labels[index] == label).all()
+        assert (real.labels[index] == label).all()
         assert len(index.unique()) == 5
-    assert torch.equal(module.real_of(2, 1), module.real_of(2, 1))
-    assert not torch.equal(module.real_of(2, 1), module.real_of(2, 2))
-    assert len(module.real_of(2, 1, count=2)) == 2
-    assert len(module.real_of(2, 1, count=1000)) == int((module.real_images().labels == 2).sum())
+    assert torch.equal(drawn(module, 1)[2], drawn(module, 1)[2])
+    assert not torch.equal(drawn(module, 1)[2], drawn(module, 2)[2])
+    assert [len(images) for images in drawn(module, 1, count=2)] == [2] * 10
+    assert [len(images) for images in drawn(module, 1, count=1000)] == real.labels.bincount().tolist()
 
 
 def test_ranks_draw_images_of_their_own_unless_told_otherwise(module, monkeypatch) -> None:
-    own, shared = module.real_of(0, 1), module.real_of(0, 1, on_all_ranks=True)
+    own, shared = drawn(module, 1), drawn(module, 1, on_all_ranks=True)
     monkeypatch.setattr(type(module), "global_rank", 1)
-    assert not torch.equal(module.real_of(0, 1), own)
-    assert torch.equal(module.real_of(0, 1, on_all_ranks=True), shared)
+    assert not torch.equal(drawn(module, 1)[0], own[0])
+    assert torch.equal(drawn(module, 1, on_all_ranks=True)[0], shared[0])
 
 
 def test_images_that_are_augmented_together_are_augmented_alike(module) -> None:

@@ -74,7 +74,7 @@ def test_mean_and_std_are_numpys() -> None:
 
 def evaluate(folder: Path, data, *, epochs: int = 5, **options) -> SyntheticEvaluation:
     module = SyntheticEvaluation(**{"network_options": SMALL, "networks": 3, "augment": "", **options})
-    trainer = make_trainer(folder, max_epochs=epochs, check_val_every_n_epoch=epochs)
+    trainer = make_trainer(folder, max_epochs=epochs)
     trainer.fit(module, datamodule=data)
     trainer.test(module, datamodule=data, verbose=False)
     return module
@@ -99,9 +99,10 @@ def test_results_are_written_with_seeds_and_all(tmp_path: Path) -> None:
 
 
 def test_a_tested_checkpoint_gives_the_results_of_its_fit(tmp_path: Path) -> None:
-    data, options = small_data(synthetic="random"), {"network_options": SMALL, "networks": 2, "augment": ""}
+    data = small_data(synthetic="random")
+    options = {"network_options": SMALL, "networks": 2, "augment": "", "measure_every": 2}
     module, again = SyntheticEvaluation(**options), SyntheticEvaluation(**options)
-    trainer = make_trainer(tmp_path, max_epochs=4, check_val_every_n_epoch=2)
+    trainer = make_trainer(tmp_path, max_epochs=4)
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "done.ckpt")
     trainer.test(module, datamodule=data, verbose=False)
@@ -130,9 +131,9 @@ def test_untrained_networks_are_not_measured(tmp_path: Path, refused) -> None:
 
 def test_other_iterates_are_reported_under_their_own_names(tmp_path: Path) -> None:
     """The last one is the result; one chosen on held-out images and the best on test stand beside it."""
-    module = SyntheticEvaluation(network_options=SMALL, networks=2, augment="", lr=0.05)
+    module = SyntheticEvaluation(network_options=SMALL, networks=2, augment="", lr=0.05, measure_every=2)
     data = small_data(synthetic="random", ipc=2)
-    trainer = make_trainer(tmp_path, max_epochs=6, check_val_every_n_epoch=2)
+    trainer = make_trainer(tmp_path, max_epochs=6)
     trainer.fit(module, datamodule=data)
     trainer.test(module, datamodule=data, verbose=False)
     results = module.results
@@ -147,6 +148,25 @@ def test_other_iterates_are_reported_under_their_own_names(tmp_path: Path) -> No
     assert table[2].startswith("| random | convnet | 2 | ")
 
 
+@pytest.mark.parametrize(("options", "times"), [({}, 0), ({"measure_every": 2}, 2)])
+def test_real_images_are_measured_when_they_are_due(tmp_path: Path, options, times) -> None:
+    seen = []
+
+    class Counting(ConvNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(0 if self.training else len(x))
+            return super().forward(x)
+
+    module = SyntheticEvaluation(lambda: Counting(1, 10, 8, **SMALL), networks=1, compile=False, **options)
+    data = small_data(synthetic="random")
+    trainer = make_trainer(tmp_path, max_epochs=5)
+    trainer.fit(module, datamodule=data)
+    assert sum(seen) == times * (len(data.val.labels) + len(data.test.labels))
+    assert module.networks[0].training
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert sum(seen) == times * len(data.test.labels) + (times + 1) * len(data.val.labels)
+
+
 def test_held_out_images_that_the_set_has_seen_are_labelled(tmp_path: Path) -> None:
     data = small_data(val_fraction=0.0)
     data.setup()
@@ -159,8 +179,9 @@ def test_held_out_images_that_the_set_has_seen_are_labelled(tmp_path: Path) -> N
     )
     seen.save(tmp_path / "seen.safetensors")
     for synthetic, label in ((str(tmp_path / "seen.safetensors"), True), ("random", False)):
-        module, data = SyntheticEvaluation(network_options=SMALL, networks=1), small_data(synthetic=synthetic)
-        trainer = make_trainer(tmp_path, max_epochs=2, check_val_every_n_epoch=1)
+        module = SyntheticEvaluation(network_options=SMALL, networks=1, measure_every=1)
+        data = small_data(synthetic=synthetic)
+        trainer = make_trainer(tmp_path, max_epochs=2)
         trainer.fit(module, datamodule=data)
         trainer.test(module, datamodule=data, verbose=False)
         assert ("held_out_seen" in module.results) == label

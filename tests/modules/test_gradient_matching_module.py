@@ -107,9 +107,9 @@ def test_dsa_augments_both_sides_of_a_class_by_one_draw(tmp_path, doubles) -> No
     distil(tmp_path, callbacks=[plain], **settings)
     network = module.fresh.build(0, "network", 0)
     loss = 0.0
-    for c in range(10):
+    for c, real in enumerate(module.real_images_by_class(0)):
         gradients = []
-        for batch in (module.initial_images.double().view(10, 2, 1, 8, 8)[c], module.real_of(c, 0)):
+        for batch in (module.initial_images.double().view(10, 2, 1, 8, 8)[c], real):
             shown = module.siamese(batch, c, 0)
             answer = torch.full((len(batch),), c)
             gradients.append(torch.autograd.grad(cross_entropy(network(shown), answer), list(network.parameters())))

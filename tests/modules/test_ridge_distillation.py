@@ -215,6 +215,27 @@ def test_the_set_says_what_made_it(tmp_path, method, learn_labels) -> None:
         assert torch.equal(written.labels, torch.arange(10))
 
 
+@pytest.mark.parametrize(
+    ("limits", "measure_every", "after"),
+    [({}, 0, [13]), ({}, 1, [5, 10, 13]), ({}, 2, [10, 13]), ({"max_steps": -1, "max_epochs": 2}, 0, [10])],
+)
+def test_its_own_accuracy_is_measured_when_it_is_due(tmp_path, monkeypatch, limits, measure_every, after) -> None:
+    measured, solved, solve = [], [], torch.linalg.solve_ex
+
+    def own_accuracies(self, real):
+        measured.append(self.step)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.linalg, "solve_ex", lambda *args: solved.append(0) or solve(*args))
+            return KernelInducingPoints.own_accuracies(self, real)
+
+    monkeypatch.setitem(kernel_accuracy.__globals__, "BATCH", 8)
+    method = type("Counting", (KernelInducingPoints,), {"own_accuracies": own_accuracies})
+    monkeypatch.setitem(DEFAULTS, method, DEFAULTS[KernelInducingPoints])
+    fit(tmp_path, method, steps=13, trainer=limits, measure_every=measure_every)
+    assert measured == [step for step in after for _ in ("val", "test")]
+    assert len(solved) == len(measured), "one factorisation for all batches of images"
+
+
 @pytest.mark.parametrize("learn_labels", [True, False])
 def test_kernel_accuracy_of_a_written_set(tmp_path, learn_labels, refused) -> None:
     module = fit(tmp_path, KernelInducingPoints, learn_labels=learn_labels, depth=2)

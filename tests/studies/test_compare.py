@@ -30,7 +30,7 @@ SMALL = [
     *("--distill.model.max_start_epoch", 3, "--distill.trainer.max_steps", 40),
     *("--distill.trainer.callbacks", CALLBACKS),
     *("--evaluate.model.network_options", {"width": 4, "depth": 1}, "--evaluate.model.networks", 2),
-    *("--evaluate.trainer.max_epochs", 12, "--evaluate.trainer.check_val_every_n_epoch", 4),
+    *("--evaluate.trainer.max_epochs", 12, "--evaluate.model.measure_every", 4),
 ]
 
 
@@ -275,7 +275,7 @@ def test_a_row_of_random_images_with_a_teacher_s_labels(here: Path, trajectories
     teachers = {"mtt": {"store": str(trajectories)}}
     rows = {"soft": {"synthetic": "random", "labels": "teacher", "teachers": "mtt"}}
     enough = ["--evaluate.model.network_options", {"width": 16, "depth": 1}, "--evaluate.model.augment", ""]
-    enough += ["--evaluate.trainer.max_epochs", 100, "--evaluate.trainer.check_val_every_n_epoch", 100]
+    enough += ["--evaluate.trainer.max_epochs", 100, "--evaluate.model.measure_every", 100]
     study = write(here / "study.yaml", arguments=[*SMALL, *enough], teachers=teachers, rows=rows)
     cli.main(["compare", "--config", str(study)])
     (row,) = json.loads(Path("runs/small/compare.json").read_text())["rows"]
