@@ -62,13 +62,23 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _are_counts(value[1])
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_count(size) for size in value)
+
+
 def _is_network(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("name"), str)
         and isinstance(value.get("options", {}), dict)
         and isinstance(value.get("shapes", {}), dict)
+        and all(map(_are_counts, value.get("shapes", {}).values()))
         and isinstance(value.get("parameters", []), list)
+        and all(map(_is_parameter, value.get("parameters", [])))
     )
 
 

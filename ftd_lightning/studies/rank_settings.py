@@ -12,6 +12,7 @@ from ftd_lightning.data.datasets import check_name
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.models.description import same_network
+from ftd_lightning.models.registry import recorded_network
 from ftd_lightning.training.fresh_networks import FreshNetworks
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def choose_network(sets: Mapping[str, SyntheticSet], settings: RankSettings, sha
     """Return the network to score by: the given one, or that of the sets.
 
     Raises:
-        InputError: where sets name different ones, or none that can be built by name.
+        InputError: where sets name different ones, or none of this library.
     """
     if settings.network is not None:
         fresh = FreshNetworks(settings.network, settings.network_options, shape)
@@ -204,12 +205,11 @@ def choose_network(sets: Mapping[str, SyntheticSet], settings: RankSettings, sha
     if not named:
         raise InputError(f"{next(iter(sets))}: does not name its network: give --network")
     (first, chosen), *others = named.items()
-    if "options" not in chosen:
-        raise InputError(f"{first}: its network {chosen['name']} has no short name to build it by: give --network")
-    for name, other in others:
+    name, options = recorded_network(chosen, first, "give --network")
+    for file, other in others:
         if not same_network({**chosen, **shape._asdict()}, {**other, **shape._asdict()}):
-            raise InputError(f"{name}: names another network than {first}: give --network for all")
-    return FreshNetworks(chosen["name"], chosen["options"], shape)
+            raise InputError(f"{file}: names another network than {first}: give --network for all")
+    return FreshNetworks(name, options, shape)
 
 
 def choose_augmentation(sets: Mapping[str, SyntheticSet], settings: RankSettings) -> Augmentation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
 from pathlib import Path  # noqa: TC003
@@ -26,6 +25,7 @@ from ftd_lightning.studies.trajectory_error import (
 from ftd_lightning.training.fresh_networks import student_networks
 
 KIND = "trajectory_error"
+RECORDED = ("val_fraction", "max_per_class", "seed", "image_size")  # of the teachers' data
 TAGS = {
     "evaluation": "loss_difference/evaluation",
     "distillation": "loss_difference/distillation",
@@ -48,8 +48,7 @@ def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: s
     name = dataset or described.get("name")
     if not name:
         raise InputError(f"{store.path}: its teachers do not name their data set: give --dataset")
-    known = set(inspect.signature(DistillationDataModule).parameters) - {"dataset"}
-    options: dict[str, Any] = {key: value for key, value in described.items() if key in known}
+    options: dict[str, Any] = {key: described[key] for key in RECORDED if key in described}
     data = DistillationDataModule(dataset=name, root=root, synthetic=str(file), **options)
     data.prepare_data()
     data.setup()
@@ -142,6 +141,7 @@ def trajectory_error(
     ema: bool = False,
     syn_steps: int | None = None,
     expert_epochs: int | None = None,
+    network: str | None = None,
     output: Path | None = None,
     against: Sequence[Path] = (),
     seed: int = 0,
@@ -158,6 +158,7 @@ def trajectory_error(
         ema: use the set's averaged images.
         syn_steps: inner steps per segment; by default the set's.
         expert_epochs: teacher epochs per segment; by default the set's.
+        network: import path of the teachers' network, where it is not of this library.
         output: by default a folder trajectory_error beside the set.
         against: a curve.json to draw beside it.
         seed: of mini-batches and augmentation.
@@ -176,12 +177,13 @@ def trajectory_error(
     if not 1 <= teachers <= len(store):
         raise InputError(f"{store.path}: {teachers} teachers are asked for, {len(store)} are recorded")
     synthetic.chosen(ema=ema)
+    students = student_networks(store, network)
     real = real_images(store, set_file, dataset, root).part(on)
     curves = measure_trajectory_error(
         synthetic,
         store,
         real,
-        student_networks(store).build(0),
+        students.build(0),
         teachers=range(teachers),
         syn_steps=n,
         expert_epochs=m,
