@@ -29,6 +29,7 @@ from ftd_lightning.modules import BilevelDistillation
 from ftd_lightning.studies.label import label_random_images
 from ftd_lightning.studies.rank import prepare
 from ftd_lightning.studies.rank_settings import RankData, RankSettings
+from ftd_lightning.studies.trajectory_error import measure_trajectory_error
 from ftd_lightning.studies.trajectory_error_command import trajectory_error
 from ftd_lightning.training.fresh_networks import student_networks
 
@@ -274,9 +275,10 @@ def test_a_network_of_ones_own_is_passed_by_whoever_runs_the_command(here, refus
     with refused("not of this library: give --network"):
         SET_READERS["rank"]("set.safetensors")
     prepare(["set.safetensors"], RankSettings(out="ranked", network=OWN), RankData(max_per_class=14))
-    with refused("not of this library: pass it as network"):
+    with refused("not of this library: pass it to measure_trajectory_error"):
         trajectory_error(Path("set.safetensors"), Path("own"), output=Path("curve"))
-    trajectory_error(Path("set.safetensors"), Path("own"), network=OWN, output=Path("curve"))
+    synthetic, store = SyntheticSet.load("set.safetensors"), TrajectoryStore("own")
+    measure_trajectory_error(synthetic, store, small_data().part("test"), own(1, 10, 8))
     with refused("not of this library: choose by teachers of"):
         STORE_READERS["coreset"](Path("own"))
     with refused("has other parameters"):

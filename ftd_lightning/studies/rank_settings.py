@@ -115,9 +115,10 @@ def read_sets(files: Sequence[str]) -> dict[str, SyntheticSet]:
     (first, one), *others = sets.items()
     for name, other in others:
         counts = len(one.class_names), len(other.class_names)
-        if counts[0] != counts[1]:
+        if all(counts) and counts[0] != counts[1]:
             raise InputError(f"{name}: has {counts[1]} classes, {first} has {counts[0]}: rank them apart")
-        if one.class_names != other.class_names or one.images.shape[1:] != other.images.shape[1:]:
+        differ = all(counts) and one.class_names != other.class_names
+        if differ or one.images.shape[1:] != other.images.shape[1:]:
             raise InputError(f"{name}: has other classes or image sizes than {first}: rank them apart")
     return sets
 

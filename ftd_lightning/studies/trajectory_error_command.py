@@ -15,6 +15,7 @@ from ftd_lightning.data import DistillationDataModule, SyntheticSet, TrajectoryS
 from ftd_lightning.data.files import replacing, versions
 from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
+from ftd_lightning.models.registry import recorded_network
 from ftd_lightning.studies.trajectory_error import (
     QUANTITIES,
     check_set,
@@ -141,7 +142,6 @@ def trajectory_error(
     ema: bool = False,
     syn_steps: int | None = None,
     expert_epochs: int | None = None,
-    network: str | None = None,
     output: Path | None = None,
     against: Sequence[Path] = (),
     seed: int = 0,
@@ -158,7 +158,6 @@ def trajectory_error(
         ema: use the set's averaged images.
         syn_steps: inner steps per segment; by default the set's.
         expert_epochs: teacher epochs per segment; by default the set's.
-        network: import path of the teachers' network, where it is not of this library.
         output: by default a folder trajectory_error beside the set.
         against: a curve.json to draw beside it.
         seed: of mini-batches and augmentation.
@@ -177,13 +176,13 @@ def trajectory_error(
     if not 1 <= teachers <= len(store):
         raise InputError(f"{store.path}: {teachers} teachers are asked for, {len(store)} are recorded")
     synthetic.chosen(ema=ema)
-    students = student_networks(store, network)
+    recorded_network(store.metadata["network"], store.path, "pass it to measure_trajectory_error as network")
     real = real_images(store, set_file, dataset, root).part(on)
     curves = measure_trajectory_error(
         synthetic,
         store,
         real,
-        students.build(0),
+        student_networks(store).build(0),
         teachers=range(teachers),
         syn_steps=n,
         expert_epochs=m,

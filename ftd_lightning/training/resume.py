@@ -54,8 +54,9 @@ def read_checkpoint(source: str | Path | IO[bytes], **options: Any) -> dict[str,
     if not isinstance(content, dict) or not {"pytorch-lightning_version", "state_dict"} <= content.keys():
         raise InputError(f"{source}: is not a checkpoint of Lightning")
     for key, kind in KINDS.items():
-        if not isinstance(content.get(key, kind()), kind):
-            raise InputError(f"{source}: is a broken checkpoint: its {key} is no {kind.__name__}")
+        if not isinstance(value := content.get(key, kind()), kind):
+            found, wanted = type(value).__name__, kind.__name__
+            raise InputError(f"{source}: is a broken checkpoint: {key} is a {found}, not a {wanted}")
     return content
 
 
