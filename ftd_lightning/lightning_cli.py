@@ -36,6 +36,7 @@ from ftd_lightning.training.learning_check import summary
 from ftd_lightning.training.nodes import last_checkpoint
 from ftd_lightning.training.phase_module import PhaseModule
 from ftd_lightning.training.run_folder import run_folder
+from ftd_lightning.training.resume import read_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,33 +50,22 @@ def _with_defaults(configured: Any, defaults: Mapping[type, Any]) -> list[Any]:
 
 
 def check_checkpoint(path: str, model: str | None = None) -> None:
-    """Refuse a file that is no checkpoint of Lightning, before anything is read from it or begun.
+    """Refuse a file that is no checkpoint of such a module, before anything is begun.
 
     Args:
-        path: what follows ``--ckpt_path``; Lightning's own words, such as "last", and remote paths are left to it.
-        model: class path of the module that it is for; Lightning would take the checkpoint's without a word.
+        path: what follows ``--ckpt_path``. The file of "last", and remote ones, are checked when the fit reads them.
+        model: class path of the module that it is for.
 
     Raises:
         InputError: for a file that is missing, broken, or something else. No code in it is run.
     """
     if path.startswith(("http://", "https://")):
         raise InputError(f"{path}: download the checkpoint first: read from there, it could run code")
-    if path in ("last", "hpc") or "://" in path or path.startswith("registry"):
+    if path == "last" or "://" in path:
         return
-    if path == "best":
-        raise InputError("ckpt_path best: nothing has been measured yet when a command starts; name the file, or last")
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        complete = isinstance(content, dict) and {"pytorch-lightning_version", "state_dict"} <= content.keys()
-    except Exception as error:  # a foreign file can make torch raise anything
-        raise InputError(
-            f"{path}: no checkpoint that can be read: it is broken, something else, or would run code when read"
-        ) from error
-    if not complete:
-        raise InputError(f"{path}: is not a checkpoint of Lightning")
-    recorded = str(content.get("hyper_parameters", {}).get("_class_path", model))
+    if path in ("best", "hpc") or path.startswith("registry"):
+        raise InputError(f"ckpt_path {path}: name the file, or last")
+    recorded = str(read_checkpoint(path, mmap=True).get("hyper_parameters", {}).get("_class_path", model))
     if model is not None and recorded.rpartition(".")[2] != model.rpartition(".")[2]:
         raise InputError(f"{path}: is a checkpoint of {recorded}, the model here is {model}")
 
@@ -108,6 +98,9 @@ class FTDCLI(LightningCLI):
         if config.get("ckpt_path"):
             model = config.get("model")
             check_checkpoint(str(config["ckpt_path"]), model.get("class_path") if model else None)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as the user gave it: Lightning would import the class paths that a file names."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what only records, and atomic checkpoints, unless the config has its own."""

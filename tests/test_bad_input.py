@@ -332,7 +332,7 @@ def saved(value):
 
 
 CHECKPOINTS = {
-    "best": (lambda path: None, "best", "nothing has been measured yet"),
+    "best": (lambda path: None, "best", "name the file, or last"),
     "missing": (lambda path: None, "bad.ckpt", "no such checkpoint"),
     "on the web": (lambda path: None, "https://example.com/bad.ckpt", "download the checkpoint first"),
     "a folder": (lambda path: path.mkdir(), "bad.ckpt", "no such checkpoint"),

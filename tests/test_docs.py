@@ -4,10 +4,12 @@ import importlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+
+from ftd_lightning.data import schema
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = json.loads((ROOT / "tests" / "public_names.json").read_text(encoding="utf-8"))
@@ -36,3 +38,16 @@ def test_every_page_of_the_navigation_exists() -> None:
     pages = _pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     assert len(pages) == len(set(pages))
     assert not [page for page in pages if not (ROOT / "docs" / page).is_file()]
+
+
+def test_the_formats_page_lists_what_the_schema_knows() -> None:
+    """Another program reads and writes the files by this page."""
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    sets, stores = (page.partition(f"\n## {title}")[2].partition("\n## ")[0] for title in ("`set.saf", "A trajectory"))
+    tensors, _, metadata = sets.partition("| metadata |")
+    first = [line.split("|")[1] for line in metadata.splitlines() if line.startswith("|")]
+    assert set(re.findall("`(.+?)`", " ".join(first))) == set(schema.SET_METADATA)
+    assert set(schema.TEACHER_METADATA | schema.STORE_METADATA) <= set(re.findall("`(.+?)`", stores))
+    for kind in get_args(schema.LabelKind):
+        assert f'"{kind}"' in metadata
+    assert {"images", "labels", "step_size", "ema_images"} <= set(re.findall(r"^\| `(.+?)`", tensors, re.MULTILINE))

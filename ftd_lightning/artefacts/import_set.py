@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from ftd_lightning.data import DistillationDataModule, SyntheticSet
 from ftd_lightning.data.files import versions
 from ftd_lightning.data.images import unit_range
 from ftd_lightning.errors import InputError
+
+Soft = Literal["probabilities", "logits", "targets"]
 
 
 def read_images(path: Path, shape: tuple[int, int, int], *, pictures: bool) -> Tensor:
@@ -46,17 +49,18 @@ def read_images(path: Path, shape: tuple[int, int, int], *, pictures: bool) -> T
     return images
 
 
-def read_labels(path: Path, count: int, num_classes: int, *, logits: bool) -> Tensor:
+def read_labels(path: Path, count: int, num_classes: int, *, soft: Soft = "probabilities") -> Tensor:
     """Read labels.
 
     Args:
         path: see :func:`read_tensor`.
         count: N, the number of images.
         num_classes: K.
-        logits: soft labels are scores before the softmax, as learned labels are kept by some code.
+        soft: what soft labels are: "logits" before a softmax, as some code keeps learned labels, or "targets" of a
+            regression, any finite values.
 
     Returns:
-        (N,) int64, or (N, K) float32 probabilities.
+        (N,) int64, or (N, K) float32: targets, or else probabilities.
 
     Raises:
         InputError: for another number, shape, type or range.
@@ -72,18 +76,21 @@ def read_labels(path: Path, count: int, num_classes: int, *, logits: bool) -> Te
         low, high = (int(value) for value in torch.aminmax(labels))
         if low < 0 or high >= num_classes:
             raise InputError(f"{path}: labels run from {low} to {high}, classes from 0 to {num_classes - 1}")
-        if logits:
-            raise InputError(f"{path}: holds classes, --logits is for soft labels")
+        if soft != "probabilities":
+            raise InputError(f"{path}: holds classes, --{soft} is for soft labels")
         return labels.long()
     if labels.shape[1] != num_classes or labels.dtype not in FLOATS:
         raise InputError(
             f"{path}: soft labels are floats of shape ({count}, {num_classes}), these are {labels.dtype} of "
             f"{tuple(labels.shape)}"
         )
-    labels = labels.float().softmax(1) if logits else labels.float()
+    labels = labels.float().softmax(1) if soft == "logits" else labels.float()
+    if soft == "targets":
+        return labels
     if float(labels.min()) < 0 or not torch.allclose(labels.sum(1), torch.ones(count), atol=1e-3):
         raise InputError(
-            f"{path}: rows are no probabilities (>= 0, sum 1); if they are scores before softmax: --logits"
+            f"{path}: rows are no probabilities (>= 0, sum 1); pass --logits for scores before a softmax, or --targets "
+            "for those of a regression (KIP, FRePo, RFAD)"
         )
     return labels
 
@@ -162,7 +169,7 @@ def import_set(
     whitened: bool = False,
     standardized: bool = False,
     pictures: bool = False,
-    logits: bool = False,
+    soft: Soft = "probabilities",
     class_names: Sequence[str] = (),
     root: Path = Path("data"),
     zca_eps: float = 0.1,
@@ -173,14 +180,14 @@ def import_set(
 
     Args:
         images: (N, C, H, W).
-        labels: (N,) classes, or (N, K) probabilities.
+        labels: (N,) classes, or (N, K) soft labels.
         out: the set to write, e.g. set.safetensors.
         dataset: what it was distilled from, e.g. cifar10.
         step_size: the learned step size: a number, a file of one, or none.
         whitened: ZCA of the data set's training images was applied; it is fitted once and cached.
         standardized: the data set's mean was subtracted and its std divided by.
         pictures: the images are in [0, 1], or uint8; they are standardised here, because networks see such images.
-        logits: soft labels are scores; apply the softmax.
+        soft: what soft labels are; --logits (apply the softmax) and --targets (of a regression) are short for it.
         class_names: order of the labels, if not the data set's own.
         root: folder of the data set.
         zca_eps: of the whitening.
@@ -200,7 +207,7 @@ def import_set(
     data = DistillationDataModule(dataset, root=str(root), val_fraction=0, zca=whitened, zca_eps=zca_eps)
     shape = (data.in_channels, data.image_size, data.image_size)
     values = read_images(images, shape, pictures=pictures)
-    targets = read_labels(labels, len(values), data.num_classes, logits=logits)
+    targets = read_labels(labels, len(values), data.num_classes, soft=soft)
     if class_names:
         targets = in_order_of(targets, class_names, data.class_names)
     if whitened:
@@ -219,7 +226,8 @@ def import_set(
         metadata={
             "method": "imported",
             "dataset": data.describe()["dataset"],
-            "imported": {**source, "logits": True} if logits else source,
+            "imported": source if soft == "probabilities" else {**source, soft: True},
+            **({"label_kind": "target"} if soft == "targets" else {}),
             "versions": versions(),
         },
     )
@@ -229,7 +237,8 @@ def import_set(
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd import``."""
-    parsed = parse_command(import_set, "import", arguments)
+    short = {"--logits": "--soft=logits", "--targets": "--soft=targets"}
+    parsed = parse_command(import_set, "import", [short.get(argument, argument) for argument in arguments])
     synthetic = import_set(**parsed)
     pictures = synthetic.transform.invert(synthetic.images)
     inside = ((pictures >= 0) & (pictures <= 1)).float().mean()

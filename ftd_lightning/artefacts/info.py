@@ -57,7 +57,11 @@ def _named(value: Any) -> str:
     """Format a data set or a network: its name, and what else is known in brackets."""
     if not isinstance(value, dict):
         return phrase(value)
-    rest = {key: item for key, item in value.items() if key not in ("name", "shapes") and item not in (None, {}, "")}
+    rest = {
+        key: item
+        for key, item in value.items()
+        if key not in ("name", "shapes", "parameters") and item not in (None, {}, "")
+    }
     options = rest.pop("options", {})
     return phrase(value.get("name")) + (f" ({phrase({**options, **rest})})" if rest or options else "")
 

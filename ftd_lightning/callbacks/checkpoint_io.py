@@ -1,4 +1,4 @@
-"""Checkpoints that a kill cannot tear."""
+"""Checkpoints that a kill cannot tear, and that run no code."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ftd_lightning.data.files import replacing
+from ftd_lightning.training.resume import read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a local checkpoint beside its place and renames it there.
+    """Writes a local checkpoint beside its place and renames it there; reads no checkpoint that would run code.
 
     Lightning's own goes through the system's temporary folder, which often is another file system: moving a file from
     there copies it, and a kill in the middle leaves a torn ``last.ckpt``.
@@ -24,3 +25,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         with replacing(Path(path)) as part:
             super().save_checkpoint(checkpoint, part, storage_options)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, however the fit came by its path; ``weights_only=False`` runs the code in it.
+
+        Raises:
+            InputError: for a local file that is missing, broken or something else.
+        """
+        allowed = True if weights_only is None else weights_only
+        if "://" in str(path):
+            loaded: dict[str, Any] = super().load_checkpoint(path, map_location, allowed)
+            return loaded
+        return read_checkpoint(path, map_location=map_location, weights_only=allowed)

@@ -14,7 +14,7 @@ from ftd_lightning.functional.distribution_matching import embed
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.functional.selection import herding, k_center
 from ftd_lightning.functional.unroll import load_flat
-from ftd_lightning.models import build_network
+from ftd_lightning.models.registry import NETWORKS, build_network, recorded_network
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,20 +59,30 @@ def coreset(train: Images, kind: str, ipc: int, features: Tensor) -> Images:
     return train.take(torch.cat([index[choose(features[index], ipc)] for index in members]))
 
 
-def teacher_network(store: TrajectoryStore, teacher: int, epoch: int | None = None) -> nn.Module:
+def teacher_network(
+    store: TrajectoryStore, teacher: int, epoch: int | None = None, network: nn.Module | None = None
+) -> nn.Module:
     """Build a recorded teacher with its weights after an epoch, by default its last one, in evaluation mode.
 
     Trajectories hold no running statistics; see :func:`estimate_running_statistics`.
 
+    Args:
+        store: the teachers.
+        teacher: its number, from 0.
+        epoch: from 0, the initialisation; None takes the last one.
+        network: of the teachers' architecture, which receives the weights; None builds it, if it is of this library.
+
     Raises:
-        InputError: where the store's network has no name to build it by, or the teacher or the epoch is not recorded.
+        InputError: where the teachers' network is not of this library, or the teacher or the epoch is not recorded.
     """
-    network = store.metadata["network"]
-    if "options" not in network or store.shape is None:
-        raise InputError(f"{store.path}: its network {network['name']} has no short name, so it cannot be built here")
-    built = build_network(network["name"], **store.shape._asdict(), **network["options"]).eval()
-    load_flat(built, store.trained(teacher) if epoch is None else store.weights(teacher, epoch))
-    return built
+    if network is None:
+        recorded, instead = store.metadata["network"], f"choose by teachers of {', '.join(NETWORKS)}"
+        name, options = recorded_network(recorded, store.path, instead)
+        if store.shape is None:
+            raise InputError(f"{store.path}: does not tell the size of the images; record other teachers")
+        network = build_network(name, **store.shape._asdict(), **options)
+    load_flat(network.eval(), store.trained(teacher) if epoch is None else store.weights(teacher, epoch))
+    return network
 
 
 @torch.no_grad()

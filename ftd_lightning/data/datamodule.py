@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -241,9 +242,12 @@ class DistillationDataModule(ImageDataModule):
 
     def _check_fits(self, synthetic: SyntheticSet, file: Path) -> None:
         shape, wanted = tuple(synthetic.images.shape[1:]), (self.in_channels, self.image_size, self.image_size)
-        if (shape, synthetic.class_names) != (wanted, self.class_names):
+        names = synthetic.class_names or self.class_names
+        if not synthetic.class_names:
+            replace(synthetic, class_names=names).check(file)  # labels of as many classes
+        if (shape, names) != (wanted, self.class_names):
             raise InputError(
-                f"{file}: holds {shape} images of the classes {', '.join(synthetic.class_names)}, "
+                f"{file}: holds {shape} images of the classes {', '.join(names)}, "
                 f"{self.hparams['dataset']} has {wanted} images of {', '.join(self.class_names)}; "
                 "set data.dataset to the set's own (and data.image_size, where it was resized)"
             )

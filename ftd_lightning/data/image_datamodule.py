@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from lightning.pytorch import LightningDataModule
 
@@ -38,6 +38,14 @@ class ImageDataModule(LightningDataModule):
         self._own: OwnDataModule | None = None
         self._real: RealImages | None = None
         self._transform: ImageTransform | None = None
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, *arguments: Any, weights_only: bool = True, **options: Any
+    ) -> Self:
+        """Make the datamodule of a fit again, as Lightning does, but import nothing that the file names."""
+        options |= {"weights_only": weights_only, "_instantiator": None}
+        return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
 
     def take(self, images: ImageDataset | OwnDataModule) -> None:
         """Read a data set that is given as an object instead of the one that is named."""

@@ -6,6 +6,7 @@ Every check raises an InputError that names the file and the field. Metadata tha
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -62,13 +63,23 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _are_counts(value[1])
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_count(size) for size in value)
+
+
 def _is_network(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("name"), str)
         and isinstance(value.get("options", {}), dict)
         and isinstance(value.get("shapes", {}), dict)
+        and all(map(_are_counts, value.get("shapes", {}).values()))
         and isinstance(value.get("parameters", []), list)
+        and all(map(_is_parameter, value.get("parameters", [])))
     )
 
 
@@ -76,16 +87,8 @@ def _are_accuracies(value: Any) -> bool:
     return isinstance(value, list) and all(entry is None or is_number(entry, 0, 1) for entry in value)
 
 
-def _is_rate(value: Any) -> bool:
-    return is_number(value, 0)
-
-
 def _is_scale(value: Any) -> bool:
     return is_number(value, 0) and value > 0
-
-
-def _is_share(value: Any) -> bool:
-    return is_number(value, 0, 1)
 
 
 def _are_names(value: Any) -> bool:
@@ -105,14 +108,16 @@ MAPPING: Rule = (_is_mapping, "a mapping")
 MAPPING_OR_NONE: Rule = (_is_mapping_or_none, "a mapping or null")
 TEXT: Rule = (_is_text, "text")
 COUNT: Rule = (_is_count, "a count")
-RATE: Rule = (_is_rate, "a finite number of at least 0")
+RATE: Rule = (partial(is_number, low=0), "a finite number of at least 0")
 NETWORK: Rule = (_is_network, "a mapping with the network's name")
 NAMES: Rule = (_are_names, "a list of names")
 
 SET_METADATA: dict[str, Rule] = {
     "class_names": NAMES,
     "transform": MAPPING,
+    "dataset": (lambda value: value is None or isinstance(value, (str, dict)), "a mapping or a name"),
     "method": TEXT,
+    "label_kind": TEXT,
     "labels_made": TEXT,
     "label_teacher": MAPPING,
     "kernel": MAPPING,
@@ -121,8 +126,11 @@ SET_METADATA: dict[str, Rule] = {
     "images_trained_on": COUNT,
     "settings": MAPPING,
     "network": NETWORK,
+    "teachers": MAPPING,
+    "chosen_by": MAPPING,
+    "imported": MAPPING,
     "augmentation": MAPPING_OR_NONE,
-    "ema_initial_weight": (_is_share, "a number in [0, 1]"),
+    "ema_initial_weight": (partial(is_number, low=0, high=1), "a number in [0, 1]"),
     "iterations": COUNT,
     "skipped_steps": COUNT,
     "gated_steps": COUNT,

@@ -51,7 +51,7 @@ class SyntheticSet:
             ``metadata["label_kind"]`` is "target". ``metadata["labels_made"]`` says how soft ones were made: "learned"
             or "teacher".
         step_size: float32 > 0, the learned inner learning rate, a scalar or (n,), one per inner step; None where none
-            was learned.
+            was learned. A number becomes a tensor.
         ema_images: (N, C, H, W), their moving average; None where none was kept.
         class_names: K names, in label order.
         transform: maps pictures in [0, 1] to such images, and back.
@@ -69,8 +69,8 @@ class SyntheticSet:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.step_size, float):
-            self.step_size = torch.tensor(self.step_size)
+        if self.step_size is not None:
+            self.step_size = torch.as_tensor(self.step_size)
 
     @property
     def learning_rate(self) -> float | None:

@@ -49,7 +49,13 @@ def class_probabilities(network: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def teacher_labels(
-    store: TrajectoryStore, images: Tensor, *, epoch: int, teacher: int = 0, statistics: Tensor | None = None
+    store: TrajectoryStore,
+    images: Tensor,
+    *,
+    epoch: int,
+    teacher: int = 0,
+    statistics: Tensor | None = None,
+    network: nn.Module | None = None,
 ) -> Tensor:
     """Give images the class probabilities of a teacher: the softmax of its logits, without augmentation.
 
@@ -60,14 +66,15 @@ def teacher_labels(
         teacher: its number, from 0.
         statistics: images (M, C, H, W) over which the running statistics of BatchNorm layers are estimated, which
             trajectories do not hold; None takes ``images``.
+        network: of the teachers' architecture, which receives the weights; None builds it, if it is of this library.
 
     Returns:
         (N, K) float32, each row of sum 1, on the device of the images.
 
     Raises:
-        InputError: for a teacher or an epoch that is not recorded, or a network that has no name to build it by.
+        InputError: for a teacher or an epoch that is not recorded, or a network that is not of this library.
     """
-    network = teacher_network(store, teacher, epoch).to(images.device)
+    network = teacher_network(store, teacher, epoch, network).to(images.device)
     estimate_running_statistics(network, (images if statistics is None else statistics).to(images.device))
     return class_probabilities(network, images)
 

@@ -1,8 +1,9 @@
 """What files record of a network: enough to tell whether weights of one fit another.
 
-Convention: a description is plain values. A named network, which ``build_network`` builds, is ``{"name", "options",
-"in_channels", "num_classes", "image_size"}``; any other is ``{"name", "parameters": [[name, shape], ...]}``. Version
-0.1 wrote ``{"name", "shapes": {name: shape}}`` for the latter, which does not tell the order.
+Convention: a description is plain values. A network of this library is ``{"name", "options", "in_channels",
+"num_classes", "image_size"}``; any other is ``{"name", "parameters": [[name, shape], ...]}``, with the former's keys
+beside them where it was given by import path. Version 0.2 left out those parameters. Version 0.1 wrote ``{"name",
+"shapes": {name: shape}}``, which does not tell the order.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.seeding import seeded
-from ftd_lightning.models.registry import build_network
+from ftd_lightning.models.registry import NETWORKS, build_network, recorded_network
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,26 +44,27 @@ def parameter_shapes(description: Mapping[str, Any]) -> Shapes:
     Those of version 0.1's "shapes" come in the order of their names.
 
     Raises:
-        InputError: for what is no description, or a named network that cannot be built.
+        InputError: for what is no description, or a network of this library that cannot be built. Any other is never
+            imported.
 
     Example:
         >>> parameter_shapes(describe_network(torch.nn.Linear(2, 3)))
         [('weight', (3, 2)), ('bias', (3,))]
     """
-    if "parameters" in description:
+    ours = {"name", "options", *SHAPE} <= description.keys() and description["name"] in NETWORKS
+    if "parameters" in description and not ours:
         return [(name, tuple(shape)) for name, shape in description["parameters"]]
     if "shapes" in description:
         return sorted((name, tuple(shape)) for name, shape in description["shapes"].items())
-    if not {"name", "options", *SHAPE} <= description.keys():
-        raise InputError(f"{dict(description)} does not describe a network")
-    shape = {key: description[key] for key in SHAPE}
-    build = partial(build_network, description["name"], **shape, **description["options"])
+    if not ours:
+        raise InputError(f"{dict(description)} does not tell a network's parameters")
+    name, options = recorded_network(description, "description", "describe it by its parameters")
+    build = partial(build_network, name, **{key: description[key] for key in SHAPE}, **options)
     try:
         with torch.device("meta"):  # takes no memory and no random numbers
             network = build()
-    except (NotImplementedError, RuntimeError):  # a constructor that computes with values
-        with seeded(0):
-            network = build()
+    except RuntimeError as error:  # sizes that overflow
+        raise InputError(f"{dict(description)} describes a network that cannot be built: {error}") from error
     return [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
 
 
@@ -81,9 +82,13 @@ def same_network(a: Any, b: Any) -> bool:
         >>> same_network(named, {**named, "options": {"width": 64}})
         False
     """
-    if json.loads(json.dumps(a)) == json.loads(json.dumps(b)):
+    a, b = json.loads(json.dumps(a)), json.loads(json.dumps(b))
+    if a == b:
         return True
     try:
+        for one, other in ((a, b), (b, a)):  # version 0.2 left the parameters out
+            if "options" in one and one == {key: value for key, value in other.items() if key != "parameters"}:
+                return True
         ours, theirs = parameter_shapes(a), parameter_shapes(b)
     except (InputError, AttributeError, TypeError):
         return False

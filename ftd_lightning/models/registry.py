@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.errors import InputError
@@ -13,7 +14,7 @@ from ftd_lightning.models.resnet import ResNet18, resnet18_ap
 from ftd_lightning.models.vgg import VGG11
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
@@ -50,6 +51,36 @@ def build_network(name: str, in_channels: int, num_classes: int, image_size: int
         return find_network(name)(in_channels, num_classes, image_size, **options)
     except TypeError as error:
         raise InputError(f"network {name!r}: {error}") from error
+
+
+def recorded_network(description: Mapping[str, Any], where: object, instead: str) -> tuple[str, dict[str, Any]]:
+    """Return name and options of the network that a file describes.
+
+    A file may name the networks of this library only: no import path in a file is followed.
+
+    Args:
+        description: of the network; see ``models.description``.
+        where: names the file.
+        instead: says how to pass another network.
+
+    Raises:
+        InputError: for another network, or options that it does not take.
+
+    Example:
+        >>> recorded_network({"name": "convnet", "options": {"width": 8}}, "set.safetensors", "give --network")
+        ('convnet', {'width': 8})
+        >>> recorded_network({"name": "my.Net", "options": {}}, "set.safetensors", "give --network")
+        Traceback (most recent call last):
+        ftd_lightning.errors.InputError: set.safetensors: its network 'my.Net' is not of this library: give --network
+    """
+    name, options = description.get("name"), description.get("options")
+    if not isinstance(name, str) or name not in NETWORKS or not isinstance(options, dict):
+        raise InputError(f"{where}: its network {name!r:.60} is not of this library: {instead}")
+    taken = inspect.signature(NETWORKS[name]).parameters.keys() - {"in_channels", "num_classes", "image_size"}
+    for option in options:
+        if option not in taken:
+            raise InputError(f"{where}: its network {name!r} has no option {option!r:.60}: choose from {sorted(taken)}")
+    return name, options
 
 
 def find_network(name: str) -> Callable[..., nn.Module]:

@@ -20,9 +20,11 @@ from ftd_lightning.data.teacher_labels import candidate_epochs, teacher_labels
 from ftd_lightning.data.trajectory_store import check_compatible
 from ftd_lightning.errors import InputError
 from ftd_lightning.lightning_cli import configured
+from ftd_lightning.models import NETWORKS
 from ftd_lightning.modules import SyntheticEvaluation
 from ftd_lightning.training.compile_choice import EVALUATION, choose_compile, training_operations
 from ftd_lightning.training.evaluation_protocol import DEFAULT_LR, EvaluationProtocol, per_cent
+from ftd_lightning.training.fresh_networks import student_networks
 from ftd_lightning.training.label_epoch import best_epoch, try_labels
 from ftd_lightning.training.side_by_side import SideBySide
 
@@ -93,7 +95,11 @@ def label_random_images(
     def fresh() -> list[nn.Module]:
         return [module.fresh.build(hparams["seed"], "label epoch", index).to(device) for index in range(networks)]
 
+    # Teachers of a network that is not of this library are asked through the evaluation's, if it is the same.
+    own = () if store.metadata["network"]["name"] in NETWORKS else (module.fresh.network, module.fresh.options)
+    teachers = student_networks(store, *own)
     ask = partial(teacher_labels, store, chosen.images, teacher=teacher, statistics=data.train.images)
+    ask = partial(ask, network=teachers.architecture())
     labels = {epoch: ask(epoch=epoch) for epoch in candidate_epochs(store.teacher_metadata(teacher)["epochs"])}
     passes = epochs * networks * len(images) * len(labels)
     compile_or_not = choose_compile(

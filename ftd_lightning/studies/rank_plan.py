@@ -66,7 +66,7 @@ class RankedSet:
     @property
     def counts(self) -> list[int]:
         """Images of each class, by hard labels."""
-        classes = len(self.synthetic.class_names)
+        classes = self.evaluation.data.num_classes
         return torch.bincount(hard_labels(self.synthetic.labels), minlength=classes).tolist()
 
     @property

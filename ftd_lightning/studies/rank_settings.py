@@ -12,6 +12,7 @@ from ftd_lightning.data.datasets import check_name
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.models.description import same_network
+from ftd_lightning.models.registry import recorded_network
 from ftd_lightning.training.fresh_networks import FreshNetworks
 
 if TYPE_CHECKING:
@@ -114,9 +115,10 @@ def read_sets(files: Sequence[str]) -> dict[str, SyntheticSet]:
     (first, one), *others = sets.items()
     for name, other in others:
         counts = len(one.class_names), len(other.class_names)
-        if counts[0] != counts[1]:
+        if all(counts) and counts[0] != counts[1]:
             raise InputError(f"{name}: has {counts[1]} classes, {first} has {counts[0]}: rank them apart")
-        if one.class_names != other.class_names or one.images.shape[1:] != other.images.shape[1:]:
+        differ = all(counts) and one.class_names != other.class_names
+        if differ or one.images.shape[1:] != other.images.shape[1:]:
             raise InputError(f"{name}: has other classes or image sizes than {first}: rank them apart")
     return sets
 
@@ -194,7 +196,7 @@ def choose_network(sets: Mapping[str, SyntheticSet], settings: RankSettings, sha
     """Return the network to score by: the given one, or that of the sets.
 
     Raises:
-        InputError: where sets name different ones, or none that can be built by name.
+        InputError: where sets name different ones, or none of this library.
     """
     if settings.network is not None:
         fresh = FreshNetworks(settings.network, settings.network_options, shape)
@@ -204,12 +206,11 @@ def choose_network(sets: Mapping[str, SyntheticSet], settings: RankSettings, sha
     if not named:
         raise InputError(f"{next(iter(sets))}: does not name its network: give --network")
     (first, chosen), *others = named.items()
-    if "options" not in chosen:
-        raise InputError(f"{first}: its network {chosen['name']} has no short name to build it by: give --network")
-    for name, other in others:
+    name, options = recorded_network(chosen, first, "give --network")
+    for file, other in others:
         if not same_network({**chosen, **shape._asdict()}, {**other, **shape._asdict()}):
-            raise InputError(f"{name}: names another network than {first}: give --network for all")
-    return FreshNetworks(chosen["name"], chosen["options"], shape)
+            raise InputError(f"{file}: names another network than {first}: give --network for all")
+    return FreshNetworks(name, options, shape)
 
 
 def choose_augmentation(sets: Mapping[str, SyntheticSet], settings: RankSettings) -> Augmentation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
 from pathlib import Path  # noqa: TC003
@@ -16,6 +15,7 @@ from ftd_lightning.data import DistillationDataModule, SyntheticSet, TrajectoryS
 from ftd_lightning.data.files import replacing, versions
 from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
+from ftd_lightning.models.registry import recorded_network
 from ftd_lightning.studies.trajectory_error import (
     QUANTITIES,
     check_set,
@@ -26,6 +26,7 @@ from ftd_lightning.studies.trajectory_error import (
 from ftd_lightning.training.fresh_networks import student_networks
 
 KIND = "trajectory_error"
+RECORDED = ("val_fraction", "max_per_class", "seed", "image_size")  # of the teachers' data
 TAGS = {
     "evaluation": "loss_difference/evaluation",
     "distillation": "loss_difference/distillation",
@@ -48,8 +49,7 @@ def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: s
     name = dataset or described.get("name")
     if not name:
         raise InputError(f"{store.path}: its teachers do not name their data set: give --dataset")
-    known = set(inspect.signature(DistillationDataModule).parameters) - {"dataset"}
-    options: dict[str, Any] = {key: value for key, value in described.items() if key in known}
+    options: dict[str, Any] = {key: described[key] for key in RECORDED if key in described}
     data = DistillationDataModule(dataset=name, root=root, synthetic=str(file), **options)
     data.prepare_data()
     data.setup()
@@ -176,6 +176,7 @@ def trajectory_error(
     if not 1 <= teachers <= len(store):
         raise InputError(f"{store.path}: {teachers} teachers are asked for, {len(store)} are recorded")
     synthetic.chosen(ema=ema)
+    recorded_network(store.metadata["network"], store.path, "pass it to measure_trajectory_error as network")
     real = real_images(store, set_file, dataset, root).part(on)
     curves = measure_trajectory_error(
         synthetic,

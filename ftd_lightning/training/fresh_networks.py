@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import seeded
-from ftd_lightning.models import build_network, find_network
 from ftd_lightning.models.description import describe_network, parameter_shapes, same_network
+from ftd_lightning.models.registry import NETWORKS, build_network, find_network, recorded_network
 
 if TYPE_CHECKING:
     from ftd_lightning.contracts import ImageShape
@@ -72,10 +72,12 @@ class FreshNetworks:
 
     def describe(self) -> dict[str, Any]:
         """Describe the architecture as stores and sets record it; see ``models.description``."""
+        named: dict[str, Any] = {}
         if isinstance(self.network, str):
             assert self.shape is not None
-            return {"name": self.network, "options": self.options, **self.shape._asdict()}
-        return describe_network(self.architecture())
+            named = {"name": self.network, "options": self.options, **self.shape._asdict()}
+        # Whoever reads a file imports nothing, so it has to tell the parameters of other networks than the library's.
+        return named if named.get("name") in NETWORKS else {**describe_network(self.architecture()), **named}
 
 
 def refuse_object(network: Network | None) -> None:
@@ -107,15 +109,11 @@ def student_networks(
 
     Raises:
         InputError: if the parameters' names or shapes are not those of the teachers, or for None where the teachers'
-            network has no name to build it by.
+            network is not of this library.
     """
     recorded = store.metadata["network"]
     if network is None:
-        if "options" not in recorded:
-            raise InputError(
-                f"{store.path}: its network {recorded['name']} cannot be built by name; pass it as network"
-            )
-        network, options = recorded["name"], recorded["options"]
+        network, options = recorded_network(recorded, store.path, "pass it as network")
     fresh = FreshNetworks(network, options, store.shape or shape)
     described = fresh.describe()
     if not same_network(recorded, described):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,14 +14,16 @@ from ftd_lightning.contracts import DataDescription, ImageShape, Stateful, data_
 from ftd_lightning.data.transform import load_transform
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.description import same_network
+from ftd_lightning.models.registry import recorded_network
 from ftd_lightning.training.compile_choice import choose_compile, training_operations
 from ftd_lightning.training.fresh_networks import FreshNetworks
 from ftd_lightning.training.ranks import all_ranks
-from ftd_lightning.training.resume import mend_progress
+from ftd_lightning.training.resume import mend_progress, refuse_own_network
 from ftd_lightning.training.trainer_settings import refuse_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from lightning.pytorch import Callback, Trainer
 
@@ -92,16 +94,37 @@ class PhaseModule(LightningModule):
             options: likewise.
 
         Raises:
-            InputError: for None where the recorded network cannot be built by name.
+            InputError: for None where the recorded network is not of this library.
         """
         recorded, shape = self._recorded_network or {}, None if self.data is None else self.data.shape
         if shape is None and set(ImageShape._fields) <= recorded.keys():
             shape = ImageShape(*(recorded[key] for key in ImageShape._fields))
         if network is None:
-            if "options" not in recorded:
-                raise InputError(f"network {recorded.get('name')} cannot be built by name: pass it as network")
-            network, options = recorded["name"], recorded["options"]
+            network, options = recorded_network(recorded, "checkpoint", "pass it as network")
         return FreshNetworks(network, options, shape)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a module from a checkpoint; the arguments are Lightning's, but ``weights_only`` is true.
+
+        No import path in the file is followed: rules have to be imported before.
+
+        Raises:
+            InputError: for another file, or a network that is not of this library and has to be passed as ``network``.
+        """
+        if weights_only and "network" not in kwargs:
+            refuse_own_network(checkpoint_path)
+        options = {"hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
+        # Without an instantiator of the command line, which would import the class paths that the file names.
+        return super().load_from_checkpoint(checkpoint_path, map_location, **options, _instantiator=None, **kwargs)
 
     @property
     def attached(self) -> bool:

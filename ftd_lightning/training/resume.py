@@ -1,4 +1,4 @@
-"""Checkpoints that a fit resumes from exactly, wherever within an epoch they were saved.
+"""Checkpoints: how they are read, and how a fit resumes from them exactly, wherever within an epoch they were saved.
 
 Lightning 2.6 resumes exactly from a checkpoint that lies well inside an epoch. At an epoch's end it trains a batch
 twice, skips the end's hooks, or forgets the metrics of the validation; what stops a fit within an epoch (``max_steps``,
@@ -9,9 +9,72 @@ checkpoint, so a plain Trainer resumes exactly as well.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.models.registry import recorded_network
 
 Counts = dict[str, Any]
+# Of what Lightning writes; "state_dict" and the version are in every checkpoint.
+KINDS: dict[str, type] = {
+    "pytorch-lightning_version": str,
+    "state_dict": dict,
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+}
+
+
+def read_checkpoint(source: str | Path | IO[bytes], **options: Any) -> dict[str, Any]:
+    """Read a checkpoint of Lightning.
+
+    Args:
+        source: a local file, by its path or open.
+        options: for ``torch.load``; without ``weights_only=False`` no code in the file is run.
+
+    Raises:
+        InputError: for a file that is missing, broken or something else.
+    """
+    if isinstance(source, (str, Path)) and not Path(source).is_file():
+        raise InputError(f"{source}: no such checkpoint")
+    try:
+        content = torch.load(source, **{"map_location": "cpu", "weights_only": True, **options})
+    except Exception as error:  # a foreign file can make torch raise anything
+        raise InputError(
+            f"{source}: no checkpoint that can be read: it is broken, something else, or would run code when read"
+        ) from error
+    if not isinstance(content, dict) or not {"pytorch-lightning_version", "state_dict"} <= content.keys():
+        raise InputError(f"{source}: is not a checkpoint of Lightning")
+    for key, kind in KINDS.items():
+        if not isinstance(value := content.get(key, kind()), kind):
+            found, wanted = type(value).__name__, kind.__name__
+            raise InputError(f"{source}: is a broken checkpoint: {key} is a {found}, not a {wanted}")
+    return content
+
+
+def refuse_own_network(source: str | Path | IO[bytes]) -> None:
+    """Refuse a checkpoint whose hyper-parameters name a network that is not of this library.
+
+    Args:
+        source: as for :func:`read_checkpoint`; an open file is read again afterwards.
+
+    Raises:
+        InputError: for another file too.
+    """
+    local = isinstance(source, (str, Path))
+    hparams = read_checkpoint(source, mmap=local).get("hyper_parameters", {})
+    if hparams.get("network") is not None:
+        recorded_network({"name": hparams["network"], "options": {}}, source, "pass network=")
+    if not isinstance(source, (str, Path)):
+        source.seek(0)
 
 
 def mend_progress(checkpoint: dict[str, Any]) -> None:

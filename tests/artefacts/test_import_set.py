@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from ftd_lightning import DistillationDataModule, SyntheticSet, cli
 from ftd_lightning.artefacts.import_set import in_order_of, read_tensor
 from ftd_lightning.data import Whitening
+from ftd_lightning.functional.ridge import centred_targets
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -137,6 +138,21 @@ def test_soft_labels_are_probabilities_or_scores(here: Path, capsys) -> None:
     synthetic = imported(*WORDS, "--logits")
     assert torch.allclose(synthetic.labels, scores.softmax(1))
     assert synthetic.metadata["imported"]["logits"] is True
+
+
+def test_targets_of_a_regression_stay_as_they_are(here: Path, capsys) -> None:
+    """Centred targets, -0.1 and 0.9 for ten classes, as KIP and FRePo learn them."""
+    targets = centred_targets(torch.arange(10), 10)
+    torch.save(targets, "labels.pt")
+    assert "--targets" in refusal(capsys, *NEW)
+    synthetic = imported(*WORDS, "--targets")
+    assert torch.equal(synthetic.labels, targets)
+    assert synthetic.metadata["label_kind"] == "target"
+    assert torch.equal(synthetic.training_labels().argmax(1), torch.arange(10))
+    assert float(synthetic.training_labels().max()) == 1
+    torch.save(torch.arange(10), "labels.pt")
+    capsys.readouterr()
+    assert "holds classes, --targets is for soft labels" in refusal(capsys, *NEW, "--targets")
 
 
 def test_classes_in_another_order_are_renumbered(here: Path, capsys) -> None:

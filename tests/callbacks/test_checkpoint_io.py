@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,34 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
         AtomicCheckpointIO().save_checkpoint({"a": (i for i in range(3))}, path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+GOOD = {"pytorch-lightning_version": "2.6.4", "state_dict": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({**GOOD, "loops": Payload()}, "no checkpoint that can be read"),
+        (None, "no checkpoint that can be read"),
+        ([1], "is not a checkpoint of Lightning"),
+        ({"state_dict": {}}, "is not a checkpoint of Lightning"),
+        ({**GOOD, "state_dict": []}, "state_dict is a list"),
+        ({**GOOD, "optimizer_states": {}}, "optimizer_states is a dict"),
+        ({**GOOD, "global_step": "1"}, "global_step is a str"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_in_one_line(content, words, tmp_path: Path, refused, monkeypatch) -> None:
+    """However a fit came by its path: "last" too."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, tmp_path / "last.ckpt")
+    if content is None:
+        (tmp_path / "last.ckpt").write_bytes(b"")
+    with refused("last.ckpt", words):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
+    assert not Path("exploded").exists()

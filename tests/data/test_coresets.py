@@ -114,7 +114,7 @@ def test_what_cannot_be_chosen_is_refused(trajectories, refused):
 def test_teachers_without_a_name_to_build_them_by_are_refused(tmp_path, refused):
     network = {"name": "mine.Net", "parameters": [["weight", [2]]]}
     write_teacher(tmp_path, 0, [torch.zeros(2), torch.ones(2)], {"network": network, **DATASET})
-    with refused(tmp_path, "mine.Net", "no short name"):
+    with refused(tmp_path, "mine.Net", "not of this library"):
         choose(tmp_path, "herding")
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from fits import small_data
 from lightning.pytorch import LightningModule, Trainer
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
@@ -587,3 +588,15 @@ def test_download_without_a_network_is_refused(tmp_path, refused, monkeypatch):
     data = DistillationDataModule(dataset="cifar10", root=str(tmp_path))
     with refused("CIFAR-10", "no route to host", "network", tmp_path):
         data.prepare_data()
+
+
+def test_a_set_without_class_names_has_those_of_the_data(tmp_path, refused):
+    file = tmp_path / "set.safetensors"
+    SyntheticSet(torch.zeros(10, 1, 8, 8), torch.arange(10), step_size=0.02).save(file)
+    data = small_data(synthetic=str(file))
+    data.setup()
+    assert float(data.training_set().step_size) == pytest.approx(0.02)
+    assert data.training_set().step_size.dtype == torch.float32
+    SyntheticSet(torch.zeros(1, 1, 8, 8), torch.tensor([10])).save(file)
+    with refused(file, "labels run from 10 to 10, classes from 0 to 9"):
+        small_data(synthetic=str(file)).setup()

@@ -14,15 +14,6 @@ def named(name="convnet", **options):
     return {"name": name, "options": options, **SHAPE}
 
 
-class ComputesWithValues(nn.Module):
-    """Cannot be built on the meta device, which holds no values."""
-
-    def __init__(self, in_channels, num_classes, image_size):
-        super().__init__()
-        width = int(torch.arange(in_channels).sum().item()) + 1
-        self.scale = nn.Parameter(torch.rand(width, num_classes))
-
-
 def test_network_describes_itself_by_its_parameters_in_their_order():
     network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     described = describe_network(network)
@@ -51,15 +42,12 @@ def test_asking_for_shapes_draws_no_random_numbers_and_builds_no_values(monkeypa
     monkeypatch.setattr(nn.Module, "register_parameter", watched)
     parameter_shapes(named(width=4))
     assert devices == {"meta"}
-    parameter_shapes(named(f"{__name__}.ComputesWithValues"))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_network_that_computes_with_values_when_built_has_shapes_too():
-    assert parameter_shapes(named(f"{__name__}.ComputesWithValues")) == [("scale", (4, 10))]
-
-
-@pytest.mark.parametrize("description", [{"name": "convnet"}, {}, named("no_such_network"), named(colour="red")])
+@pytest.mark.parametrize(
+    "description", [{"name": "convnet"}, {}, named("no_such_network"), named(colour="red"), named("torch.nn.Linear")]
+)
 def test_what_describes_no_network_is_refused(refused, description):
     with refused():
         parameter_shapes(description)
@@ -94,3 +82,19 @@ def test_what_is_no_description_is_only_the_same_as_itself():
 
 def test_tuples_among_the_options_equal_the_lists_that_json_makes_of_them():
     assert same_network(named("mine.Net", widths=(8, 16)), named("mine.Net", widths=[8, 16]))
+
+
+def test_networks_of_ones_own_are_compared_by_what_files_record_of_them():
+    parameters = [["weight", [2, 2]], ["bias", [2]]]
+    ours = {**named("mine.Net", width=8), "parameters": parameters}
+    assert same_network(ours, {"name": "other.Net", "parameters": parameters})
+    assert not same_network(ours, {**ours, "parameters": parameters[::-1]})
+    by_0_2 = named("mine.Net", width=8)
+    assert same_network(by_0_2, ours)
+    assert same_network(ours, by_0_2)
+    assert not same_network(ours, named("mine.Net", width=9))
+
+
+def test_a_description_does_not_decide_the_parameters_of_a_network_of_this_library():
+    described = {**named(width=8), "parameters": [["weight", [2, 2]]]}
+    assert parameter_shapes(described) == parameter_shapes(named(width=8))

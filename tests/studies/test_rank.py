@@ -497,7 +497,8 @@ def test_sets_that_do_not_belong_together_are_refused(sets, tmp_path: Path, caps
     no_name = changed(
         hard, tmp_path / "unnamed.safetensors", metadata={"network": {"name": "my.Net", "parameters": []}}
     )
-    assert "has no short name" in refusal(capsys, no_name, f"--out={tmp_path}")
+    assert "not of this library: give --network" in refusal(capsys, no_name, f"--out={tmp_path}")
+    prepared([hard, str(changed(hard, tmp_path / "classless.safetensors", class_names=[]))], tmp_path)
 
 
 @pytest.mark.usefixtures("nothing_is_trained")
