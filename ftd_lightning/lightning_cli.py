@@ -7,7 +7,6 @@ import inspect
 import re
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -35,8 +34,8 @@ from ftd_lightning.shipped_configs import run_folder_of, with_config_files
 from ftd_lightning.training.learning_check import summary
 from ftd_lightning.training.nodes import last_checkpoint
 from ftd_lightning.training.phase_module import PhaseModule
-from ftd_lightning.training.run_folder import run_folder
 from ftd_lightning.training.resume import read_checkpoint
+from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
