@@ -173,6 +173,23 @@ class Distillation(LearnedSet):
         )
         self.log_dict({f"gradient_norm/{name}": norm for name, norm in norms.items()}, batch_size=1)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip images, step size and labels each by its own norm, as the trainer's ``gradient_clip_val`` says.
+
+        The step size's gradient is larger than the images' by orders of magnitude: a joint norm would scale the images
+        by the step size's size.
+        """
+        if gradient_clip_val is None or gradient_clip_algorithm == "value":
+            return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        for value in self.learned().values():
+            torch.nn.utils.clip_grad_norm_(value, gradient_clip_val)
+        return None
+
     def learned(self) -> dict[str, Tensor]:
         """Return what is learned, by name."""
         labels = {} if self.inner_labels is None else self.inner_labels.learned()

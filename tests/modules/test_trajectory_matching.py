@@ -234,3 +234,16 @@ def test_autocast_changes_nothing(tmp_path: Path, trajectories: Path) -> None:
     plain = distil(tmp_path, trajectories, steps=2)
     mixed = distil(tmp_path, trajectories, steps=2, trainer={"precision": "bf16-mixed"})
     assert torch.equal(plain.images, mixed.images)
+
+
+def test_gradient_clip_val_clips_images_and_step_size_each_by_its_own_norm(tmp_path: Path, trajectories: Path) -> None:
+    """In a joint norm the step size's gradient, larger by orders of magnitude, would scale the images' to nothing."""
+
+    def norms(**trainer) -> dict[str, float]:
+        module = distil(tmp_path, trajectories, steps=1, trainer=trainer)
+        return {name: float(value.grad.norm()) for name, value in module.learned().items()}
+
+    free = norms()
+    limit = free["images"] / 2
+    assert free["step_size"] > 2 * limit
+    assert norms(gradient_clip_val=limit) == pytest.approx({"images": limit, "step_size": limit}, rel=1e-4)
