@@ -236,8 +236,8 @@ class BilevelDistillation(StudentDistillation):
         if self.hparams["clip"] is not None:
             # Not the step sizes': it is larger by orders of magnitude, and no publication clips it.
             for name, average in zip(("images", "labels"), self.gradient_averages, strict=True):
-                if name in (learned := self.learned()) and learned[name].grad is not None:
-                    clip_by_average(learned[name].grad, average, factor=self.hparams["clip"])
+                if name in (learned := self.learned()) and (gradient := learned[name].grad) is not None:
+                    clip_by_average(gradient, average, factor=self.hparams["clip"])
         super().on_before_optimizer_step(optimizer)
 
     @property

@@ -249,7 +249,7 @@ class SyntheticEvaluation(PhaseModule):
         due = every > 0 and self.trained_epochs % every == 0
         if not due or self._real is None or self.networks is None or not len(self._real("val").labels):
             return
-        measured = self._real.accuracies(self.networks, self.hparams["networks"])
+        measured = self._real.accuracies(list(self.networks), self.hparams["networks"])
         self._log_accuracies("val", measured["val"])
         # A fit that resumes from here measures again.
         self.history = [entry for entry in self.history if entry["epoch"] < self.trained_epochs]
