@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.callbacks.peak_memory import FILE
 from ftd_lightning.data import SyntheticSet
 from ftd_lightning.data.files import versions
+from ftd_lightning.data.json_files import read_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies.comparison_plot import COUNTS, plot_points
 from ftd_lightning.studies.fit_steps import is_done, read_notes
@@ -51,11 +51,6 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     return [ACCURACY, *measured, *([DIFFERENCES] if _has_differences(results) else []), *COSTS]
 
 
-def _read(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
-
-
 def seconds_of(steps: Iterable[FitStep | None]) -> float | None:
     """Wall time of fits that are done; of teachers that others joined later, their share. None where none is timed."""
     total: float | None = None
@@ -68,7 +63,7 @@ def seconds_of(steps: Iterable[FitStep | None]) -> float | None:
 
 
 def _accuracy(folder: Path) -> dict[str, Any]:
-    found = _read(folder / "evaluation.json")
+    found = read_json(folder / "evaluation.json")
     last = next(iter(found["accuracy"].values()))
     return {"last": last, **{key: found.get(key) for key in ("chosen_on_held_out", "best_on_test")}}
 
@@ -113,7 +108,7 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
     evaluations = {network: job.evaluation_step(row, network) for network in job.networks}
     accuracy = {network: _accuracy(step.folder) for network, step in evaluations.items()}
     first = next(iter(evaluations.values()))
-    counts, measured = _read(first.folder / COUNTS), _read(first.folder / "evaluation.json")
+    counts, measured = read_json(first.folder / COUNTS), read_json(first.folder / "evaluation.json")
     synthetic = SyntheticSet.load(file) if file else None
     stored, trained_on = synthetic.image_counts if synthetic else (counts.get("images"), counts.get("images"))
     return {
@@ -127,7 +122,7 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
             "distillation": seconds_of([distill, labels]),
             "evaluation": seconds_of(evaluations.values()),
         },
-        "peak_memory_MiB": _read(distill.folder / FILE) if distill else None,
+        "peak_memory_MiB": read_json(distill.folder / FILE) if distill else None,
         "labels": synthetic.label_description if synthetic else "hard",
         "images": trained_on,
         "images_stored": stored,
