@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -58,6 +59,30 @@ def arguments_by_phase(arguments: Iterable[str]) -> dict[str, list[str]]:
         for phase in phases:
             split[phase].append(argument)
     return split
+
+
+def data_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the options of the images among the arguments of a fit: those that are given.
+
+    Raises:
+        InputError: for an option that there is not, or a value of the wrong type.
+
+    Example:
+        >>> data_options(["--model.lr", "3", "--data.image_size", "16", "--data.zca=true"])
+        {'image_size': 16, 'zca': True}
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DistillationDataModule, "data")
+    given: list[str] = []
+    belongs = False
+    for argument in arguments:
+        belongs = argument.startswith("--data.") if argument.startswith("--") else belongs
+        given += [argument] if belongs else []
+    try:
+        found: dict[str, Any] = parser.parse_args(given, defaults=False).as_dict().get("data", {})
+    except ArgumentError as error:
+        raise InputError(" ".join(str(error).split())) from error
+    return found
 
 
 def as_arguments(given: Iterable[Any] | None) -> tuple[str, ...]:

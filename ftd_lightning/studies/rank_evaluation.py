@@ -24,6 +24,7 @@ from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.studies.fit_names import minor_version
 from ftd_lightning.training.evaluation_protocol import (
+    REAL_STEPS,
     EvaluationProtocol,
     accuracies,
     mean_and_std,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from ftd_lightning.training.fresh_networks import FreshNetworks
 
 KIND = "ranking_network"
-REAL_EPOCHS, REAL_STEPS = 60, 360  # the whole of the embedded digits: 60 epochs of 6 steps
+REAL_EPOCHS = 60
 
 
 @dataclass

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from ftd_lightning.functional.compiling import Compile
 
+REAL_STEPS = 360  # of SGD on real images at least, or networks are not trained to their end; 60 epochs of the digits
+
 
 @dataclass(frozen=True)
 class EvaluationProtocol:

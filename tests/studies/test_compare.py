@@ -17,9 +17,10 @@ from ftd_lightning import DistillationDataModule, SyntheticSet, TrajectoryStore,
 from ftd_lightning.callbacks import SyntheticSetWriter
 from ftd_lightning.callbacks.peak_memory import PeakMemory
 from ftd_lightning.data import decoded_cache
-from ftd_lightning.studies import compare, comparison_plan, comparison_table, fit_steps
+from ftd_lightning.studies import compare, comparison_plan, comparison_run, comparison_table, fit_steps
 from ftd_lightning.studies.comparison_plot import plot_points
 from ftd_lightning.studies.fit_steps import TimeSlice, read_notes
+from ftd_lightning.studies.summary import short_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLBACKS = """[
@@ -509,6 +510,45 @@ def test_threads_are_those_of_the_children(here: Path, monkeypatch) -> None:
     assert fit_steps.device_name() == names[0], "of the outermost level"
 
 
+def test_what_was_done_before_is_said_and_counted(here: Path, monkeypatch, capsys) -> None:
+    job = comparison_plan.load(write(here / "small.yaml"))
+    rows = [job.rows["random"], job.rows["mtt"]]
+    (evaluation,), (teachers, *_) = map(job.steps, rows)
+    for step, seconds in ((evaluation, 19.2), (teachers, 118.0)):
+        step.folder.mkdir(parents=True)
+        fit_steps.write_notes(step.folder, {**fit_steps.read_notes(step.folder), "seconds": seconds})
+    teachers.checkpoint.parent.mkdir()
+    teachers.checkpoint.touch()
+    monkeypatch.setattr(comparison_run, "run_step", lambda step, time_slice, quiet: True)
+    monkeypatch.setattr(comparison_run, "is_done", lambda step: step.folder == evaluation.folder)
+    assert comparison_run.advance(job, rows, TimeSlice(None), quiet=True) == ({}, True)
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")] == [
+        "[1/4] random: evaluation: done before, in 19 s",
+        "[2/4] teachers mtt: goes on after 118 s",
+        "[3/4] mtt: distillation",
+        "[4/4] mtt: evaluation",
+    ]
+
+
+def test_real_images_say_how_many_they_are_and_whether_they_were_learned(here: Path) -> None:
+    job = comparison_plan.load(write(here / "small.yaml", rows={"real": {"label": "real", "synthetic": "real"}}))
+    step = job.evaluation_step(job.rows["real"], "")
+    step.folder.mkdir(parents=True)
+    fit_steps.write_notes(step.folder, {**fit_steps.read_notes(step.folder), "finished": {"1": 1.0}})
+    counts = {"images": 324, "steps_per_epoch": 6, "training_images": 1800, "test_images": 4, "chance": 0.5}
+    (step.folder / "images.json").write_text(json.dumps(counts))
+    last = {"real": {"mean": 0.215, "std": 0.001, "n": 3}}
+    for epochs, label in ((10, "real (324, 10 epochs, not trained to their end)"), (60, "real (324, 60 epochs)")):
+        measured = {"accuracy": last, "each": [0.2] * 3, "seeds": [1, 2, 3], "epochs": epochs}
+        (step.folder / "evaluation.json").write_text(json.dumps(measured))
+        results = comparison_table.gather(job, {})
+        assert results["rows"][0]["label"] == label
+    assert results["rows"][0]["share"] == 0.18
+    said = "Measured on 4 test images: an accuracy is uncertain by 25 points. Chance: 50.0 %."
+    assert said in comparison_table.markdown(results)
+    assert said in short_table(results)
+
+
 def test_notes_are_of_the_columns_that_there_are() -> None:
     results = {"title": "t", "rows": [], "teachers": {}, "device": ""}
     one, several = (
@@ -533,7 +573,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", ["cifar10/compare_ipc10", "cifar10/cross_architecture_ipc50", "digits/compare"])
 def test_methods_without_teachers_are_evaluated_as_published(name: str) -> None:
-    rows = comparison_plan.load(ROOT / "configs" / f"{name}.yaml").rows
+    rows = comparison_plan.load(ROOT / "configs" / f"{name}.yaml", only=["dc"]).rows
     found = {method: rows[method].given["evaluate_arguments"] for method in PUBLISHED if method in rows}
     assert {"dc", "cafe"} <= set(found)
     end = 2 if name.startswith("digits") else None  # where all rows train for as long
