@@ -39,6 +39,14 @@ def default_precision():
         sys.modules["torch"].set_float32_matmul_precision("highest")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory):
+    """Give the user's cache folder of this session, which decoded images and whitenings go to."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    return folder / "ftd_lightning"
+
+
 @pytest.fixture(scope="session")
 def refused():
     """Give ``refused(*parts)``: a block has to raise an InputError of one line in which every part occurs."""

@@ -177,7 +177,7 @@ def import_set(
         out: the set to write, e.g. set.safetensors.
         dataset: what it was distilled from, e.g. cifar10.
         step_size: the learned step size: a number, a file of one, or none.
-        whitened: ZCA of the data set's training images was applied; it is fitted once and cached under --root.
+        whitened: ZCA of the data set's training images was applied; it is fitted once and cached.
         standardized: the data set's mean was subtracted and its std divided by.
         pictures: the images are in [0, 1], or uint8; they are standardised here, because networks see such images.
         logits: soft labels are scores; apply the softmax.

@@ -83,8 +83,7 @@ class DistillationDataModule(ImageDataModule):
             names no test part; the same images for every seed.
         trajectories: store of the teachers whose features "herding" and "k-center" use.
         teacher: which of them.
-        cache_dir: folder of decoded images and whitenings; None: ``root``, or the user's cache folder where root cannot
-            be written to.
+        cache_dir: folder of decoded images and whitenings; None: ``ftd_lightning`` in the user's cache folder.
 
     Attributes:
         spec: the description of the data set. That of "tiny-imagenet" and "folder" is found in their files, and that of
@@ -173,8 +172,9 @@ class DistillationDataModule(ImageDataModule):
         """Read the loaders of another LightningDataModule into memory, once, and serve every phase from there.
 
         Its ``prepare_data`` and ``setup`` are called by ours. Images are pictures, as for :meth:`from_datasets`. The
-        validation loader's images are the held-out ones; without one, none are. Map-style datasets are read in their
-        own order. Its hooks on batches (``on_after_batch_transfer`` and the like) are not called.
+        validation loader's images are the held-out ones; without one, none are. Map-style datasets are read whole, in
+        their own order: of samplers, only the choice of a ``SubsetRandomSampler`` counts. Its hooks on batches
+        (``on_after_batch_transfer`` and the like) are not called.
 
         Args:
             datamodule: its loaders yield (images, labels); the batch size is that of its training loader.
@@ -282,7 +282,7 @@ class DistillationDataModule(ImageDataModule):
 
     def val_dataloader(self) -> Iterable[Any]:
         """Return the held-out images, in order; nothing where there are none, or where a distillation is fitted."""
-        if isinstance(self._module(), BringsBatches) or not self._read().count("val"):
+        if isinstance(self._module(), BringsBatches) or not len(self._read().labels("val")):
             return [] if self.trainer is None else NoLoaders()
         return self._loader(self.val, shuffle=False)
 

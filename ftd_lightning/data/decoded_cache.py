@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ftd_lightning.data.cache_folder import cache_folder, check_memory
 from ftd_lightning.data.decoding import decode
-from ftd_lightning.data.files import fingerprint, write_tensors
-from ftd_lightning.data.images import Parts, Pictures
+from ftd_lightning.data.files import write_tensors
+from ftd_lightning.data.images import Parts, Pictures, fingerprints
 from ftd_lightning.data.pixel_statistics import measure
 from ftd_lightning.data.schema import is_number, refuse
 from ftd_lightning.data.tensor_file import TensorFile
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from ftd_lightning.data.cache_folder import CacheFolder
     from ftd_lightning.data.image_tree import Part
 
 KIND = "decoded_images"
+VERSION = 2  # of how files are decoded; caches of another one are not read
 
 T = TypeVar("T")
 
@@ -39,7 +39,8 @@ class DecodedImages:
         path: of the cache; see :func:`cache_file`.
         train: files and labels of the training part.
         test: those of the test part.
-        form: returns ``channels`` and ``size`` of the pictures, and what else to record. It is called before decoding.
+        form: returns ``channels``, ``size`` and perhaps ``deep`` of the pictures, as :func:`fill_cache` takes them, and
+            what else to record. It is called before decoding.
         sizes: what must be recorded as a positive integer.
         val: files and labels of the held-out part; None: there is none, a share of the training part is held out.
     """
@@ -97,8 +98,9 @@ class DecodedImages:
             if type(metadata.get(key)) is not int or metadata[key] < 1:
                 refuse(self.path, key, f"is {metadata.get(key)!r:.60}")
         channels, size = metadata["in_channels"], metadata["image_size"]
+        dtype = torch.float32 if "maximum" in metadata else torch.uint8
         for name, part in self.parts.items():
-            wanted = torch.uint8, (len(part.files), channels, size, size)
+            wanted = dtype, (len(part.files), channels, size, size)
             if file.layout(f"{name}.pictures") != wanted:
                 refuse(self.path, f"{name}.pictures", "are not the pictures of these files")
         for key in ("mean", "std"):
@@ -123,20 +125,20 @@ def _by_name(train: Part, test: Part, val: Part | None) -> dict[str, Part]:
     return {"train": train, "test": test, **({} if val is None else {"val": val})}
 
 
-def cache_file(cache: CacheFolder, name: str, size: int | str, base: Path, parts: Mapping[str, Part]) -> Path:
+def cache_file(cache_dir: str | Path | None, name: str, size: int | str, base: Path, parts: Mapping[str, Part]) -> Path:
     """Name the cache of decoded files by all that it depends on.
 
     Args:
-        cache: the file lies in its folder ``cache``.
+        cache_dir: the file lies in its folder ``decoded``; None: the user's cache folder.
         name: of the data set.
         size: of the pictures.
-        base: names of files are taken relative to it, so that a tree that is moved keeps its cache.
-        parts: the files by part; their names, labels, lengths and times of change are hashed.
+        base: folder of the files.
+        parts: the files by part; their paths, labels, lengths and times of change are hashed.
 
     Raises:
         InputError: for a file that does not exist, such as a dangling link.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(f"{VERSION}|{base.resolve()}\n".encode(errors="surrogateescape"), digest_size=8)
     for part, (files, labels) in parts.items():
         for file, label in zip(files, labels, strict=True):
             try:
@@ -145,39 +147,40 @@ def cache_file(cache: CacheFolder, name: str, size: int | str, base: Path, parts
                 raise InputError(f"{file}: cannot be read ({error.strerror}); replace it or remove it") from error
             line = f"{part}|{label}|{file.relative_to(base).as_posix()}|{stat.st_size}|{stat.st_mtime_ns}\n"
             digest.update(line.encode(errors="surrogateescape"))
-    return cache.file("cache", f"{name}_{size}_{digest.hexdigest()}.safetensors")
+    return cache_folder(cache_dir) / "decoded" / f"{name}_{size}_{digest.hexdigest()}.safetensors"
 
 
 def fill_cache(
-    path: Path, train: Part, test: Part, *, channels: int, size: int, val: Part | None = None, **metadata: Any
+    path: Path,
+    train: Part,
+    test: Part,
+    *,
+    channels: int,
+    size: int,
+    val: Part | None = None,
+    deep: bool = False,
+    **metadata: Any,
 ) -> None:
     """Decode all parts and write them to a cache, all at once; an interruption leaves no file.
 
-    Beside the pictures it records their size, what :func:`measure` finds in the training part, and a fingerprint of the
-    pictures and labels, which copies of the files share; held-out ones have a fingerprint of their own.
+    Beside the pictures it records their size, what :func:`measure` finds in the training part, :func:`fingerprints` of
+    the contents, which copies of the files share, and if ``deep`` the "maximum" that pictures of 16 bits are scaled by.
 
     Raises:
         InputError: for an unreadable image, for more than memory holds, or where the cache cannot be written.
     """
     named = _by_name(train, test, val)
-    needed = 3 * sum(len(part.files) for part in named.values()) * channels * size**2  # writing makes two copies
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
-    if needed > memory:
-        raise InputError(
-            f"{path.parent}: decoding to {size} px takes {needed / 2**30:.0f} GiB of memory, "
-            f"this machine has {memory / 2**30:.0f}; set data.image_size lower"
-        )
-    parts = {
-        name: decode(part, channels=channels, size=size, what=f"decoding {name} images to {size} px")
-        for name, part in named.items()
-    }
+    values = sum(len(part.files) for part in named.values()) * channels * size**2
+    needed = 3 * values * (4 if deep else 1)  # writing makes two copies
+    check_memory(needed, f"{path.parent}: decoding to {size} px", "set data.image_size lower")
+    parts, maximum = decode(named, channels=channels, size=size, deep=deep)
     tensors = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part._asdict().items()}
     found = {
         "in_channels": channels,
         "image_size": size,
         **measure(parts["train"].pictures),
-        "fingerprint": fingerprint(*parts["train"], *parts["test"]),
-        **({} if val is None else {"held_out": fingerprint(*parts["val"])}),
+        **fingerprints(parts["train"], parts["test"], parts.get("val")),
+        **({"maximum": maximum} if deep else {}),
     }
     try:
         write_tensors(path, tensors, kind=KIND, metadata={**found, **metadata})

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
 from functools import partial
 from itertools import permutations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
+from ftd_lightning.data.census import Census
 from ftd_lightning.data.decoded_cache import DecodedImages, cache_file
-from ftd_lightning.data.decoding import in_parallel, is_grey, opened
+from ftd_lightning.data.decoding import SIDEWAYS, in_parallel, is_deep, is_grey, opened, turn_of
 from ftd_lightning.data.image_tree import ImageTree, Part, told_what_is_unreadable
 from ftd_lightning.data.images import ImageDataset, Request
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.seeding import make_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from PIL.Image import Image
+    from PIL import Image
+    from torch import Tensor
 
 PARTS = ("train", "val", "test")  # folders of parts under root; where there are none, the folders there are classes
-OWN_FOLDERS = ("cache", "whitening")  # what this library keeps under root, beside the classes
 
 
-def _class_folders(folder: Path, root: Path) -> list[Path]:
-    """The folders of classes, sorted; hidden ones, and this library's own unless they hold images, are left out."""
+def _class_folders(folder: Path) -> list[Path]:
+    """The folders of classes, sorted, without hidden ones."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; put the images of each class into a folder of its own there")
-    there = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    classes = [path for path in there if path.name not in OWN_FOLDERS or ImageTree(root).images(path)]
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 2:
         raise InputError(
             f"{folder}: {len(classes)} folders of classes here, at least 2 are needed; put images into "
@@ -41,21 +43,27 @@ def _class_folders(folder: Path, root: Path) -> list[Path]:
 
 
 def _split(part: Part, folders: Sequence[Path], fraction: float) -> tuple[Part, Part]:
-    """Cut off the test part, the same share of every class, at least one image, always the same ones."""
+    """Cut off the test part, the same share of every class, at least one image.
+
+    Which ones is decided by each file's name alone: not by a seed, because the test images of one run must not be among
+    the training images of another, nor by the other files, so that a new image leaves the others where they are.
+    """
     train, test = Part([], []), Part([], [])
     for label, folder in enumerate(folders):
         files = [file for file, of in zip(part.files, part.labels, strict=True) if of == label]
         if len(files) < 2:
             raise InputError(f"{folder}: holds one image, one to train and one to test are needed at least")
         count = min(max(round(fraction * len(files)), 1), len(files) - 1)
-        # Not by the seed of a run: its test images must not be among the training images of another.
-        order = torch.randperm(len(files), generator=make_generator("test part", folder.name)).tolist()
-        chosen = set(order[:count])
-        for i, file in enumerate(files):
-            to = test if i in chosen else train
+        chosen = set(sorted(files, key=partial(_drawn, folder.parent))[:count])
+        for file in files:
+            to = test if file in chosen else train
             to.files.append(file)
             to.labels.append(label)
     return train, test
+
+
+def _drawn(root: Path, file: Path) -> bytes:
+    return hashlib.blake2b(os.fsencode(file.relative_to(root).as_posix())).digest()
 
 
 def _parts(root: Path, fraction: float) -> tuple[tuple[str, ...], dict[str, Part]]:
@@ -63,7 +71,7 @@ def _parts(root: Path, fraction: float) -> tuple[tuple[str, ...], dict[str, Part
     tree = ImageTree(root)
     there = [name for name in PARTS if (root / name).is_dir()]
     if not there:
-        classes = _class_folders(root, root)
+        classes = _class_folders(root)
         train, test = _split(tree.part(classes), classes, fraction)
         tree.tell_what_is_skipped()
         return tuple(path.name for path in classes), {"train": train, "test": test}
@@ -73,7 +81,7 @@ def _parts(root: Path, fraction: float) -> tuple[tuple[str, ...], dict[str, Part
             f"{root}: holds {' and '.join(f'{name}/' for name in there)} but {missing}; add it, or set data.root to a "
             "folder of classes, of which the share data.test_fraction becomes the test part"
         )
-    folders = {name: _class_folders(root / name, root) for name in there}
+    folders = {name: _class_folders(root / name) for name in there}
     for here, other in permutations(there, 2):
         names = {path.name for path in folders[other]}
         for path in folders[here]:
@@ -86,23 +94,82 @@ def _parts(root: Path, fraction: float) -> tuple[tuple[str, ...], dict[str, Part
     return tuple(path.name for path in folders["train"]), parts
 
 
-def _survey(files: Sequence[Path]) -> tuple[int, int]:
-    """Find channels and native size from the headers: 1 if all images are grey; the most common size, made square."""
+class _Header(NamedTuple):
+    """What the header of an image file says; see :class:`Census`."""
 
-    def look(image: Image) -> tuple[bool, tuple[int, int]]:
-        return is_grey(image), image.size
+    size: tuple[int, int]
+    mode: str
+    turned: bool
+    transparent: bool
+    bits: int
+    grey: bool
 
-    seen = in_parallel(lambda i: opened(files[i], look), len(files), "looking at images")
-    sizes = Counter(size for _, size in seen)
+
+def _read_header(image: Image.Image) -> _Header:
+    """Look at an image that is open but not decoded."""
+    turn = turn_of(image)
+    raw = str(image.tile[0][3]) if image.tile else ""  # how the file holds its values, such as "RGB;16B"
+    mode = f"{image.mode};16" if ";16" in raw and not is_deep(image) else image.mode
+    bits = 16 if ";16" in mode else 8
+    # Of a TIFF Pillow gives the size after turning.
+    size = image.size[::-1] if turn in SIDEWAYS and image.format != "TIFF" else image.size
+    return _Header(size, mode, turn is not None, image.has_transparency_data, bits, is_grey(image))
+
+
+def _census(names: Sequence[str], parts: Mapping[str, Part]) -> Census:
+    """Look at the headers of all files, in parallel; the training part decides channels and size."""
+    files, labels = ([item for part in parts.values() for item in part[i]] for i in (0, 1))
+
+    def look(i: int) -> _Header | InputError:
+        try:
+            return opened(files[i], _read_header)
+        except InputError as error:
+            return error
+
+    looks = in_parallel(look, len(files), "looking at images")
+    headers = [header for header in looks if isinstance(header, _Header)]
+    train = [header for header in looks[: len(parts["train"].files)] if isinstance(header, _Header)]
+    if not train:
+        raise next(error for error in looks if isinstance(error, InputError))
+    sizes, counts = Counter(header.size for header in train), Counter(labels)
     most = max(sizes.values())
-    # The shorter side: no detail is made up.
-    size = min(min(size) for size, count in sizes.items() if count == most)
-    return (1 if all(grey for grey, _ in seen) else 3), size
+    return Census(
+        files=len(files),
+        sizes=Counter(header.size for header in headers),
+        modes=Counter(header.mode for header in headers),
+        turned=sum(header.turned for header in headers),
+        transparent=sum(header.transparent for header in headers),
+        bits=max(header.bits for header in headers),
+        classes={name: counts[label] for label, name in enumerate(names)},
+        unreadable=len(files) - len(headers),
+        channels=1 if all(header.grey for header in train) else 3,
+        size=min(min(size) for size, count in sizes.items() if count == most),
+    )
 
 
-def _form(train: Part, image_size: int | None) -> dict[str, int]:
-    channels, native = _survey(train.files)
-    return {"channels": channels, "size": image_size or native, "native_size": native}
+def take_folder_census(request: Request) -> Census:
+    """Look at the headers of all images of a folder; see :func:`find_folder`."""
+    return _census(*_names_and_parts(request))
+
+
+def folder_labels(request: Request) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """List the images of a folder without opening them: the names of its classes, and the labels of each part."""
+    names, parts = _names_and_parts(request)
+    return names, {name: torch.tensor(part.labels) for name, part in parts.items()}
+
+
+def _names_and_parts(request: Request) -> tuple[tuple[str, ...], dict[str, Part]]:
+    with told_what_is_unreadable():
+        return _parts(request.root, request.test_fraction)
+
+
+def _form(names: Sequence[str], parts: Mapping[str, Part], image_size: int | None) -> dict[str, Any]:
+    census = _census(names, parts)
+    size = image_size or census.size
+    if told := census.resizing(size):
+        rank_zero_info(told)
+    form = {"channels": census.channels, "size": size, "deep": any(mode.startswith("I;16") for mode in census.modes)}
+    return {**form, "native_size": census.size, "census": census.as_json()}
 
 
 def find_folder(request: Request) -> ImageDataset:
@@ -110,12 +177,13 @@ def find_folder(request: Request) -> ImageDataset:
 
     - ``train/<class>/``, ``val/<class>/`` and ``test/<class>/``: the images of ``val/`` are the held-out part.
     - ``train/<class>/`` and one of the others, which is the test part: a share of the training images is held out.
-    - ``<class>/``: the share ``test_fraction`` of every class becomes the test part, the same images for every seed; a
-      share of the others is held out.
+    - ``<class>/``: the share ``test_fraction`` of every class becomes the test part, decided by the names of the files;
+      a share of the others is held out.
 
     All parts have the same classes: the folders in alphabetical order, with any folders below. There is one channel if
     all training images are grey, else three; the size is the most common one of the training images (of its sides the
-    shorter) if none is asked for; mean and std are those of all pixels of the training images. What was found goes into
+    shorter) if none is asked for; mean and std are those of all pixels of the training images. Images of 16 bits per
+    value are scaled by the largest value that one of them has, the "maximum" of descriptions. What was found goes into
     descriptions, with a fingerprint of the decoded images, and one of those that ``val/`` gives as held out. GIFs,
     hidden files and whatever else is no image are skipped and counted.
 
@@ -124,10 +192,9 @@ def find_folder(request: Request) -> ImageDataset:
             that leads elsewhere (see :class:`~ftd_lightning.data.image_tree.ImageTree`), naming the folder or file.
     """
     root = request.root
-    with told_what_is_unreadable():
-        names, parts = _parts(root, request.test_fraction)
-    path = cache_file(request.cache, "folder", request.image_size or "native", root, parts)
-    form, sizes = partial(_form, parts["train"], request.image_size), ("in_channels", "image_size", "native_size")
+    names, parts = _names_and_parts(request)
+    path = cache_file(request.cache_dir, "folder", request.image_size or "native", root, parts)
+    form, sizes = partial(_form, names, parts, request.image_size), ("in_channels", "image_size", "native_size")
     decoded = DecodedImages(path, parts["train"], parts["test"], form, sizes, parts.get("val"))
     metadata = decoded.metadata()
     # Told only where it was used, so that whoever reads a description can ask for the same images.
@@ -135,7 +202,8 @@ def find_folder(request: Request) -> ImageDataset:
     shape = {key: metadata[key] for key in ("in_channels", "image_size")}
     # As of images that are given as objects: which share was asked for says nothing then.
     given = {"val_fraction": None, "held_out": metadata["held_out"]} if "val" in parts else {}
-    contents = {"class_names": list(names), "fingerprint": metadata["fingerprint"], **shape, **split, **given}
+    deep = {"maximum": metadata["maximum"]} if "maximum" in metadata else {}
+    contents = {"class_names": list(names), "fingerprint": metadata["fingerprint"], **shape, **split, **given, **deep}
     return ImageDataset(
         class_names=names,
         mean=tuple(metadata["mean"]),
@@ -144,5 +212,6 @@ def find_folder(request: Request) -> ImageDataset:
         native_size=metadata["native_size"],
         identify=partial(dict, contents),
         held_out=decoded.load_held_out if "val" in parts else None,
+        census=Census.from_json(metadata["census"]),
         **shape,
     )

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch import LightningDataModule
 
 from ftd_lightning.contracts import DataDescription, ImageShape
-from ftd_lightning.data.cache_folder import CacheFolder
 from ftd_lightning.data.datasets import OWN_IMAGES, get_dataset
+from ftd_lightning.data.folder import folder_labels, take_folder_census
 from ftd_lightning.data.images import ImageDataset, Request
 from ftd_lightning.data.own_datamodule import OwnDataModule
-from ftd_lightning.data.real_images import RealImages
+from ftd_lightning.data.real_images import RealImages, choose
 from ftd_lightning.data.transform import Standardization
 from ftd_lightning.data.whitening_cache import cached_whitening
 
 if TYPE_CHECKING:
     from ftd_lightning.contracts import Images, ImageTransform, Part
+    from ftd_lightning.data.census import Census
 
 
 class ImageDataModule(LightningDataModule):
@@ -33,7 +34,7 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(self, root: str | Path) -> None:
         super().__init__()
-        self.root: Path | None = Path(root)
+        self.root: Path | None = Path(root).expanduser()
         self._own: OwnDataModule | None = None
         self._real: RealImages | None = None
         self._transform: ImageTransform | None = None
@@ -53,19 +54,27 @@ class ImageDataModule(LightningDataModule):
         if self._own is not None:
             spec, hparams["batch_size"] = self._own.read(self.trainer)
             return spec
-        request = Request(
-            cast("Path", self.root),
-            hparams["download"],
-            hparams["image_size"],
-            hparams["test_fraction"],
-            self._cache.cache_dir,
-        )
-        return get_dataset(hparams["dataset"], request)
+        return get_dataset(hparams["dataset"], self._request)
 
     @property
-    def _cache(self) -> CacheFolder:
-        folder = self.hparams["cache_dir"]
-        return CacheFolder(self.root, Path(folder) if folder else None, makes_root=self.hparams["download"])
+    def _request(self) -> Request:
+        keys = ("download", "image_size", "test_fraction", "cache_dir")
+        return Request(cast("Path", self.root), **{key: self.hparams[key] for key in keys})
+
+    @cached_property
+    def census(self) -> Census | None:
+        """What the files of a "folder" are, by their headers: no image is decoded for it. None for other data sets."""
+        if "spec" in self.__dict__:
+            return self.spec.census
+        return take_folder_census(self._request) if self.hparams["dataset"] == "folder" else None
+
+    def count(self, name: Part) -> list[int]:
+        """Count the images of each class in a part, in label order. None is transformed, none of a "folder" decoded."""
+        if self._real is None and self.hparams["dataset"] == "folder":
+            names, labels = folder_labels(self._request)
+            source, index = choose(labels, **self._split_options)[name]
+            return labels[source][index].bincount(minlength=len(names)).tolist()
+        return self._read().labels(name).bincount(minlength=self.num_classes).tolist()
 
     @property
     def transform(self) -> ImageTransform:
@@ -94,8 +103,7 @@ class ImageDataModule(LightningDataModule):
 
     @cached_property
     def _dataset(self) -> dict[str, Any]:
-        keys = ("val_fraction", "max_per_class", "seed")
-        return {"name": self.hparams["dataset"], **{key: self.hparams[key] for key in keys}, **self.spec.describe()}
+        return {"name": self.hparams["dataset"], **self._split_options, **self.spec.describe()}
 
     def description(self) -> DataDescription:
         """Describe the training images; see ``contracts.DataSource``."""
@@ -129,14 +137,19 @@ class ImageDataModule(LightningDataModule):
 
     def _read(self) -> RealImages:
         if self._real is None:
-            options = {key: self.hparams[key] for key in ("val_fraction", "max_per_class", "seed")}
-            self._real = RealImages(self.spec, **options)
+            self._real = RealImages(self.spec, **self._split_options)
         return self._real
+
+    @property
+    def _split_options(self) -> dict[str, Any]:
+        return {key: self.hparams[key] for key in ("val_fraction", "max_per_class", "seed")}
 
     def _fit_whitening(self) -> None:
         if self._transform is None:
             name, eps = self.hparams["dataset"], self.hparams["zca_eps"]
-            self._transform = cached_whitening(self._read().pictures("train"), name, eps=eps, cache=self._cache)
+            self._transform = cached_whitening(
+                self._read().pictures("train"), name, eps=eps, cache_dir=self.hparams["cache_dir"]
+            )
 
     def _part(self, name: Part) -> Images:
         return self._read().images(name, self.transform)

@@ -103,7 +103,7 @@ def _decoded(name: str, size: int, request: Request) -> DecodedImages:
     images = ImageTree(tree)
     train, test = (images.part([tree / part / wnid for wnid in wnids]) for part in ("train", "val"))
     images.tell_what_is_skipped()
-    path = cache_file(request.cache, name, size, tree, {"train": train, "test": test})
+    path = cache_file(request.cache_dir, name, size, tree, {"train": train, "test": test})
     return DecodedImages(path, train, test, partial(dict, channels=3, size=size))
 
 

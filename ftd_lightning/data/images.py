@@ -12,13 +12,14 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from ftd_lightning.data.cache_folder import CacheFolder
+from ftd_lightning.data.files import fingerprint
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from ftd_lightning.contracts import ImageTransform
+    from ftd_lightning.data.census import Census
 
 CHUNK = 5000  # images resized at a time: bounds the memory that it takes
 
@@ -55,19 +56,14 @@ class Request:
         download: fetch what is missing.
         image_size: height and width in pixels, >= 1; None: the data set's own.
         test_fraction: share of every class that becomes the test part, in (0, 1), where the files name no such part.
-        cache_dir: folder of decoded images; None: see :class:`~ftd_lightning.data.cache_folder.CacheFolder`.
+        cache_dir: folder of decoded images; None: the user's cache folder.
     """
 
     root: Path = Path("data")
     download: bool = True
     image_size: int | None = None
     test_fraction: float = 0.2
-    cache_dir: Path | None = None
-
-    @property
-    def cache(self) -> CacheFolder:
-        """The folder of decoded images."""
-        return CacheFolder(self.root, self.cache_dir, makes_root=self.download)
+    cache_dir: str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,7 @@ class ImageDataset:
         held_out: returns the pictures that are given as held out, and can be pickled; None: a share of the training
             part is held out.
         transform: where the "pictures" have gone through a transform already, that transform; else None.
+        census: what the files are, of a "folder"; else None.
     """
 
     class_names: tuple[str, ...]
@@ -99,6 +96,7 @@ class ImageDataset:
     identify: Callable[[], Mapping[str, Any]] = dict
     held_out: Callable[[], Pictures] | None = None
     transform: ImageTransform | None = None
+    census: Census | None = None
 
     def at(self, image_size: int | None) -> ImageDataset:
         """Return the same data set with its pictures resized; None or its own size changes nothing.
@@ -111,8 +109,9 @@ class ImageDataset:
         """
         if image_size is None or image_size == self.image_size:
             return self
-        load = partial(_load_resized, self.load, image_size)
-        return replace(self, image_size=image_size, native_size=self.native_size or self.image_size, load=load)
+        size = {"image_size": image_size, "native_size": self.native_size or self.image_size}
+        held_out = self.held_out and partial(_held_out_resized, self.held_out, image_size)
+        return replace(self, **size, load=partial(_load_resized, self.load, image_size), held_out=held_out)
 
     def describe(self) -> dict[str, Any]:
         """Describe what the name alone does not say: a size other than the data set's own, and its contents."""
@@ -122,7 +121,27 @@ class ImageDataset:
 
 def _load_resized(load: Callable[[], Parts], size: int) -> Parts:
     train, test = load()
-    return Pictures(resized(train.pictures, size), train.labels), Pictures(resized(test.pictures, size), test.labels)
+    return _resized(train, size), _resized(test, size)
+
+
+def _held_out_resized(held_out: Callable[[], Pictures], size: int) -> Pictures:
+    return _resized(held_out(), size)
+
+
+def _resized(part: Pictures, size: int) -> Pictures:
+    return Pictures(resized(part.pictures, size), part.labels)
+
+
+def fingerprints(train: Pictures, test: Pictures, val: Pictures | None) -> dict[str, str]:
+    """Hash the contents of a data set, wherever it comes from.
+
+    Returns:
+        "fingerprint" of the training and the test part and, where images are given as held out, their "held_out".
+    """
+    return {
+        "fingerprint": fingerprint(*train, *test),
+        **({} if val is None else {"held_out": fingerprint(*val)}),
+    }
 
 
 def resized(pictures: Tensor, size: int) -> Tensor:

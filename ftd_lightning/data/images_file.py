@@ -29,7 +29,8 @@ def write_images_file(dataset: ImageDataset, folder: Path) -> Path:
 
     Returns:
         The file: ``train_images`` (N, C, H, W) uint8 or float32 in [0, 1], ``train_labels`` (N,) int64, likewise of
-        "test" and, where there are held-out ones, of "val"; its metadata has "class_names".
+        "test" and, where there are held-out ones, of "val"; its metadata has "class_names" and, of pictures that were
+        of 16 bits, the "maximum" that they were divided by.
     """
     train, test = dataset.load()
     parts = {"train": train, "test": test, **({} if dataset.held_out is None else {"val": dataset.held_out()})}
@@ -37,7 +38,8 @@ def write_images_file(dataset: ImageDataset, folder: Path) -> Path:
     for name, (pictures, labels) in parts.items():
         tensors |= {f"{name}_images": pictures, f"{name}_labels": labels}
     path = folder / FILE
-    write_tensors(path, tensors, kind=KIND, metadata={"class_names": list(dataset.class_names)})
+    maximum = {key: value for key, value in dataset.identify().items() if key == "maximum"}
+    write_tensors(path, tensors, kind=KIND, metadata={"class_names": list(dataset.class_names), **maximum})
     return path
 
 
@@ -61,5 +63,12 @@ def find_images_file(request: Request) -> ImageDataset:
             raise InputError(f"{path}: holds no {' and '.join(sorted(wanted - file.names))}; write it again")
         pair = (file[f"{part}_images"], file[f"{part}_labels"])
         parts[part] = read_images(pair, f"{path}: {part}", transform=None)
-    described = describe_images(parts["train"], parts["test"], parts.get("val"), class_names=names, transform=None)
+    described = describe_images(
+        parts["train"],
+        parts["test"],
+        parts.get("val"),
+        class_names=names,
+        transform=None,
+        maximum=file.metadata.get("maximum"),
+    )
     return described.at(request.image_size)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 from tqdm.auto import tqdm
 
-from ftd_lightning.data.own_images import READ_TWICE, as_batch, describe_images, joined, warn_of_random
+from ftd_lightning.data.own_images import READ_TWICE, as_batch, classes_of, describe_images, joined, warn_of_random
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class OwnDataModule:
                 raise InputError(f"{type(self.datamodule).__name__} has no {part}_dataloader, which is needed")
         (train, batch_size), (test, _) = (self._read(loaders[part], part) for part in ("train", "test"))
         val = None if loaders["val"] is None else self._read(loaders["val"], "val")[0]
-        names = self.class_names or getattr(getattr(loaders["train"], "dataset", None), "classes", None)
+        names = self.class_names or classes_of(getattr(loaders["train"], "dataset", None), train.labels)
         return describe_images(train, test, val, class_names=names, transform=self.transform), batch_size
 
     def _loader(self, part: str) -> Any:
@@ -80,7 +80,7 @@ class OwnDataModule:
         return loaders[0] if loaders else None
 
     def _read(self, loader: Any, part: str) -> tuple[Pictures, int]:
-        ordered = _in_order(loader)
+        ordered = _in_order(loader, part)
         if ordered is not None:
             some = range(min(READ_TWICE, len(ordered.dataset)))  # type: ignore[arg-type]
             first, again = (_as_batches([ordered.collate_fn([ordered.dataset[i] for i in some])], part) for _ in "12")
@@ -98,19 +98,24 @@ def _as_batches(batches: Iterable[Any], part: str) -> Iterator[Batch]:
         yield as_batch(batch[0], batch[1], part)
 
 
-def _in_order(loader: Any) -> DataLoader[Any] | None:
-    """Return a loader of the same images in the dataset's order, all of them; None where its order is not known."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+def _in_order(loader: Any, part: str) -> DataLoader[Any] | None:
+    """Return a loader of the same images in the dataset's order, each once; None for what has no map-style dataset."""
+    # Without a batch_sampler the dataset's items are batches.
+    if (
+        not isinstance(loader, DataLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or loader.batch_sampler is None
+    ):
         return None
-    sampler = loader.sampler
-    if not isinstance(loader.batch_sampler, BatchSampler):
-        return None
+    sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+    order: Sequence[int] = range(len(loader.dataset))  # type: ignore[arg-type]
     if isinstance(sampler, SubsetRandomSampler):
-        order: Sequence[int] = sorted(sampler.indices)
-    elif isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
-        order = range(len(loader.dataset))  # type: ignore[arg-type]
-    else:
-        return None
+        order = sorted(sampler.indices)
+    elif not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
+        rank_zero_info(
+            f"{part}: all {len(order):,} images of the dataset are read once; the order and weights of its "
+            f"{type(sampler).__name__} are not used"
+        )
     return DataLoader(
         loader.dataset,
         batch_size=loader.batch_size or 256,

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
 from tqdm.auto import tqdm
 
+from ftd_lightning.data.census import resizing
 from ftd_lightning.data.decoding import is_grey, pixels
-from ftd_lightning.data.files import fingerprint
-from ftd_lightning.data.images import ImageDataset, Parts, Pictures, resized, unit_range
+from ftd_lightning.data.images import ImageDataset, Parts, Pictures, fingerprints, resized, unit_range
 from ftd_lightning.data.pixel_statistics import measure
 from ftd_lightning.errors import InputError
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ftd_lightning.contracts import ImageTransform
 
 READ_TWICE = 4  # items that are read a second time, to notice random augmentation
-EXPECTED = "pass pictures as uint8 or as floats in [0, 1], or transform= for images that are normalised already"
+EXPECTED = "pass pictures as uint8, uint16 or floats in [0, 1], or transform= for images that are normalised already"
 
 Batch = tuple[Tensor, Tensor]  # pictures (B, C, H, W) and labels (B,), as given
 
@@ -74,8 +74,19 @@ def read_datasets(
         for part, data in (("train", train), ("test", test), ("val", val))
         if data is not None
     }
-    names = class_names or getattr(train, "classes", None)
+    names = class_names or classes_of(train, parts["train"].labels)
     return describe_images(parts["train"], parts["test"], parts.get("val"), class_names=names, transform=transform)
+
+
+def classes_of(dataset: Any, labels: Tensor) -> Sequence[str] | None:
+    """Return the ``classes`` of a dataset, or of those that a Subset or ConcatDataset is made of; None without."""
+    if isinstance(dataset, Subset):
+        names = classes_of(dataset.dataset, labels)
+        return names and names[: int(labels.max()) + 1]  # it may leave out the last classes
+    if isinstance(dataset, ConcatDataset):
+        first, *others = [classes_of(part, labels) for part in dataset.datasets]
+        return first if all(other == first for other in others) else None
+    return getattr(dataset, "classes", None)
 
 
 def warn_of_random(first: Iterable[Batch], again: Iterable[Batch], part: str) -> None:
@@ -95,7 +106,7 @@ def as_batch(images: Any, labels: Any, part: str) -> Batch:
     """
     if not isinstance(images, Tensor | np.ndarray) or images.ndim not in (3, 4):
         raise InputError(f"{part}: images must be a tensor (N, C, H, W) or (N, H, W), not {_shape(images)}")
-    pictures, labels = torch.as_tensor(images).detach().cpu(), torch.as_tensor(labels).detach().cpu()
+    pictures, labels = torch.as_tensor(images).detach().cpu(), _as_labels(labels, part)
     pictures = pictures.unsqueeze(1) if pictures.ndim == 3 else pictures
     if labels.shape != pictures.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise InputError(
@@ -104,13 +115,21 @@ def as_batch(images: Any, labels: Any, part: str) -> Batch:
     return pictures, labels.long()
 
 
+def _as_labels(labels: Any, part: str) -> Tensor:
+    try:
+        return torch.as_tensor(labels).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        one = labels[0] if isinstance(labels, tuple | list | np.ndarray) and len(labels) else labels
+        raise InputError(f"{part}: labels must be integers, not {one!r:.40}; number the classes from 0") from error
+
+
 def _as_item(item: Any, part: str) -> Batch:
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise InputError(f"{part}: items must be pairs (image, label), not {type(item).__name__}")
     image, label = item
     if isinstance(image, Image.Image):
         try:
-            image = torch.from_numpy(pixels(image, channels=1 if is_grey(image) else 3).copy())
+            image = torch.from_numpy(pixels(image, channels=1 if is_grey(image) else 3).copy())  # uint16 of 16 bits
         except ValueError as error:
             raise InputError(f"{part}: {error}") from error
     elif isinstance(image, np.ndarray):
@@ -119,7 +138,7 @@ def _as_item(item: Any, part: str) -> Batch:
     if not isinstance(image, Tensor) or image.ndim not in (2, 3):
         raise InputError(f"{part}: an image must be a Pillow image or of shape (C, H, W), not {_shape(image)}")
     image = image if image.ndim == 3 else image.unsqueeze(0)
-    return as_batch(image.unsqueeze(0), torch.as_tensor(label).reshape(-1), part)
+    return as_batch(image.unsqueeze(0), _as_labels(label, part).reshape(-1), part)
 
 
 def _shape(value: Any) -> str:
@@ -132,7 +151,8 @@ def joined(
     """Join batches into one tensor each of pictures and labels.
 
     Grey pictures among coloured ones become coloured. Floats that are multiples of 1/255 become uint8, so that the same
-    pictures are stored, and identified, in the same way with or without ``ToTensor``.
+    pictures are stored, and identified, in the same way with or without ``ToTensor``. uint16 stays, to be scaled by
+    :func:`describe_images`, which knows all parts.
 
     Args:
         batches: as from :func:`as_batch`.
@@ -143,7 +163,10 @@ def joined(
     Raises:
         InputError: for images of several sizes without ``image_size``, and for what are no pictures.
     """
-    pictures = [(_resize(_checked(images, part, transform), image_size), labels) for images, labels in batches]
+    given, pictures = Counter[tuple[int, int]](), []
+    for images, of in batches:
+        given[images.shape[3], images.shape[2]] += len(images)
+        pictures.append((_resize(_checked(images, part, transform), image_size), of))
     if not any(len(labels) for _, labels in pictures):
         raise InputError(f"{part}: contains no images")
     shapes = Counter(tuple(images.shape[1:]) for images, _ in pictures)
@@ -154,7 +177,9 @@ def joined(
     if len(channels) > 1 and channels != {1, 3}:
         raise InputError(f"{part}: images have {', '.join(map(str, sorted(channels)))} channels; all need the same")
     if len({images.dtype for images, _ in pictures}) > 1:
-        raise InputError(f"{part}: images are in part uint8 and in part floats; {EXPECTED}")
+        raise InputError(f"{part}: images are of several types, such as uint8 and floats; {EXPECTED}")
+    if image_size is not None and (told := resizing(given, image_size)):
+        rank_zero_info(f"{part}: {told}")
     (size,), count = sizes, sum(len(labels) for _, labels in pictures)
     out, done = torch.empty(count, max(channels), *size, dtype=pictures[0][0].dtype), 0
     for images, _ in pictures:
@@ -164,11 +189,15 @@ def joined(
 
 
 def _resize(images: Tensor, size: int | None) -> Tensor:
-    return images if size is None or tuple(images.shape[2:]) == (size, size) else resized(images, size)
+    if size is None or tuple(images.shape[2:]) == (size, size):
+        return images
+    if images.dtype == torch.uint16:
+        return resized(images.float(), size).round().to(torch.uint16)
+    return resized(images, size)
 
 
 def _checked(images: Tensor, part: str, transform: ImageTransform | None) -> Tensor:
-    if images.dtype == torch.uint8 and transform is None:
+    if images.dtype in (torch.uint8, torch.uint16) and transform is None:
         return images
     if not images.is_floating_point():
         wrong = "transform= is for normalised images, which are floats" if transform else EXPECTED
@@ -180,7 +209,7 @@ def _checked(images: Tensor, part: str, transform: ImageTransform | None) -> Ten
 
 
 def _as_bytes(pictures: Tensor) -> Tensor:
-    if pictures.dtype == torch.uint8:
+    if not pictures.is_floating_point():
         return pictures
     as_bytes = torch.empty(pictures.shape, dtype=torch.uint8)
     for to, chunk in zip(as_bytes.split(1000), pictures.split(1000), strict=True):
@@ -197,8 +226,11 @@ def describe_images(
     *,
     class_names: Sequence[str] | None,
     transform: ImageTransform | None,
+    maximum: int | None = None,
 ) -> ImageDataset:
     """Describe images in memory; their contents identify them.
+
+    Those of uint16 are divided by their largest value, the "maximum" of the description.
 
     Args:
         train: as from :func:`read_images`.
@@ -206,11 +238,17 @@ def describe_images(
         val: those that are held out; None: a share of the training images is.
         class_names: K names; None numbers the classes.
         transform: what the images have gone through already.
+        maximum: what they have been divided by already.
 
     Raises:
         InputError: for labels other than 0 .. K-1, a class without a training image, or parts of different shapes.
     """
     parts = {"train": train, "test": test, **({} if val is None else {"val": val})}
+    deep = [int(part.pictures.int().max()) for part in parts.values() if part.pictures.dtype == torch.uint16]
+    if deep:
+        maximum = max(deep)
+        parts = {name: _scaled(part, maximum) for name, part in parts.items()}
+        train, test, val = parts["train"], parts["test"], parts.get("val")
     names = _class_names(train.labels, class_names)
     shape = tuple(train.pictures.shape[1:])
     for part, (pictures, labels) in parts.items():
@@ -224,9 +262,8 @@ def describe_images(
     for label, count in enumerate(train.labels.bincount(minlength=len(names)).tolist()):
         if not count:
             raise InputError(f"train: class {label} ({names[label]}) has no image; number the classes without gaps")
-    identity: dict[str, Any] = {"fingerprint": fingerprint(*train)}
-    if val is not None:
-        identity |= {"val_fraction": None, "held_out": fingerprint(*val)}
+    identity: dict[str, Any] = {**fingerprints(train, test, val), **({} if val is None else {"val_fraction": None})}
+    identity |= {} if maximum is None else {"maximum": maximum}
     moments = {"mean": [0.0] * shape[0], "std": [1.0] * shape[0]} if transform else measure(train.pictures)
     return ImageDataset(
         class_names=names,
@@ -239,6 +276,11 @@ def describe_images(
         held_out=None if val is None else partial(_given, val),
         transform=transform,
     )
+
+
+def _scaled(part: Pictures, maximum: int) -> Pictures:
+    deep = part.pictures.dtype == torch.uint16
+    return Pictures(_as_bytes(part.pictures.float() / maximum), part.labels) if deep else part
 
 
 def _given(val: Pictures) -> Pictures:

@@ -14,13 +14,14 @@ from ftd_lightning.data.schema import check_images, check_labels
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from ftd_lightning.contracts import ImageTransform, Part
-    from ftd_lightning.data.images import ImageDataset, Pictures
+    from ftd_lightning.data.images import ImageDataset
 
+PARTS: tuple[Part, ...] = ("train", "val", "test")
 CHUNK = 5000  # images transformed at a time: bounds the memory of whitening
 
 
@@ -36,25 +37,19 @@ class RealImages:
 
     def __init__(self, spec: ImageDataset, *, val_fraction: float, max_per_class: int | None, seed: int) -> None:
         train, test = spec.load()
-        kept = limit_per_class(train.labels, max_per_class, seed)
-        if spec.held_out is None:
-            used, left = hold_out(train.labels[kept], val_fraction, seed)
-            kept, val = kept[used], (train, kept[left])
-        else:
-            held_out = spec.held_out()
-            val = held_out, limit_per_class(held_out.labels, max_per_class, seed)
+        _refuse_constant(train.pictures)
+        whole = {"train": train, "test": test, **({} if spec.held_out is None else {"val": spec.held_out()})}
+        labels = {name: part.labels for name, part in whole.items()}
+        chosen = choose(labels, val_fraction=val_fraction, max_per_class=max_per_class, seed=seed)
         # Whole parts, which may be mapped from files, and the indices of what is used of them.
-        self._parts: dict[Part, tuple[Pictures, Tensor]] = {
-            "train": (train, kept),
-            "val": val,
-            "test": (test, limit_per_class(test.labels, max_per_class, seed)),
-        }
+        self._parts = {name: (whole[source], index) for name, (source, index) in chosen.items()}
         self._done = spec.transform
         self._images: dict[Part, Images] = {}
 
-    def count(self, name: Part) -> int:
-        """Number of images of a part."""
-        return len(self._parts[name][1])
+    def labels(self, name: Part) -> Tensor:
+        """Return the labels of a part, (N,) int64; no image is transformed for it."""
+        pictures, index = self._parts[name]
+        return pictures.labels[index]
 
     def pictures(self, name: Part) -> Tensor:
         """Return the pictures of a part, (N, C, H, W)."""
@@ -83,6 +78,33 @@ class RealImages:
         # They are images already; a set may have another transform, though.
         same = self._done.describe() == transform.describe()
         return pictures if same else transform.apply(self._done.invert(pictures))
+
+
+def choose(
+    labels: Mapping[str, Tensor], *, val_fraction: float, max_per_class: int | None, seed: int
+) -> dict[Part, tuple[str, Tensor]]:
+    """Choose which images are trained on, held out and tested on.
+
+    Args:
+        labels: of "train", "test" and, where images are given as held out, "val".
+        val_fraction: as for :class:`RealImages`.
+        max_per_class: likewise.
+        seed: likewise.
+
+    Returns:
+        By part, the key of ``labels`` that its images come from, and their indices there, ascending.
+    """
+    kept = {name: limit_per_class(of, max_per_class, seed) for name, of in labels.items()}
+    if "val" in labels:
+        return {name: (name, kept[name]) for name in PARTS}
+    used, left = hold_out(labels["train"][kept["train"]], val_fraction, seed)
+    train = kept["train"]
+    return {"train": ("train", train[used]), "val": ("train", train[left]), "test": ("test", kept["test"])}
+
+
+def _refuse_constant(pictures: Tensor) -> None:
+    if not any(bool((some != some[..., :1, :1]).any()) for some in pictures.split(100)):
+        raise InputError("every training image is of a single colour: check the images, and how they are read")
 
 
 def given_images(real: Sequence[Tensor]) -> Images:

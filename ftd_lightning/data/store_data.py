@@ -22,7 +22,7 @@ PREFIX = "transform."  # of the names of the transform's tensors
 
 def store_data_file(folder: str | Path) -> Path:
     """Name the file, which lies beside the teachers'."""
-    return Path(folder) / "data.safetensors"
+    return Path(folder).expanduser() / "data.safetensors"
 
 
 def write_store_data(folder: str | Path, description: DataDescription) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import TensorDataset
 
 from ftd_lightning.data import schema
@@ -66,6 +67,10 @@ class SyntheticSet:
     class_names: list[str] = field(default_factory=list)
     transform: ImageTransform = field(default_factory=_identity)
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step_size, float):
+            self.step_size = torch.tensor(self.step_size)
 
     @property
     def learning_rate(self) -> float | None:
@@ -150,7 +155,7 @@ class SyntheticSet:
         tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in self.transform.tensors().items()}
         metadata = {**self.metadata, "class_names": self.class_names, "transform": self.transform.describe()}
-        write_tensors(Path(path), tensors, kind=KIND, metadata=metadata)
+        write_tensors(Path(path).expanduser(), tensors, kind=KIND, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> SyntheticSet:
@@ -166,7 +171,7 @@ class SyntheticSet:
             >>> SyntheticSet.load(path).images.shape
             torch.Size([2, 1, 4, 4])
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         file = TensorFile(path, kind=KIND)
         metadata = _metadata(path, file)
         loaded = cls(
@@ -188,7 +193,8 @@ class SyntheticSet:
         Raises:
             InputError: as for :meth:`load`.
         """
-        return _own(_metadata(Path(path), TensorFile(Path(path), kind=KIND)))
+        path = Path(path).expanduser()
+        return _own(_metadata(path, TensorFile(path, kind=KIND)))
 
     def dataset(self, *, ema: bool = False) -> TensorDataset:
         """Return (image, label) pairs for an ordinary DataLoader.

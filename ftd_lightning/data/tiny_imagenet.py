@@ -131,7 +131,7 @@ def find_tiny_imagenet(request: Request) -> ImageDataset:
         tree = ImageTree(folder)
         train = tree.part([folder / "train" / wnid for wnid in wnids])
         test = _test_part(folder, tree, wnids)
-    path = cache_file(request.cache, "tiny-imagenet", size, folder, {"train": train, "test": test})
+    path = cache_file(request.cache_dir, "tiny-imagenet", size, folder, {"train": train, "test": test})
     decoded = DecodedImages(path, train, test, partial(dict, channels=3, size=size))
     return ImageDataset(
         class_names=names,

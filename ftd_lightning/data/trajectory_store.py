@@ -41,7 +41,7 @@ def epoch_name(epoch: int) -> str:
 
 def teacher_file(folder: str | Path, teacher: int) -> Path:
     """Name the file of a teacher."""
-    return Path(folder) / f"teacher_{teacher:04d}.safetensors"
+    return Path(folder).expanduser() / f"teacher_{teacher:04d}.safetensors"
 
 
 def check_teacher(file: TensorFile) -> int:
@@ -84,7 +84,7 @@ class TrajectoryStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.files = sorted(self.path.glob("teacher_*.safetensors"))
         if not self.files:
             raise InputError(

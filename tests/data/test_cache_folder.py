@@ -1,77 +1,38 @@
 """Where caches of images go."""
 
-import os
-import shutil
+from pathlib import Path
 
-import pytest
+from torchvision.datasets import ImageFolder
 
-from ftd_lightning.data import DistillationDataModule, cache_folder
-from ftd_lightning.data.cache_folder import CacheFolder
-
-
-@pytest.fixture(autouse=True)
-def user_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    cache_folder._announce.cache_clear()
-    return tmp_path / "user" / "ftd_lightning"
+from ftd_lightning.data import DistillationDataModule
+from ftd_lightning.data.cache_folder import cache_folder
 
 
-@pytest.fixture
-def said(monkeypatch):
-    lines = []
-    monkeypatch.setattr(cache_folder, "rank_zero_info", lines.append)
-    return lines
-
-
-def test_caches_lie_under_root_or_the_given_folder(tmp_path, said):
-    assert CacheFolder(tmp_path).file("cache", "x") == tmp_path / "cache" / "x"
-    assert CacheFolder(tmp_path / "new" / "root").file("cache", "x") == tmp_path / "new" / "root" / "cache" / "x"
-    assert CacheFolder(tmp_path, tmp_path / "there").file("cache", "x") == tmp_path / "there" / "cache" / "x"
-    assert not said
-
-
-def test_without_a_folder_that_can_be_written_the_users_cache_takes_them(tmp_path, user_cache, said):
-    (tmp_path / "file").write_text("")
-    below_a_file = CacheFolder(tmp_path / "file" / "root")
-    for _ in range(2):
-        assert below_a_file.file("cache", "x") == user_cache / "cache" / "x"
-    assert CacheFolder(None).file("cache", "x") == user_cache / "cache" / "x"
-    assert CacheFolder(tmp_path / "none", makes_root=False).file("cache", "x") == user_cache / "cache" / "x"
-    assert len(said) == 3, "each reason once"
-    assert all("data.cache_dir" in line for line in said)
-
-
-def test_home_is_the_users_cache_without_the_variable(tmp_path, monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME")
+def test_caches_lie_in_the_users_cache_or_the_given_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert CacheFolder(None).file("cache", "x") == tmp_path / ".cache" / "ftd_lightning" / "cache" / "x"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder(None) == tmp_path / "xdg" / "ftd_lightning"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder(None) == tmp_path / ".cache" / "ftd_lightning"
+    assert cache_folder("~/there") == tmp_path / "there"
 
 
-def test_a_tree_that_cannot_be_written_is_decoded_and_whitened(tmp_path, image_folder, user_cache, monkeypatch):
-    root, given = tmp_path / "images", tmp_path / "given"
-    for part in ("train", "val"):
-        image_folder(root / part, ["a", "b"], size=(6, 6))
-    access = os.access
-    monkeypatch.setattr(
-        cache_folder.os, "access", lambda path, mode: not str(path).startswith(str(root)) and access(path, mode)
-    )
+def test_nothing_is_written_beside_the_images_and_home_is_known_in_every_path(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    image_folder(tmp_path / "images", ["a", "b"], count=6, size=(6, 6))
 
     def ready(**options):
-        data = DistillationDataModule("folder", root=str(root), zca=True, val_fraction=0.0, **options)
+        data = DistillationDataModule("folder", root="~/images", zca=True, cache_dir="~/given", **options)
         data.prepare_data()
         data.setup()
-        return data.describe()
+        return data
 
-    described = ready()
-    assert sorted(path.name for path in root.iterdir()) == ["train", "val"]
-    assert sorted(path.name for path in user_cache.iterdir()) == ["cache", "whitening"]
-    assert ready(cache_dir=str(given)) == described
-    assert sorted(path.name for path in given.iterdir()) == ["cache", "whitening"]
-    # Caches that somebody has put under root are read there.
-    shutil.copytree(given, root, dirs_exist_ok=True)
-    shutil.rmtree(user_cache)
-    assert ready() == described
-    assert not user_cache.exists()
+    ready(synthetic="random").synthetic_set.save("~/set.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "images", "set.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "given").iterdir()) == ["decoded", "whitening"]
+    assert ImageFolder(tmp_path / "images").classes == ["a", "b"]
+    assert len(ready(synthetic="~/set.safetensors").synthetic_set.images) == 2
+    assert not Path("~").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path, refused):

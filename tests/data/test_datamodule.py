@@ -33,7 +33,9 @@ def ready(tmp_path):
     """Give ``ready(**options)``: a DataModule of the digits, set up."""
 
     def make(**options):
-        data = DistillationDataModule(**{"dataset": "digits", "root": str(tmp_path / "root"), **options})
+        data = DistillationDataModule(
+            **{"dataset": "digits", "root": str(tmp_path / "root"), "cache_dir": str(tmp_path / "cache"), **options}
+        )
         data.prepare_data()
         data.setup()
         return data
@@ -219,7 +221,7 @@ def test_whitening_is_fitted_on_what_is_trained_on_and_applied_to_all(ready):
 
 def test_whitening_is_fitted_once_and_read_afterwards(ready, tmp_path, monkeypatch):
     first = ready(zca=True)
-    (file,) = (tmp_path / "root" / "whitening").iterdir()
+    (file,) = (tmp_path / "cache" / "whitening").iterdir()
     written = file.stat().st_mtime_ns
 
     def fail(*args, **kwargs):
@@ -230,7 +232,7 @@ def test_whitening_is_fitted_once_and_read_afterwards(ready, tmp_path, monkeypat
     assert torch.equal(again.train.images, first.train.images)
     assert torch.equal(again.test.images, first.test.images)
     assert again.describe() == first.describe()
-    assert list((tmp_path / "root" / "whitening").iterdir()) == [file]
+    assert list((tmp_path / "cache" / "whitening").iterdir()) == [file]
     assert file.stat().st_mtime_ns == written
     # The seed of the batches alone would do; but it also decides what is held out.
     with pytest.raises(AssertionError, match="fitted again"):
@@ -239,7 +241,7 @@ def test_whitening_is_fitted_once_and_read_afterwards(ready, tmp_path, monkeypat
 
 def test_prepare_data_leaves_nothing_to_fit_for_other_processes(tmp_path, monkeypatch):
     def make():
-        return DistillationDataModule(root=str(tmp_path), zca=True)
+        return DistillationDataModule(cache_dir=str(tmp_path), zca=True)
 
     make().prepare_data()
     monkeypatch.setattr(Whitening, "fit", lambda *args, **kwargs: pytest.fail("fitted in setup"))
@@ -253,7 +255,7 @@ def test_whitening_of_something_else_has_a_file_of_its_own(ready, tmp_path, chan
     ready(zca=True)
     before = ready(zca=True).describe()
     data = ready(zca=True, **changes)
-    assert len(list((tmp_path / "root" / "whitening").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "whitening").iterdir())) == 2
     assert data.describe()["transform"] != before["transform"]
 
 

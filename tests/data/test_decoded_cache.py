@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ftd_lightning.data import DistillationDataModule, decoding
-from ftd_lightning.data.cache_folder import CacheFolder
 from ftd_lightning.data.decoded_cache import KIND, DecodedImages, cache_file, fill_cache
 from ftd_lightning.data.files import write_tensors
 from ftd_lightning.data.image_tree import ImageTree, Part
@@ -44,7 +43,7 @@ def test_interrupted_decoding_leaves_nothing(tmp_path, parts, monkeypatch):
 
     def interrupted(path, **options):
         calls.append(path)
-        if len(calls) == 7:  # in the second part
+        if len(calls) == 7:
             raise KeyboardInterrupt
         return real(path, **options)
 
@@ -70,11 +69,11 @@ def test_cache_is_named_by_all_that_it_depends_on(tmp_path, parts, refused):
     root, train, test = parts
 
     def name(size=12, **changed):
-        return cache_file(CacheFolder(tmp_path), "x", size, root, {"train": train, "test": test, **changed})
+        return cache_file(tmp_path, "x", size, root, {"train": train, "test": test, **changed})
 
     first = name()
     assert first == name()
-    assert first.parent == tmp_path / "cache"
+    assert first.parent == tmp_path / "decoded"
     others = {name(16), name(test=Part([], [])), name(train=Part(train.files, train.labels[::-1]))}
     os.utime(train.files[0], ns=(1, 1))
     others.add(name())
@@ -213,13 +212,13 @@ def test_a_damaged_cache_does_not_disturb_a_run(parts, tmp_path):
     root, *_ = parts
 
     def ready():
-        data = DistillationDataModule("folder", root=str(root), val_fraction=0.0)
+        data = DistillationDataModule("folder", root=str(root), val_fraction=0.0, cache_dir=str(tmp_path / "there"))
         data.prepare_data()
         data.setup()
         return data
 
     first = ready()
-    (file,) = (root / "cache").iterdir()
+    (file,) = (tmp_path / "there" / "decoded").iterdir()
     content = file.read_bytes()
     file.unlink()  # the first run has mapped it
     file.write_bytes(DAMAGES["a bit of the pictures"](content))

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ftd_lightning.data import DistillationDataModule, decoding
 from ftd_lightning.data.imagenet import SUBSETS
@@ -84,8 +84,6 @@ def test_one_folder_is_split_by_class_and_fraction(flat, fraction, each):
 def test_split_is_the_same_for_every_seed_and_root(flat, tmp_path_factory):
     data = ready(flat)
     assert keys(ready(flat, seed=1).test, data) == keys(data.test, data)
-    # The caches that lie in root by now are no classes.
-    assert (flat / "cache").is_dir()
     other = shutil.copytree(flat, tmp_path_factory.mktemp("copy") / "images")
     assert keys(ready(other).test, data) == keys(data.test, data)
     # Drawn, not the first or the last ones of each class.
@@ -132,15 +130,15 @@ def test_the_other_of_two_folders_is_the_test_part(both):
     assert as_test.val.labels.tolist() == [0, 1, 2]
 
 
-def test_whitening_keeps_its_files_beside_classes(flat):
-    ready(flat, zca=True)
-    assert ready(flat, zca=True).class_names == CLASSES
-
-
-def test_a_class_may_be_called_cache(tmp_path, image_folder):
-    image_folder(tmp_path, ["cache", "other"])
-    for _ in range(2):
-        assert ready(tmp_path).class_names == ["cache", "other"]
+def test_one_more_image_leaves_the_others_where_they_are(flat, image_folder):
+    before = ready(flat)
+    train, test = keys(before.train, before), keys(before.test, before)
+    with Image.open(flat / "bee" / "bee_0.png") as image:
+        image.transpose(Image.Transpose.ROTATE_180).save(flat / "bee" / "aaa.png")
+    after = ready(flat)
+    moved = set(test) - set(keys(after.test, after))
+    assert len(moved) <= 1, "the new one may take the place of one, in its class"
+    assert len(set(train) - set(keys(after.train, after))) == 0
 
 
 def test_grey_only_if_all_are_grey(both, image_folder):
@@ -186,7 +184,69 @@ def test_unreadable_image_is_refused_and_nothing_written(both, image_folder, ref
         with refused(file, "readable image"):
             ready(both)
         file.write_bytes(content)
-    assert not (both / "cache").exists()
+    for name in ("bee_0.png", "bee_1.png", "bee_2.png"):
+        (both / "test" / "bee" / name).write_bytes(b"text")
+    with refused(both / "test" / "bee" / "bee_0.png", "2 more files are unreadable"):
+        ready(both)
+    assert DistillationDataModule("folder", root=str(both)).census.unreadable == 3
+
+
+def test_a_census_says_what_the_files_are_before_they_are_decoded(both, image_folder, monkeypatch):
+    from ftd_lightning.data import folder
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (20, 10)).save(both / "train" / "ant" / "turned.jpg", exif=exif)
+    Image.new("RGBA", (12, 12)).save(both / "val" / "bee" / "clear.png")
+    said = []
+    monkeypatch.setattr(folder, "rank_zero_info", said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "read_picture", lambda *args, **options: pytest.fail("decoded"))
+        data = DistillationDataModule("folder", root=str(both), val_fraction=0.4)
+        census = data.census
+        assert [data.count(part) for part in ("train", "val", "test")] == [[4, 3, 3], [2, 2, 2], [2, 3, 2]]
+    assert (census.files, census.classes) == (23, {"ant": 8, "bee": 8, "cow": 7})
+    assert (census.sizes, census.modes) == ({(12, 12): 22, (10, 20): 1}, {"RGB": 22, "RGBA": 1})
+    assert (census.turned, census.transparent, census.bits, census.unreadable) == (1, 1, 8, 0)
+    assert census.lines() == [
+        "23 images of 12 x 12 to 10 x 20 px in colour; 3 classes of 7 (cow) to 8 (ant)",
+        "1 is turned upright by EXIF orientation; 1 is transparent, composited on white",
+    ]
+    for _ in range(2):
+        again = ready(both)
+        assert again.census == census
+        assert again.count("train") == [6, 5, 5]
+    assert said == [
+        "images become 12 x 12 px: 1 of 23 are enlarged; 1 of 23 are squashed, aspect ratio changed by up to 2.00"
+    ]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_twelve_bits_keep_their_levels(both, mixed):
+    for part in ("train", "val"):
+        for i, name in enumerate(CLASSES):
+            ramp = np.linspace(0, 4095, 144).round().astype(np.uint16).reshape(12, 12)
+            Image.fromarray(np.roll(ramp, i)).save(both / part / name / f"{name}_0.png")
+            for file in (both / part / name).glob("*_[1-9].png") if not mixed else ():
+                file.unlink()
+    data = ready(both)
+    (pictures, _), _ = data.spec.load()
+    deep = pictures[[0, 5, 10]] if mixed else pictures
+    assert (data.in_channels, data.census.bits, pictures.dtype) == (3 if mixed else 1, 16, torch.float32)
+    assert [len(picture.unique()) for picture in deep] == [144] * 3
+    assert torch.equal(deep[0, 0].flatten(), torch.linspace(0, 4095, 144).round() / 4095)
+    assert data.describe()["dataset"]["maximum"] == 4095
+    assert ready(both).describe() == data.describe()
+    if mixed:
+        with Image.open(both / "train" / "ant" / "ant_1.png") as image:
+            assert torch.equal(pictures[1].mul(255).round().byte(), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def test_blank_images_are_refused_before_anything_is_trained(both, refused):
+    for file in both.rglob("*.png"):
+        Image.new("RGB", (12, 12), (len(file.name) % 7,) * 3).save(file)
+    with refused("every training image is of a single colour"):
+        DistillationDataModule("folder", root=str(both)).prepare_data()
 
 
 def test_wrong_layouts_are_refused(tmp_path, image_folder, refused):

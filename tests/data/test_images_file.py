@@ -36,6 +36,26 @@ def test_it_is_read_as_it_was_given(tmp_path, val):
     assert len(theirs.part("val").labels) == (4 if val else 2)
 
 
+def test_pictures_are_resized_in_every_part(tmp_path):
+    train, test = pairs()
+    held_out = pairs(1)[1]
+    write_images_file(read_datasets(train, test, held_out), tmp_path)
+    theirs = DistillationDataModule("images", root=str(tmp_path), image_size=4)
+    ours = DistillationDataModule.from_datasets(train, test, val=held_out, image_size=4)
+    for part in ("train", "val", "test"):
+        assert theirs.part(part).images.shape[1:] == (3, 4, 4)
+    assert torch.allclose(theirs.transform.invert(theirs.val.images), ours.transform.invert(ours.val.images), atol=1e-5)
+
+
+def test_the_maximum_of_sixteen_bits_is_kept(tmp_path):
+    train, test = (((images.int() * 16).to(torch.uint16), labels) for images, labels in pairs())
+    dataset = read_datasets(train, test)
+    write_images_file(dataset, tmp_path)
+    found = DistillationDataModule("images", root=str(tmp_path)).spec
+    assert found.identify() == dataset.identify()
+    assert found.identify()["maximum"] == max(int(part[0].int().max()) for part in (train, test))
+
+
 def test_other_files_are_refused(tmp_path, refused):
     data = DistillationDataModule("images", root=str(tmp_path))
     with refused("images.safetensors: no such file"):

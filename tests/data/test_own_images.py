@@ -9,12 +9,23 @@ import torch
 from fits import make_trainer, small_teacher
 from lightning.pytorch import LightningDataModule
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    random_split,
+)
 
 from ftd_lightning import DistillationDataModule
 from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.contracts import DataSource
-from ftd_lightning.data import Standardization, TrajectoryStore
+from ftd_lightning.data import Standardization, TrajectoryStore, own_datamodule, own_images
 from ftd_lightning.functional.seeding import make_generator
 
 FORMS = ("pillow", "uint8", "float", "numpy")
@@ -104,8 +115,12 @@ def test_contents_and_the_split_identify_the_data():
         "seed": 3,
         "fingerprint": dataset["fingerprint"],
     }
-    other = own((pictures(30), labels(30).flip(0)), val_fraction=0.2, max_per_class=5, seed=3)
-    assert other.describe()["dataset"]["fingerprint"] != dataset["fingerprint"]
+    options = {"val_fraction": 0.2, "max_per_class": 5, "seed": 3}
+    others = [
+        own((pictures(30), labels(30).flip(0)), **options),
+        own((pictures(30), labels(30)), (pictures(6, seed=2), labels(6)), **options),
+    ]
+    assert len({dataset["fingerprint"], *(other.describe()["dataset"]["fingerprint"] for other in others)}) == 3
 
 
 def test_given_held_out_images_are_the_held_out_part():
@@ -123,6 +138,11 @@ def test_class_names_are_those_of_the_dataset_or_given_or_numbers():
     assert own(named).class_names == ["ant", "bee, honeybee", "cow"]
     assert own(named, class_names=["a", "b", "c"]).class_names == ["a", "b", "c"]
     assert own(items(30)).class_names == ["0", "1", "2"]
+    part, _ = random_split(named, [24, 6])
+    assert own(ConcatDataset([part, part])).class_names == ["ant", "bee, honeybee", "cow"]
+    assert own(ConcatDataset([part, items(30)])).class_names == ["0", "1", "2"]
+    two = Subset(named, [i for i in range(30) if i % 3 < 2])
+    assert own(two, (pictures(6), labels(6, classes=2))).class_names == ["ant", "bee, honeybee"]
 
 
 def test_items_are_read_once_but_for_the_first():
@@ -153,7 +173,20 @@ def test_streams_are_read_as_they_come():
     assert own(Stream()).describe() == own((pictures(30), labels(30))).describe()
 
 
-def test_images_of_several_sizes_are_resized_or_refused(refused):
+def test_sixteen_bits_are_scaled_by_the_largest_value_of_all_parts():
+    def deep(count, high):
+        levels = torch.arange(count * 36).remainder(high + 1).to(torch.uint16).reshape(count, 1, 6, 6)
+        return Items(levels, labels(count)), (levels, labels(count))
+
+    data = [own(train, test, val_fraction=0.0) for train, test in zip(deep(30, 1000), deep(9, 250), strict=True)]
+    (train, _), (test, _) = data[0].spec.load()
+    assert torch.equal(train.flatten(), torch.arange(30 * 36).remainder(1001) / 1000)
+    assert float(test.max()) == 0.25
+    assert data[0].describe() == data[1].describe()
+    assert data[0].describe()["dataset"]["maximum"] == 1000
+
+
+def test_images_of_several_sizes_are_resized_or_refused(refused, monkeypatch):
     class Sizes(Items):
         def __getitem__(self, index):
             image, label = super().__getitem__(index)
@@ -162,7 +195,10 @@ def test_images_of_several_sizes_are_resized_or_refused(refused):
     train = Sizes(pictures(30), labels(30))
     with refused("train", "5 x 6", "image_size="):
         own(train)
+    said = []
+    monkeypatch.setattr(own_images, "rank_zero_info", said.append)
     data = own(train, image_size=4)
+    assert said == ["train: images become 4 x 4 px: 15 of 30 are squashed, aspect ratio changed by up to 1.20"]
     assert data.train.images.shape[1:] == data.test.images.shape[1:] == (3, 4, 4)
 
 
@@ -184,12 +220,20 @@ def test_integers_of_another_type_are_refused(refused):
         (labels(30).float(), "integers"),
         (labels(30) * 2, "class 1"),
         (labels(29), "30 integers"),
+        (["ant", "bee", "cow"] * 10, "integers, not 'ant'"),
+        ([None] * 30, "integers, not None"),
     ],
-    ids=["negative", "floats", "gaps", "too few"],
+    ids=["negative", "floats", "gaps", "too few", "text", "none"],
 )
 def test_wrong_labels_are_refused(refused, wrong, words):
     with refused("train", words):
         own((pictures(30), wrong))
+
+
+@pytest.mark.parametrize("label", ["ant", None])
+def test_wrong_labels_of_items_are_refused(refused, label):
+    with refused("train", f"integers, not {label!r}"):
+        own([(image, label) for image in pictures(30)])
 
 
 def test_parts_that_do_not_belong_together_are_refused(refused):
@@ -322,6 +366,32 @@ def test_a_random_subset_is_read_sorted_and_other_loaders_as_they_come():
     data = read(Iterated())
     assert data.describe() == first.describe()
     assert data.description().batch_size == 5
+
+
+@pytest.mark.parametrize("where", ["sampler", "batch_sampler"])
+def test_a_sampler_does_not_decide_what_is_read(monkeypatch, where):
+    said = []
+    monkeypatch.setattr(own_datamodule, "rank_zero_info", said.append)
+    weighted = WeightedRandomSampler([1.0] + [1e-3] * 30, 31)
+
+    class Balanced(BatchSampler):
+        def __init__(self):
+            self.size = 4
+
+        def __iter__(self):
+            return iter([[0] * 4] * 3)
+
+        def __len__(self):
+            return 3
+
+    options = {"sampler": weighted} if where == "sampler" else {"batch_sampler": Balanced()}
+    theirs = Theirs()
+    theirs.options = {"batch_size": 4, **options} if where == "sampler" else options
+    assert read(theirs).describe()["dataset"] == read(Theirs()).describe()["dataset"]
+    name = type(weighted).__name__ if where == "sampler" else "Balanced"
+    assert said == [
+        f"train: all 31 images of the dataset are read once; the order and weights of its {name} are not used"
+    ]
 
 
 class Several:

@@ -82,7 +82,6 @@ def test_wrong_layouts_are_refused(small, refused):
     shutil.rmtree(folder / "train")
     with refused(folder / "train"):
         ready(small)
-    assert not (small / "cache").exists()
 
 
 def test_absent_folder_is_refused_where_it_may_not_be_downloaded(tmp_path, refused):
@@ -129,7 +128,7 @@ def test_download_gives_the_same_images_and_leaves_the_folder_alone(small, archi
     there, fetched = ready(small), ready(tmp_path / "new", download=True)
     assert torch.equal(there.train.images, fetched.train.images)
     assert torch.equal(there.test.labels, fetched.test.labels)
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["cache", tiny_imagenet.NAME]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [tiny_imagenet.NAME]
 
 
 def test_archive_that_lies_in_root_is_unpacked(small, archive, tmp_path, monkeypatch):

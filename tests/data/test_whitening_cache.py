@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from ftd_lightning.data.cache_folder import CacheFolder
 from ftd_lightning.data.transform import Whitening
 from ftd_lightning.data.whitening_cache import cached_whitening
 
@@ -18,7 +17,7 @@ def fitted(tmp_path, pictures):
     """Give a function that reads or fits the whitening, and its file, which is there."""
 
     def read():
-        return cached_whitening(pictures, "some images", eps=0.1, cache=CacheFolder(tmp_path))
+        return cached_whitening(pictures, "some images", eps=0.1, cache_dir=tmp_path)
 
     read()
     (file,) = (tmp_path / "whitening").iterdir()
@@ -56,6 +55,13 @@ def test_whitening_of_something_else_is_fitted_again(fitted, pictures, other):
     with pytest.warns(UserWarning, match="other pictures"):
         read()
     assert file.read_bytes() == content
+
+
+def test_what_cannot_fit_in_memory_is_refused_before_it_is_begun(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(Whitening, "fit", lambda *args, **options: pytest.fail("begun"))
+    images = torch.zeros(12, 3, 250, 250, dtype=torch.uint8)
+    with refused("zca", "data.image_size", "187,500 x 187,500 (140,625,000,000 bytes)", "GiB"):
+        cached_whitening(images, "some images", eps=0.1, cache_dir=tmp_path)
 
 
 def test_a_folder_in_place_of_the_file_is_refused(fitted, refused):
