@@ -38,13 +38,13 @@ def look_at_set(folder: Path) -> None:
     assert synthetic is not None, "an evaluation has a set"
     with replacing(folder / PICTURE) as part:
         set_picture(synthetic, ema=settings["ema"]).save(part, format="PNG")
-    images, test = len(synthetic.labels), data.test.labels
+    images, test = len(synthetic.labels), data.count("test")
     counts = {
         "images": images,
         "steps_per_epoch": -(-images // settings["batch_size"]),
-        "training_images": len(data.train.labels) + len(data.val.labels),
-        "test_images": len(test),
-        "chance": int(test.bincount().max()) / len(test),
+        "training_images": sum(data.count("train")) + sum(data.count("val")),
+        "test_images": sum(test),
+        "chance": max(test) / sum(test),
     }
     write_json(folder / COUNTS, counts, indent=None)
 

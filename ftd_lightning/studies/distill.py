@@ -166,7 +166,8 @@ def _plan(
     size = plan.image_size
     told = data.census and data.census.resizing(size)
     if told or size != found.size:
-        lines.append(f"{told or f'images become {size} x {size} px'}; --data.image_size asks for another size")
+        change = f"images are {'reduced' if size < found.size else 'enlarged'} to {size} x {size} px"
+        lines.append(f"{told or change}; --data.image_size asks for another size")
     lines += [f"plan for {budget:g} minutes on {device_name()}:", *describe(plan, estimate, ipc * found.classes)]
     write = partial(planned_configs, plan, source, out, ipc=ipc, method=method, seed=command["seed"])
     return write, {**read, "image_size": size}, lines

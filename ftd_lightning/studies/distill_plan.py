@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,7 @@ def strategy(channels: int, size: int) -> str:
     return str(Augmentation().strategy)
 
 
+@cache
 def buildable_size(channels: int, size: int) -> int:
     """Give a size for which the ConvNet of a plan can be built: this one, or the nearest that can be halved.
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import ftd_lightning
 from ftd_lightning import SyntheticSet, cli
+from ftd_lightning.data import decoded_cache
 from ftd_lightning.models import build_network
 from ftd_lightning.shipped_configs import read_config
 from ftd_lightning.studies import distill as command
@@ -92,14 +93,15 @@ def test_more_minutes_than_were_given_are_asked_for(minutes, fixed_costs, refuse
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_network_can_be_built_for_every_size_that_is_tried(device):
-    largest = 64 if device == "cpu" else 128
+    largest, built = 64 if device == "cpu" else 128, set()
     for native in range(8, 301):
         for channels in (1, 3):
             sizes = planned_sizes(CIFAR._replace(channels=channels, size=native), torch.device(device))
             assert sizes[0] == pytest.approx(min(native, largest), rel=0.25)
-            for size in sizes:
-                with torch.device("meta"):
-                    build_network("convnet", channels, 10, size, depth=depth_of(size), width=1)
+            built |= {(channels, size) for size in sizes}
+    for channels, size in built:
+        with torch.device("meta"):
+            build_network("convnet", channels, 10, size, depth=depth_of(size), width=1)
     asked = CIFAR._replace(size=32, size_asked=True)
     assert planned_sizes(asked, torch.device(device)) == [32]
 
@@ -170,6 +172,52 @@ def refusal(capsys, *arguments):
     return line
 
 
+COMMAND = {"ipc": 1, "method": "ftd", "minutes": 6.0, "config": None, "seed": 0}
+
+
+def test_a_folder_is_decoded_once_at_the_size_of_the_plan(tiny, image_folder, tmp_path, monkeypatch, capsys):
+    image_folder(tmp_path / "photos", ["cat", "dog"], count=10, size=(18, 12))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    decode, sizes = decoded_cache.decode, []
+
+    def noted(*args, size, **options):
+        sizes.append(size)
+        return decode(*args, size=size, **options)
+
+    monkeypatch.setattr(decoded_cache, "decode", noted)
+    source = command.find_source("photos")
+    for _ in range(2):
+        command.plan_job(source, Path("out"), COMMAND, [])
+    assert sizes == [8]
+    assert len(tiny) == 1
+    lines = capsys.readouterr().out.splitlines()
+    squashed = "images become 8 x 8 px: 20 of 20 are squashed, aspect ratio changed by up to 1.50"
+    assert lines[:4] == [
+        "photos: 20 images of 18 x 12 px in colour; 2 classes of 10 each",
+        "16 training images, 4 test images",
+        "warning: few test images, 2 in the smallest class: an accuracy is uncertain by 25 points; add some",
+        f"{squashed}; --data.image_size asks for another size",
+    ]
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+    options = ["--data.image_size", "16", "--data.val_fraction=0.5", "--data.test_fraction", "0.1"]
+    command.plan_job(source, Path("other"), COMMAND, options)
+    assert tiny[1] == Survey(("cat", "dog"), 3, 16, (9, 9), (1, 1), 0.5, size_asked=True)
+    assert {path.name for path in tmp_path.joinpath("photos").iterdir()} == {"cat", "dog"}
+
+
+def test_a_class_that_is_smaller_than_ipc_is_refused_at_once(tiny, image_folder, tmp_path, capsys):
+    """The number is what is left after the test part and the held-out one: 8 images, 6 in training, 5 not held out."""
+    image_folder(tmp_path / "photos", ["cat", "dog"], count=20)
+    image_folder(tmp_path / "photos", ["emu"], count=8)
+    for further in (["--minutes", "8"], ["--config", "digits/distill_ftd_ipc1"]):
+        line = refusal(capsys, "photos", "--ipc", "6", "--out", "out", *further)
+        assert "--ipc 6: class emu has 5 training images that are not held out; give --ipc 5 at most" in line
+    assert tiny == []
+    assert not Path("out").exists()
+    line = refusal(capsys, "photos", "--ipc", "6", "--out", "out", "--data.sise", "3")
+    assert line.count("sise") == 1
+
+
 @pytest.mark.slow
 def test_a_folder_becomes_a_set(tiny, capsys, monkeypatch):
     write_digits(Path("pictures"))
@@ -181,7 +229,12 @@ def test_a_folder_becomes_a_set(tiny, capsys, monkeypatch):
     assert not Path("out/results.json").exists()
     cli.main(arguments)
     out = capsys.readouterr().out
-    assert "pictures: 160 training images, 40 test images, 10 classes, 8 px, grey" in out
+    assert "pictures: 200 images of 8 x 8 px in grey; 10 classes of 20 each\n160 training images, 40 test images" in out
+    assert "[1/5] random: evaluation: done before, in " in out
+    assert "[2/5] teachers ftd\n" in out
+    assert "real images (144, 4 epochs, not trained to their end)" in out
+    assert "Measured on 40 test images: an accuracy is uncertain by 7.9 points. Chance: 10.0 %." in out
+    assert "FTD, 1 per class is not better than random real images, 1 per class: " in out.splitlines()[-1]
     assert "plan for 6 minutes on " in out
     assert len(tiny) == 1, "a plan is made once"
     results = json.loads(Path("out/results.json").read_text())
@@ -236,7 +289,7 @@ def test_published_settings_are_taken_for_a_name(tiny, capsys):
     job = command.plan_job(
         command.find_source("digits"),
         Path("out"),
-        dict.fromkeys(("minutes", "config")) | {"ipc": 1, "method": "ftd", "seed": 0},
+        {**COMMAND, "minutes": None},
         [],
     )
     assert tiny == []
@@ -248,7 +301,7 @@ def test_published_settings_are_taken_for_a_name(tiny, capsys):
     command.plan_job(
         command.find_source("digits"),
         Path("dm"),
-        {"minutes": None, "ipc": 1, "method": "dm", "config": None, "seed": 0},
+        {**COMMAND, "minutes": None, "method": "dm"},
         [],
     )
     assert "the settings of distill_dm, evaluate, as published" in capsys.readouterr().out
