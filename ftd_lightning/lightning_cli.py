@@ -26,6 +26,7 @@ from ftd_lightning.callbacks import (
     HyperparameterReport,
     TensorBoardPictures,
 )
+from ftd_lightning.callbacks.fit_checkpoint import FitCheckpoint
 from ftd_lightning.contracts import LearnsSet, data_source
 from ftd_lightning.data.files import replacing
 from ftd_lightning.errors import DivergenceError, InputError
@@ -125,10 +126,13 @@ class FTDCLI(LightningCLI):
             if data_source(self.datamodule) is not None:
                 callbacks[EvaluateSynthetic] = EvaluateSynthetic()
         if trainer.get("enable_checkpointing") is not False:
-            often = 100 if isinstance(model, SyntheticEvaluation) else 1  # its epochs are a step or two
+            often = 1
+            if isinstance(model, SyntheticEvaluation):  # its epochs may be a step or two
+                epochs = trainer.get("max_epochs") or 0
+                often = max(epochs // 10, 1) if epochs > 0 else 100
             # The validation of a teacher belongs to its epoch; the others are measured when they are due.
             after_validation = isinstance(model, FlatTeacher)
-            callbacks[ModelCheckpoint] = ModelCheckpoint(
+            callbacks[ModelCheckpoint] = FitCheckpoint(
                 save_last=True,
                 save_top_k=1,
                 every_n_epochs=often,

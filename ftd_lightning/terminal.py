@@ -48,8 +48,8 @@ class TerminatedError(SystemExit):
 class EndedBySignal:
     """Runs a block that SIGTERM and Ctrl-C end quietly; the signal can be read afterwards.
 
-    Within a fit Lightning ends the training at the next batch, so that its callbacks write what is good; anywhere else
-    the block ends at once. Only the main thread receives signals: elsewhere nothing is changed.
+    Within a fit Lightning ends the training at the next batch, so that its callbacks write what is good; anywhere else,
+    and at a second Ctrl-C, the block ends at once. Only the main thread receives signals: elsewhere nothing is changed.
 
     Attributes:
         signal: what ended the block; None where nothing did.
@@ -60,14 +60,26 @@ class EndedBySignal:
         self._previous: dict[signal.Signals, Any] = {}
 
     def _terminate(self, number: int, frame: Any) -> None:
-        self.signal = signal.SIGTERM
+        self.signal = self.signal or signal.SIGTERM
         if signal.getsignal(signal.SIGTERM) == self._terminate:  # no Trainer has taken over
             raise TerminatedError
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        end_fit = signal.getsignal(signal.SIGTERM)
+        # Several ranks cannot agree on a step within a signal handler.
+        several = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+        if self.signal is not None or end_fit == self._terminate or not callable(end_fit) or several:
+            raise KeyboardInterrupt
+        self.signal = signal.SIGINT
+        print("\nftd: ending after this step; Ctrl-C again ends at once", file=sys.stderr)
+        end_fit(signal.SIGTERM, frame)
 
     def __enter__(self) -> EndedBySignal:
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
             signal.signal(signal.SIGTERM, self._terminate)
+            if self._previous[signal.SIGINT] != signal.SIG_IGN:
+                signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(

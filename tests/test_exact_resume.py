@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ftd_lightning import FlatTeacher, SyntheticEvaluation, SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA
+from ftd_lightning.callbacks.fit_checkpoint import FitCheckpoint
 from ftd_lightning.modules import (
     DistributionMatching,
     FeatureAlignment,
@@ -70,7 +71,9 @@ class Stop(Callback):
 
 
 def checkpointing(folder: Path, rhythm) -> ModelCheckpoint:
-    """Every so many steps, at the end of training epochs, or after validations; always as ``last.ckpt``."""
+    """Every so many steps, at the end of training epochs, after validations, or at a signal; always ``last.ckpt``."""
+    if rhythm == "signal":
+        return FitCheckpoint(dirpath=folder / "checkpoints", save_last=True, every_n_epochs=100)
     when = {"every_n_train_steps": rhythm} if isinstance(rhythm, int) else {"save_on_train_epoch_end": rhythm == "end"}
     return ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True, **when)
 
@@ -153,6 +156,8 @@ def check(case: Case, folder: Path, stops: list[tuple]) -> None:
         elif hook == "SIGTERM":
             with pytest.raises(SIGTERMException):
                 case.run(place, rhythm, Stop(hook, count))
+            saved = torch.load(place / "checkpoints" / "last.ckpt", weights_only=True)
+            assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == count
         else:
             with pytest.raises(KilledError):
                 case.run(place, rhythm, Kill(hook, count))
@@ -178,7 +183,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_few_stops(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
     stops = [*FEW, (2, "max_steps", 7), ("end", "max_steps", 8)]
-    stops += [(3, "max_time", 7), ("end", "max_time", 8), (2, "SIGTERM", 7)]
+    stops += [(3, "max_time", 7), ("end", "max_time", 8), ("signal", "SIGTERM", 5), ("signal", "SIGTERM", 7)]
     if name == "teachers":
         stops += [(1, "validation", 2), ("validated", "validated", 2), ("validated", "batch", 7)]
     check(cases[name], tmp_path, stops)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ftd_lightning import TrajectoryStore, cli
 from ftd_lightning.terminal import EndedBySignal
@@ -45,6 +46,30 @@ def test_a_fit_that_is_ended_says_how_to_resume(tmp_path: Path, number: signal.S
     resumed = [sys.executable, "-m", "ftd_lightning", *arguments, "--ckpt_path=last"]
     assert subprocess.run(resumed, cwd=tmp_path, capture_output=True, timeout=300).returncode == 0
     assert TrajectoryStore(tmp_path / "runs/digits/teacher_mtt/trajectories").epochs == 150
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_fit_leaves_a_checkpoint_of_the_step_it_was_ended_at(
+    tmp_path: Path, number: signal.Signals, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    steps = []
+
+    def step(self, *args) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("ftd_lightning.callbacks.FitProgress.on_train_batch_end", step)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*TEACH, "--model.epochs=2"])  # of 5 steps
+    assert stop.value.code == ENDS[number][0]
+    assert ("ending after this step; Ctrl-C again ends at once" in capsys.readouterr().err) is (number == signal.SIGINT)
+    saved = torch.load("runs/digits/teacher_mtt/checkpoints/last.ckpt", weights_only=True)
+    assert (saved["global_step"], len(steps)) == (3, 3)
+    cli.main([*TEACH, "--model.epochs=2", "--ckpt_path=last"])
+    assert len(steps) == 10
+    assert TrajectoryStore(tmp_path / "runs/digits/teacher_mtt/trajectories").epochs == 2
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Callback
 
-from ftd_lightning.data.json_files import write_json
+from ftd_lightning.data.json_files import read_json, write_json
 from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class PeakMemory(Callback):
         peaks = {"process": process_peak()}
         if pl_module.device.type == "cuda":
             peaks["device"] = torch.cuda.max_memory_allocated(pl_module.device) / MIB
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        before = {key: value for key, value in read_json(file).items() if isinstance(value, (int, float))}
         highest = {key: round(max(value, before.get(key, 0.0)), 1) for key, value in peaks.items()}
         if highest != before:
             write_json(file, highest, indent=None)

@@ -1,4 +1,4 @@
-"""JSON files, written atomically in UTF-8, without NaN."""
+"""JSON files: written atomically in UTF-8, without NaN; read as far as they are whole."""
 
 from __future__ import annotations
 
@@ -31,3 +31,16 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     text = json.dumps(without_nan(value), indent=indent, allow_nan=False)
     with replacing(path) as part:
         part.write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a mapping that this library keeps for its next run.
+
+    Returns:
+        The mapping; an empty one where the file is missing, damaged, or holds something else, so it is made again.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

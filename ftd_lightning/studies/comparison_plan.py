@@ -1,14 +1,16 @@
 """What a comparison consists of: its YAML file as rows, and the fits that each row takes.
 
-A fit lies in a folder that is named after its config and a hash of all that decides its numbers. So rows, and
-comparisons that name the same ``fits``, share what is the same, and a config that has changed begins anew.
+A fit lies in a folder that is named after its config and a hash of all that decides its numbers: its settings as the
+parser resolves them, the contents of its images, and the version. So rows, and comparisons that name the same ``fits``,
+share what is the same, and a config that has changed begins anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ftd_lightning.data import SyntheticSet, TrajectoryStore
+from ftd_lightning.data.json_files import read_json
 from ftd_lightning.data.store_data import store_data_file
 from ftd_lightning.data.trajectory_store import teacher_file
 from ftd_lightning.errors import InputError
 from ftd_lightning.shipped_configs import find_config, read_config
 from ftd_lightning.studies.comparison_checks import check
-from ftd_lightning.studies.fit_names import PHASES, TEACHERS, arguments_by_phase, as_arguments, name_of, teacher_count
+from ftd_lightning.studies.fit_names import PHASES, TEACHERS, FitNames, arguments_by_phase, as_arguments, teacher_count
 from ftd_lightning.studies.fit_steps import FitStep, read_notes
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ class Comparison:
     given: dict[str, Any]
     rows: dict[str, Row]
     arguments: dict[str, list[str]]  # a phase
+    names: FitNames = field(default_factory=FitNames)
 
     @property
     def folder(self) -> Path:
@@ -110,7 +114,7 @@ class Comparison:
         config = self.config(entry["config"])
         given = (*as_arguments(entry.get("arguments")), *self.arguments["teacher"])
         count, arguments = teacher_count(config, given)
-        folder = self.fits / name_of(config, arguments)
+        folder = self.fits / self.names.name(config, arguments)
 
         def finished() -> bool:
             return all(teacher_file(folder / "trajectories", index).is_file() for index in range(count))
@@ -118,15 +122,18 @@ class Comparison:
         number = (TEACHERS, str(count))
         return FitStep(f"teachers {name}", config, folder, (*arguments, *number), finished, target=count)
 
-    def store(self, row: Row) -> tuple[Path, str] | None:
-        """Say where a row's teachers lie, and what names them for good; None where it has none."""
+    def store(self, row: Row) -> tuple[Path, Any] | None:
+        """Say where a row's teachers lie, and what they are, as JSON holds it; None where it has none."""
         name = row.given.get("teachers")
         if name is None:
             return None
         step = self.teacher_step(name)
         if step is None:
-            store = Path(self.teachers(name)["store"])
-            return store, str(store)
+            path = Path(self.teachers(name)["store"])
+            with suppress(InputError):
+                store = TrajectoryStore(path)
+                return path, [store.teacher_metadata(index) for index in range(len(store))]
+            return path, str(path)  # not there yet
         return step.folder / "trajectories", step.folder.name
 
     def distill_step(self, row: Row) -> FitStep | None:
@@ -141,7 +148,7 @@ class Comparison:
         depends = [store[1]] if store else []
         if store and (teachers := self.teacher_step(row.given["teachers"])) is not None:
             depends.append(str(teachers.target))
-        folder = self.fits / name_of(config, arguments, *depends)
+        folder = self.fits / self.names.name(config, arguments, *depends)
         file = folder / "set.safetensors"
 
         def finished() -> bool:
@@ -173,7 +180,7 @@ class Comparison:
             return None
         config, arguments = self._evaluation(row, next(iter(self.networks)))
         arguments = (*arguments, "--data.ipc", str(self.given.get("ipc", 1)))
-        folder = self.fits / f"labels_{name_of(config, arguments, store[1])}"
+        folder = self.fits / f"labels_{self.names.name(config, arguments, store[1])}"
         file, trajectories = folder / "set.safetensors", ("--data.trajectories", str(store[0]))
         title, words = f"{row.name}: labels of a teacher", ("label", str(file))
         return FitStep(title, config, folder, (*arguments, *trajectories), file.is_file, words=words)
@@ -215,9 +222,13 @@ class Comparison:
             depends = [made.folder.name, *(["best"] if file.stem == "best" else [])]
         else:
             depends = [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()]
-        folder = self.fits / name_of(config, arguments, *depends)
+        folder = self.fits / self.names.name(config, arguments, *depends)
         title = f"{row.name}: evaluation{f' on {network}' if network else ''}"
-        return FitStep(title, config, folder, (*arguments, *source), (folder / "evaluation.json").is_file)
+
+        def finished() -> bool:
+            return {"accuracy", "each", "seeds", "epochs"} <= read_json(folder / "evaluation.json").keys()
+
+        return FitStep(title, config, folder, (*arguments, *source), finished)
 
     def steps(self, row: Row) -> list[FitStep]:
         """Give the fits of a row in the order in which they are done."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.files import replacing
-from ftd_lightning.data.json_files import write_json
+from ftd_lightning.data.json_files import read_json, write_json
 from ftd_lightning.studies.picture_sheet import set_picture, write_sheet
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def look_at_set(folder: Path) -> None:
     Args:
         folder: of an evaluation that is done.
     """
-    if (folder / COUNTS).is_file():
+    if {"images", "steps_per_epoch", "training_images", "test_images", "chance"} <= read_json(folder / COUNTS).keys():
         return
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
     data = DistillationDataModule(**settings)
@@ -38,7 +38,14 @@ def look_at_set(folder: Path) -> None:
     assert synthetic is not None, "an evaluation has a set"
     with replacing(folder / PICTURE) as part:
         set_picture(synthetic, ema=settings["ema"]).save(part, format="PNG")
-    counts = {"images": len(synthetic.labels), "training_images": len(data.train.labels) + len(data.val.labels)}
+    images, test = len(synthetic.labels), data.count("test")
+    counts = {
+        "images": images,
+        "steps_per_epoch": -(-images // settings["batch_size"]),
+        "training_images": sum(data.count("train")) + sum(data.count("val")),
+        "test_images": sum(test),
+        "chance": max(test) / sum(test),
+    }
     write_json(folder / COUNTS, counts, indent=None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.data.files import replacing
@@ -12,11 +13,10 @@ from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies.comparison_plot import draw_plot, write_pictures
 from ftd_lightning.studies.comparison_table import gather, markdown, state
-from ftd_lightning.studies.fit_steps import FitError, is_done, run_step
+from ftd_lightning.studies.fit_steps import FitError, is_done, read_notes, run_step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from ftd_lightning.studies.comparison_plan import Comparison, Row
     from ftd_lightning.studies.fit_steps import TimeSlice
@@ -64,22 +64,26 @@ def advance(
     """
     failures: dict[str, str] = {}
     failed: dict[Path, str] = {}  # what several rows need fails once
-    total, number = len({step.folder for row in rows for step in job.steps(row)}), 0
+    total, numbers = len({step.folder for row in rows for step in job.steps(row)}), dict[Path, int]()
     for row in rows:
         for step in job.steps(row):
+            seen = step.folder in numbers
+            head = f"[{numbers.setdefault(step.folder, len(numbers) + 1)}/{total}] {step.title}"
+            earlier = f"{read_notes(step.folder)['seconds']:.0f} s"
             if is_done(step):
+                if quiet and not seen:
+                    print(f"{head}: done before, in {earlier}", flush=True)
                 continue
             if time_slice.left() <= 0:
                 return failures, False
             if step.folder not in failed:
-                number += 1
-                began = time.monotonic()
-                head = f"[{number}/{total}] {step.title}"
+                began, indent = time.monotonic(), " " * head.index(" ")
+                head += f": goes on after {earlier}" if step.checkpoint.exists() else ""
                 print(head if quiet else f"\n{step.title}\n  ftd {' '.join(step.command)}", flush=True)
                 try:
                     done = run_step(step, time_slice, quiet=quiet)
                     if quiet:
-                        print(f"{'':<{len(head.partition(' ')[0])}} {time.monotonic() - began:.0f} s", flush=True)
+                        print(f"{indent} {time.monotonic() - began:.0f} s", flush=True)
                     if done:
                         continue
                     return failures, False

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.callbacks.peak_memory import FILE
 from ftd_lightning.data import SyntheticSet
 from ftd_lightning.data.files import versions
+from ftd_lightning.data.json_files import read_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies.comparison_plot import COUNTS, plot_points
 from ftd_lightning.studies.fit_steps import is_done, read_notes
 from ftd_lightning.studies.machine_paths import without_machine_paths
 from ftd_lightning.studies.paired_difference import add_differences, difference_cell
-from ftd_lightning.training.evaluation_protocol import per_cent
+from ftd_lightning.training.evaluation_protocol import REAL_STEPS, per_cent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -45,15 +45,26 @@ def _has_differences(results: Mapping[str, Any]) -> bool:
     return any("difference" in row for row in results["rows"])
 
 
+def test_part(results: Mapping[str, Any]) -> list[str]:
+    """Say on how many test images accuracies were measured, and what chance gives.
+
+    Example:
+        >>> test_part({"rows": [{"test_images": 4, "chance": 0.5}, {"state": "to do"}]})
+        ['Measured on 4 test images: an accuracy is uncertain by 25 points. Chance: 50.0 %.']
+    """
+    found = sorted({(row["test_images"], row["chance"]) for row in results["rows"] if "test_images" in row})
+    return [
+        f"Measured on {count:,} test images: an accuracy is uncertain by {50 / count**0.5:.2g} points. "
+        f"Chance: {100 * chance:.1f} %."
+        for count, chance in found
+    ]
+
+
 def notes(results: Mapping[str, Any]) -> list[str]:
     """Say what the columns are: iterates on one network, or the last ones on several."""
     measured = [ARCHITECTURES] if results.get("networks") else list(ITERATES)
-    return [ACCURACY, *measured, *([DIFFERENCES] if _has_differences(results) else []), *COSTS]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
+    differences = [DIFFERENCES] if _has_differences(results) else []
+    return [ACCURACY, *measured, *differences, *test_part(results), *COSTS]
 
 
 def seconds_of(steps: Iterable[FitStep | None]) -> float | None:
@@ -68,7 +79,7 @@ def seconds_of(steps: Iterable[FitStep | None]) -> float | None:
 
 
 def _accuracy(folder: Path) -> dict[str, Any]:
-    found = _read(folder / "evaluation.json")
+    found = read_json(folder / "evaluation.json")
     last = next(iter(found["accuracy"].values()))
     return {"last": last, **{key: found.get(key) for key in ("chosen_on_held_out", "best_on_test")}}
 
@@ -97,10 +108,10 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
 
     Returns:
         "state" is "done", "failed" (with a "reason") or "to do". "accuracy" holds "last", "chosen_on_held_out" and
-        "best_on_test", fractions, on the first network; "networks" the same of each where several are named. "share" is
-        that of the training images, held-out ones included. "labels" is the set's ``label_description``, "images" those
-        that networks are trained on, "images_stored" those that the set takes the storage of. "teacher_at_evaluation"
-        is False: none of these evaluations asks a teacher.
+        "best_on_test", fractions, on the first network; "networks" the same of each where several are named. "labels"
+        is the set's ``label_description``, "images" those that networks are trained on, "images_stored" those that the
+        set takes the storage of. "teacher_at_evaluation" is False: none of these evaluations asks a teacher.
+        "training_images" include held-out ones. "chance" is the share of the most common class of the test images.
     """
     facts: dict[str, Any] = {"name": row.name, "label": row.label}
     facts |= {key: row.given[key] for key in ("x", "reference") if key in row.given}
@@ -113,7 +124,7 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
     evaluations = {network: job.evaluation_step(row, network) for network in job.networks}
     accuracy = {network: _accuracy(step.folder) for network, step in evaluations.items()}
     first = next(iter(evaluations.values()))
-    counts, measured = _read(first.folder / COUNTS), _read(first.folder / "evaluation.json")
+    counts, measured = read_json(first.folder / COUNTS), read_json(first.folder / "evaluation.json")
     synthetic = SyntheticSet.load(file) if file else None
     stored, trained_on = synthetic.image_counts if synthetic else (counts.get("images"), counts.get("images"))
     return {
@@ -127,17 +138,26 @@ def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str,
             "distillation": seconds_of([distill, labels]),
             "evaluation": seconds_of(evaluations.values()),
         },
-        "peak_memory_MiB": _read(distill.folder / FILE) if distill else None,
+        "peak_memory_MiB": read_json(distill.folder / FILE) if distill else None,
         "labels": synthetic.label_description if synthetic else "hard",
         "images": trained_on,
         "images_stored": stored,
         "teacher_at_evaluation": False,
-        "share": stored / counts["training_images"] if counts else None,
         "seeds": measured["seeds"],
         "each": measured["each"],
         "folders": [str(step.folder) for step in steps],
         "devices": sorted({name for step in steps for name in read_notes(step.folder)["devices"]}),
+        **_real(row, counts, measured["epochs"]),
+        **{key: counts[key] for key in ("training_images", "test_images", "chance") if key in counts},
     }
+
+
+def _real(row: Row, counts: Mapping[str, Any], epochs: int) -> dict[str, str]:
+    """Give the label of a row of all real images: how many there are, and how long networks learn them."""
+    if row.given.get("synthetic") != "real" or not counts:
+        return {}
+    short = ", not trained to their end" if epochs * counts["steps_per_epoch"] < REAL_STEPS else ""
+    return {"label": f"{row.label} ({counts['images']:,}, {epochs} epochs{short})"}
 
 
 def _teachers(job: Comparison) -> dict[str, dict[str, Any]]:
@@ -157,6 +177,9 @@ def gather(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
     """Gather the content of ``compare.json``."""
     rows = [outcome(job, row, failures) for row in job.rows.values()]
     base = job.given.get("paired_with")
+    # A row may be limited to a part of the training images; shares are of the most that any row has.
+    whole = max((row["training_images"] for row in rows if "training_images" in row), default=None)
+    rows = [row | {"share": row["images_stored"] / whole} if whole and "images_stored" in row else row for row in rows]
     add_differences(rows, {name: row.given.get("paired_with", base) for name, row in job.rows.items()})
     facts = {
         "kind": KIND,

@@ -6,9 +6,11 @@ is made once, from what a step costs on this device; the same command follows it
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence  # noqa: TC003 -- the command line reads signatures when it runs
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,23 +19,25 @@ import torch
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.command_line import parse_command, split_overrides
 from ftd_lightning.data import DistillationDataModule, SyntheticSet
-from ftd_lightning.data.datasets import DATASETS, check_name
+from ftd_lightning.data.datasets import DATASETS
 from ftd_lightning.data.files import replacing
 from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
-from ftd_lightning.shipped_configs import find_config
+from ftd_lightning.shipped_configs import find_config, read_config
 from ftd_lightning.studies.comparison_plan import of
 from ftd_lightning.studies.comparison_run import advance, report, threads_of
 from ftd_lightning.studies.distill_configs import Source, planned_configs, published_configs
 from ftd_lightning.studies.distill_plan import make_plan
-from ftd_lightning.studies.fit_names import arguments_by_phase
+from ftd_lightning.studies.fit_names import WHERE, arguments_by_phase, data_options
 from ftd_lightning.studies.fit_steps import TimeSlice, device_name
 from ftd_lightning.studies.picture_sheet import set_picture
-from ftd_lightning.studies.plan import Survey, describe
+from ftd_lightning.studies.plan import describe, say, survey
 from ftd_lightning.studies.published import belonging, published
-from ftd_lightning.studies.summary import keep_set, short_table, write_summary
+from ftd_lightning.studies.summary import keep_set, short_table, verdict, write_summary
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ftd_lightning.studies.comparison_plan import Comparison
 
 MINUTES = 30.0  # of a plan for a folder, if none are given
@@ -64,42 +68,11 @@ def find_source(source: str) -> Source:
     if source in IN_FOLDERS or any(sign in source for sign in "/\\"):
         names = ", ".join(sorted(DATASETS.keys() - IN_FOLDERS))
         raise InputError(f"{source}: no such folder; give a folder of classes, or one of {names}")
-    check_name(source)
+    if source not in DATASETS:
+        near = difflib.get_close_matches(source.lower(), DATASETS.keys() - IN_FOLDERS, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(f"{source}: no such folder, and no data set of that name{hint}")
     return Source(source, None, source)
-
-
-def read_images(source: Source, arguments: Sequence[str]) -> DistillationDataModule:
-    """Read the images as they are.
-
-    Args:
-        source: where they are.
-        arguments: of a fit; those that say where files are count.
-    """
-    given = dict(zip(arguments[::2], arguments[1::2], strict=False))
-    options: dict[str, Any] = {"root": source.root} if source.root else {}
-    options |= {key: given[f"--data.{key}"] for key in ("root", "cache_dir") if f"--data.{key}" in given}
-    data = DistillationDataModule(dataset=source.name, val_fraction=0.0, **options)
-    data.prepare_data()
-    data.setup()
-    return data
-
-
-def survey(data: DistillationDataModule) -> Survey:
-    """Count images and classes."""
-    labels = data.train.labels
-    return Survey(
-        classes=len(data.class_names),
-        channels=data.in_channels,
-        size=data.image_size,
-        per_class=int(labels.bincount().max()),
-        train=len(labels),
-        test=len(data.test.labels),
-    )
-
-
-def _pairs(arguments: Sequence[str]) -> list[str]:
-    """Write ``--name=value`` as two arguments."""
-    return [part for argument in arguments for part in (argument.split("=", 1) if "=" in argument else [argument])]
 
 
 def _begin(out: Path, command: dict[str, Any]) -> dict[str, Any] | None:
@@ -139,34 +112,65 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     """
     asked = {"source": source.name, "root": source.root, **command, "overrides": list(overrides)}
     content = _begin(out, asked)
-    by_phase = {phase: _pairs(arguments) for phase, arguments in arguments_by_phase(overrides).items()}
-    data = read_images(source, by_phase["teacher"])
     if content is None:
-        given, lines = _plan(source, out, command, survey(data))
-        content = {"command": asked, "data": data.describe(), "comparison": given, "text": lines}
+        given, read, lines = _plan(source, out, command, data_options(arguments_by_phase(overrides)["teacher"]))
+        content = {"command": asked, "read": read, "data": _described(read), "comparison": given(), "text": lines}
         write_json(out / PLAN, content)
-    elif content.get("data") != json.loads(json.dumps(data.describe())):
+    elif content.get("data") != _described(content.get("read", {})):
         raise InputError(f"{out}: the images of {source.title} have changed since it was begun; name another folder")
     print("\n".join(content["text"]), flush=True)
     return of(content["comparison"], out / PLAN, [*UNMEASURED, *overrides], name="ftd distill")
 
 
-def _plan(source: Source, out: Path, command: Mapping[str, Any], found: Survey) -> tuple[dict[str, Any], list[str]]:
-    """Plan a job; return its comparison, and what is printed of it."""
+def _described(read: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe images by their contents, as JSON holds it; they are decoded into the cache that the fits read."""
+    found: dict[str, Any] = json.loads(json.dumps(DistillationDataModule(**read).describe()))
+    return found
+
+
+def _plan(
+    source: Source, out: Path, command: Mapping[str, Any], options: dict[str, Any]
+) -> tuple[Callable[[], dict[str, Any]], dict[str, Any], list[str]]:
+    """Plan a job.
+
+    Args:
+        source: the images.
+        out: the folder of the job.
+        command: as for :func:`plan_job`.
+        options: of the images, that are given.
+
+    Returns:
+        What writes its configs and gives its comparison, what reads the images as it does, and what is printed of it.
+    """
     ipc, method, minutes, config = (command[key] for key in ("ipc", "method", "minutes", "config"))
-    counts = f"{found.train:,} training images, {found.test:,} test images, {found.classes} classes"
-    lines = [f"{source.title}: {counts}, {found.size} px, {'grey' if found.channels == 1 else 'colour'}"]
     if config is not None and minutes is not None:
         raise InputError("--config names all settings; leave out --minutes, or --config")
+    options = {"dataset": source.name, **({"root": source.root} if source.root else {}), **options}
+    configs, val_fraction, asked = None, options.pop("val_fraction", None), options.get("image_size")
     if config is not None or (minutes is None and source.root is None):
         configs = published(source.name, ipc, method) if config is None else belonging(find_config(config), ipc)
+        own = read_config(configs.distill).get("data", {}).get("init_args", {})
+        options = {"image_size": own.get("image_size"), "max_per_class": own.get("max_per_class"), **options}
+        val_fraction = own.get("val_fraction", 0.1) if val_fraction is None else val_fraction
+    data = DistillationDataModule(**{**options, "val_fraction": 0.0})
+    found = survey(data, val_fraction, size_asked=asked is not None)
+    found.check_ipc(ipc)
+    lines = say(source.title, source.root, data, found)
+    read = {key: options[key] for key in WHERE if key in options}
+    if configs is not None:
         lines.append(f"plan: the settings of {', '.join(path.stem for path in configs[:3] if path)}, as published")
-        return published_configs(configs, source, out, ipc=ipc, method=method), lines
+        return partial(published_configs, configs, source, out, ipc=ipc, method=method), read, lines
     budget = MINUTES if minutes is None else minutes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan, estimate = make_plan(found, ipc, method, budget, device)
+    size = plan.image_size
+    told = data.census and data.census.resizing(size)
+    if told or size != found.size:
+        change = f"images are {'reduced' if size < found.size else 'enlarged'} to {size} x {size} px"
+        lines.append(f"{told or change}; --data.image_size asks for another size")
     lines += [f"plan for {budget:g} minutes on {device_name()}:", *describe(plan, estimate, ipc * found.classes)]
-    return planned_configs(plan, source, out, ipc=ipc, method=method, seed=command["seed"]), lines
+    write = partial(planned_configs, plan, source, out, ipc=ipc, method=method, seed=command["seed"])
+    return write, {**read, "image_size": size}, lines
 
 
 def run_job(job: Comparison, out: Path, time_slice: TimeSlice) -> bool:
@@ -192,6 +196,8 @@ def run_job(job: Comparison, out: Path, time_slice: TimeSlice) -> bool:
     write_summary(results, out / "results.json")
     print(f"\n{short_table(results)}\n")
     print(f"set       {file}\nresults   {out / 'results.json'}\nimages    {out / 'images.png'}")
+    if said := verdict(results):
+        print(f"\n{said}")
     return True
 
 

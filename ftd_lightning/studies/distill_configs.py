@@ -60,6 +60,7 @@ def _comparison(
         "run": str(out),
         "fits": str(out / "fits"),
         "rows": {"random": random, method: learned, "real": real},
+        "paired_with": "random",
         **rest,
     }
 
@@ -101,6 +102,7 @@ def planned_configs(plan: Plan, source: Source, out: Path, *, ipc: int, method: 
         "lr_step_size": 1e-4 if plan.lr > 0.01 else 1e-5,
         "step_size_init": plan.lr,
         "augment": augment,
+        "iterations_per_epoch": plan.iterations_per_epoch,
     }
     average = {"class_path": "ftd_lightning.callbacks.SyntheticEMA", "init_args": {"decay": plan.decay}}
     learning: dict[str, Any] = {"max_steps": plan.iterations, **({"callbacks": [average]} if method == "ftd" else {})}
@@ -127,11 +129,11 @@ def planned_configs(plan: Plan, source: Source, out: Path, *, ipc: int, method: 
         real["label"] = f"real images, {plan.real_per_class} per class"
     rows: dict[str, dict[str, Any]] = {
         "random": {},
-        "method": {"distill": written["distill"], "teachers": "teachers", "ema": method == "ftd"},
+        "method": {"distill": written["distill"], "teachers": method, "ema": method == "ftd"},
         "real": real,
     }
     return _comparison(
-        source, out, ipc, method, rows, teachers={"teachers": written["teacher"]}, evaluate=written["evaluate"]
+        source, out, ipc, method, rows, teachers={method: written["teacher"]}, evaluate=written["evaluate"]
     )
 
 
@@ -152,10 +154,10 @@ def published_configs(configs: Published, source: Source, out: Path, *, ipc: int
         "distill_arguments": list(configs.ipc),
         "ema": averages_images(configs.distill),
     }
-    teachers = {"teachers": {"teachers": str(configs.teacher)}} if configs.teacher else {}
+    teachers = {"teachers": {method: str(configs.teacher)}} if configs.teacher else {}
     rows = {
         "random": {"evaluate_arguments": real},
-        "method": {**learned, **({"teachers": "teachers"} if teachers else {})},
+        "method": {**learned, **({"teachers": method} if teachers else {})},
         "real": {"evaluate_arguments": [*real, "--trainer.max_epochs", 60, "--model.measure_every", 10]},
     }
     arguments = [*configs.arguments, *(["--data.root", source.root] if source.root else [])]

@@ -6,18 +6,23 @@ distillation. Teachers get fewer images per class before they get too few epochs
 
 from __future__ import annotations
 
+import itertools
 import math
+from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
+from ftd_lightning.models.registry import build_network
 from ftd_lightning.studies.plan import Estimate, Plan, Survey
 from ftd_lightning.studies.step_costs import LOOP, START, Sizes, measure
+from ftd_lightning.training.evaluation_protocol import REAL_STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    import torch
 
     from ftd_lightning.studies.step_costs import Costs
 
@@ -26,6 +31,7 @@ USED = 0.85  # of the budget: a machine is not always as fast as when it was mea
 TEACHERS = 0.42  # of what the evaluations leave
 ITERATION = 0.015  # seconds that a matching iteration takes beside its inner steps: a segment is read, images updated
 # Networks, epochs on a set and on real images, the share of these; the first that takes a quarter of the time at most.
+# Training on real images takes REAL_STEPS at least, unless there is no time for that.
 EVALUATIONS = (
     (5, 1000, 60, 1.0),
     (5, 500, 30, 1.0),
@@ -36,6 +42,7 @@ EVALUATIONS = (
     (2, 100, 20, 0.01),
 )
 FEW = 300  # iterations
+CHECKPOINTS = 10  # of a distillation
 LEAST_BATCH = 20  # synthetic images in an inner step
 METHODS = {"ftd": 0.01, "mtt": 0.0}  # rho of the teachers; FTD, Table 7
 
@@ -62,13 +69,43 @@ def strategy(channels: int, size: int) -> str:
     return str(Augmentation().strategy)
 
 
-def _sizes(native: int, device: torch.device) -> list[int]:
-    """List sizes to try, the largest first."""
+@cache
+def buildable_size(channels: int, size: int) -> int:
+    """Give a size for which the ConvNet of a plan can be built: this one, or the nearest that can be halved.
+
+    Example:
+        >>> [buildable_size(3, size) for size in (8, 28, 32, 50, 60, 100)]
+        [8, 32, 32, 48, 64, 96]
+    """
+    depth = depth_of(size)
+    with torch.device("meta"), suppress(InputError):
+        build_network("convnet", channels, 2, size, depth=depth, width=1)
+        return size
+    return 2**depth * max(round(size / 2**depth), 1)
+
+
+def planned_sizes(found: Survey, device: torch.device) -> list[int]:
+    """List image sizes to try, the largest first; the network of a plan can be built for each.
+
+    Args:
+        found: the images.
+        device: where the fits will run.
+
+    Raises:
+        InputError: for a size that is asked for and cannot be halved, naming the nearest that can.
+    """
+    if found.size_asked:
+        if (nearest := buildable_size(found.channels, found.size)) != found.size:
+            depth = depth_of(found.size)
+            raise InputError(
+                f"--data.image_size {found.size}: the ConvNet of a plan halves its images {depth} times; give {nearest}"
+            )
+        return [found.size]
     most = 128 if device.type == "cuda" else 64
-    sizes = [native] if native <= most else [most]
+    sizes = [min(found.size, most)]
     while sizes[-1] > 32:
         sizes.append(sizes[-1] // 2)
-    return sizes
+    return list(dict.fromkeys(buildable_size(found.channels, size) for size in sizes))
 
 
 def _evaluations(found: Survey, plan: dict[str, Any], costs: Costs, images: int, budget: float) -> float:
@@ -78,8 +115,10 @@ def _evaluations(found: Survey, plan: dict[str, Any], costs: Costs, images: int,
     measuring = 2 * math.ceil(seen / plan["batch_size"]) * costs.forward  # at the end of training, and as its test
     per_epoch = math.ceil(found.train / plan["batch_size"]) * costs.plain
     seconds = math.inf
-    for networks, epochs, real, share in EVALUATIONS:
+    for least, (networks, epochs, real, share) in itertools.product((REAL_STEPS, 1), EVALUATIONS):
         part = max(math.ceil(share * found.per_class), min(found.per_class, 20))
+        used = (1 - plan["val_fraction"]) * found.train * part / found.per_class
+        real = max(real, math.ceil(least / math.ceil(used / plan["batch_size"])))
         plan |= {"networks": networks, "evaluation_epochs": epochs, "real_epochs": real}
         plan["real_per_class"] = part if part < found.per_class else None
         on_sets = 2 * epochs * steps * (networks * costs.evaluation + LOOP)
@@ -102,7 +141,7 @@ def _attempt(found: Survey, ipc: int, method: str, budget: float, sizes: Sizes, 
     batch, inner = sizes.batch, sizes.inner_batch
     plan: dict[str, Any] = {
         "image_size": sizes.size,
-        "val_fraction": 0.1 if found.train < 10_000 else 0.02,
+        "val_fraction": found.val_fraction,
         "batch_size": batch,
         "width": sizes.width,
         "depth": sizes.depth,
@@ -117,7 +156,8 @@ def _attempt(found: Survey, ipc: int, method: str, budget: float, sizes: Sizes, 
     per_epoch = math.ceil(used / batch) * costs.teacher + measuring
     epochs = TEACHERS * rest / per_epoch
     share = min(epochs / 24, 1.0)  # of the images: 3 teachers of 8 epochs at least
-    per_class = found.per_class if share == 1.0 else max(int(share * found.per_class), min(found.per_class, 20))
+    least = max(20, math.ceil((ipc + 0.5) / (1 - plan["val_fraction"])))  # the initial images are not held out
+    per_class = found.per_class if share == 1.0 else max(int(share * found.per_class), min(found.per_class, least))
     share, epochs = per_class / found.per_class, epochs * found.per_class / per_class
     each = int(min(30, max(8, epochs // 6)))
     teachers = int(min(50, max(2, epochs // each)))
@@ -143,6 +183,7 @@ def _attempt(found: Survey, ipc: int, method: str, budget: float, sizes: Sizes, 
         "syn_batch": inner if inner < ipc * found.classes else None,
         "lr_images": float(f"{30 * sizes.size / 8 * math.sqrt(ipc):.2g}"),
         "iterations": max(iterations, 1),
+        "iterations_per_epoch": max(iterations // CHECKPOINTS, 1),
         "decay": float(f"{min(max(1 - 5 / max(iterations, 1), 0.9), 0.999):.4g}"),
     }
     estimate = Estimate(
@@ -187,10 +228,9 @@ def make_plan(found: Survey, ipc: int, method: str, minutes: float, device: torc
     """
     if method not in METHODS:
         raise InputError(f"--method {method}: plans are made for {' and '.join(METHODS)}; --config takes any other")
-    if ipc > found.per_class:
-        raise InputError(f"--ipc {ipc}: the largest class has {found.per_class} training images")
+    found.check_ipc(ipc)
     measured: dict[Sizes, Costs] = {}
-    for image_size in _sizes(found.size, device):
+    for image_size in planned_sizes(found, device):
         sizes = _sizes_of(found, ipc, image_size, device)
         augment = Augmentation(strategy(found.channels, image_size))
         measured[sizes] = measure(sizes, augment, METHODS[method], device)
@@ -198,7 +238,7 @@ def make_plan(found: Survey, ipc: int, method: str, minutes: float, device: torc
         if best is not None and _is_ample(best[0]):
             break
     if best is None:
-        longer = (math.ceil(minutes) * 1.25**power for power in range(1, 60))
+        longer = (math.ceil(math.ceil(minutes) * 1.25**power) for power in range(1, 60))
         enough = next((more for more in longer if _best(found, ipc, method, more, measured)), math.inf)
-        raise InputError(f"--minutes {minutes:g}: too few for these images on this device; try {enough:.0f}")
+        raise InputError(f"--minutes {minutes:g}: too few for these images on this device; try {enough}")
     return best

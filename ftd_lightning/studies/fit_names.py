@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
+from argparse import ArgumentError
+from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+import ftd_lightning
+import ftd_lightning.callbacks  # its classes have short names for the parser
+from ftd_lightning.data import DistillationDataModule
+from ftd_lightning.data.imagenet import SUBSETS
 from ftd_lightning.errors import InputError
 from ftd_lightning.modules import FlatTeacher
 from ftd_lightning.shipped_configs import read_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 PHASES = ("teacher", "distill", "evaluate")
+# Data sets whose name does not say which images they hold. Others are published archives.
+BY_CONTENTS = {"folder", "images", *SUBSETS}
+WHERE = ("dataset", "root", "image_size", "test_fraction", "cache_dir")  # what finds the images
 # What may differ between two runs that are to give the same numbers.
 NO_SETTING = {
     "data": ("root", "download", "on_device", "num_workers", "cache_dir"),
@@ -48,6 +61,30 @@ def arguments_by_phase(arguments: Iterable[str]) -> dict[str, list[str]]:
     return split
 
 
+def data_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the options of the images among the arguments of a fit: those that are given.
+
+    Raises:
+        InputError: for an option that there is not, or a value of the wrong type.
+
+    Example:
+        >>> data_options(["--model.lr", "3", "--data.image_size", "16", "--data.zca=true"])
+        {'image_size': 16, 'zca': True}
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DistillationDataModule, "data")
+    given: list[str] = []
+    belongs = False
+    for argument in arguments:
+        belongs = argument.startswith("--data.") if argument.startswith("--") else belongs
+        given += [argument] if belongs else []
+    try:
+        found: dict[str, Any] = parser.parse_args(given, defaults=False).as_dict().get("data", {})
+    except ArgumentError as error:
+        raise InputError(" ".join(str(error).split())) from error
+    return found
+
+
 def as_arguments(given: Iterable[Any] | None) -> tuple[str, ...]:
     """Write what YAML read as the arguments of a command.
 
@@ -75,30 +112,111 @@ def deciding(arguments: Sequence[str]) -> list[list[str]]:
     return [pair for pair in pairs if pair[0] not in without]
 
 
-def settings_of(config: Path) -> dict[str, Any]:
-    """Read what decides the numbers of a config's fit.
+def minor_version() -> str:
+    """Return the version up to its minor number: within it a fit gives the same numbers.
 
-    Raises:
-        InputError: for a config that cannot be read.
+    Example:
+        >>> minor_version().count(".")
+        1
     """
-    content = copy.deepcopy(read_config(config))
+    return ".".join(ftd_lightning.__version__.split(".")[:2])
+
+
+@cache
+def _parser() -> LightningArgumentParser:
+    """Build the parser of ``ftd fit``, without what is of one run only."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--seed_everything", type=bool | int, default=0)
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    return parser
+
+
+def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what decides no number."""
+    left = {key: value for key, value in settings.items() if key != "config"}
     for part, without in NO_SETTING.items():
-        values = content.get(part)
+        values = left.get(part)
         if isinstance(values, dict) and part != "trainer":
-            values = values.get("init_args")
-        if isinstance(values, dict):
-            for key in without:
-                values.pop(key, None)
-    return content
+            inner = values.get("init_args")
+            if isinstance(inner, dict):
+                left[part] = {**values, "init_args": {k: v for k, v in inner.items() if k not in without}}
+        elif isinstance(values, dict):
+            left[part] = {key: value for key, value in values.items() if key not in without}
+    return left
 
 
-def name_of(config: Path, arguments: Sequence[str], *depends: str) -> str:
-    """Name a fit's folder: its config, and a hash of its settings and of what it starts from."""
-    settings = settings_of(config)
-    if isinstance(model := settings.get("model"), dict):
-        model.get("init_args", {}).pop("teachers", None)
-    text = json.dumps([settings, deciding(arguments), depends], sort_keys=True, default=str)
-    return f"{config.stem}_{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+class FitNames:
+    """Names the folders of fits. What it has read once, it does not read again."""
+
+    def __init__(self) -> None:
+        self._settings: dict[tuple[Path, tuple[str, ...]], dict[str, Any] | None] = {}
+        self._images: dict[str, dict[str, Any] | None] = {}
+
+    def settings(self, config: Path, arguments: Sequence[str]) -> dict[str, Any] | None:
+        """Return all settings of a fit as the parser resolves them, defaults included.
+
+        Returns:
+            None for settings that the parser refuses; the fit itself says why.
+
+        Raises:
+            InputError: for a config that cannot be read.
+        """
+        key = config, tuple(arguments)
+        if key not in self._settings:
+            read_config(config)
+            try:
+                found = _parser().parse_args(["--config", str(config), *arguments]).as_dict()
+            except (ArgumentError, InputError):
+                found = None
+            self._settings[key] = found
+        return self._settings[key]
+
+    def images(self, settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """Describe the contents of the images that a fit reads, where the name of the data set does not.
+
+        They are decoded into the cache that the fit reads.
+
+        Args:
+            settings: as :meth:`settings` returns them.
+
+        Returns:
+            None for a data set that its name describes, and for images that cannot be read; the fit says why.
+        """
+        options = ((settings or {}).get("data") or {}).get("init_args") or {}
+        if options.get("dataset") not in BY_CONTENTS or any(key not in options for key in WHERE):
+            return None
+        key = json.dumps([options[name] for name in WHERE])
+        if key not in self._images:
+            self._images[key] = None
+            with suppress(InputError, OSError):
+                data = DistillationDataModule(**{name: options[name] for name in WHERE}, download=False)
+                self._images[key] = data.describe()
+        return self._images[key]
+
+    def name(self, config: Path, arguments: Sequence[str], *depends: Any) -> str:
+        """Name a fit's folder: its config, and a hash of its settings, its images and what it starts from.
+
+        Args:
+            config: of the fit.
+            arguments: that follow it.
+            depends: what it starts from, as JSON holds it.
+
+        Raises:
+            InputError: for a config that cannot be read.
+        """
+        resolved = self.settings(config, arguments)
+        spelling = None if resolved is not None else deciding(arguments)
+        settings = _without_places(read_config(config) if resolved is None else resolved)
+        model = settings.get("model")
+        if isinstance(model, dict) and isinstance(inner := model.get("init_args"), dict):
+            inner = {key: value for key, value in inner.items() if key != "teachers"}
+            settings["model"] = {**model, "init_args": inner}
+        what = [minor_version(), settings, spelling, self.images(resolved), depends]
+        text = json.dumps(what, sort_keys=True, default=str)
+        return f"{config.stem}_{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 def teacher_count(config: Path, arguments: Sequence[str]) -> tuple[int, list[str]]:

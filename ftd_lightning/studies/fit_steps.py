@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import fcntl
-import json
 import os
 import platform
 import re
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import torch
 
-from ftd_lightning.data.json_files import write_json
+from ftd_lightning.data.json_files import read_json, write_json
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -117,9 +116,8 @@ def device_name() -> str:
 def read_notes(folder: Path) -> dict[str, Any]:
     """Read what was noted of a step: "seconds" and "slices" so far, "devices", and "finished": target -> seconds."""
     empty: dict[str, Any] = {"seconds": 0.0, "slices": 0, "devices": [], "finished": {}}
-    with suppress(OSError, json.JSONDecodeError):
-        empty |= json.loads((folder / "wall_time.json").read_text(encoding="utf-8"))
-    return empty
+    found = read_json(folder / "wall_time.json")
+    return {key: found[key] if type(found.get(key)) is type(value) else value for key, value in empty.items()}
 
 
 def write_notes(folder: Path, notes: dict[str, Any]) -> None:
@@ -134,7 +132,7 @@ def is_done(step: FitStep) -> bool:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[int]:
+def held(folder: Path) -> Iterator[int]:
     """Hold a folder against other commands. The lock is inherited: a child that outlives this process holds it still.
 
     Raises:
@@ -234,7 +232,7 @@ def run_step(step: FitStep, time_slice: TimeSlice, *, quiet: bool = False) -> bo
     notes["slices"] += 1
     notes["devices"] = sorted({*notes["devices"], device_name()})
     earlier = noted = notes["seconds"]
-    with _held(step.folder) as lock, ExitStack() as stack:
+    with held(step.folder) as lock, ExitStack() as stack:
         command = [sys.executable, "-m", "ftd_lightning", *step.command]
         out = stack.enter_context((step.folder / "output.txt").open("a", encoding="utf-8")) if quiet else None
         child = subprocess.Popen(command, pass_fds=[lock], stdout=out, stderr=subprocess.PIPE)

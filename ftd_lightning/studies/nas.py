@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import Images
 from ftd_lightning.data import DistillationDataModule
-from ftd_lightning.data.files import replacing, versions
-from ftd_lightning.data.json_files import write_json
+from ftd_lightning.data.files import fingerprint, replacing, versions
+from ftd_lightning.data.json_files import read_json, write_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Augmentation
 from ftd_lightning.shipped_configs import with_config_files
@@ -34,6 +34,8 @@ from ftd_lightning.studies.architecture_search import (
     search_space,
     training_flops,
 )
+from ftd_lightning.studies.fit_names import minor_version
+from ftd_lightning.studies.fit_steps import held
 from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.training.fresh_networks import FreshNetworks
 
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 SIDES = ("proxy", "real")
-NO_SETTING = ("root", "download", "on_device", "num_workers")  # of the data: they decide no number
 PROBES = 5  # architectures whose speed the estimate of the time stands on
 
 
@@ -123,20 +124,22 @@ class Search:
         self.file = Path(settings.out) / "nas.json"
         self.identity = {
             **{key: value for key, value in asdict(settings).items() if key not in ("out", "threads")},
-            "data": {key: value for key, value in data.hparams.items() if key not in NO_SETTING},
-            "set": synthetic.metadata,
+            "version": minor_version(),
+            "data": data.describe(),
+            "set": {"images": fingerprint(*self.images["proxy"]), **synthetic.metadata},
         }
         self.measured: dict[str, dict[str, Any]] = self._read()
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        if not self.file.is_file():
+        recorded = read_json(self.file)
+        settings, measured = recorded.get("settings"), recorded.get("measured")
+        if not isinstance(settings, dict) or not isinstance(measured, dict):
             return {}
-        recorded = json.loads(self.file.read_text(encoding="utf-8"))
         wanted = json.loads(json.dumps(self.identity))  # as JSON holds it: lists for tuples
-        different = sorted(key for key in wanted if recorded["settings"].get(key) != wanted[key])
+        different = sorted(key for key in wanted if settings.get(key) != wanted[key])
         if different:
             raise InputError(f"{self.file}: of a search with another {', '.join(different)}; give another out")
-        return dict(recorded["measured"])
+        return measured
 
     def left(self) -> list[tuple[str, Architecture]]:
         """Return what has not been measured yet."""
@@ -257,7 +260,13 @@ def main(arguments: Sequence[str]) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("high")
-    search = Search(settings, DistillationDataModule(**parsed["data"]))
+    with held(Path(settings.out)):
+        _run(settings, DistillationDataModule(**parsed["data"]))
+
+
+def _run(settings: SearchSettings, data: DistillationDataModule) -> None:
+    """Search, and write what was found."""
+    search = Search(settings, data)
     left = search.left()
     if left:
         operations, seconds = search.cost(left)

@@ -40,6 +40,16 @@ def paired_difference(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[s
     return {"mean": mean, "standard_error": error, "n": count}
 
 
+def is_better(found: Mapping[str, Any]) -> bool:
+    """Tell whether a difference is above 0 by more than chance: by two standard errors.
+
+    Example:
+        >>> is_better({"mean": 0.05, "standard_error": 0.02}), is_better({"mean": 0.05, "standard_error": 0.03})
+        (True, False)
+    """
+    return bool(found["mean"] > 2 * (found["standard_error"] or 0.0))
+
+
 def check_bases(where: str, rows: Mapping[str, Any], base: object) -> None:
     """Check what rows are compared with.
 
@@ -75,8 +85,19 @@ def add_differences(rows: Sequence[dict[str, Any]], bases: Mapping[str, str | No
                 row["difference"] = {"to": base["name"], "to_label": base["label"], **found}
 
 
+def points(found: Mapping[str, Any]) -> str:
+    """Format a difference in percentage points.
+
+    Example:
+        >>> points({"mean": 0.004, "standard_error": 0.003})
+        '+0.4 ± 0.3'
+    """
+    error = found["standard_error"]
+    return f"{100 * found['mean']:+.1f}{'' if error is None else f' ± {100 * error:.1f}'}"
+
+
 def difference_cell(row: Mapping[str, Any]) -> str:
-    """Format it in percentage points.
+    """Format the difference of a row.
 
     Example:
         >>> difference_cell({"difference": {"to_label": "MTT", "mean": 0.004, "standard_error": 0.003, "n": 5}})
@@ -85,7 +106,4 @@ def difference_cell(row: Mapping[str, Any]) -> str:
         '-'
     """
     found = row.get("difference")
-    if not found:
-        return "-"
-    error = found["standard_error"]
-    return f"{100 * found['mean']:+.1f}{'' if error is None else f' ± {100 * error:.1f}'} to {found['to_label']}"
+    return f"{points(found)} to {found['to_label']}" if found else "-"

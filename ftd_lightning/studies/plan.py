@@ -3,27 +3,117 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ftd_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from ftd_lightning.data import DistillationDataModule
+
+FEW_TESTS = 20  # images of a class
 
 
 class Survey(NamedTuple):
     """What is planned for.
 
     Attributes:
-        classes: how many.
+        names: of the classes.
         channels: of the images.
-        size: their own height and width in pixels.
-        per_class: training images of the largest class.
-        train: training images.
-        test: test images.
+        size: their own height and width in pixels, or those that are asked for.
+        counts: training images of each class, those to be held out included.
+        tests: test images of each class.
+        val_fraction: share of the training images that is held out.
+        size_asked: whether no other size will do.
     """
 
-    classes: int
+    names: tuple[str, ...]
     channels: int
     size: int
-    per_class: int
-    train: int
-    test: int
+    counts: tuple[int, ...]
+    tests: tuple[int, ...]
+    val_fraction: float
+    size_asked: bool = False
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+    @property
+    def per_class(self) -> int:
+        """Training images of the largest class."""
+        return max(self.counts)
+
+    @property
+    def train(self) -> int:
+        """Number of training images."""
+        return sum(self.counts)
+
+    @property
+    def test(self) -> int:
+        """Number of test images."""
+        return sum(self.tests)
+
+    def check_ipc(self, ipc: int) -> None:
+        """Refuse more images per class than the smallest class has to begin with.
+
+        Raises:
+            InputError: naming that class.
+        """
+        left = [count - round(self.val_fraction * count) for count in self.counts]
+        if ipc > min(left):
+            raise InputError(
+                f"--ipc {ipc}: class {self.names[left.index(min(left))]} has {min(left)} training images that are not "
+                f"held out; give --ipc {min(left)} at most, or more images"
+            )
+
+
+def survey(data: DistillationDataModule, val_fraction: float | None, *, size_asked: bool) -> Survey:
+    """Count images and classes; those of a folder by the headers of its files.
+
+    Args:
+        data: the images, none held out yet.
+        val_fraction: share that will be; None: by their number.
+        size_asked: whether their size was asked for.
+    """
+    census = data.census
+    counts, given = tuple(data.count("train")), sum(data.count("val"))
+    if val_fraction is None:
+        val_fraction = 0.1 if sum(counts) < 10_000 else 0.02
+    return Survey(
+        names=tuple(census.classes if census else data.class_names),
+        channels=census.channels if census else data.in_channels,
+        size=data.hparams["image_size"] or (census.size if census else data.image_size),
+        counts=counts,
+        tests=tuple(data.count("test")),
+        val_fraction=0.0 if given else val_fraction,
+        size_asked=size_asked,
+    )
+
+
+def say(title: str, root: str | None, data: DistillationDataModule, found: Survey) -> list[str]:
+    """Say which images there are.
+
+    Args:
+        title: of them.
+        root: their folder.
+        data: as for :func:`survey`, which returned ``found``.
+        found: their counts.
+    """
+    counts = f"{found.train:,} training images, {found.test:,} test images"
+    if (census := data.census) is None:
+        colour = "grey" if found.channels == 1 else "colour"
+        lines = [f"{title}: {counts}, {found.classes} classes, {found.size} px, {colour}"]
+    else:
+        first, *rest = census.lines()
+        folder = Path(str(root))
+        of = "val/" if (folder / "train").is_dir() and not (folder / "test").is_dir() else ""
+        lines = [f"{title}: {first}", *rest, counts + (f" (those in {of})" if of else "")]
+    if min(found.tests) < FEW_TESTS:
+        uncertain = f"an accuracy is uncertain by {50 / found.test**0.5:.2g} points"
+        lines.append(f"warning: few test images, {min(found.tests)} in the smallest class: {uncertain}; add some")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -48,6 +138,7 @@ class Plan:
         syn_batch: synthetic images per step; None: all.
         lr_images: of the pixels.
         iterations: of the distillation.
+        iterations_per_epoch: of them; a checkpoint is written after so many.
         decay: of the moving average.
         networks: of each evaluation.
         evaluation_epochs: on a set.
@@ -72,6 +163,7 @@ class Plan:
     syn_batch: int | None
     lr_images: float
     iterations: int
+    iterations_per_epoch: int
     decay: float
     networks: int
     evaluation_epochs: int

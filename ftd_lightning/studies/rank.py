@@ -19,6 +19,7 @@ from ftd_lightning.data.files import replacing, versions
 from ftd_lightning.data.json_files import write_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import derive_seed
+from ftd_lightning.studies.fit_steps import held
 from ftd_lightning.studies.rank_evaluation import RankEvaluation
 from ftd_lightning.studies.rank_plan import RankedSet, cost
 from ftd_lightning.studies.rank_report import draw, in_order, markdown
@@ -50,7 +51,7 @@ def prepare(files: Sequence[str], settings: RankSettings, data: RankData) -> lis
     """
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is no folder, give another --out")
+        raise InputError(f"{out}: is not a folder; give another --out")
     sets = read_sets(files)
     augment = choose_augmentation(sets, settings)
     real = read_data(sets, data)
@@ -116,6 +117,13 @@ def main(arguments: Sequence[str]) -> None:
         torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("high")
     ranked = prepare(parsed["sets"], settings, RankData(**parsed["data"]))
+    with held(Path(settings.out)):
+        _run(ranked, Path(settings.out))
+
+
+def _run(ranked: Sequence[RankedSet], out: Path) -> None:
+    """Rank sets, and write what was found."""
+    settings = ranked[0].evaluation.settings
     small, large, seconds = cost(ranked)
     first = ranked[0].evaluation
     print(
@@ -125,7 +133,6 @@ def main(arguments: Sequence[str]) -> None:
         flush=True,
     )
     results = rank_sets(ranked, progress=small + large)
-    out = Path(settings.out)
     table = markdown(results)
     write_json(out / "rank.json", results)
     with replacing(out / "rank.md") as part:

@@ -16,13 +16,15 @@ import torch
 
 from ftd_lightning.contracts import Images
 from ftd_lightning.data.files import fingerprint, write_tensors
-from ftd_lightning.data.json_files import write_json
+from ftd_lightning.data.json_files import read_json, write_json
 from ftd_lightning.data.teacher_labels import class_probabilities
 from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed, make_generator
+from ftd_lightning.studies.fit_names import minor_version
 from ftd_lightning.training.evaluation_protocol import (
+    REAL_STEPS,
     EvaluationProtocol,
     accuracies,
     mean_and_std,
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from ftd_lightning.training.fresh_networks import FreshNetworks
 
 KIND = "ranking_network"
-REAL_EPOCHS, REAL_STEPS = 60, 360  # the whole of the embedded digits: 60 epochs of 6 steps
+REAL_EPOCHS = 60
 
 
 @dataclass
@@ -163,6 +165,7 @@ class RankEvaluation:
     def _name(self, lesson: Lesson, protocol: EvaluationProtocol, index: int) -> tuple[str, dict[str, Any]]:
         what = {
             **lesson.identity,
+            "version": minor_version(),
             "data": self.data.describe(),
             "network": self.fresh.describe(),
             "protocol": asdict(protocol),
@@ -194,9 +197,9 @@ class RankEvaluation:
         """
         name, what = self._name(lesson, protocol, index)
         file = self.folder / f"{name}.json"
-        if file.is_file() and (not keep or self._weights(name).is_file()):
-            found = json.loads(file.read_text(encoding="utf-8"))["accuracy"]
-        else:
+        found = read_json(file).get("accuracy")
+        whole = isinstance(found, dict) and found.keys() == {"held_out", "test"}
+        if not whole or (keep and not self._weights(name).is_file()):
             network = self.trained(lesson, protocol, index)
             parts = {"held_out": self._parts("val"), "test": self._parts("test")}
             found = {part: accuracies([network], *images)[0] for part, images in parts.items()}

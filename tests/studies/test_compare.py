@@ -1,6 +1,7 @@
 """``ftd compare``: rows, what they share, what a stop and a failure leave, and what is written."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import yaml
 from fits import distil, record
 from PIL import Image
 
+import ftd_lightning
 from ftd_lightning import DistillationDataModule, SyntheticSet, TrajectoryStore, cli
 from ftd_lightning.callbacks import SyntheticSetWriter
 from ftd_lightning.callbacks.peak_memory import PeakMemory
-from ftd_lightning.studies import compare, comparison_plan, comparison_table, fit_steps
+from ftd_lightning.data import decoded_cache
+from ftd_lightning.studies import compare, comparison_plan, comparison_run, comparison_table, fit_steps
 from ftd_lightning.studies.comparison_plot import plot_points
 from ftd_lightning.studies.fit_steps import TimeSlice, read_notes
+from ftd_lightning.studies.summary import short_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLBACKS = """[
@@ -175,6 +179,63 @@ def test_rows_share_what_is_the_same(here: Path) -> None:
     _, distill, evaluation = job.steps(job.rows["mtt"])
     assert distill.arguments[-3:-1] == ("--model.trajectories", str(mtt[1] / "teachers"))
     assert evaluation.arguments[-2:] == ("--data.synthetic", str(mtt[1] / "set.safetensors"))
+
+
+def test_a_setting_in_several_spellings_is_one_fit(here: Path, monkeypatch) -> None:
+    file = write(here / "small.yaml")
+    own = steps(file, "mtt")  # its teachers' config says lr: 0.05
+    for words in (["--teacher.model.lr=0.05"], ["--teacher.model.lr", "0.050"], ["--teacher.model.lr", "5e-2"]):
+        assert steps(file, "mtt", *words) == own
+    assert steps(file, "mtt", "--teacher.model.momentum=0.0") == own, "a default"
+    assert steps(file, "mtt", "--teacher.model.lr=0.06") != own
+    for version, same in (("9.1.0", False), ("9.1.7.dev0", True)):
+        before = steps(file, "mtt")
+        monkeypatch.setattr(ftd_lightning, "__version__", version)
+        found = zip(steps(file, "mtt"), before, strict=True)
+        assert [now == then for now, then in found] == [same] * 3
+
+
+def test_a_fit_is_named_after_the_pictures_in_a_folder(here: Path, image_folder, monkeypatch) -> None:
+    one, other = (image_folder(here / name, ["cat", "dog"], seed=seed) for seed, name in enumerate("ab"))
+    shutil.copytree(one, here / "copy", copy_function=shutil.copy)
+    file = write(here / "small.yaml", dataset="folder", rows={"random": {"synthetic": "random"}}, teachers=None)
+    found = {root.name: steps(file, "random", "--data.root", str(root)) for root in (one, other, here / "copy")}
+    assert found["a"] == found["copy"] != found["b"]
+    monkeypatch.setattr(decoded_cache, "decode", None)  # decoded once: the fit reads what is there
+    assert steps(file, "random", f"--data.root={one}") == found["a"]
+    assert steps(file, "random", "--data.root=nowhere") not in found.values()
+
+
+def test_a_store_is_named_after_its_teachers(here: Path, trajectories: Path) -> None:
+    mtt = {"distill": str(ROOT / "configs" / "digits" / "distill_mtt_ipc1.yaml"), "teachers": "mtt"}
+
+    def distillation(store: Path) -> Path:
+        teachers = {"mtt": {"store": str(store)}}
+        return steps(write(here / "s.yaml", teachers=teachers, rows={"mtt": mtt}), "mtt")[0]
+
+    before = distillation(shutil.copytree(trajectories, here / "moved"))
+    assert before == distillation(trajectories)
+    next((here / "moved").glob("teacher_*1.safetensors")).unlink()
+    assert before != distillation(here / "moved")
+
+
+def test_a_damaged_result_is_made_again(here: Path) -> None:
+    file = write(here / "small.yaml")
+    job = comparison_plan.load(file)
+    step = job.evaluation_step(job.rows["random"], "")
+    step.folder.mkdir(parents=True)
+    whole = {"accuracy": {"random": {"mean": 0.5}}, "each": [0.5], "seeds": [1], "epochs": 3}
+    noted = {"finished": {"1": 2.0}, "seconds": 2.0}
+    for content, notes, done in (
+        (whole, noted, True),
+        *((broken, noted, False) for broken in ([], None, "text", {})),
+        *((whole, broken, False) for broken in ([], None, "text", {"finished": None})),
+    ):
+        (step.folder / "evaluation.json").write_text(json.dumps(content))
+        (step.folder / "wall_time.json").write_text(json.dumps(notes))
+        assert fit_steps.is_done(step) is done
+    (step.folder / "wall_time.json").write_text('{"finished": {"1"')
+    assert not fit_steps.is_done(step)
 
 
 def test_a_changed_config_begins_anew_but_a_comment_does_not(here: Path) -> None:
@@ -449,6 +510,45 @@ def test_threads_are_those_of_the_children(here: Path, monkeypatch) -> None:
     assert fit_steps.device_name() == names[0], "of the outermost level"
 
 
+def test_what_was_done_before_is_said_and_counted(here: Path, monkeypatch, capsys) -> None:
+    job = comparison_plan.load(write(here / "small.yaml"))
+    rows = [job.rows["random"], job.rows["mtt"]]
+    (evaluation,), (teachers, *_) = map(job.steps, rows)
+    for step, seconds in ((evaluation, 19.2), (teachers, 118.0)):
+        step.folder.mkdir(parents=True)
+        fit_steps.write_notes(step.folder, {**fit_steps.read_notes(step.folder), "seconds": seconds})
+    teachers.checkpoint.parent.mkdir()
+    teachers.checkpoint.touch()
+    monkeypatch.setattr(comparison_run, "run_step", lambda step, time_slice, quiet: True)
+    monkeypatch.setattr(comparison_run, "is_done", lambda step: step.folder == evaluation.folder)
+    assert comparison_run.advance(job, rows, TimeSlice(None), quiet=True) == ({}, True)
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")] == [
+        "[1/4] random: evaluation: done before, in 19 s",
+        "[2/4] teachers mtt: goes on after 118 s",
+        "[3/4] mtt: distillation",
+        "[4/4] mtt: evaluation",
+    ]
+
+
+def test_real_images_say_how_many_they_are_and_whether_they_were_learned(here: Path) -> None:
+    job = comparison_plan.load(write(here / "small.yaml", rows={"real": {"label": "real", "synthetic": "real"}}))
+    step = job.evaluation_step(job.rows["real"], "")
+    step.folder.mkdir(parents=True)
+    fit_steps.write_notes(step.folder, {**fit_steps.read_notes(step.folder), "finished": {"1": 1.0}})
+    counts = {"images": 324, "steps_per_epoch": 6, "training_images": 1800, "test_images": 4, "chance": 0.5}
+    (step.folder / "images.json").write_text(json.dumps(counts))
+    last = {"real": {"mean": 0.215, "std": 0.001, "n": 3}}
+    for epochs, label in ((10, "real (324, 10 epochs, not trained to their end)"), (60, "real (324, 60 epochs)")):
+        measured = {"accuracy": last, "each": [0.2] * 3, "seeds": [1, 2, 3], "epochs": epochs}
+        (step.folder / "evaluation.json").write_text(json.dumps(measured))
+        results = comparison_table.gather(job, {})
+        assert results["rows"][0]["label"] == label
+    assert results["rows"][0]["share"] == 0.18
+    said = "Measured on 4 test images: an accuracy is uncertain by 25 points. Chance: 50.0 %."
+    assert said in comparison_table.markdown(results)
+    assert said in short_table(results)
+
+
 def test_notes_are_of_the_columns_that_there_are() -> None:
     results = {"title": "t", "rows": [], "teachers": {}, "device": ""}
     one, several = (
@@ -473,7 +573,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", ["cifar10/compare_ipc10", "cifar10/cross_architecture_ipc50", "digits/compare"])
 def test_methods_without_teachers_are_evaluated_as_published(name: str) -> None:
-    rows = comparison_plan.load(ROOT / "configs" / f"{name}.yaml").rows
+    rows = comparison_plan.load(ROOT / "configs" / f"{name}.yaml", only=["dc"]).rows
     found = {method: rows[method].given["evaluate_arguments"] for method in PUBLISHED if method in rows}
     assert {"dc", "cafe"} <= set(found)
     end = 2 if name.startswith("digits") else None  # where all rows train for as long

@@ -3,8 +3,11 @@ from pathlib import Path
 
 import pytest
 
+import ftd_lightning
+from ftd_lightning import DistillationDataModule
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies import nas
+from ftd_lightning.studies.fit_steps import held
 
 WORDS = ["--data.synthetic", "random", "--data.ipc", "2", "--data.max_per_class", "14", "--depths", "[1]", "--widths"]
 WORDS += ["[4]", "--epochs", "4", "--real_epochs", "1", "--architectures", "6", "--augment", "crop", "--threads", "1"]
@@ -73,6 +76,30 @@ def test_a_share_may_be_trained_on_real_images_and_the_result_says_so(tmp_path: 
 def test_another_search_does_not_mix_with_it(straight) -> None:
     with pytest.raises(InputError, match="of a search with another epochs"):
         search(straight[0], "--epochs", "5")
+    with pytest.raises(InputError, match="of a search with another data"):
+        search(straight[0], "--data.seed", "1")
+    with held(straight[0]), pytest.raises(InputError, match="another process is at work there"):
+        search(straight[0])
+
+
+def test_a_search_is_known_by_its_pictures(tmp_path: Path, image_folder, monkeypatch) -> None:
+    """Not by where they lie, nor by where they are decoded to."""
+    one, other = (image_folder(tmp_path / name, ["cat", "dog"], seed=seed) for seed, name in enumerate("ab"))
+    settings = nas.SearchSettings(out=str(tmp_path), depths=[1], widths=[4], architectures=2)
+
+    def search_in(root: Path, **options) -> nas.Search:
+        return nas.Search(settings, DistillationDataModule("folder", str(root), synthetic="random", **options))
+
+    search_in(one).write({})
+    search_in(one.rename(tmp_path / "moved"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="of a search with another data, set"):
+        search_in(other)
+    monkeypatch.setattr(ftd_lightning, "__version__", "9.1.0")
+    with pytest.raises(InputError, match="of a search with another version"):
+        search_in(tmp_path / "moved")
+    for broken in ("[]", "null", '{"settings"', '{"settings": 1, "measured": []}'):
+        (tmp_path / "nas.json").write_text(broken)
+        assert search_in(tmp_path / "moved").measured == {}
 
 
 def test_without_a_set_there_is_nothing_to_compare(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import yaml
 from ftd_lightning.studies.comparison_plan import of
 from ftd_lightning.studies.comparison_table import markdown, table
 from ftd_lightning.studies.paired_difference import add_differences, paired_difference
+from ftd_lightning.studies.summary import short_rows, short_table, verdict
 
 # On MTT's and on FTD's set of all of CIFAR-10, one image per class: networks of the same seeds.
 MTT = {"seeds": [1, 2, 3, 4, 5], "each": [0.375, 0.386, 0.368, 0.359, 0.352]}
@@ -46,6 +47,26 @@ def test_a_table_has_a_column_of_them_where_there_are_any():
     add_differences(results["rows"], {"mtt": "mtt", "ftd": "mtt", "dc": "mtt"})
     assert [line[-1] for line in table(results)] == ["paired difference", "-", "-0.1 ± 0.2 to MTT", "-"]
     assert "Paired difference: mean over networks of the same seed" in markdown(results)
+
+
+def test_a_set_that_is_not_better_than_random_images_is_said_to_be_so():
+    accuracy = {"accuracy": {"last": {"mean": 0.802, "std": 0.053, "n": 3}}, "state": "done", "seeds": [1, 2, 3]}
+    random = {**accuracy, "name": "random", "label": "random images", "each": [0.96, 0.87, 0.92]}
+    for each, cell, said in (
+        ([0.80, 0.87, 0.73], "-11.7 ± 5.9, not better", "-11.7 ± 5.9 points over 3 networks"),
+        ([0.99, 0.86, 0.95], "+1.7 ± 1.3, not better", "+1.7 ± 1.3 points over 3 networks"),
+        ([0.99, 0.91, 0.96], "+3.7 ± 0.3", None),
+    ):
+        learned = {**accuracy, "name": "ftd", "label": "FTD", "each": each, "iterations": 155}
+        results = {"rows": [dict(random), learned]}
+        add_differences(results["rows"], {"ftd": "random"})
+        head, *lines = short_rows(results)
+        assert head[2] == "difference to random images"
+        assert [line[2] for line in lines] == ["-", cell]
+        assert cell in short_table(results)
+        told = verdict(results)
+        assert (told is None) is (said is None)
+        assert said is None or told.startswith(f"FTD is not better than random images: {said}. ")
 
 
 def test_a_base_has_to_be_another_row(tmp_path, refused):
