@@ -122,6 +122,7 @@ SET_METADATA: dict[str, Rule] = {
     "settings": MAPPING,
     "network": NETWORK,
     "augmentation": MAPPING_OR_NONE,
+    "ema": MAPPING,
     "ema_initial_weight": (_is_share, "a number in [0, 1]"),
     "iterations": COUNT,
     "skipped_steps": COUNT,
