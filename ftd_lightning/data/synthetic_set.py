@@ -150,7 +150,7 @@ class SyntheticSet:
         tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in self.transform.tensors().items()}
         metadata = {**self.metadata, "class_names": self.class_names, "transform": self.transform.describe()}
-        write_tensors(Path(path), tensors, kind=KIND, metadata=metadata)
+        write_tensors(Path(path).expanduser(), tensors, kind=KIND, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> SyntheticSet:
@@ -166,7 +166,7 @@ class SyntheticSet:
             >>> SyntheticSet.load(path).images.shape
             torch.Size([2, 1, 4, 4])
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         file = TensorFile(path, kind=KIND)
         metadata = _metadata(path, file)
         loaded = cls(
@@ -188,7 +188,8 @@ class SyntheticSet:
         Raises:
             InputError: as for :meth:`load`.
         """
-        return _own(_metadata(Path(path), TensorFile(Path(path), kind=KIND)))
+        path = Path(path).expanduser()
+        return _own(_metadata(path, TensorFile(path, kind=KIND)))
 
     def dataset(self, *, ema: bool = False) -> TensorDataset:
         """Return (image, label) pairs for an ordinary DataLoader.
