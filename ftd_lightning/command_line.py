@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser
 
 from ftd_lightning.bounds import check_bounds
+from ftd_lightning.shipped_configs import with_home
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -126,6 +127,6 @@ def parse_command(
         InputError: for numbers out of range.
     """
     parser = command_parser(command, name, skip=skip)
-    parsed: dict[str, Any] = parser.parse_args(spelled_out(command, arguments)).as_dict()
+    parsed: dict[str, Any] = with_home(parser.parse_args(spelled_out(command, arguments)).as_dict())
     check_bounds(command, parsed)
     return parsed

@@ -240,12 +240,13 @@ class LearnsSet(Protocol):
     def learned_images(self) -> dict[str, Tensor]:
         """Return the live images on the module's device: "raw", and "ema" where an average is kept."""
 
-    def keep_average(self, average: Tensor, initial_weight: Tensor) -> None:
+    def keep_average(self, average: Tensor, initial_weight: Tensor, settings: dict[str, Any]) -> None:
         """Take two tensors, updated in place by the caller.
 
         Args:
             average: the moving average of the images, in their shape.
             initial_weight: how much of the initial images it still holds, a scalar in [0, 1].
+            settings: how it is made, plain values that the set records.
         """
 
     def step_was_applied(self) -> Tensor:

@@ -31,7 +31,7 @@ from ftd_lightning.contracts import LearnsSet, data_source
 from ftd_lightning.data.files import replacing
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation
-from ftd_lightning.shipped_configs import run_folder_of, with_config_files
+from ftd_lightning.shipped_configs import run_folder_of, with_config_files, with_home
 from ftd_lightning.training.learning_check import summary
 from ftd_lightning.training.nodes import last_checkpoint
 from ftd_lightning.training.phase_module import PhaseModule
@@ -89,8 +89,9 @@ class FTDCLI(LightningCLI):
     """LightningCLI with this library's defaults; everything else is as in Lightning's documentation."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Check what Lightning would fail on with a traceback."""
+        """Expand "~" in paths; check what Lightning would fail on with a traceback."""
         super().parse_arguments(parser, args)
+        self.config = with_home(self.config)
         config = self.config.get(self.config.get("subcommand") or "") or self.config
         seed = config.get("seed_everything")
         if type(seed) is int and not 0 <= seed < 2**32:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +52,7 @@ def find_config(name: str | Path, near: Path | None = None) -> Path:
         >>> find_config("digits/teacher_ftd").name
         'teacher_ftd.yaml'
     """
-    given = Path(name)
+    given = Path(name).expanduser()
     folders = [Path(), SHIPPED] if near is None else [near, Path(), SHIPPED]
     for folder in folders:
         for path in (folder / given, folder / f"{given}.yaml"):
@@ -133,9 +135,34 @@ def with_config_files(arguments: Sequence[str]) -> tuple[list[str], Path | None]
         if config is None:
             expanded.append(argument)  # the parser reports the missing value
             continue
-        if not any(sign in config for sign in ":\n{") or _is_file(Path(config)):
+        if not any(sign in config for sign in ":\n{") or _is_file(Path(config).expanduser()):
             file = find_config(config)
             read_config(file)
             first, config = first or file, str(file)
         expanded += ["--config", config]
     return expanded, first
+
+
+def with_home(value: Any) -> Any:
+    """Replace "~" at the beginning of every value of a parsed configuration by the home folder: only paths have it.
+
+    Shells do so in ``--out ~/x``, but neither in ``--out=~/x`` nor in YAML.
+
+    Example:
+        >>> with_home({"out": "~/x", "sets": ["~/a"], "ipc": 1}) == {
+        ...     "out": str(Path.home() / "x"),
+        ...     "sets": [str(Path.home() / "a")],
+        ...     "ipc": 1,
+        ... }
+        True
+    """
+    if isinstance(value, Namespace):
+        vars(value).update({key: with_home(entry) for key, entry in vars(value).items()})
+        return value
+    if isinstance(value, dict):
+        return {key: with_home(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [with_home(entry) for entry in value]
+    if isinstance(value, (str, Path)) and str(value).startswith("~"):
+        return type(value)(os.path.expanduser(value))
+    return value

@@ -434,12 +434,15 @@ def test_values(config: str, option: str, value, words: str, shelf: Path, here: 
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
-def test_the_checkpoint_of_another_module(here: Path, capsys) -> None:
+def test_the_checkpoint_of_another_module_or_of_other_settings(here: Path, capsys) -> None:
     cli.main([*TEACH])
     path = "runs/digits/teacher_mtt/checkpoints/last.ckpt"
     line = one_line(capsys, *FIT, "--data.synthetic=random", f"--ckpt_path={path}")
     assert "is a checkpoint of ftd_lightning" in line
     assert "SyntheticEvaluation" in line
+    for given in ("last", path):
+        line = one_line(capsys, *TEACH, "--model.lr=0.5", "--data.val_fraction=0.3", f"--ckpt_path={given}")
+        assert "lr=0.5, but the checkpoint was made with 0.05" in line
 
 
 def test_what_the_operating_system_refuses(shelf: Path, here: Path, capsys) -> None:

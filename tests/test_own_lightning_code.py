@@ -1,18 +1,21 @@
 """Modules inside other people's Lightning code: checkpoints, loggers, callbacks, precision, teachers, trainers."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from fits import SMALL, make_trainer, record, small_data, small_matching, small_teacher
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import nn
 
 from ftd_lightning import FlatTeacher, SyntheticEvaluation, SyntheticSet, TrajectoryMatching, TrajectoryStore
-from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticSetWriter, TrajectoryRecorder
-from ftd_lightning.functional import Augmentation, RobustStart
+from ftd_lightning.callbacks import AtomicCheckpointIO, EvaluateSynthetic, SyntheticSetWriter, TrajectoryRecorder
+from ftd_lightning.cli import main
+from ftd_lightning.functional import Augmentation, RobustStart, make_generator
+from ftd_lightning.lightning_cli import configured
 from ftd_lightning.modules import DistributionMatching, FeatureAlignment, GradientMatching
 
 NET = {"network_options": SMALL}
@@ -176,6 +179,47 @@ class TestOwnTeachers:
         make_trainer(tmp_path, callbacks=[recorder], max_epochs=1).fit(Own(head=False), datamodule=small_data())
         names = [name for name, _ in TrajectoryStore(tmp_path / "store").metadata["network"]["parameters"]]
         assert names == ["body.1.weight", "body.1.bias"]
+        # A prefix is all that a student's names differ in.
+        student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        module = small_matching(tmp_path / "store", network=student, max_start_epoch=1)
+        make_trainer(tmp_path, max_steps=1).fit(module, datamodule=small_data())
+        assert module.synthetic_set().metadata["iterations"] == 1
+
+    @pytest.mark.parametrize("kind", ["described", "augmented", "mapping", "[0, 1]", "[0, 255]", "larger"])
+    def test_the_first_batch_is_compared_with_its_description(self, kind: str, tmp_path: Path, refused) -> None:
+        data = small_data()
+        data.setup()
+        images, labels = data.part("train")
+        pictures = data.transform.invert(images)
+        flip = Augmentation("color_crop_flip_scale_rotate")
+        images = {
+            "augmented": flip(images, make_generator(0)),
+            "[0, 1]": pictures,
+            "[0, 255]": 255 * pictures,
+            "larger": images.repeat_interleave(2, 2).repeat_interleave(2, 3),
+        }.get(kind, images)
+
+        class Theirs(Own):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(list(batch.values()) if isinstance(batch, dict) else batch, batch_idx)
+
+        samples = [(image, int(label)) for image, label in zip(images, labels, strict=True)]
+        if kind == "mapping":
+            samples = [{"image": image, "label": label} for image, label in samples]
+        loader = torch.utils.data.DataLoader(samples, batch_size=32)
+        trainer = make_trainer(tmp_path, callbacks=[TrajectoryRecorder(data=data)], max_epochs=1, limit_val_batches=0)
+        words = {
+            "[0, 1]": "mean 0.00 and standard deviation 1.0",
+            "[0, 255]": "but the first training batch has",
+            "larger": "describes images of shape (1, 8, 8), but the first training batch has (1, 16, 16)",
+        }
+        if kind in words:
+            with refused(words[kind], "data="):
+                trainer.fit(Theirs(), loader, loader)
+            assert not list(tmp_path.rglob("teacher_*"))
+        else:
+            trainer.fit(Theirs(), loader, loader)
+            assert len(TrajectoryStore(tmp_path / "trajectories")) == 1
 
     def test_unnamed_data_joins_no_store(self, tmp_path: Path, refused) -> None:
         loader = torch.utils.data.DataLoader([(torch.randn(1, 8, 8), i % 10) for i in range(20)], batch_size=10)
@@ -243,10 +287,23 @@ def test_the_user_s_callbacks_stay(tmp_path: Path) -> None:
 
 def test_early_stopping_ends_a_teacher_and_keeps_it(tmp_path: Path) -> None:
     stop = EarlyStopping("teacher/train_loss", patience=1, min_delta=100.0, check_on_train_epoch_end=True)
-    make_trainer(tmp_path, callbacks=[stop]).fit(small_teacher(), datamodule=small_data())
+    with pytest.warns(UserWarning, match="0 of 1 teachers of 4 epochs are recorded"):
+        make_trainer(tmp_path, callbacks=[stop]).fit(small_teacher(teachers=1), datamodule=small_data())
     store = TrajectoryStore(tmp_path / "trajectories")
     assert store.lengths == [2]
     assert not (tmp_path / "trajectories" / ".unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("callback", "words"),
+    [
+        (EarlyStopping("teacher/val_accuracy", mode="max"), "teacher/val_accuracy of a teacher against the best of"),
+        (StochasticWeightAveraging(0.1, swa_epoch_start=1), "average weights of different teachers"),
+    ],
+)
+def test_callbacks_that_take_several_teachers_for_one_are_refused(callback, words, tmp_path: Path, refused) -> None:
+    with refused(words, "leave it out"):
+        make_trainer(tmp_path, callbacks=[callback]).fit(small_teacher(), datamodule=small_data())
 
 
 def test_early_stopping_ends_a_distillation(tmp_path: Path, trajectories: Path) -> None:
@@ -290,6 +347,34 @@ def test_csv_and_offline_wandb_loggers(tmp_path: Path, trajectories: Path, monke
         make_trainer(tmp_path, max_steps=1, logger=logger).fit(small_matching(trajectories), datamodule=small_data())
         logger.experiment.finish()
     assert len(list(tmp_path.rglob("lightning_logs/*/set.safetensors"))) == 2
+
+
+def test_paths_may_begin_with_the_home_folder(tmp_path: Path, trajectories: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trajectories, tmp_path / "store")
+    logger, keep = CSVLogger("~/logs", name="", version=""), ModelCheckpoint("~/checkpoints", save_last=True)
+    options = {"logger": logger, "callbacks": [keep], "enable_checkpointing": True, "plugins": [AtomicCheckpointIO()]}
+    make_trainer("~/fit", max_steps=1, **options).fit(small_matching("~/store"), datamodule=small_data())
+    SyntheticSet.load("~/logs/set.safetensors").save("~/again.safetensors")
+    assert SyntheticSet.read_metadata("~/again.safetensors")["iterations"] == 1
+    callbacks = [TrajectoryRecorder("~/own"), SyntheticSetWriter("~/own.safetensors")]
+    make_trainer("~/fit", callbacks=callbacks).fit(small_teacher(teachers=1, epochs=1), datamodule=small_data())
+    make_trainer("~/fit", callbacks=callbacks, max_steps=1).fit(small_matching("~/store"), datamodule=small_data())
+    main(["info", "~/again.safetensors"])
+    assert "again.safetensors" in capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text("model: {class_path: TrajectoryMatching, init_args: {trajectories: ~/store}}\n")
+    options = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=~/runs", "--trainer.callbacks=SyntheticEMA"]
+    options += ["--trainer.callbacks+=SyntheticSetWriter", "--trainer.callbacks.path=~/here/set.safetensors"]
+    cli = configured(["--config=~/mine.yaml", "--data=DistillationDataModule", "--data.synthetic=~/set", *options])
+    assert cli.model.hparams["trajectories"] == str(tmp_path / "store")
+    assert cli.trainer.logger.save_dir == str(tmp_path / "runs")
+    writers = [callback for callback in cli.trainer.callbacks if isinstance(callback, SyntheticSetWriter)]
+    assert [writer.path for writer in writers] == [tmp_path / "here" / "set.safetensors"]
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found >= {"logs", "checkpoints", "own", "again.safetensors", "own.safetensors"}
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    assert "~" not in found
 
 
 @pytest.mark.parametrize(

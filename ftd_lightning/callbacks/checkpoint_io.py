@@ -23,7 +23,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with replacing(Path(path)) as part:
+        with replacing(Path(path).expanduser()) as part:
             super().save_checkpoint(checkpoint, part, storage_options)
 
     def load_checkpoint(

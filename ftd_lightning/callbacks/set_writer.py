@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.last_epoch import is_due
@@ -15,13 +14,13 @@ from ftd_lightning.contracts import LearnsSet
 from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.errors import InputError
 from ftd_lightning.training.nodes import agreed, follow_first_rank
+from ftd_lightning.training.resumed_settings import HARMLESS, as_json
 from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 IDENTITY = ("method", "dataset", "network", "settings")  # metadata by which a set of another run is recognised
-HARMLESS = ("compile", "iterations_per_epoch", "measure_every")  # settings that leave the set as it is
 
 
 class SyntheticSetWriter(Callback):
@@ -41,7 +40,7 @@ class SyntheticSetWriter(Callback):
     def __init__(self, path: str | None = None, every_n_epochs: int = 1) -> None:
         check_bounds(SyntheticSetWriter, locals())
         self.every_n_epochs = every_n_epochs
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).expanduser()
 
     def _file(self, trainer: Trainer) -> Path:
         return self.path or run_folder(trainer) / "set.safetensors"
@@ -60,7 +59,7 @@ class SyntheticSetWriter(Callback):
         if not file.exists() or trainer.ckpt_path:  # a resumed fit may have been given more to do
             return
         there = SyntheticSet.read_metadata(file)
-        planned = json.loads(json.dumps(module.synthetic_set().metadata))  # as the file holds it: lists for tuples
+        planned = as_json(module.synthetic_set().metadata)  # as the file holds it: lists for tuples
         different = [key for key in IDENTITY if key in there and there[key] != planned.get(key)]
         if "settings" in different:
             old, new = there["settings"], planned["settings"]
@@ -81,10 +80,12 @@ class SyntheticSetWriter(Callback):
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the final set, and give it to nodes that share no disk with the first one."""
+        """Write the final set, give it to nodes that share no disk with the first one, and say so."""
         self._write(trainer, pl_module)
         if isinstance(pl_module, LearnsSet) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             follow_first_rank(trainer, self._file(trainer))
+            iterations = pl_module.synthetic_set().metadata["iterations"]
+            rank_zero_info(f"wrote {self._file(trainer)}: the set after {iterations} iterations")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the last good set before the run ends; nothing where it failed before training began."""

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import LearnsSet
 from ftd_lightning.errors import InputError
+from ftd_lightning.training.resumed_settings import refuse_changes
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -21,7 +22,8 @@ class SyntheticEMA(Callback):
 
     Images only: an average of labels means nothing, and the step size that travels is the last one. After k updates the
     initial images still weigh d^k: with decay 0.9999, 0.86 after 1,500 updates and 0.61 after 5,000. The set says how
-    much that is (metadata ``ema_initial_weight``). Two options take that weight out or let it fall faster.
+    much that is (metadata ``ema_initial_weight``), and which settings made the average (``ema``). Two options take that
+    weight out or let it fall faster.
 
     Args:
         decay: d in [0, 1).
@@ -60,7 +62,7 @@ class SyntheticEMA(Callback):
         device = learned["raw"].device
         self.average = self.average.detach().to(device, copy=True)
         self.initial_weight = self.initial_weight.to(device, copy=True)
-        self._module.keep_average(self.average, self.initial_weight)
+        self._module.keep_average(self.average, self.initial_weight, self._settings())
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -89,16 +91,34 @@ class SyntheticEMA(Callback):
             return (weight / -torch.expm1(self.updates.clamp(min=1) * log)).clamp(max=1)
         return weight
 
+    def _settings(self) -> dict[str, Any]:
+        return {"decay": self.decay, "warmup": self.warmup, "bias_correction": self.bias_correction}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to begin in the middle of a distillation.
+
+        Raises:
+            InputError: for a checkpoint without an average.
+        """
+        if isinstance(pl_module, LearnsSet) and self.state_key not in checkpoint["callbacks"]:
+            raise InputError("SyntheticEMA: the checkpoint has no average, which begins with the fit; leave it out")
+
     def state_dict(self) -> dict[str, Any]:
         """Keep the average."""
         return {
+            **self._settings(),
             "average": self.average,
             "updates": int(self.updates),
             "initial_weight": float(self.initial_weight),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the average."""
+        """Continue the average.
+
+        Raises:
+            InputError: for a state of other settings.
+        """
+        refuse_changes(state_dict, self._settings(), prefix="SyntheticEMA.")
         self.average, self.updates = state_dict["average"], torch.tensor(state_dict["updates"])
         self.initial_weight = torch.tensor(state_dict["initial_weight"])
         self._loaded = self.average is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ftd_lightning.callbacks.snapshots import Snapshots
 from ftd_lightning.contracts import BringsBatches, DataSource, PlansBatches, TrainsTeachers, data_source
@@ -18,6 +18,7 @@ from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.data.trajectory_store import KIND, TrajectoryStore, teacher_file, write_teacher
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.description import describe_network
+from ftd_lightning.training.first_batch import refuse_other_batch
 from ftd_lightning.training.nodes import NodeFolders, agreed
 from ftd_lightning.training.ranks import all_ranks
 from ftd_lightning.training.resume import mend_progress
@@ -45,7 +46,8 @@ class TrajectoryRecorder(Callback):
     grow with them and a resumed run finds the earlier ones. The teacher's file appears whole, at the end of its last
     epoch. An epoch that was cut short by a limit of the trainer is never recorded; epochs that are short on purpose
     (``limit_train_batches``) are, and ``batches_per_epoch`` in the metadata says so. A teacher that an EarlyStopping
-    ends is recorded with the epochs it had.
+    ends is recorded with the epochs it had. A fit whose teachers are all recorded already is
+    refused.
 
     Several processes write into one folder; on several nodes that share no disk into one on each node, with the same
     name. What lies in those is gathered when a fit begins and when it ends: every node then has the whole store.
@@ -55,11 +57,12 @@ class TrajectoryRecorder(Callback):
         keep_going: record beside teachers of the same settings that the folder contains already, as a resumed run
             does; teachers of other settings are always refused.
         data: what a teacher is trained on, where the trainer's datamodule does not say so: a name, or a
-            ``DistillationDataModule``. Teachers of data that is neither named nor fingerprinted join no store.
+            ``DistillationDataModule``, with whose images the first training batch is compared. Teachers of data that is
+            neither named nor fingerprinted join no store.
     """
 
     def __init__(self, path: str | None = None, keep_going: bool = True, data: str | DataSource | None = None) -> None:
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else Path(path).expanduser()
         self.keep_going = keep_going
         self.data = data
         self._token = uuid.uuid4().hex  # of this recorder's unnamed data; part of checkpoints
@@ -67,6 +70,7 @@ class TrajectoryRecorder(Callback):
         self._first_epoch = 0  # of the trainer, where the claimed teacher begins
         self._open: tuple[int, int] | None = None  # a teacher that is not done yet, and the epochs it has had
         self._resumed = False
+        self._unchecked: DataSource | None = None  # describes batches that have not been looked at
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the checkpoint of an earlier run; that of this one is loaded later."""
@@ -84,14 +88,36 @@ class TrajectoryRecorder(Callback):
         self._snapshots = Snapshots(self.path)
         if not self._resumed:
             self._claimed = self._open = None
+        given = data_source(trainer.datamodule) is None  # type: ignore[attr-defined]
+        self._unchecked = data_source(self.data) if given else None
         self._folders = NodeFolders(trainer, self.path)
         with agreed():
             if self._folders.leads and any(self._recorded()):
                 self._join(TrajectoryStore(self.path), self._metadata(trainer, pl_module))
+                if isinstance(pl_module, TrainsTeachers):
+                    self._refuse_recorded(pl_module)
         self._gather()
 
     def _recorded(self) -> Iterator[Path]:
         return self.path.glob("teacher_*.safetensors")
+
+    def _complete(self, module: TrainsTeachers) -> int:
+        """Count the teachers of the fit that are recorded with all their epochs."""
+        plan = module.teacher_progress()
+        return sum(self._recorded_epochs(teacher) >= plan.epochs for teacher in range(plan.teachers))
+
+    def _refuse_recorded(self, module: TrainsTeachers) -> None:
+        """Refuse teachers of another seed, which would be kept instead of the new ones, and a fit of nothing new."""
+        plan = module.teacher_progress()
+        file = teacher_file(self.path, plan.teacher)
+        seed = TensorFile(file, kind=KIND).metadata.get("seed") if file.exists() else None
+        if seed not in (None, module.trajectory_metadata()["seed"]):
+            raise InputError(f"{file}: recorded with another seed; name another folder or delete this one")
+        if not self._resumed and self._complete(module) == plan.teachers:
+            raise InputError(
+                f"{self.path}: holds the {plan.teachers} teachers of {plan.epochs} epochs already; ask for more or "
+                "name another folder"
+            )
 
     def _gather(self) -> None:
         """Give every node the teachers of all."""
@@ -167,7 +193,15 @@ class TrajectoryRecorder(Callback):
         return self._claimed, trainer.current_epoch - self._first_epoch, None, True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record the initialisation, which the module has drawn by now."""
+        """Compare the first batch with its description; record the initialisation, which the module has drawn by now.
+
+        Raises:
+            InputError: for a batch of other images; see ``refuse_other_batch``.
+        """
+        if self._active and self._unchecked is not None:
+            described, self._unchecked = self._unchecked, None
+            with agreed():
+                refuse_other_batch(batch, described)
         if not self._active or batch_idx:
             return
         teacher, epoch, _, records = self._teacher(trainer, pl_module)
@@ -218,7 +252,7 @@ class TrajectoryRecorder(Callback):
         return int(TensorFile(file, kind=KIND).metadata["epochs"]) if file.exists() else -1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a teacher that ends with the fit; wait for those of all ranks."""
+        """Write a teacher that ends with the fit; wait for those of all ranks; say what is recorded."""
         if not self._active:
             return
         # Lightning does not tell who asked to stop; a time limit leaves this at 0.
@@ -229,6 +263,15 @@ class TrajectoryRecorder(Callback):
         self._gather()
         if self._folders.leads:
             self._snapshots.tidy()
+        if isinstance(pl_module, TrainsTeachers):
+            plan, complete = pl_module.teacher_progress(), self._complete(pl_module)
+            if complete < plan.teachers:
+                rank_zero_warn(
+                    f"{self.path}: {complete} of {plan.teachers} teachers of {plan.epochs} epochs are recorded, as "
+                    "something ended the fit before: resume it with ckpt_path"
+                )
+        count = len(list(self._recorded()))
+        rank_zero_info(f"wrote {self.path}: {count} teacher{'s' * (count != 1)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the teacher of a foreign module that was killed after its last epoch: no training ends here."""

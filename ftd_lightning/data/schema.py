@@ -130,6 +130,7 @@ SET_METADATA: dict[str, Rule] = {
     "chosen_by": MAPPING,
     "imported": MAPPING,
     "augmentation": MAPPING_OR_NONE,
+    "ema": MAPPING,
     "ema_initial_weight": (partial(is_number, low=0, high=1), "a number in [0, 1]"),
     "iterations": COUNT,
     "skipped_steps": COUNT,

@@ -280,7 +280,10 @@ def check_compatible(store: TrajectoryStore, wanted: Mapping[str, Any]) -> None:
         InputError: naming the first difference.
     """
     for key in differences(store.metadata, wanted):
+        found = store.metadata.get(key)
+        unnamed = key == "dataset" and "unnamed" in (found or {})
+        change = "name it by TrajectoryRecorder(data=...)" if unnamed else "change the setting"
         raise InputError(
-            f"{store.path}: its teachers have {key} {store.metadata.get(key)}, but {wanted[key]} is asked for; "
-            "change the setting or record other teachers"
+            f"{store.path}: its teachers have {key} {found}, but {wanted[key]} is asked for; {change} or record other "
+            "teachers"
         )

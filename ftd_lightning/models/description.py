@@ -71,6 +71,8 @@ def parameter_shapes(description: Mapping[str, Any]) -> Shapes:
 def same_network(a: Any, b: Any) -> bool:
     """Tell whether the weights of one network fit the other: their parameters' names, shapes and order are the same.
 
+    A prefix that all names of one have, as those of a network within a LightningModule, is no difference.
+
     Args:
         a: a description, or anything else that JSON holds, which is only the same as itself.
         b: likewise.
@@ -94,4 +96,12 @@ def same_network(a: Any, b: Any) -> bool:
         return False
     if "shapes" in a or "shapes" in b:
         return dict(ours) == dict(theirs)
-    return ours == theirs
+    return _unwrapped(ours) == _unwrapped(theirs)
+
+
+def _unwrapped(shapes: Shapes) -> Shapes:
+    """Drop what a module around a network adds to its parameters' names: a prefix of all, or torch.compile's."""
+    names = [name.replace("_orig_mod.", "") for name, _ in shapes]
+    while len({name.partition(".")[0] for name in names}) == 1 and all("." in name for name in names):
+        names = [name.partition(".")[2] for name in names]
+    return [(name, shape) for name, (_, shape) in zip(names, shapes, strict=True)]

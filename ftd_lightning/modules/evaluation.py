@@ -31,7 +31,7 @@ from ftd_lightning.training.learning_check import check_learning
 from ftd_lightning.training.limits import allowed_epochs
 from ftd_lightning.training.parts_on_device import PartsOnDevice
 from ftd_lightning.training.phase_module import PhaseModule
-from ftd_lightning.training.plain_arguments import not_plain, plain, plain_settings
+from ftd_lightning.training.plain_arguments import not_plain, plain
 from ftd_lightning.training.ranks import (
     RankStates,
     from_all_ranks,
@@ -298,7 +298,7 @@ class SyntheticEvaluation(PhaseModule):
             "seeds": [derive_seed(self.hparams["seed"], "fresh", index) for index in range(len(values))],
             "lr": self.lr,
             "epochs": self.trained_epochs,
-            "settings": {**plain_settings(self.hparams), "augment": self.augment.plain()},
+            "settings": self.settings(),
             "set": metadata,
             "versions": versions(),
         }

@@ -254,6 +254,10 @@ class FeatureAlignment(ClassMatching):
         labels = [self.labels.new_full((len(batch),), label) for label, batch in enumerate(batches)]
         return [torch.cat(parts) for parts in zip(*means, strict=True)], torch.cat(embeddings), torch.cat(labels)
 
+    def settings(self) -> dict[str, Any]:
+        """Spell out the loops, however they were given."""
+        return {**super().settings(), "loops": plain(self.loops)}
+
     def set_metadata(self) -> dict[str, Any]:
         """Describe the data and the network, and count the finished rounds."""
         return {**super().set_metadata(), "rounds": max(self.round, 0)}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.errors import InputError
 from ftd_lightning.functional.distribution_matching import embed
 from ftd_lightning.functional.to_device import network_to_device, to_device
 from ftd_lightning.modules.distillation import Init
@@ -121,11 +120,6 @@ class FeatureRegression(RidgeDistillation):
         hparams = self.hparams
         self._networks = NetworkPool(build, hparams["pool_size"], hparams["max_steps_per_network"], hparams["lr_pool"])
         if self._saved is not None:
-            if len(self._saved) != len(self._networks):
-                raise InputError(
-                    f"FeatureRegression: the checkpoint's pool has {len(self._saved)} networks: resume with that "
-                    f"pool_size, not {len(self._networks)}"
-                )
             self._networks.load_state_dict(self._saved)
             self._saved = None
 

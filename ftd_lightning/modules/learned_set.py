@@ -10,7 +10,6 @@ from ftd_lightning.data.files import versions
 from ftd_lightning.data.synthetic_set import SyntheticSet
 from ftd_lightning.data.transform import Standardization
 from ftd_lightning.training.phase_module import PhaseModule
-from ftd_lightning.training.plain_arguments import plain_settings
 from ftd_lightning.training.step_guard import StepGuard
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ class LearnedSet(PhaseModule):
         self._loaded_iterations = 0
         self.ema_images: Tensor | None = None
         self._initial_weight: Tensor | None = None  # of the initial images in their average
+        self._average_settings: dict[str, Any] = {}
         self.scores: dict[str, dict[str, float | int]] = {}
 
     @property
@@ -72,9 +72,9 @@ class LearnedSet(PhaseModule):
         average = {} if self.ema_images is None else {"ema": self.ema_images}
         return {"raw": self.images, **average}
 
-    def keep_average(self, average: Tensor, initial_weight: Tensor) -> None:
+    def keep_average(self, average: Tensor, initial_weight: Tensor, settings: dict[str, Any]) -> None:
         """Take a tensor as the moving average of the images; see ``contracts.LearnsSet``."""
-        self.ema_images, self._initial_weight = average, initial_weight
+        self.ema_images, self._initial_weight, self._average_settings = average, initial_weight, settings
 
     def record_scores(self, scores: dict[str, dict[str, float | int]]) -> None:
         """Add measured accuracies to the current set's metadata."""
@@ -96,9 +96,10 @@ class LearnedSet(PhaseModule):
         """Return None: the trainer's limits end the fit."""
         return None
 
-    def settings(self) -> dict[str, Any]:
-        """Return the hyper-parameters that the set's metadata contains."""
-        return {**plain_settings(self.hparams), "augment": self.augment.plain()}
+    def _average_metadata(self) -> dict[str, Any]:
+        if self._initial_weight is None:
+            return {}
+        return {"ema": self._average_settings, "ema_initial_weight": float(self._initial_weight)}
 
     def synthetic_set(self) -> SyntheticSet:
         """Return the current synthetic set, on the CPU, with everything that describes it."""
@@ -119,7 +120,7 @@ class LearnedSet(PhaseModule):
                 "iterations": self.iterations,
                 "skipped_steps": self.skipped_steps,
                 **({"gated_steps": int(self._guard.gated)} if self._guard.gates else {}),
-                **({} if self._initial_weight is None else {"ema_initial_weight": float(self._initial_weight)}),
+                **self._average_metadata(),
                 **({"scores": dict(self.scores)} if self.scores else {}),
                 "versions": versions(),
             },

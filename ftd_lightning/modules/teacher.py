@@ -31,6 +31,7 @@ from ftd_lightning.training.ranks import RankStates, average_over_ranks, refuse_
 from ftd_lightning.training.restarting_schedulers import RestartingSchedulers
 from ftd_lightning.training.teacher_pass import TeacherPass
 from ftd_lightning.training.teacher_rounds import TeacherRounds
+from ftd_lightning.training.trainer_settings import refuse_callbacks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -105,7 +106,7 @@ class FlatTeacher(PhaseModule):
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
         self.augment = Augmentation.of(augment)
         augment, network_options = plain(self.augment), plain(network_options)
-        # Lightning lets a checkpoint's hyper-parameters overrule the command line; the number of teachers may grow.
+        # What a resumed fit may change: the number of teachers may grow.
         self.save_hyperparameters(ignore=["teachers", "compile", *not_plain(network)])
         self.automatic_optimization = False
         self.teachers = teachers
@@ -194,8 +195,9 @@ class FlatTeacher(PhaseModule):
         return GSAM(list(self.teacher_network().parameters()), sgd, **ball, reduce=reduce)
 
     def on_fit_start(self) -> None:
-        """Refuse unsuitable settings; restore this rank's weights."""
+        """Refuse unsuitable settings and callbacks; restore this rank's weights."""
         super().on_fit_start()
+        refuse_callbacks(self.trainer, several=self.rounds.length(self.teachers) > self.rounds.epochs)
         self._states.restore(self)
 
     def on_train_start(self) -> None:

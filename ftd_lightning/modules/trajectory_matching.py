@@ -24,6 +24,7 @@ from ftd_lightning.modules.student_distillation import StudentDistillation
 from ftd_lightning.training.fresh_networks import Network, student_networks
 from ftd_lightning.training.inner_labels import InnerLabels
 from ftd_lightning.training.plain_arguments import matching_rules, not_plain, plain
+from ftd_lightning.training.resumed_settings import refuse_changes
 from ftd_lightning.training.rules_in_use import choose_images, start_window
 from ftd_lightning.training.same_stores import refuse_other_stores
 from ftd_lightning.training.teacher_answers import StoreTeachers
@@ -255,6 +256,7 @@ class TrajectoryMatching(StudentDistillation):
         return {**super().extra_state(), "teachers": self._teachers}
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
-        """Take it over where the store was not opened."""
+        """Take it over where the store was not opened; refuse a store with other teachers."""
         super().restore(state, checkpoint)
         self._teachers = self._teachers or state["teachers"]
+        refuse_changes(state["teachers"], self._teachers, prefix="trajectories: ")

@@ -66,7 +66,7 @@ def distill(
     # As YAML, which the command line reads.
     overrides = [part for name, value in data_options.items() for part in (f"--data.{name}", json.dumps(value))]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary if out is None else out)
+        folder = Path(temporary if out is None else out).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         file = write_images_file(dataset, folder / "data")
         source = Source("images", str(file.parent), "own images")

@@ -232,7 +232,9 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write the results of an evaluation as ``evaluation.json`` and as a table, ``evaluation.md``."""
+    """Write the results of an evaluation as ``evaluation.json`` and as a table, ``evaluation.md``, and say so."""
     write_json(folder / "evaluation.json", results)
     with replacing(folder / "evaluation.md") as part:
         part.write_text(markdown_table(results), encoding="utf-8")
+    accuracy = per_cent(next(iter(results["accuracy"].values())))
+    rank_zero_info(f"wrote {folder / 'evaluation.json'}: test accuracy {accuracy} %")

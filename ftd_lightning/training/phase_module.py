@@ -6,7 +6,7 @@ import weakref
 from typing import IO, TYPE_CHECKING, Any, Self
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -17,8 +17,16 @@ from ftd_lightning.models.description import same_network
 from ftd_lightning.models.registry import recorded_network
 from ftd_lightning.training.compile_choice import choose_compile, training_operations
 from ftd_lightning.training.fresh_networks import FreshNetworks
+from ftd_lightning.training.plain_arguments import plain_settings
 from ftd_lightning.training.ranks import all_ranks
 from ftd_lightning.training.resume import mend_progress, refuse_own_network
+from ftd_lightning.training.resumed_settings import (
+    HARMLESS,
+    LIMITS,
+    as_json,
+    refuse_changes,
+    refuse_other_data,
+)
 from ftd_lightning.training.trainer_settings import refuse_settings
 
 if TYPE_CHECKING:
@@ -85,6 +93,10 @@ class PhaseModule(LightningModule):
     def extra_state(self) -> dict[str, Any]:
         """Return plain values and tensors that a checkpoint keeps beside the weights."""
         return {}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the hyper-parameters as files record them."""
+        return {**plain_settings(self.hparams), "augment": self.augment.plain()}
 
     def own_networks(self, network: Network | None, options: Mapping[str, Any] | None) -> FreshNetworks:
         """Return fresh networks of this module: for its data, or as the checkpoint that is being loaded records them.
@@ -200,19 +212,33 @@ class PhaseModule(LightningModule):
             "network": self.fresh.describe(),
             "first": (self._first_epoch, self._first_step),
             "compile": self._compile_choice,
+            "settings": as_json(self.settings()),
+            "set": self._training_set(),
             **self.extra_state(),
         }
+
+    def _training_set(self) -> dict[str, Any] | None:
+        """Describe the set that takes the place of the training images."""
+        training = None if self.source is None else self.source.training_set()
+        return None if training is None else as_json(training.metadata)  # type: ignore[no-any-return]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build from the checkpoint what no trainer has built, and make its progress one that resumes exactly.
 
         Raises:
-            InputError: for a checkpoint of another network, or of version 0.1.
+            InputError: for a checkpoint of another network, or of version 0.1; within a trainer also for other settings
+                than the checkpoint's, and if a fit is resumed, for other images.
         """
         mend_progress(checkpoint)
         state = checkpoint.get(KEY)
         if state is None:
             raise InputError("the checkpoint was not saved by this version of ftd_lightning; begin this fit anew")
+        if self.attached:  # version 0.2 recorded neither settings nor data
+            refuse_changes(state.get("settings", {}), self.settings(), free=(*HARMLESS, *LIMITS))
+            if self.trainer.state.fn == "fit" and self.source is not None and self.data is not None:  # type: ignore[attr-defined]
+                now = {"data": _plain_data(self.data), "set": self._training_set()}
+                options = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+                refuse_other_data(state, now, options, self.trainer)  # type: ignore[arg-type]
         if self.data is None and state["data"] is not None:
             self.data = _loaded_data(state["data"])
         self._recorded_network = state["network"]

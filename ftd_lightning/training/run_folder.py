@@ -22,8 +22,8 @@ def run_folder(trainer: Trainer) -> Path:
     """
     logger = trainer.loggers[0] if trainer.loggers else None
     if logger is None:
-        return Path(trainer.default_root_dir)
+        return Path(trainer.default_root_dir)  # "~" is expanded
     if isinstance(logger, (CSVLogger, TensorBoardLogger)):
-        return Path(logger.log_dir)
+        return Path(logger.log_dir).expanduser()
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+    return Path(logger.save_dir or trainer.default_root_dir).expanduser() / str(logger.name) / version

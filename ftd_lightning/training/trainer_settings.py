@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 
 from ftd_lightning.errors import InputError
 
@@ -14,6 +15,26 @@ if TYPE_CHECKING:
     from ftd_lightning.functional.augment import Augmentation
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+
+
+def refuse_callbacks(trainer: Trainer, *, several: bool) -> None:
+    """Refuse callbacks that take the teachers of a fit, one after the other, for one network.
+
+    Args:
+        trainer: of the fit.
+        several: whether a process trains several teachers.
+
+    Raises:
+        InputError: for an EarlyStopping on what each teacher has for itself, or a StochasticWeightAveraging.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging):
+            raise InputError("StochasticWeightAveraging would average weights of different teachers: leave it out")
+        if several and isinstance(callback, EarlyStopping) and callback.monitor.startswith("teacher/"):
+            raise InputError(
+                f"EarlyStopping holds {callback.monitor} of a teacher against the best of the teachers before it, and "
+                "ends the whole fit: leave it out, or fit one teacher"
+            )
 
 
 def refuse_settings(trainer: Trainer, augment: Augmentation) -> None:

@@ -10,12 +10,15 @@ from ftd_lightning import SyntheticSet, TrajectoryMatching, TrajectoryStore
 from ftd_lightning.callbacks import EvaluateSynthetic, FitProgress, SyntheticSetWriter, TrajectoryRecorder
 
 
-def test_files_go_beside_the_logs_by_default(tmp_path: Path, trajectories: Path) -> None:
+def test_files_go_beside_the_logs_by_default(tmp_path: Path, trajectories: Path, caplog) -> None:
+    caplog.set_level("INFO")
     make_trainer(tmp_path, callbacks=[TrajectoryRecorder()]).fit(small_teacher(teachers=1), datamodule=small_data())
     names = sorted(path.name for path in (tmp_path / "trajectories").iterdir())
     assert names == ["data.safetensors", "teacher_0000.safetensors"]
     distil(tmp_path, trajectories, callbacks=[SyntheticSetWriter()])
     assert len(SyntheticSet.load(tmp_path / "set.safetensors").images) == 10
+    assert f"wrote {tmp_path / 'trajectories'}: 1 teacher\n" in caplog.text
+    assert f"wrote {tmp_path / 'set.safetensors'}: the set after 5 iterations" in caplog.text
 
 
 def test_a_set_is_copied_only_to_be_written_or_measured(tmp_path: Path, trajectories: Path, monkeypatch) -> None:
@@ -36,7 +39,8 @@ def test_each_leaves_the_other_phases_alone(tmp_path: Path, trajectories: Path) 
 
 def test_an_interrupted_teacher_leaves_no_file_that_looks_whole(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, callbacks=[TrajectoryRecorder()], max_epochs=2)
-    with pytest.warns(UserWarning, match="ends this fit before"):
+    told = pytest.warns(UserWarning, match="0 of 2 teachers")
+    with pytest.warns(UserWarning, match="ends this fit before"), told:
         trainer.fit(small_teacher(), datamodule=small_data())
     assert not list((tmp_path / "trajectories").glob("teacher_*"))
     assert len(list((tmp_path / "trajectories" / ".unfinished").iterdir())) == 3

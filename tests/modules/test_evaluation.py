@@ -16,6 +16,7 @@ from ftd_lightning.training.evaluation_protocol import (
     EvaluationProtocol,
     accuracy,
     mean_and_std,
+    per_cent,
     train_fresh_networks,
 )
 
@@ -90,8 +91,11 @@ def test_module_and_function_train_the_same_networks(tmp_path: Path) -> None:
     assert module.results["each"][1] == pytest.approx(accuracy(network, *data.test))
 
 
-def test_results_are_written_with_seeds_and_all(tmp_path: Path) -> None:
-    results = evaluate(tmp_path, small_data(synthetic="random", ipc=1)).results
+def test_results_are_written_with_seeds_and_all(tmp_path: Path, caplog) -> None:
+    with caplog.at_level("INFO"):
+        results = evaluate(tmp_path, small_data(synthetic="random", ipc=1)).results
+    accuracy = per_cent(results["accuracy"]["random"])
+    assert f"wrote {tmp_path / 'evaluation.json'}: test accuracy {accuracy} %" in caplog.text
     assert results == json.loads((tmp_path / "evaluation.json").read_text())
     assert results["accuracy"]["random"] == mean_and_std(torch.tensor(results["each"]))
     assert len(set(results["seeds"])) == results["accuracy"]["random"]["n"] == 3

@@ -288,6 +288,3 @@ def test_what_cannot_be(tmp_path, refused) -> None:
         real = torch.randn(20, 1, 8, 8), torch.arange(2).repeat(10)
         module = FeatureRegression(network=lambda: nn.Sequential(nn.Conv2d(1, 2, 8), nn.Flatten()), real=real)
         make_trainer(tmp_path, max_steps=1).fit(module)
-    fit(tmp_path, FeatureRegression, steps=1, callbacks=[Save(tmp_path / "part.ckpt", 1)])
-    with refused("the checkpoint's pool has 3 networks", "not 4"):
-        fit(tmp_path, FeatureRegression, pool_size=4, ckpt_path=tmp_path / "part.ckpt")

@@ -101,7 +101,8 @@ def test_running_statistics_are_those_of_the_first_pass_alone(tmp_path: Path) ->
 def test_max_epochs_of_the_trainer_bounds_the_fit_with_a_word(tmp_path: Path) -> None:
     recorder = TrajectoryRecorder(str(tmp_path / "store"))
     trainer = make_trainer(tmp_path, max_epochs=4, callbacks=[recorder], limit_val_batches=0)
-    with pytest.warns(UserWarning, match="ends this fit before its 2 teachers"):
+    told = pytest.warns(UserWarning, match="store: 1 of 2 teachers of 4 epochs are recorded")
+    with pytest.warns(UserWarning, match="ends this fit before its 2 teachers"), told:
         trainer.fit(small_teacher(), datamodule=small_data())
     assert len(TrajectoryStore(tmp_path / "store")) == 1
 
@@ -110,7 +111,17 @@ def test_a_store_of_other_settings_is_not_mixed_up(tmp_path: Path) -> None:
     folder = record(tmp_path, teachers=1)
     with pytest.raises(InputError, match="holds teachers recorded with another lr"):
         record(tmp_path, teachers=1, lr=0.05)
+    with pytest.raises(InputError, match=r"teacher_0000.*recorded with another seed"):
+        record(tmp_path, teachers=1, seed=1)
     assert len(list(folder.glob("teacher_*"))) == 1
+
+
+def test_recorded_teachers_are_not_trained_again(tmp_path: Path, refused) -> None:
+    folder = record(tmp_path, teachers=1, epochs=1)
+    with refused(f"{folder}: holds the 1 teachers of 1 epochs already"):
+        record(tmp_path, teachers=1, epochs=1)
+    record(tmp_path, epochs=2)
+    assert TrajectoryStore(folder).lengths == [2, 2]
 
 
 def test_teachers_that_diverge_end_the_fit_in_one_line(tmp_path: Path) -> None:
@@ -229,7 +240,7 @@ def test_compiled_teachers_are_the_eager_ones(
     def trained(compiles: bool):
         options = {"network_options": {**SMALL, "norm": norm}, "rho": 0.1, "teachers": 1, "epochs": 2}
         module = small_teacher(compile=compiles, **options)
-        make_trainer(tmp_path).fit(module, datamodule=small_data())
+        make_trainer(tmp_path / str(compiles)).fit(module, datamodule=small_data())
         return module
 
     with caplog.at_level("INFO"):
