@@ -84,8 +84,7 @@ class SyntheticSetWriter(Callback):
         self._write(trainer, pl_module)
         if isinstance(pl_module, LearnsSet) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             follow_first_rank(trainer, self._file(trainer))
-            iterations = pl_module.synthetic_set().metadata["iterations"]
-            rank_zero_info(f"wrote {self._file(trainer)}: the set after {iterations} iterations")
+            rank_zero_info(f"wrote {self._file(trainer)}: the set after {pl_module.iterations} iterations")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the last good set before the run ends; nothing where it failed before training began."""
