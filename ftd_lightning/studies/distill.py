@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence  # noqa: TC003 -- the command line reads signatures when it runs
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,13 @@ from ftd_lightning.studies.distill_plan import make_plan
 from ftd_lightning.studies.fit_names import arguments_by_phase
 from ftd_lightning.studies.fit_steps import TimeSlice, device_name
 from ftd_lightning.studies.picture_sheet import set_picture
-from ftd_lightning.studies.plan import Survey, describe
+from ftd_lightning.studies.plan import Plan, Survey, describe
 from ftd_lightning.studies.published import belonging, published
 from ftd_lightning.studies.summary import keep_set, short_table, write_summary
 
 if TYPE_CHECKING:
     from ftd_lightning.studies.comparison_plan import Comparison
+    from ftd_lightning.studies.published import Published
 
 MINUTES = 30.0  # of a plan for a folder, if none are given
 PLAN = "plan.json"
@@ -141,32 +143,64 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     content = _begin(out, asked)
     by_phase = {phase: _pairs(arguments) for phase, arguments in arguments_by_phase(overrides).items()}
     data = read_images(source, by_phase["teacher"])
+    configs = _published(source, command)
     if content is None:
-        given, lines = _plan(source, out, command, survey(data))
-        content = {"command": asked, "data": data.describe(), "comparison": given, "text": lines}
+        plan, lines = _plan(source, command, survey(data), configs)
+        numbers = None if plan is None else asdict(plan)
+        content = {"command": asked, "data": data.describe(), "plan": numbers, "text": lines}
         write_json(out / PLAN, content)
     elif content.get("data") != json.loads(json.dumps(data.describe())):
         raise InputError(f"{out}: the images of {source.title} have changed since it was begun; name another folder")
     print("\n".join(content["text"]), flush=True)
-    return of(content["comparison"], out / PLAN, [*UNMEASURED, *overrides], name="ftd distill")
+    # A config is a program: it is not taken from the folder, but written again from the plan's numbers.
+    options = {"ipc": command["ipc"], "method": command["method"]}
+    if configs is not None:
+        given = published_configs(configs, source, out, **options)
+    else:
+        given = planned_configs(_numbers(content, out / PLAN), source, out, **options, seed=command["seed"])
+    return of(given, out / PLAN, [*UNMEASURED, *overrides], name="ftd distill")
 
 
-def _plan(source: Source, out: Path, command: Mapping[str, Any], found: Survey) -> tuple[dict[str, Any], list[str]]:
-    """Plan a job; return its comparison, and what is printed of it."""
+def _numbers(content: Mapping[str, Any], file: Path) -> Plan:
+    """Return the plan that a file holds: numbers, and a strategy of augmentation.
+
+    Raises:
+        InputError: for anything else.
+    """
+    try:
+        plan = Plan(**content["plan"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file}: is not a plan; name another folder") from error
+    for name, value in asdict(plan).items():
+        if value is not None and not isinstance(value, str if name == "augment" else (int, float)):
+            raise InputError(f"{file}: is not a plan, its {name} is {value!r:.60}; name another folder")
+    return plan
+
+
+def _published(source: Source, command: Mapping[str, Any]) -> Published | None:
+    """Return the configs that a job takes its settings from; None where it is planned."""
     ipc, method, minutes, config = (command[key] for key in ("ipc", "method", "minutes", "config"))
-    counts = f"{found.train:,} training images, {found.test:,} test images, {found.classes} classes"
-    lines = [f"{source.title}: {counts}, {found.size} px, {'grey' if found.channels == 1 else 'colour'}"]
     if config is not None and minutes is not None:
         raise InputError("--config names all settings; leave out --minutes, or --config")
-    if config is not None or (minutes is None and source.root is None):
-        configs = published(source.name, ipc, method) if config is None else belonging(find_config(config), ipc)
+    if config is not None:
+        return belonging(find_config(config), ipc)
+    return published(source.name, ipc, method) if minutes is None and source.root is None else None
+
+
+def _plan(
+    source: Source, command: Mapping[str, Any], found: Survey, configs: Published | None
+) -> tuple[Plan | None, list[str]]:
+    """Plan a job, unless it takes its settings from configs; also return what is printed of it."""
+    counts = f"{found.train:,} training images, {found.test:,} test images, {found.classes} classes"
+    lines = [f"{source.title}: {counts}, {found.size} px, {'grey' if found.channels == 1 else 'colour'}"]
+    if configs is not None:
         lines.append(f"plan: the settings of {', '.join(path.stem for path in configs[:3] if path)}, as published")
-        return published_configs(configs, source, out, ipc=ipc, method=method), lines
-    budget = MINUTES if minutes is None else minutes
+        return None, lines
+    budget = MINUTES if command["minutes"] is None else command["minutes"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan, estimate = make_plan(found, ipc, method, budget, device)
-    lines += [f"plan for {budget:g} minutes on {device_name()}:", *describe(plan, estimate, ipc * found.classes)]
-    return planned_configs(plan, source, out, ipc=ipc, method=method, seed=command["seed"]), lines
+    plan, estimate = make_plan(found, command["ipc"], command["method"], budget, device)
+    text = describe(plan, estimate, command["ipc"] * found.classes)
+    return plan, [*lines, f"plan for {budget:g} minutes on {device_name()}:", *text]
 
 
 def run_job(job: Comparison, out: Path, time_slice: TimeSlice) -> bool:
