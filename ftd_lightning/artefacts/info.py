@@ -57,11 +57,8 @@ def _named(value: Any) -> str:
     """Format a data set or a network: its name, and what else is known in brackets."""
     if not isinstance(value, dict):
         return phrase(value)
-    rest = {
-        key: item
-        for key, item in value.items()
-        if key not in ("name", "shapes", "parameters") and item not in (None, {}, "")
-    }
+    hidden = ("name", "shapes", "parameters")
+    rest = {key: item for key, item in value.items() if key not in hidden and item not in (None, {}, "")}
     options = rest.pop("options", {})
     return phrase(value.get("name")) + (f" ({phrase({**options, **rest})})" if rest or options else "")
 
@@ -115,8 +112,7 @@ def describe_set(path: Path) -> Description:
     metadata = {**synthetic.metadata, "class_names": names, "transform": synthetic.transform.describe()}
     soft = labels.ndim == 2
     counts = (labels.argmax(1) if soft else labels).bincount(minlength=len(names)).tolist()
-    step_size = synthetic.learning_rate
-    ema = synthetic.ema_images is not None
+    step_size, ema = synthetic.learning_rate, synthetic.ema_images is not None
     per_class = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     low, high = (float(value) for value in torch.aminmax(images))
     stored, trained_on = synthetic.image_counts

@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence  # noqa: TC003 -- the command line reads signatures when it runs
 from contextlib import suppress
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +31,13 @@ from ftd_lightning.studies.distill_plan import make_plan
 from ftd_lightning.studies.fit_names import WHERE, arguments_by_phase, data_options
 from ftd_lightning.studies.fit_steps import TimeSlice, device_name
 from ftd_lightning.studies.picture_sheet import set_picture
-from ftd_lightning.studies.plan import describe, say, survey
+from ftd_lightning.studies.plan import Plan, describe, say, survey
 from ftd_lightning.studies.published import belonging, published
 from ftd_lightning.studies.summary import keep_set, short_table, verdict, write_summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ftd_lightning.studies.comparison_plan import Comparison
+    from ftd_lightning.studies.published import Published
 
 MINUTES = 30.0  # of a plan for a folder, if none are given
 PLAN = "plan.json"
@@ -112,65 +111,95 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     """
     asked = {"source": source.name, "root": source.root, **command, "overrides": list(overrides)}
     content = _begin(out, asked)
+    configs = _published(source, command)
     if content is None:
-        given, read, lines = _plan(source, out, command, data_options(arguments_by_phase(overrides)["teacher"]))
-        content = {"command": asked, "read": read, "data": _described(read), "comparison": given(), "text": lines}
+        plan, read, lines = _plan(source, command, configs, data_options(arguments_by_phase(overrides)["teacher"]))
+        numbers = None if plan is None else asdict(plan)
+        content = {"command": asked, "read": read, "data": _described(read), "plan": numbers, "text": lines}
         write_json(out / PLAN, content)
     elif content.get("data") != _described(content.get("read", {})):
         raise InputError(f"{out}: the images of {source.title} have changed since it was begun; name another folder")
     print("\n".join(content["text"]), flush=True)
-    return of(content["comparison"], out / PLAN, [*UNMEASURED, *overrides], name="ftd distill")
+    # A config is a program: it is not taken from the folder, but written again from the plan's numbers.
+    options = {"ipc": command["ipc"], "method": command["method"]}
+    if configs is not None:
+        given = published_configs(configs, source, out, **options)
+    else:
+        given = planned_configs(_numbers(content, out / PLAN), source, out, **options, seed=command["seed"])
+    return of(given, out / PLAN, [*UNMEASURED, *overrides], name="ftd distill")
 
 
 def _described(read: Mapping[str, Any]) -> dict[str, Any]:
     """Describe images by their contents, as JSON holds it; they are decoded into the cache that the fits read."""
-    found: dict[str, Any] = json.loads(json.dumps(DistillationDataModule(**read).describe()))
+    options = {key: value for key, value in read.items() if key in WHERE}
+    found: dict[str, Any] = json.loads(json.dumps(DistillationDataModule(**options).describe()))
     return found
 
 
-def _plan(
-    source: Source, out: Path, command: Mapping[str, Any], options: dict[str, Any]
-) -> tuple[Callable[[], dict[str, Any]], dict[str, Any], list[str]]:
-    """Plan a job.
+def _numbers(content: Mapping[str, Any], file: Path) -> Plan:
+    """Return the plan that a file holds: numbers, and a strategy of augmentation.
 
-    Args:
-        source: the images.
-        out: the folder of the job.
-        command: as for :func:`plan_job`.
-        options: of the images, that are given.
-
-    Returns:
-        What writes its configs and gives its comparison, what reads the images as it does, and what is printed of it.
+    Raises:
+        InputError: for anything else.
     """
+    try:
+        plan = Plan(**content["plan"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file}: is not a plan; name another folder") from error
+    for name, value in asdict(plan).items():
+        if value is not None and not isinstance(value, str if name == "augment" else (int, float)):
+            raise InputError(f"{file}: is not a plan, its {name} is {value!r:.60}; name another folder")
+    return plan
+
+
+def _published(source: Source, command: Mapping[str, Any]) -> Published | None:
+    """Return the configs that a job takes its settings from; None where it is planned."""
     ipc, method, minutes, config = (command[key] for key in ("ipc", "method", "minutes", "config"))
     if config is not None and minutes is not None:
         raise InputError("--config names all settings; leave out --minutes, or --config")
+    if config is not None:
+        return belonging(find_config(config), ipc)
+    return published(source.name, ipc, method) if minutes is None and source.root is None else None
+
+
+def _plan(
+    source: Source, command: Mapping[str, Any], configs: Published | None, options: dict[str, Any]
+) -> tuple[Plan | None, dict[str, Any], list[str]]:
+    """Plan a job, unless it takes its settings from configs.
+
+    Args:
+        source: the images.
+        command: as for :func:`plan_job`.
+        configs: from which the settings are taken.
+        options: of the images, that are given.
+
+    Returns:
+        The plan, what reads the images as it does, and what is printed of it.
+    """
     options = {"dataset": source.name, **({"root": source.root} if source.root else {}), **options}
-    configs, val_fraction, asked = None, options.pop("val_fraction", None), options.get("image_size")
-    if config is not None or (minutes is None and source.root is None):
-        configs = published(source.name, ipc, method) if config is None else belonging(find_config(config), ipc)
+    val_fraction, asked = options.pop("val_fraction", None), options.get("image_size")
+    if configs is not None:
         own = read_config(configs.distill).get("data", {}).get("init_args", {})
         options = {"image_size": own.get("image_size"), "max_per_class": own.get("max_per_class"), **options}
         val_fraction = own.get("val_fraction", 0.1) if val_fraction is None else val_fraction
     data = DistillationDataModule(**{**options, "val_fraction": 0.0})
     found = survey(data, val_fraction, size_asked=asked is not None)
-    found.check_ipc(ipc)
+    found.check_ipc(command["ipc"])
     lines = say(source.title, source.root, data, found)
     read = {key: options[key] for key in WHERE if key in options}
     if configs is not None:
         lines.append(f"plan: the settings of {', '.join(path.stem for path in configs[:3] if path)}, as published")
-        return partial(published_configs, configs, source, out, ipc=ipc, method=method), read, lines
-    budget = MINUTES if minutes is None else minutes
+        return None, read, lines
+    budget = MINUTES if command["minutes"] is None else command["minutes"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan, estimate = make_plan(found, ipc, method, budget, device)
+    plan, estimate = make_plan(found, command["ipc"], command["method"], budget, device)
     size = plan.image_size
     told = data.census and data.census.resizing(size)
     if told or size != found.size:
         change = f"images are {'reduced' if size < found.size else 'enlarged'} to {size} x {size} px"
         lines.append(f"{told or change}; --data.image_size asks for another size")
-    lines += [f"plan for {budget:g} minutes on {device_name()}:", *describe(plan, estimate, ipc * found.classes)]
-    write = partial(planned_configs, plan, source, out, ipc=ipc, method=method, seed=command["seed"])
-    return write, {**read, "image_size": size}, lines
+    text = describe(plan, estimate, command["ipc"] * found.classes)
+    return plan, {**read, "image_size": size}, [*lines, f"plan for {budget:g} minutes on {device_name()}:", *text]
 
 
 def run_job(job: Comparison, out: Path, time_slice: TimeSlice) -> bool:

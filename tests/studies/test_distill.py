@@ -285,6 +285,26 @@ def test_anybodys_datasets_become_a_set(tiny, tmp_path):
     assert len(tiny) == 1
 
 
+def test_a_plan_holds_numbers_and_no_program(tiny, refused):
+    write_digits(Path("pictures"), count=5)
+    asked = {"ipc": 1, "method": "ftd", "minutes": 6.0, "config": None, "seed": 0}
+    file, config = Path("out/plan.json"), Path("out/configs/teacher.yaml")
+
+    def plan():
+        return command.plan_job(command.find_source("pictures"), Path("out"), asked, [])
+
+    rows = plan().rows
+    content, text = json.loads(file.read_text()), config.read_text()
+    file.write_text(json.dumps({**content, "comparison": {"evaluate": "canary.yaml"}}))
+    config.write_text(text.replace("ftd_lightning.FlatTeacher", "canary.Net"))
+    assert plan().rows == rows
+    assert config.read_text() == text
+    for value in ("canary.Net", {"class_path": "canary.Net"}):
+        file.write_text(json.dumps({**content, "plan": {**content["plan"], "width": value}}))
+        with refused("plan.json: is not a plan, its width is"):
+            plan()
+
+
 def test_published_settings_are_taken_for_a_name(tiny, capsys):
     job = command.plan_job(
         command.find_source("digits"),
