@@ -86,6 +86,11 @@ def test_fields_that_are_not_there_come_back_as_none(pictures, tmp_path):
     assert torch.equal(back.pictures(), pictures)
 
 
+def test_a_step_size_may_be_a_number(pictures, tmp_path):
+    SyntheticSet(pictures, torch.arange(6), step_size=0.02).save(tmp_path / "set")
+    assert SyntheticSet.load(tmp_path / "set").learning_rate == pytest.approx(0.02)
+
+
 def test_soft_labels_come_back(pictures, tmp_path):
     soft = torch.softmax(torch.randn(6, 3, generator=torch.Generator().manual_seed(2)), dim=1)
     back = there_and_back(SyntheticSet(pictures, soft), tmp_path / "set.safetensors")
