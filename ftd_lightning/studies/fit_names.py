@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -134,45 +135,44 @@ def _parser() -> LightningArgumentParser:
     return parser
 
 
-def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what decides no number."""
-    left = {key: value for key, value in settings.items() if key != "config"}
-    for part, without in NO_SETTING.items():
-        values = left.get(part)
-        if isinstance(values, dict) and part != "trainer":
-            inner = values.get("init_args")
-            if isinstance(inner, dict):
-                left[part] = {**values, "init_args": {k: v for k, v in inner.items() if k not in without}}
-        elif isinstance(values, dict):
-            left[part] = {key: value for key, value in values.items() if key not in without}
+def _deciding_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what decides no number, and how many teachers there are."""
+    left: dict[str, Any] = copy.deepcopy({key: value for key, value in settings.items() if key != "config"})
+    for part, without in {**NO_SETTING, "model": ("teachers",)}.items():
+        values = left.get(part) or {}
+        for key in without:
+            (values if part == "trainer" else values.get("init_args") or {}).pop(key, None)
     return left
 
 
+@cache
+def _resolved(config: Path, content: bytes, arguments: tuple[str, ...]) -> dict[str, Any] | None:
+    """Resolve settings; see :func:`resolved`. The content is what was read: a file may change."""
+    read_config(config)
+    try:
+        found: dict[str, Any] = _parser().parse_args(["--config", str(config), *arguments]).as_dict()
+    except Exception:  # whatever the import of somebody's class raises
+        return None
+    return found
+
+
+def resolved(config: Path, arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Return all settings of a fit as the parser resolves them, defaults included; not to be changed.
+
+    Returns:
+        None for settings that the parser refuses; the fit itself says why.
+
+    Raises:
+        InputError: for a config that cannot be read.
+    """
+    return _resolved(config, config.read_bytes(), tuple(arguments))
+
+
 class FitNames:
-    """Names the folders of fits. What it has read once, it does not read again."""
+    """Names the folders of fits. Images that were described once are not described again."""
 
     def __init__(self) -> None:
-        self._settings: dict[tuple[Path, tuple[str, ...]], dict[str, Any] | None] = {}
         self._images: dict[str, dict[str, Any] | None] = {}
-
-    def settings(self, config: Path, arguments: Sequence[str]) -> dict[str, Any] | None:
-        """Return all settings of a fit as the parser resolves them, defaults included.
-
-        Returns:
-            None for settings that the parser refuses; the fit itself says why.
-
-        Raises:
-            InputError: for a config that cannot be read.
-        """
-        key = config, tuple(arguments)
-        if key not in self._settings:
-            read_config(config)
-            try:
-                found = _parser().parse_args(["--config", str(config), *arguments]).as_dict()
-            except (ArgumentError, InputError):
-                found = None
-            self._settings[key] = found
-        return self._settings[key]
 
     def images(self, settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """Describe the contents of the images that a fit reads, where the name of the data set does not.
@@ -180,7 +180,7 @@ class FitNames:
         They are decoded into the cache that the fit reads.
 
         Args:
-            settings: as :meth:`settings` returns them.
+            settings: as :func:`resolved` returns them.
 
         Returns:
             None for a data set that its name describes, and for images that cannot be read; the fit says why.
@@ -207,15 +207,9 @@ class FitNames:
         Raises:
             InputError: for a config that cannot be read.
         """
-        resolved = self.settings(config, arguments)
-        spelling = None if resolved is not None else deciding(arguments)
-        settings = _without_places(read_config(config) if resolved is None else resolved)
-        model = settings.get("model")
-        if isinstance(model, dict) and isinstance(inner := model.get("init_args"), dict):
-            inner = {key: value for key, value in inner.items() if key != "teachers"}
-            settings["model"] = {**model, "init_args": inner}
-        what = [minor_version(), settings, spelling, self.images(resolved), depends]
-        text = json.dumps(what, sort_keys=True, default=str)
+        found = resolved(config, arguments)
+        settings = [read_config(config), list(arguments)] if found is None else _deciding_settings(found)
+        text = json.dumps([minor_version(), settings, self.images(found), depends], sort_keys=True, default=str)
         return f"{config.stem}_{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
