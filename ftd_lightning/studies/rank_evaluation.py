@@ -197,7 +197,7 @@ class RankEvaluation:
         """
         name, what = self._name(lesson, protocol, index)
         file = self.folder / f"{name}.json"
-        found = read_json(file).get("accuracy")
+        found: Any = read_json(file).get("accuracy")
         whole = isinstance(found, dict) and found.keys() == {"held_out", "test"}
         if not whole or (keep and not self._weights(name).is_file()):
             network = self.trained(lesson, protocol, index)
