@@ -115,8 +115,8 @@ class TrajectoryRecorder(Callback):
             raise InputError(f"{file}: recorded with another seed; name another folder or delete this one")
         if not self._resumed and self._complete(module) == plan.teachers:
             raise InputError(
-                f"{self.path}: holds the {plan.teachers} teachers of {plan.epochs} epochs already; ask for more or "
-                "name another folder"
+                f"{self.path}: holds all {plan.teachers} teachers of {plan.epochs} epochs already; resume with "
+                "ckpt_path and a larger number, or name another folder"
             )
 
     def _gather(self) -> None:
@@ -267,11 +267,11 @@ class TrajectoryRecorder(Callback):
             plan, complete = pl_module.teacher_progress(), self._complete(pl_module)
             if complete < plan.teachers:
                 rank_zero_warn(
-                    f"{self.path}: {complete} of {plan.teachers} teachers of {plan.epochs} epochs are recorded, as "
-                    "something ended the fit before: resume it with ckpt_path"
+                    f"{self.path}: {complete} of {plan.teachers} teachers of {plan.epochs} epochs are recorded: "
+                    "the fit ended early; resume it with ckpt_path for the rest"
                 )
-        count = len(list(self._recorded()))
-        rank_zero_info(f"wrote {self.path}: {count} teacher{'s' * (count != 1)}")
+        if count := len(list(self._recorded())):
+            rank_zero_info(f"wrote {self.path}: {count} teacher{'s' * (count > 1)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the teacher of a foreign module that was killed after its last epoch: no training ends here."""

@@ -118,7 +118,7 @@ def test_a_store_of_other_settings_is_not_mixed_up(tmp_path: Path) -> None:
 
 def test_recorded_teachers_are_not_trained_again(tmp_path: Path, refused) -> None:
     folder = record(tmp_path, teachers=1, epochs=1)
-    with refused(f"{folder}: holds the 1 teachers of 1 epochs already"):
+    with refused(f"{folder}: holds all 1 teachers of 1 epochs already"):
         record(tmp_path, teachers=1, epochs=1)
     record(tmp_path, epochs=2)
     assert TrajectoryStore(folder).lengths == [2, 2]
