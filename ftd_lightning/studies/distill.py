@@ -116,9 +116,12 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         given, read, lines = _plan(source, out, command, data_options(arguments_by_phase(overrides)["teacher"]))
         content = {"command": asked, "read": read, "data": _described(read), "comparison": given(), "text": lines}
         write_json(out / PLAN, content)
-    elif content.get("data") != _described(content.get("read", {})):
-        raise InputError(f"{out}: the images of {source.title} have changed since it was begun; name another folder")
-    print("\n".join(content["text"]), flush=True)
+    else:
+        if content.get("data") != _described(content.get("read", {})):
+            raise InputError(
+                f"{out}: the images of {source.title} have changed since it was begun; name another folder"
+            )
+        print("\n".join(content["text"]), flush=True)
     return of(content["comparison"], out / PLAN, [*UNMEASURED, *overrides], name="ftd distill")
 
 
@@ -140,7 +143,7 @@ def _plan(
         options: of the images, that are given.
 
     Returns:
-        What writes its configs and gives its comparison, what reads the images as it does, and what is printed of it.
+        What writes its configs and gives its comparison, what reads the images as it does, and what was printed of it.
     """
     ipc, method, minutes, config = (command[key] for key in ("ipc", "method", "minutes", "config"))
     if config is not None and minutes is not None:
@@ -156,21 +159,24 @@ def _plan(
     found = survey(data, val_fraction, size_asked=asked is not None)
     found.check_ipc(ipc)
     lines = say(source.title, source.root, data, found)
+    print("\n".join(lines), flush=True)  # measuring takes a while
     read = {key: options[key] for key in WHERE if key in options}
     if configs is not None:
-        lines.append(f"plan: the settings of {', '.join(path.stem for path in configs[:3] if path)}, as published")
-        return partial(published_configs, configs, source, out, ipc=ipc, method=method), read, lines
+        settings = f"plan: the settings of {', '.join(path.stem for path in configs[:3] if path)}, as published"
+        print(settings, flush=True)
+        return partial(published_configs, configs, source, out, ipc=ipc, method=method), read, [*lines, settings]
     budget = MINUTES if minutes is None else minutes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan, estimate = make_plan(found, ipc, method, budget, device)
     size = plan.image_size
-    told = data.census and data.census.resizing(size)
+    told, planned = data.census and data.census.resizing(size), list[str]()
     if told or size != found.size:
         change = f"images are {'reduced' if size < found.size else 'enlarged'} to {size} x {size} px"
-        lines.append(f"{told or change}; --data.image_size asks for another size")
-    lines += [f"plan for {budget:g} minutes on {device_name()}:", *describe(plan, estimate, ipc * found.classes)]
+        planned.append(f"{told or change}; --data.image_size asks for another size")
+    planned += [f"plan for {budget:g} minutes on {device_name()}:", *describe(plan, estimate, ipc * found.classes)]
+    print("\n".join(planned), flush=True)
     write = partial(planned_configs, plan, source, out, ipc=ipc, method=method, seed=command["seed"])
-    return write, {**read, "image_size": size}, lines
+    return write, {**read, "image_size": size}, [*lines, *planned]
 
 
 def run_job(job: Comparison, out: Path, time_slice: TimeSlice) -> bool:
