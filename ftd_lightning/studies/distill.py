@@ -117,9 +117,12 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         numbers = None if plan is None else asdict(plan)
         content = {"command": asked, "read": read, "data": _described(read), "plan": numbers, "text": lines}
         write_json(out / PLAN, content)
-    elif content.get("data") != _described(content.get("read", {})):
-        raise InputError(f"{out}: the images of {source.title} have changed since it was begun; name another folder")
-    print("\n".join(content["text"]), flush=True)
+    else:
+        if content.get("data") != _described(content.get("read", {})):
+            raise InputError(
+                f"{out}: the images of {source.title} have changed since it was begun; name another folder"
+            )
+        print("\n".join(content["text"]), flush=True)
     # A config is a program: it is not taken from the folder, but written again from the plan's numbers.
     options = {"ipc": command["ipc"], "method": command["method"]}
     if configs is not None:
@@ -174,7 +177,7 @@ def _plan(
         options: of the images, that are given.
 
     Returns:
-        The plan, what reads the images as it does, and what is printed of it.
+        The plan, what reads the images as it does, and what was printed of it.
     """
     options = {"dataset": source.name, **({"root": source.root} if source.root else {}), **options}
     val_fraction, asked = options.pop("val_fraction", None), options.get("image_size")
@@ -186,20 +189,24 @@ def _plan(
     found = survey(data, val_fraction, size_asked=asked is not None)
     found.check_ipc(command["ipc"])
     lines = say(source.title, source.root, data, found)
+    print("\n".join(lines), flush=True)  # measuring takes a while
     read = {key: options[key] for key in WHERE if key in options}
     if configs is not None:
-        lines.append(f"plan: the settings of {', '.join(path.stem for path in configs[:3] if path)}, as published")
-        return None, read, lines
+        settings = f"plan: the settings of {', '.join(path.stem for path in configs[:3] if path)}, as published"
+        print(settings, flush=True)
+        return None, read, [*lines, settings]
     budget = MINUTES if command["minutes"] is None else command["minutes"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan, estimate = make_plan(found, command["ipc"], command["method"], budget, device)
     size = plan.image_size
-    told = data.census and data.census.resizing(size)
+    told, planned = data.census and data.census.resizing(size), list[str]()
     if told or size != found.size:
         change = f"images are {'reduced' if size < found.size else 'enlarged'} to {size} x {size} px"
-        lines.append(f"{told or change}; --data.image_size asks for another size")
+        planned.append(f"{told or change}; --data.image_size asks for another size")
     text = describe(plan, estimate, command["ipc"] * found.classes)
-    return plan, {**read, "image_size": size}, [*lines, f"plan for {budget:g} minutes on {device_name()}:", *text]
+    planned += [f"plan for {budget:g} minutes on {device_name()}:", *text]
+    print("\n".join(planned), flush=True)
+    return plan, {**read, "image_size": size}, [*lines, *planned]
 
 
 def run_job(job: Comparison, out: Path, time_slice: TimeSlice) -> bool:
