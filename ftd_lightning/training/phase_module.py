@@ -120,7 +120,7 @@ class PhaseModule(LightningModule):
         """
         if weights_only and "network" not in kwargs:
             refuse_own_network(checkpoint_path)
-        options = {"hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
+        options: dict[str, Any] = {"hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
         # Without an instantiator of the command line, which would import the class paths that the file names.
         return super().load_from_checkpoint(checkpoint_path, map_location, **options, _instantiator=None, **kwargs)
 
