@@ -258,6 +258,9 @@ def test_configs_lists_prints_and_copies(here: Path, capsys) -> None:
     assert Path("own/mine.yaml").read_text() == text
     code, line = refusal_of_ours(capsys, "configs", "digits/teacher_mtt", "--to", "own/mine.yaml")
     assert (code, line) == (1, "ftd: error: own/mine.yaml: is there already; name another file")
+    Path("latin.yaml").write_bytes("# é\n".encode("latin-1"))
+    code, line = refusal_of_ours(capsys, "configs", "latin.yaml")
+    assert (code, "is not UTF-8" in line) == (1, True)
     code, line = refusal_of_ours(capsys, "configs", "digits/teacher_mt")
     assert (code, line.partition("; ")[2][:32]) == (1, "did you mean digits/teacher_mtt,")
 

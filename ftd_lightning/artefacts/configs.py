@@ -8,7 +8,7 @@ from pathlib import Path  # noqa: TC003
 
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.errors import InputError
-from ftd_lightning.shipped_configs import find_config, shipped_names
+from ftd_lightning.shipped_configs import find_config, read_config, shipped_names
 
 
 def _title(name: str) -> str:
@@ -34,7 +34,9 @@ def configs(*, name: str | None = None, to: Path | None = None) -> None:
         for shipped in shipped_names():
             print(f"{shipped:<{width}}  {_title(shipped)}")
         return
-    text = find_config(name).read_text(encoding="utf-8")
+    file = find_config(name)
+    read_config(file)  # refuses what is not UTF-8
+    text = file.read_text(encoding="utf-8")
     if to is None:
         sys.stdout.write(text)
         return
