@@ -46,8 +46,7 @@ class TrajectoryRecorder(Callback):
     grow with them and a resumed run finds the earlier ones. The teacher's file appears whole, at the end of its last
     epoch. An epoch that was cut short by a limit of the trainer is never recorded; epochs that are short on purpose
     (``limit_train_batches``) are, and ``batches_per_epoch`` in the metadata says so. A teacher that an EarlyStopping
-    ends is recorded with the epochs it had. A fit whose teachers are all recorded already is
-    refused.
+    ends is recorded with the epochs it had. A fit whose teachers are all recorded already is refused.
 
     Several processes write into one folder; on several nodes that share no disk into one on each node, with the same
     name. What lies in those is gathered when a fit begins and when it ends: every node then has the whole store.
@@ -115,8 +114,8 @@ class TrajectoryRecorder(Callback):
             raise InputError(f"{file}: recorded with another seed; name another folder or delete this one")
         if not self._resumed and self._complete(module) == plan.teachers:
             raise InputError(
-                f"{self.path}: holds the {plan.teachers} teachers of {plan.epochs} epochs already; ask for more or "
-                "name another folder"
+                f"{self.path}: holds all {plan.teachers} teachers of {plan.epochs} epochs already; raise the number of "
+                "teachers, or name another folder"
             )
 
     def _gather(self) -> None:
@@ -267,8 +266,8 @@ class TrajectoryRecorder(Callback):
             plan, complete = pl_module.teacher_progress(), self._complete(pl_module)
             if complete < plan.teachers:
                 rank_zero_warn(
-                    f"{self.path}: {complete} of {plan.teachers} teachers of {plan.epochs} epochs are recorded, as "
-                    "something ended the fit before: resume it with ckpt_path"
+                    f"{self.path}: the fit ended with {complete} of {plan.teachers} teachers of {plan.epochs} epochs "
+                    "recorded; resume it with ckpt_path"
                 )
         count = len(list(self._recorded()))
         rank_zero_info(f"wrote {self.path}: {count} teacher{'s' * (count != 1)}")

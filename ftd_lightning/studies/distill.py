@@ -117,7 +117,9 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         numbers = None if plan is None else asdict(plan)
         content = {"command": asked, "read": read, "data": _described(read), "plan": numbers, "text": lines}
         write_json(out / PLAN, content)
-    elif content.get("data") != _described(content.get("read", {})):
+    elif not isinstance(read := content.get("read"), dict):
+        raise InputError(f"{out / PLAN}: is not a plan of this version; name another folder")
+    elif content.get("data") != _described(read):
         raise InputError(f"{out}: the images of {source.title} have changed since it was begun; name another folder")
     print("\n".join(content["text"]), flush=True)
     # A config is a program: it is not taken from the folder, but written again from the plan's numbers.
@@ -174,7 +176,7 @@ def _plan(
         options: of the images, that are given.
 
     Returns:
-        The plan, what reads the images as it does, and what is printed of it.
+        The plan, the options that read its images, and the lines to print.
     """
     options = {"dataset": source.name, **({"root": source.root} if source.root else {}), **options}
     val_fraction, asked = options.pop("val_fraction", None), options.get("image_size")
