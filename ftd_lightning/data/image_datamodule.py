@@ -18,6 +18,8 @@ from ftd_lightning.data.transform import Standardization
 from ftd_lightning.data.whitening_cache import cached_whitening
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ftd_lightning.contracts import Images, ImageTransform, Part
     from ftd_lightning.data.census import Census
 
@@ -76,10 +78,14 @@ class ImageDataModule(LightningDataModule):
             return self.spec.census
         return take_folder_census(self._request) if self.hparams["dataset"] == "folder" else None
 
+    @cached_property
+    def _folder_labels(self) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+        return folder_labels(self._request)
+
     def count(self, name: Part) -> list[int]:
         """Count the images of each class in a part, in label order; those of a "folder" are not decoded for it."""
         if self._real is None and self.hparams["dataset"] == "folder":
-            names, labels = folder_labels(self._request)
+            names, labels = self._folder_labels
             source, index = choose(labels, **self._split_options)[name]
             return labels[source][index].bincount(minlength=len(names)).tolist()
         return self._read().labels(name).bincount(minlength=self.num_classes).tolist()
