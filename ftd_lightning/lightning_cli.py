@@ -50,10 +50,10 @@ def _with_defaults(configured: Any, defaults: Mapping[type, Any]) -> list[Any]:
 
 
 def check_checkpoint(path: str, model: str | None = None) -> None:
-    """Refuse a file that is no checkpoint of such a module, before anything is begun.
+    """Refuse a file that is not a checkpoint of the module, before anything is begun.
 
     Args:
-        path: what follows ``--ckpt_path``. The file of "last", and remote ones, are checked when the fit reads them.
+        path: the value of ``--ckpt_path``. The file of "last", and remote ones, are checked when the fit reads them.
         model: class path of the module that it is for.
 
     Raises:
@@ -89,7 +89,7 @@ class FTDCLI(LightningCLI):
     """LightningCLI with this library's defaults; everything else is as in Lightning's documentation."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Expand "~" in paths; check what Lightning would fail on with a traceback."""
+        """Expand "~" in paths; check values on which Lightning would fail with a traceback."""
         super().parse_arguments(parser, args)
         self.config = with_home(self.config)
         config = self.config.get(self.config.get("subcommand") or "") or self.config
@@ -106,7 +106,7 @@ class FTDCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what only records, and atomic checkpoints, unless the config has its own."""
         if self.subcommand not in (None, "fit"):
-            self.save_config_callback = None  # config.yaml beside the logs is that of the fit
+            self.save_config_callback = None  # config.yaml beside the logs belongs to the fit
         config = self._get(self.config_init, "trainer", default={})
         kwargs["callbacks"] = _with_defaults(config.get("callbacks"), self._recording(config))
         kwargs["plugins"] = _with_defaults(config.get("plugins"), {CheckpointIO: AtomicCheckpointIO()})

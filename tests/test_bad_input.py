@@ -339,11 +339,11 @@ CHECKPOINTS = {
     "code": (saved(Bomb()), "bad.ckpt", "would run code when read"),
     "another dictionary": (saved({"a": 1}), "bad.ckpt", "is not a checkpoint of Lightning"),
     "a tensor": (saved(torch.zeros(3)), "bad.ckpt", "is not a checkpoint of Lightning"),
-    "text": (lambda path: path.write_text("checkpoint"), "bad.ckpt", "no checkpoint that can be read"),
+    "text": (lambda path: path.write_text("checkpoint"), "bad.ckpt", "cannot be read as a checkpoint"),
     "half a file": (
         lambda path: (saved({"state_dict": {}})(path), path.write_bytes(path.read_bytes()[:200])),
         "bad.ckpt",
-        "no checkpoint that can be read",
+        "cannot be read as a checkpoint",
     ),
 }
 TEACH = [

@@ -297,7 +297,7 @@ def test_early_stopping_ends_a_teacher_and_keeps_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("callback", "words"),
     [
-        (EarlyStopping("teacher/val_accuracy", mode="max"), "teacher/val_accuracy of a teacher against the best of"),
+        (EarlyStopping("teacher/val_accuracy", mode="max"), "teacher/val_accuracy of a teacher with the best of"),
         (StochasticWeightAveraging(0.1, swa_epoch_start=1), "average weights of different teachers"),
     ],
 )
@@ -356,6 +356,7 @@ def test_paths_may_begin_with_the_home_folder(tmp_path: Path, trajectories: Path
     logger, keep = CSVLogger("~/logs", name="", version=""), ModelCheckpoint("~/checkpoints", save_last=True)
     options = {"logger": logger, "callbacks": [keep], "enable_checkpointing": True, "plugins": [AtomicCheckpointIO()]}
     make_trainer("~/fit", max_steps=1, **options).fit(small_matching("~/store"), datamodule=small_data())
+    assert TrajectoryMatching.load_from_checkpoint("~/checkpoints/last.ckpt").iterations == 1
     SyntheticSet.load("~/logs/set.safetensors").save("~/again.safetensors")
     assert SyntheticSet.read_metadata("~/again.safetensors")["iterations"] == 1
     callbacks = [TrajectoryRecorder("~/own"), SyntheticSetWriter("~/own.safetensors")]

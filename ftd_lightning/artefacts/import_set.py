@@ -56,8 +56,8 @@ def read_labels(path: Path, count: int, num_classes: int, *, soft: Soft = "proba
         path: see :func:`read_tensor`.
         count: N, the number of images.
         num_classes: K.
-        soft: what soft labels are: "logits" before a softmax, as some code keeps learned labels, or "targets" of a
-            regression, any finite values.
+        soft: the kind of soft labels: "probabilities", "logits" before a softmax, as some code keeps learned labels, or
+            "targets" of a regression, any finite values.
 
     Returns:
         (N,) int64, or (N, K) float32: targets, or else probabilities.
@@ -89,8 +89,8 @@ def read_labels(path: Path, count: int, num_classes: int, *, soft: Soft = "proba
         return labels
     if float(labels.min()) < 0 or not torch.allclose(labels.sum(1), torch.ones(count), atol=1e-3):
         raise InputError(
-            f"{path}: rows are no probabilities (>= 0, sum 1); pass --logits for scores before a softmax, or --targets "
-            "for those of a regression (KIP, FRePo, RFAD)"
+            f"{path}: rows are not probabilities (>= 0, sum 1); pass --logits for scores before a softmax, or "
+            "--targets for regression targets (KIP, FRePo, RFAD)"
         )
     return labels
 
@@ -187,7 +187,7 @@ def import_set(
         whitened: ZCA of the data set's training images was applied; it is fitted once and cached.
         standardized: the data set's mean was subtracted and its std divided by.
         pictures: the images are in [0, 1], or uint8; they are standardised here, because networks see such images.
-        soft: what soft labels are; --logits (apply the softmax) and --targets (of a regression) are short for it.
+        soft: the kind of soft labels; --logits (apply the softmax) and --targets (of a regression) are short for it.
         class_names: order of the labels, if not the data set's own.
         root: folder of the data set.
         zca_eps: of the whitening.

@@ -19,12 +19,12 @@ class FitCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save what is due, or the last step."""
+        """Save when it is due, and after the last step of a fit that a signal ends."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._save_at_signal(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what is due, or the last epoch."""
+        """Save when it is due, and after the last epoch of a fit that a signal ends."""
         super().on_train_epoch_end(trainer, pl_module)
         self._save_at_signal(trainer)
 

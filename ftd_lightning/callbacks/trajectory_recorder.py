@@ -46,8 +46,7 @@ class TrajectoryRecorder(Callback):
     grow with them and a resumed run finds the earlier ones. The teacher's file appears whole, at the end of its last
     epoch. An epoch that was cut short by a limit of the trainer is never recorded; epochs that are short on purpose
     (``limit_train_batches``) are, and ``batches_per_epoch`` in the metadata says so. A teacher that an EarlyStopping
-    ends is recorded with the epochs it had. A fit whose teachers are all recorded already is
-    refused.
+    ends is recorded with the epochs it had. A fit whose teachers are all recorded already is refused.
 
     Several processes write into one folder; on several nodes that share no disk into one on each node, with the same
     name. What lies in those is gathered when a fit begins and when it ends: every node then has the whole store.

@@ -11,22 +11,22 @@ from ftd_lightning.errors import InputError
 def cache_folder(cache_dir: str | Path | None) -> Path:
     """Return ``cache_dir``, or this library's folder in the user's cache, ``XDG_CACHE_HOME`` or ``~/.cache``.
 
-    Never the folder of the images: what else reads that would take it for a class.
+    Never the folder of the images: other readers of that folder would take a cache for a class.
     """
     folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ftd_lightning"
     return Path(folder).expanduser()
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Refuse what takes more memory than the machine has.
+    """Refuse work that takes more memory than the machine has.
 
     Args:
         needed: bytes.
-        what: takes them.
-        remedy: says what to do instead.
+        what: the work, for the message.
+        remedy: a way out, for the message.
 
     Raises:
-        InputError: where it is more. Nothing is checked on Windows, which does not tell.
+        InputError: if it does. Nothing is checked on Windows, which does not report its memory this way.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
     if needed > memory:

@@ -1,4 +1,4 @@
-"""What the image files of a folder are, counted from their headers."""
+"""A census of the image files of a folder, by their headers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Census:
     size: int
 
     def lines(self) -> list[str]:
-        """Say it in a line, and in a second one where something is done to the files.
+        """Describe the files in one line, and in a second one how they are changed, if they are.
 
         Example:
             >>> sizes, classes = {(64, 48): 3, (32, 32): 2}, {"cat": 4, "dog": 1}

@@ -91,7 +91,7 @@ class DistillationDataModule(ImageDataModule):
             another datamodule in its images, at its first use: it and what follows from it (``num_classes``,
             ``in_channels``, ``image_size``, ``class_names``) need ``prepare_data``, or do its downloading and decoding.
         synthetic_set: what ``synthetic`` named, after ``setup``, or None.
-        census: what the files of a "folder" are, by their headers; None for other data sets.
+        census: counts over the files of a "folder", by their headers; None for other data sets.
     """
 
     def __init__(

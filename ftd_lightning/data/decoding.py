@@ -99,9 +99,9 @@ def is_deep(image: Image.Image) -> bool:
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """Return what turns an image upright by its EXIF orientation; None for an upright one, or unreadable EXIF."""
     try:
-        # The base class's: that of a PNG decodes the file to look for an orientation behind the pixels.
+        # Of the base class: PngImageFile.getexif decodes the whole file, to look for EXIF behind the pixels.
         return TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
-    except Exception:  # whatever broken EXIF makes Pillow raise; the image itself may be sound
+    except Exception:  # Pillow raises many kinds for broken EXIF; the image itself may be sound
         return None
 
 

@@ -95,7 +95,7 @@ def _parts(root: Path, fraction: float) -> tuple[tuple[str, ...], dict[str, Part
 
 
 class _Header(NamedTuple):
-    """What the header of an image file says; see :class:`Census`."""
+    """The fields of an image file's header that a :class:`Census` counts."""
 
     size: tuple[int, int]
     mode: str
@@ -184,9 +184,9 @@ def find_folder(request: Request) -> ImageDataset:
     All parts have the same classes: the folders in alphabetical order, with any folders below. There is one channel if
     all training images are grey, else three; the size is the most common one of the training images (of its sides the
     shorter) if none is asked for; mean and std are those of all pixels of the training images. Images of 16 bits per
-    value are scaled by the largest value that one of them has, the "maximum" of descriptions. What was found goes into
-    descriptions, with a fingerprint of the decoded images, and one of those that ``val/`` gives as held out. GIFs,
-    hidden files and whatever else is no image are skipped and counted.
+    value are divided by their largest value, the "maximum" of descriptions. Descriptions contain all of this, a
+    fingerprint of the decoded images, and another of the held-out images of ``val/``. GIFs, hidden files and files that
+    are not images are skipped and counted.
 
     Raises:
         InputError: for another layout, a class that a part lacks or has no images of, an unreadable image, or a link

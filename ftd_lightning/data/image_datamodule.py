@@ -18,6 +18,8 @@ from ftd_lightning.data.transform import Standardization
 from ftd_lightning.data.whitening_cache import cached_whitening
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ftd_lightning.contracts import Images, ImageTransform, Part
     from ftd_lightning.data.census import Census
 
@@ -71,15 +73,19 @@ class ImageDataModule(LightningDataModule):
 
     @cached_property
     def census(self) -> Census | None:
-        """What the files of a "folder" are, by their headers: no image is decoded for it. None for other data sets."""
+        """Counts over the files of a "folder", by their headers, without decoding; None for other data sets."""
         if "spec" in self.__dict__:
             return self.spec.census
         return take_folder_census(self._request) if self.hparams["dataset"] == "folder" else None
 
+    @cached_property
+    def _folder_labels(self) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+        return folder_labels(self._request)
+
     def count(self, name: Part) -> list[int]:
-        """Count the images of each class in a part, in label order. None is transformed, none of a "folder" decoded."""
+        """Count the images of each class in a part, in label order; those of a "folder" are not decoded for it."""
         if self._real is None and self.hparams["dataset"] == "folder":
-            names, labels = folder_labels(self._request)
+            names, labels = self._folder_labels
             source, index = choose(labels, **self._split_options)[name]
             return labels[source][index].bincount(minlength=len(names)).tolist()
         return self._read().labels(name).bincount(minlength=self.num_classes).tolist()

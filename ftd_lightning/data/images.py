@@ -83,7 +83,7 @@ class ImageDataset:
         held_out: returns the pictures that are given as held out, and can be pickled; None: a share of the training
             part is held out.
         transform: where the "pictures" have gone through a transform already, that transform; else None.
-        census: what the files are, of a "folder"; else None.
+        census: counts over the files of a "folder"; None for other data sets.
     """
 
     class_names: tuple[str, ...]

@@ -99,7 +99,7 @@ def _as_batches(batches: Iterable[Any], part: str) -> Iterator[Batch]:
 
 
 def _in_order(loader: Any, part: str) -> DataLoader[Any] | None:
-    """Return a loader of the same images in the dataset's order, each once; None for what has no map-style dataset."""
+    """Return a loader of the same images in the dataset's order, each once; None without a map-style dataset."""
     # Without a batch_sampler the dataset's items are batches.
     if (
         not isinstance(loader, DataLoader)

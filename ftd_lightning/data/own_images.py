@@ -238,7 +238,7 @@ def describe_images(
         val: those that are held out; None: a share of the training images is.
         class_names: K names; None numbers the classes.
         transform: what the images have gone through already.
-        maximum: what they have been divided by already.
+        maximum: divisor that has been applied to images of 16 bits; None: there was none.
 
     Raises:
         InputError: for labels other than 0 .. K-1, a class without a training image, or parts of different shapes.

@@ -88,8 +88,8 @@ def choose(
     Args:
         labels: of "train", "test" and, where images are given as held out, "val".
         val_fraction: as for :class:`RealImages`.
-        max_per_class: likewise.
-        seed: likewise.
+        max_per_class: as for :class:`RealImages`.
+        seed: as for :class:`RealImages`.
 
     Returns:
         By part, the key of ``labels`` that its images come from, and their indices there, ascending.

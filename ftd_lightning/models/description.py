@@ -44,8 +44,8 @@ def parameter_shapes(description: Mapping[str, Any]) -> Shapes:
     Those of version 0.1's "shapes" come in the order of their names.
 
     Raises:
-        InputError: for what is no description, or a network of this library that cannot be built. Any other is never
-            imported.
+        InputError: for values that do not describe a network, or a network of this library that cannot be built.
+            Another network is never imported.
 
     Example:
         >>> parameter_shapes(describe_network(torch.nn.Linear(2, 3)))
@@ -71,7 +71,7 @@ def parameter_shapes(description: Mapping[str, Any]) -> Shapes:
 def same_network(a: Any, b: Any) -> bool:
     """Tell whether the weights of one network fit the other: their parameters' names, shapes and order are the same.
 
-    A prefix that all names of one have, as those of a network within a LightningModule, is no difference.
+    A prefix of all names, such as a LightningModule adds to its network's, makes no difference.
 
     Args:
         a: a description, or anything else that JSON holds, which is only the same as itself.
@@ -100,7 +100,7 @@ def same_network(a: Any, b: Any) -> bool:
 
 
 def _unwrapped(shapes: Shapes) -> Shapes:
-    """Drop what a module around a network adds to its parameters' names: a prefix of all, or torch.compile's."""
+    """Drop a prefix that all names share, and the prefixes of torch.compile."""
     names = [name.replace("_orig_mod.", "") for name, _ in shapes]
     while len({name.partition(".")[0] for name in names}) == 1 and all("." in name for name in names):
         names = [name.partition(".")[2] for name in names]

@@ -74,8 +74,8 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Sequential):
     """A 3x3 convolution, norm and ReLU, four stages of two basic blocks, the mean over the map, a linear layer.
 
-    Convention: convolutions have no bias, whatever the norm. Both variants are those of DC and MTT at 32 px, and at
-    28 px with one channel, to which their code is tied; here the linear layer follows the image size.
+    Convention: convolutions have no bias, whatever the norm. At 32 px, and at 28 px with one channel, both variants
+    equal the networks of DC and MTT, whose code takes no other size; here the linear layer follows the image size.
 
     Args:
         in_channels: C of the images.

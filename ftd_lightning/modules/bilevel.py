@@ -28,6 +28,8 @@ from ftd_lightning.training.inner_labels import InnerLabels
 from ftd_lightning.training.plain_arguments import inner_optimizer, matching_rules, not_plain, plain
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch.optim import Optimizer
 
     from ftd_lightning.data.synthetic_set import SyntheticSet
@@ -69,8 +71,8 @@ class BilevelDistillation(StudentDistillation):
         batch_real: real images per network and iteration.
         lr_images: learning rate of the pixels.
         lr_step_size: learning rate of the step sizes; 0 keeps them, without a gradient.
-        clip: clip the images' gradient at so many times its norm's moving average (decay 0.9), and that of learned
-            labels likewise with an average of its own; None does not clip.
+        clip: clip the gradients of images and of learned labels, each at so many times the moving average of its own
+            norm (decay 0.9); None does not clip.
         rules: a ``LabelRule`` that learns, a ``LossGate``, image weights; those that ask teachers are refused.
         augment: of synthetic and of real images: an ``Augmentation``, its fields as a mapping, or a strategy.
         networks_per_step: networks per iteration on each rank, whose losses are averaged.
@@ -239,6 +241,12 @@ class BilevelDistillation(StudentDistillation):
                 if name in (learned := self.learned()) and (gradient := learned[name].grad) is not None:
                     clip_by_average(gradient, average, factor=self.hparams["clip"])
         super().on_before_optimizer_step(optimizer)
+
+    def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
+        """Continue to count; refuse a checkpoint of version 0.2, which clipped by another norm."""
+        super().restore(state, checkpoint)
+        if "gradient_average" in checkpoint["state_dict"]:
+            raise InputError("the checkpoint is of version 0.2, which clipped by another norm; begin this fit anew")
 
     @property
     def method(self) -> str:

@@ -93,12 +93,12 @@ class ClassMatching(Distillation):
     ) -> Iterator[Tensor]:
         """Draw ``count`` (else ``batch_real``) real images of each class without replacement; all, if it has fewer.
 
-        Every rank draws images of its own, or, with ``on_all_ranks``, the same ones.
+        Every rank draws other images, unless ``on_all_ranks``.
 
         Args:
-            keys: what the draw is for.
+            keys: of the draw; equal keys give equal images.
             count: of each class.
-            on_all_ranks: see above.
+            on_all_ranks: draw the same images on every rank.
 
         Yields:
             (n, C, H, W) of class 0, then of class 1, and so on, on the device, in the trainer's precision.

@@ -106,7 +106,7 @@ class FlatTeacher(PhaseModule):
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
         self.augment = Augmentation.of(augment)
         augment, network_options = plain(self.augment), plain(network_options)
-        # What a resumed fit may change: the number of teachers may grow.
+        # Left out because a resumed fit may change them: the number of teachers may grow.
         self.save_hyperparameters(ignore=["teachers", "compile", *not_plain(network)])
         self.automatic_optimization = False
         self.teachers = teachers

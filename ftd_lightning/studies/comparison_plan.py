@@ -123,7 +123,7 @@ class Comparison:
         return FitStep(f"teachers {name}", config, folder, (*arguments, *number), finished, target=count)
 
     def store(self, row: Row) -> tuple[Path, Any] | None:
-        """Say where a row's teachers lie, and what they are, as JSON holds it; None where it has none."""
+        """Return the folder of a row's teachers, and their identity as JSON holds it; None without teachers."""
         name = row.given.get("teachers")
         if name is None:
             return None

@@ -46,7 +46,7 @@ def _has_differences(results: Mapping[str, Any]) -> bool:
 
 
 def test_part(results: Mapping[str, Any]) -> list[str]:
-    """Say on how many test images accuracies were measured, and what chance gives.
+    """Give the number of test images, the uncertainty that follows from it, and the accuracy of chance.
 
     Example:
         >>> test_part({"rows": [{"test_images": 4, "chance": 0.5}, {"state": "to do"}]})

@@ -118,7 +118,9 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         content = {"command": asked, "read": read, "data": _described(read), "plan": numbers, "text": lines}
         write_json(out / PLAN, content)
     else:
-        if content.get("data") != _described(content.get("read", {})):
+        if not isinstance(read := content.get("read"), dict):
+            raise InputError(f"{out / PLAN}: is not a plan of this version; name another folder")
+        if content.get("data") != _described(read):
             raise InputError(
                 f"{out}: the images of {source.title} have changed since it was begun; name another folder"
             )
@@ -177,7 +179,7 @@ def _plan(
         options: of the images, that are given.
 
     Returns:
-        The plan, what reads the images as it does, and what was printed of it.
+        The plan, the options that read its images, and the lines that were printed.
     """
     options = {"dataset": source.name, **({"root": source.root} if source.root else {}), **options}
     val_fraction, asked = options.pop("val_fraction", None), options.get("image_size")

@@ -228,7 +228,6 @@ def make_plan(found: Survey, ipc: int, method: str, minutes: float, device: torc
     """
     if method not in METHODS:
         raise InputError(f"--method {method}: plans are made for {' and '.join(METHODS)}; --config takes any other")
-    found.check_ipc(ipc)
     measured: dict[Sizes, Costs] = {}
     for image_size in planned_sizes(found, device):
         sizes = _sizes_of(found, ipc, image_size, device)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PHASES = ("teacher", "distill", "evaluate")
 # Data sets whose name does not say which images they hold. Others are published archives.
 BY_CONTENTS = {"folder", "images", *SUBSETS}
-WHERE = ("dataset", "root", "image_size", "test_fraction", "cache_dir")  # what finds the images
+WHERE = ("dataset", "root", "image_size", "test_fraction", "cache_dir")  # options that find the images
 # What may differ between two runs that are to give the same numbers.
 NO_SETTING = {
     "data": ("root", "download", "on_device", "num_workers", "cache_dir"),
@@ -125,7 +125,7 @@ def minor_version() -> str:
 
 @cache
 def _parser() -> LightningArgumentParser:
-    """Build the parser of ``ftd fit``, without what is of one run only."""
+    """Build the parser of ``ftd fit``, without options of a single run, such as ``--ckpt_path``."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_argument("--seed_everything", type=bool | int, default=0)
@@ -136,7 +136,7 @@ def _parser() -> LightningArgumentParser:
 
 
 def _deciding_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what decides no number, and how many teachers there are."""
+    """Leave out settings that decide no number, and the number of teachers."""
     left: dict[str, Any] = copy.deepcopy({key: value for key, value in settings.items() if key != "config"})
     for part, without in {**NO_SETTING, "model": ("teachers",)}.items():
         values = left.get(part) or {}
@@ -151,7 +151,7 @@ def _resolved(config: Path, content: bytes, arguments: tuple[str, ...]) -> dict[
     read_config(config)
     try:
         found: dict[str, Any] = _parser().parse_args(["--config", str(config), *arguments]).as_dict()
-    except Exception:  # whatever the import of somebody's class raises
+    except Exception:  # the import of a user's class can raise anything
         return None
     return found
 

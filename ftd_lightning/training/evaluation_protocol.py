@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from ftd_lightning.contracts import TrainingSet
     from ftd_lightning.functional.compiling import Compile
 
-REAL_STEPS = 360  # of SGD on real images at least, or networks are not trained to their end; 60 epochs of the digits
-
-
+REAL_STEPS = 360  # fewer SGD steps on real images leave networks short of their accuracy; 60 epochs of the digits
 DEFAULT_LR = 0.01  # of this line's code, for sets without a learned step size
 
 

@@ -1,4 +1,4 @@
-"""Whether batches are of the images that a description, given beside them, says that they are."""
+"""Comparison of a training batch with the description of its images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 FEWEST = 8  # images; the pixels of fewer vary too much
 SAMPLED = 1000  # described images whose pixels are measured
 # Pixels in [0, 1] have a standard deviation of at most 0.5, standardised ones of about 1. Augmentation changes it less.
-MOST = 1 / 0.6
+TOLERANCE = 0.6
 
 
 def refuse_other_batch(batch: Any, described: DataSource) -> None:
     """Refuse a batch whose images contradict their description.
 
-    The images are of the described shape (C, H, W). Mean and standard deviation of their pixels are about those of the
-    described training images: the deviations differ by a factor below 1/0.6, the means by less than 0.6 deviations.
-    This tells images in [0, 1], or in [0, 255], from standardised ones, but not similar constants of a standardisation
-    from each other. Batches of fewer than 8 images, and those without an image tensor, are not checked.
+    The images have to have the described shape (C, H, W). Their pixels have to have nearly the mean and the standard
+    deviation of the described training images: the deviations may differ by a factor below 1/0.6, the means by less
+    than 0.6 deviations. This tells images in [0, 1], or in [0, 255], from standardised ones, but not two
+    standardisations by similar constants. Pixels of fewer than 8 images, and batches without an image tensor, are not
+    checked.
 
     Args:
         batch: of a training loader: a tensor (N, C, H, W), or a list or mapping with one.
@@ -47,11 +48,12 @@ def refuse_other_batch(batch: Any, described: DataSource) -> None:
     known = described.part("train").images
     known = known[:: -(-len(known) // SAMPLED)]
     (mean, std), (wanted, spread) = ((float(x.float().mean()), float(x.float().std())) for x in (images, known))
-    if not (spread / MOST < std < spread * MOST and abs(mean - wanted) < spread / MOST):
+    least = TOLERANCE * spread
+    if not (least < std < spread / TOLERANCE and abs(mean - wanted) < least):
         raise InputError(
             f"TrajectoryRecorder: data= describes images whose pixels have mean {wanted:.2f} and standard deviation "
             f"{spread:.2f}, but the first training batch has {mean:.2f} and {std:.2f}: give data= that describes the "
-            "loader's images, as they are normalised"
+            "loader's images with their normalisation"
         )
 
 

@@ -76,7 +76,7 @@ class FreshNetworks:
         if isinstance(self.network, str):
             assert self.shape is not None
             named = {"name": self.network, "options": self.options, **self.shape._asdict()}
-        # Whoever reads a file imports nothing, so it has to tell the parameters of other networks than the library's.
+        # No reader of a file imports a network, so files record the parameters of networks from elsewhere.
         return named if named.get("name") in NETWORKS else {**describe_network(self.architecture()), **named}
 
 

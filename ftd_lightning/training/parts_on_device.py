@@ -44,7 +44,7 @@ class PartsOnDevice:
         """Measure networks on held-out and on test images; a part without images is left out.
 
         Args:
-            networks: those of this rank, as ``ranks.own_share`` deals them out; left in the modes that they are in.
+            networks: of this rank, as ``ranks.own_share`` deals them out; their modes (training, evaluation) stay.
             count: how many there are on all ranks.
 
         Returns:

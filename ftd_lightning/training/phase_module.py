@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ftd_lightning.training.fresh_networks import Network
 
 KEY = "ftd_lightning"  # of what a checkpoint holds beside Lightning's own
-STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}  # what a verb calls
+STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}  # hooks that verbs call
 
 
 class PhaseModule(LightningModule):
@@ -173,11 +173,11 @@ class PhaseModule(LightningModule):
 
     @property
     def verbs(self) -> list[str]:
-        """What a trainer can do with this module: "fit", and "validate", "test", "predict" where it has their step."""
+        """Commands for this module: "fit", and "validate", "test" and "predict" where it has their step."""
         return ["fit", *(verb for verb, step in STEPS.items() if is_overridden(step, self))]
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add no callback; refuse what this module cannot do, in the first hook of all.
+        """Add no callback; refuse verbs that this module lacks, in the first hook that Lightning calls.
 
         Raises:
             InputError: for a verb that it lacks, with those that it has.
@@ -285,7 +285,7 @@ class PhaseModule(LightningModule):
     on_test_start = on_validation_start
 
     def on_predict_start(self) -> None:
-        """Refuse untrained modules, and several processes, each of which has networks of its own.
+        """Refuse untrained modules, and several processes, which have different networks.
 
         Raises:
             InputError: for either.

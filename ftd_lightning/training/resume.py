@@ -18,7 +18,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.models.registry import recorded_network
 
 Counts = dict[str, Any]
-# Of what Lightning writes; "state_dict" and the version are in every checkpoint.
+# Types of the entries that Lightning writes; "state_dict" and the version are in every checkpoint.
 KINDS: dict[str, type] = {
     "pytorch-lightning_version": str,
     "state_dict": dict,
@@ -43,13 +43,15 @@ def read_checkpoint(source: str | Path | IO[bytes], **options: Any) -> dict[str,
     Raises:
         InputError: for a file that is missing, broken or something else.
     """
-    if isinstance(source, (str, Path)) and not Path(source).is_file():
-        raise InputError(f"{source}: no such checkpoint")
+    if isinstance(source, (str, Path)):
+        source = Path(source).expanduser()
+        if not source.is_file():
+            raise InputError(f"{source}: no such checkpoint")
     try:
         content = torch.load(source, **{"map_location": "cpu", "weights_only": True, **options})
     except Exception as error:  # a foreign file can make torch raise anything
         raise InputError(
-            f"{source}: no checkpoint that can be read: it is broken, something else, or would run code when read"
+            f"{source}: cannot be read as a checkpoint: it is broken, something else, or would run code when read"
         ) from error
     if not isinstance(content, dict) or not {"pytorch-lightning_version", "state_dict"} <= content.keys():
         raise InputError(f"{source}: is not a checkpoint of Lightning")

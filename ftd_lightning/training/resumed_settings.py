@@ -1,4 +1,4 @@
-"""What a resumed fit shares with the fit that made its checkpoint: settings and images, except those listed here."""
+"""Comparison of a resumed fit with its checkpoint: settings and images have to be the same, except those listed."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def refuse_changes(
 def refuse_other_data(
     before: Mapping[str, Any], now: Mapping[str, Any], options: Mapping[str, Any], trainer: Trainer
 ) -> None:
-    """Refuse to go on with other images than a checkpoint's fit, or with another set in their place.
+    """Refuse to resume with other images, or with another set in their place.
 
     Args:
         before: "data" and "set" as the checkpoint holds them.
-        now: likewise, of the fit that resumes.
+        now: the same of the fit that resumes.
         options: the checkpoint's hyper-parameters of the datamodule.
         trainer: of the fit that resumes.
 

@@ -29,7 +29,8 @@ class StepGuard:
         in_a_row: number of them since the last finite one, likewise.
         gated: number of finite steps that were not accepted, likewise.
         gated_in_a_row: number of them since the last other one, likewise.
-        still_in_a_row: number of steps with a gradient of zero since the last other one, likewise; not in checkpoints.
+        still_in_a_row: number of steps with a gradient of zero since the last other one, on the device; not in
+            checkpoints.
         gates: whether something else than that decides on steps.
         applied: whether the present step is made, a bool scalar on the device.
     """

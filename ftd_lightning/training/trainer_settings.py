@@ -18,22 +18,22 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
 
 def refuse_callbacks(trainer: Trainer, *, several: bool) -> None:
-    """Refuse callbacks that take the teachers of a fit, one after the other, for one network.
+    """Refuse callbacks that treat the teachers of a fit, trained one after the other, as one network.
 
     Args:
         trainer: of the fit.
         several: whether a process trains several teachers.
 
     Raises:
-        InputError: for an EarlyStopping on what each teacher has for itself, or a StochasticWeightAveraging.
+        InputError: for an EarlyStopping on a metric of single teachers, or a StochasticWeightAveraging.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging):
             raise InputError("StochasticWeightAveraging would average weights of different teachers: leave it out")
         if several and isinstance(callback, EarlyStopping) and callback.monitor.startswith("teacher/"):
             raise InputError(
-                f"EarlyStopping holds {callback.monitor} of a teacher against the best of the teachers before it, and "
-                "ends the whole fit: leave it out, or fit one teacher"
+                f"EarlyStopping compares {callback.monitor} of a teacher with the best of earlier teachers, and ends "
+                "the whole fit: leave it out, or fit one teacher"
             )
 
 

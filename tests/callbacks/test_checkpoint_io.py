@@ -34,8 +34,8 @@ GOOD = {"pytorch-lightning_version": "2.6.4", "state_dict": {}}
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({**GOOD, "loops": Payload()}, "no checkpoint that can be read"),
-        (None, "no checkpoint that can be read"),
+        ({**GOOD, "loops": Payload()}, "cannot be read as a checkpoint"),
+        (None, "cannot be read as a checkpoint"),
         ([1], "is not a checkpoint of Lightning"),
         ({"state_dict": {}}, "is not a checkpoint of Lightning"),
         ({**GOOD, "state_dict": []}, "state_dict is a list"),

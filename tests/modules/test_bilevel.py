@@ -93,6 +93,15 @@ def test_a_network_without_gradient_ends_the_run(tmp_path, refused):
         distil(tmp_path, steps=12, network=NoGradient, network_options=None)
 
 
+def test_a_checkpoint_of_version_02_is_refused(tmp_path, refused):
+    distil(tmp_path, steps=1).trainer.save_checkpoint(tmp_path / "last.ckpt")
+    old = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    old["state_dict"]["gradient_average"] = old["state_dict"].pop("gradient_averages")[0]
+    torch.save(old, tmp_path / "last.ckpt")
+    with refused("the checkpoint is of version 0.2", "begin this fit anew"):
+        BilevelDistillation.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_methods_are_named_by_their_settings():
     names = {name: bilevel(**options).method for name, options in SETTINGS.items()}
     assert names == {"dd": "dd", "sldd": "dd+labels", "bptt": "bptt", "momentum": "bptt", "rat-bptt": "rat-bptt"}

@@ -77,7 +77,7 @@ def test_what_cannot_be_planned_is_refused(fixed_costs, refused):
     with refused("--method dm: plans are made for ftd and mtt"):
         make_plan(DIGITS, 1, "dm", 6, CPU)
     with refused("--ipc 130: class a has 129 training images that are not held out; give --ipc 129 at most"):
-        make_plan(DIGITS, 130, "ftd", 6, CPU)
+        DIGITS.check_ipc(130)
     with refused("--data.image_size 60: the ConvNet of a plan halves its images 4 times; give 64"):
         make_plan(CIFAR._replace(size=60, size_asked=True), 1, "ftd", 30, CPU)
 
@@ -299,6 +299,9 @@ def test_a_plan_holds_numbers_and_no_program(tiny, refused):
     config.write_text(text.replace("ftd_lightning.FlatTeacher", "canary.Net"))
     assert plan().rows == rows
     assert config.read_text() == text
+    file.write_text(json.dumps({"command": content["command"], "comparison": {}}))  # as version 0.2 wrote it
+    with refused("plan.json: is not a plan of this version"):
+        plan()
     for value in ("canary.Net", {"class_path": "canary.Net"}):
         file.write_text(json.dumps({**content, "plan": {**content["plan"], "width": value}}))
         with refused("plan.json: is not a plan, its width is"):
