@@ -293,6 +293,6 @@ def test_a_store_is_lengthened_by_the_same_fit_with_more_epochs(tmp_path: Path) 
         longer = TrajectoryStore(folder).trajectory(teacher)
         assert len(longer) == 4
         assert torch.equal(longer[:3], recorded)
-    with pytest.raises(InputError, match="holds the 2 teachers of 1 epochs already"):
+    with pytest.raises(InputError, match="holds all 2 teachers of 1 epochs already"):
         record(tmp_path, epochs=1, **options)
     assert len(TrajectoryStore(folder).trajectory(0)) == 4
