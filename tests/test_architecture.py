@@ -111,7 +111,6 @@ def test_functions_take_few_arguments():
 
 PUBLIC_OF_NAMEDTUPLE = {"_asdict", "_fields", "_replace", "_make"}
 PRIVATE = {  # what has no public form
-    "functional/to_device.py": {"network._apply"},  # Module.to, with a copy that does not wait
     "optim.py": {"torch._foreach_add_", "torch._foreach_copy_"},
     "peers.py": {"os._exit"},  # documented under this name
     "training/ranks.py": {"DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"},
