@@ -45,8 +45,8 @@ def _class_folders(folder: Path) -> list[Path]:
 def _split(part: Part, folders: Sequence[Path], fraction: float) -> tuple[Part, Part]:
     """Cut off the test part, the same share of every class, at least one image.
 
-    Which ones is decided by each file's name alone: not by a seed, because the test images of one run must not be among
-    the training images of another, nor by the other files, so that a new image leaves the others where they are.
+    A hash of each file's name decides which ones, not a seed: the test images of one run must not be among the training
+    images of another. A new image moves at most one other of its class into the test part or out of it.
     """
     train, test = Part([], []), Part([], [])
     for label, folder in enumerate(folders):

@@ -130,7 +130,7 @@ def test_the_other_of_two_folders_is_the_test_part(both):
     assert as_test.val.labels.tolist() == [0, 1, 2]
 
 
-def test_one_more_image_leaves_the_others_where_they_are(flat, image_folder):
+def test_one_more_image_moves_one_other_at_most(flat, image_folder):
     before = ready(flat)
     train, test = keys(before.train, before), keys(before.test, before)
     with Image.open(flat / "bee" / "bee_0.png") as image:
