@@ -180,7 +180,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*manual optimization and every_n_train_steps.*")
 @pytest.mark.filterwarnings("ignore:.*ends this fit before.*")
-@pytest.mark.filterwarnings("ignore:.*the fit ended with .* recorded.*")
+@pytest.mark.filterwarnings("ignore:.*the fit ended before the others.*")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_few_stops(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
     stops = [*FEW, (2, "max_steps", 7), ("end", "max_steps", 8)]
@@ -193,7 +193,7 @@ def test_a_few_stops(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
 @pytest.mark.exhaustive  # 1,044 stops
 @pytest.mark.filterwarnings("ignore:.*manual optimization and every_n_train_steps.*")
 @pytest.mark.filterwarnings("ignore:.*ends this fit before.*")
-@pytest.mark.filterwarnings("ignore:.*the fit ended with .* recorded.*")
+@pytest.mark.filterwarnings("ignore:.*the fit ended before the others.*")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
     length = {"evaluation": 12}.get(name, 17)
