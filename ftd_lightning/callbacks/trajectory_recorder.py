@@ -266,8 +266,8 @@ class TrajectoryRecorder(Callback):
             plan, complete = pl_module.teacher_progress(), self._complete(pl_module)
             if complete < plan.teachers:
                 rank_zero_warn(
-                    f"{self.path}: {complete} of {plan.teachers} teachers of {plan.epochs} epochs are recorded; the fit ended "
-                    "before the others: resume it with ckpt_path"
+                    f"{self.path}: {complete} of {plan.teachers} teachers of {plan.epochs} epochs are recorded; "
+                    "the fit ended before the others: resume it with ckpt_path"
                 )
         count = len(list(self._recorded()))
         rank_zero_info(f"wrote {self.path}: {count} teacher{'s' * (count != 1)}")
