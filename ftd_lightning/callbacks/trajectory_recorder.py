@@ -114,7 +114,7 @@ class TrajectoryRecorder(Callback):
             raise InputError(f"{file}: recorded with another seed; name another folder or delete this one")
         if not self._resumed and self._complete(module) == plan.teachers:
             raise InputError(
-                f"{self.path}: holds all {plan.teachers} teachers of {plan.epochs} epochs already; raise the number of "
+                f"{self.path}: holds the {plan.teachers} teachers of {plan.epochs} epochs already; raise the number of "
                 "teachers, or name another folder"
             )
 
