@@ -64,7 +64,9 @@ class SyntheticSetWriter(Callback):
         if "settings" in different:
             old, new = there["settings"], planned["settings"]
             different.remove("settings")
-            different += [key for key in new if key in old and key not in HARMLESS and old[key] != new[key]]
+            different += [
+                key for key in new if key in old and key not in (*HARMLESS, "measure_every") and old[key] != new[key]
+            ]
         if different:
             raise InputError(
                 f"{file}: holds a set made with another {', '.join(different)}; name another folder, or delete this set"

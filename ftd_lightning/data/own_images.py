@@ -246,7 +246,7 @@ def describe_images(
     parts = {"train": train, "test": test, **({} if val is None else {"val": val})}
     deep = [int(part.pictures.int().max()) for part in parts.values() if part.pictures.dtype == torch.uint16]
     if deep:
-        maximum = max(deep)
+        maximum = max(1, *deep)  # all of them may be black
         parts = {name: _scaled(part, maximum) for name, part in parts.items()}
         train, test, val = parts["train"], parts["test"], parts.get("val")
     names = _class_names(train.labels, class_names)

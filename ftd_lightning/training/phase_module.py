@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ftd_lightning.contracts import DataDescription, ImageShape, Stateful, data_source
+from ftd_lightning.data.files import fingerprint
 from ftd_lightning.data.transform import load_transform
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.description import same_network
@@ -220,7 +221,7 @@ class PhaseModule(LightningModule):
     def _training_set(self) -> dict[str, Any] | None:
         """Describe the set that takes the place of the training images."""
         training = None if self.source is None else self.source.training_set()
-        return None if training is None else as_json(training.metadata)  # type: ignore[no-any-return]
+        return None if training is None else {**as_json(training.metadata), "images": fingerprint(training.images)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build from the checkpoint what no trainer has built, and make its progress one that resumes exactly.

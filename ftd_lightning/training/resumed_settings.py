@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Settings of a module that decide no result. A trainer's limits, loggers and callbacks are not compared at all, nor are
 # a FlatTeacher's number of teachers and the place of a trajectory store, which its settings leave out.
-HARMLESS = ("compile", "iterations_per_epoch", "measure_every")
+HARMLESS = ("compile", "iterations_per_epoch")
 LIMITS = ("rounds",)  # how far a fit goes: it may go further
 CONTENTS = ("dataset", "transform", "shape", "class_names")  # of the images, which are compared
 # Settings of a DistillationDataModule that say where its images lie.

@@ -46,7 +46,10 @@ def test_classes_do_not_touch_each_other():
     assert float((one[2:] - other[2:]).abs().max()) > 1e-6
 
 
-@pytest.mark.parametrize(("name", "width"), [(n, {"alexnet": 3072, "convnet": 2048}.get(n, 512)) for n in NETWORKS])
+WIDTHS = {"alexnet": 3072, "convnet": 2048, "resnet18_ap": 512 * 4 * 4}
+
+
+@pytest.mark.parametrize(("name", "width"), [(n, WIDTHS.get(n, 512)) for n in NETWORKS])
 def test_the_last_linear_layer_of_every_network_makes_logits_of_the_embedding(name, width):
     net = build_network(name, 3, 10, 32)
     images = draw(2, 3, 32, 32, dtype=torch.float32)
