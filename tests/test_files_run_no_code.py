@@ -290,6 +290,7 @@ def test_a_network_of_ones_own_is_passed_by_whoever_runs_the_command(here, refus
     student_networks(TrajectoryStore("old"), OWN)
 
 
+@pytest.mark.filterwarnings("ignore:.*the fit ended early.*")  # the checkpoint is of a finished fit in another folder
 @pytest.mark.parametrize("path", ["bad.ckpt", "last"])
 def test_checkpoints_on_the_command_line(path, checkpoints, here):
     """Nothing in it is followed, nor overrules what was asked for."""
@@ -304,7 +305,13 @@ def test_checkpoints_on_the_command_line(path, checkpoints, here):
     place.parent.mkdir(parents=True)
     torch.save(content, here / "bad.ckpt" if path == "bad.ckpt" else place)
     arguments = ["fit", "--config", "digits/teacher_mtt", "--model.network_options={width: 4, depth: 1}"]
-    arguments += ["--model.epochs=1", "--model.teachers=1", "--model.augment=", "--data.max_per_class=14"]
+    arguments += [
+        "--model.epochs=1",
+        "--model.teachers=1",
+        "--model.lr=0.1",
+        "--model.augment=",
+        "--data.max_per_class=14",
+    ]
     cli.main([*arguments, "--data.batch_size=32", "--trainer.accelerator=cpu", f"--ckpt_path={path}"])
     with silence(path):
         pass
