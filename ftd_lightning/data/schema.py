@@ -220,7 +220,7 @@ def check_labels(labels: Tensor, count: int, classes: int | None, kind: str, whe
         where: names the file.
     """
     if kind not in ("class", "probability", "target"):
-        refuse(where, "label_kind", f"is {kind!r}, class, probability or target is needed")
+        refuse(where, "label_kind", f"is {kind!r:.60}, class, probability or target is needed")
     if kind == "class":
         if labels.ndim != 1 or labels.dtype != torch.int64:
             refuse(where, "labels", f"are {labels.dtype} {tuple(labels.shape)}, classes are int64 ({count},)")

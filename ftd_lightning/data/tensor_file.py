@@ -92,14 +92,16 @@ class TensorFile:
     def _check(self, header: dict[str, Any], text: str, kind: str) -> None:
         found = header.get("kind")
         if found != kind:
-            other = f"a {found.replace('_', ' ')}" if isinstance(found, str) else "a file that another program wrote"
+            other = (
+                f"a {found.replace('_', ' '):.60}" if isinstance(found, str) else "a file that another program wrote"
+            )
             raise InputError(f"{self.path}: a {kind.replace('_', ' ')} is needed here, this is {other}")
         recorded = header.get("format", FORMAT)
         if type(recorded) is not int or recorded < 1:
-            raise InputError(f"{self.path}: format is {recorded!r}, which no version of ftd_lightning writes")
+            raise InputError(f"{self.path}: format is {recorded!r:.60}, which no version of ftd_lightning writes")
         if recorded > FORMAT:
             raise InputError(
-                f"{self.path}: has format {recorded}, written by a newer version of ftd_lightning; upgrade to read it"
+                f"{self.path}: has format {recorded!r:.60}, written by a newer version of ftd_lightning; upgrade to read it"
             )
         if "checksum" in header or "checksums" in header:
             own = header.get("checksum")

@@ -79,7 +79,9 @@ def recorded_network(description: Mapping[str, Any], where: object, instead: str
     taken = inspect.signature(NETWORKS[name]).parameters.keys() - {"in_channels", "num_classes", "image_size"}
     for option in options:
         if option not in taken:
-            raise InputError(f"{where}: its network {name!r} has no option {option!r:.60}: choose from {sorted(taken)}")
+            raise InputError(
+                f"{where}: its network {name!r:.60} has no option {option!r:.60}: choose from {sorted(taken)}"
+            )
     return name, options
 
 
