@@ -101,7 +101,8 @@ class TensorFile:
             raise InputError(f"{self.path}: format is {recorded!r:.60}, which no version of ftd_lightning writes")
         if recorded > FORMAT:
             raise InputError(
-                f"{self.path}: has format {recorded!r:.60}, written by a newer version of ftd_lightning; upgrade to read it"
+                f"{self.path}: has format {recorded!r:.60}, written by a newer version of ftd_lightning; upgrade to "
+                "read it"
             )
         if "checksum" in header or "checksums" in header:
             own = header.get("checksum")
