@@ -299,14 +299,14 @@ def test_the_three_steps(here: Path) -> None:
     saving.append(evaluation.trainer.checkpoint_callback)
     assert [(callback.save_last, callback.save_top_k) for callback in saving] == [(True, 1)] * 3
     assert Path("runs/digits/evaluate/evaluation.json").is_file()
-    # A finished run can be extended by more teachers.
-    more = [a for a in TEACHERS if "teachers" not in a]
-    fit("digits/teacher_ftd.yaml", *more, "--model.teachers=3", "--ckpt_path=last")
-    assert len(TrajectoryStore("runs/digits/teacher_ftd/trajectories")) == 3
+    # Finished runs can be extended: a distillation as long as its teachers are those that it began with.
     checkpoint = "runs/digits/distill_ftd_ipc1/checkpoints/last.ckpt"
     longer = [a for a in DISTIL if "max_steps" not in a]
     fit("digits/distill_ftd_ipc1.yaml", *longer, "--trainer.max_steps=9", f"--ckpt_path={checkpoint}")
     assert SyntheticSet.load("runs/digits/distill_ftd_ipc1/set.safetensors").metadata["iterations"] == 9
+    more = [a for a in TEACHERS if "teachers" not in a]
+    fit("digits/teacher_ftd.yaml", *more, "--model.teachers=3", "--ckpt_path=last")
+    assert len(TrajectoryStore("runs/digits/teacher_ftd/trajectories")) == 3
 
 
 def test_a_result_is_that_of_trained_networks(here: Path, capsys) -> None:

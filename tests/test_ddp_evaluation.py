@@ -117,7 +117,8 @@ def test_two_ranks_evaluate_as_one_process_does(tmp_path: Path, two: Path, norm:
 
 
 def test_a_checkpoint_of_two_processes_is_refused_by_one(tmp_path: Path, two: Path) -> None:
-    module = SyntheticEvaluation(network_options=SMALL, networks=3)
+    network = {"network_options": {**SMALL, "norm": "instance"}, "networks": 3}
+    module = SyntheticEvaluation(**network, augment="crop_scale", lr=0.05, measure_every=2)
     data = small_data(synthetic="random", ipc=2, batch_size=8)
     with pytest.raises(InputError, match=r"saved by 2 process\(es\), this run has 1"):
         make_trainer(tmp_path).fit(module, datamodule=data, ckpt_path=two / "resumed_instance" / "half.ckpt")
