@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ftd_lightning.data.files import replacing
+from ftd_lightning.errors import InputError
 from ftd_lightning.training.resume import read_checkpoint
 
 
@@ -32,10 +33,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint, however the fit came by its path; ``weights_only=False`` runs the code in it.
 
         Raises:
-            InputError: for a local file that is missing, broken or something else.
+            InputError: for a local file that is missing, broken or something else, and a place that needs a package.
         """
         allowed = True if weights_only is None else weights_only
         if "://" in str(path):
-            loaded: dict[str, Any] = super().load_checkpoint(path, map_location, allowed)
+            try:
+                loaded: dict[str, Any] = super().load_checkpoint(path, map_location, allowed)
+            except ImportError as error:  # of the package for such places
+                raise InputError(f"{path}: {error}") from error
             return loaded
         return read_checkpoint(path, map_location=map_location, weights_only=allowed)

@@ -28,7 +28,7 @@ from ftd_lightning.training.resumed_settings import (
     refuse_changes,
     refuse_other_data,
 )
-from ftd_lightning.training.trainer_settings import refuse_settings
+from ftd_lightning.training.trainer_settings import deciding_settings, refuse_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -214,6 +214,7 @@ class PhaseModule(LightningModule):
             "first": (self._first_epoch, self._first_step),
             "compile": self._compile_choice,
             "settings": as_json(self.settings()),
+            "trainer": deciding_settings(self.trainer),
             "set": self._training_set(),
             **self.extra_state(),
         }
@@ -236,7 +237,10 @@ class PhaseModule(LightningModule):
             raise InputError("the checkpoint was not saved by this version of ftd_lightning; begin this fit anew")
         if self.attached:  # version 0.2 recorded neither settings nor data
             refuse_changes(state.get("settings", {}), self.settings(), free=(*HARMLESS, *LIMITS))
-            if self.trainer.state.fn == "fit" and self.source is not None and self.data is not None:  # type: ignore[attr-defined]
+            fits = self.trainer.state.fn == "fit"
+            if fits:
+                refuse_changes(state.get("trainer", {}), deciding_settings(self.trainer), prefix="trainer.")
+            if fits and self.source is not None and self.data is not None:
                 now = {"data": _plain_data(self.data), "set": self._training_set()}
                 options = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
                 refuse_other_data(state, now, options, self.trainer)  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Trainer
 
-# Settings of a module that decide no result. A trainer's limits, loggers and callbacks are not compared at all, nor are
-# a FlatTeacher's number of teachers and the place of a trajectory store, which its settings leave out.
+# Settings of a module that decide no result. Of a trainer, only precision and gradient_clip_val are compared. A
+# FlatTeacher's number of teachers and the place of a trajectory store are not compared: its settings leave them out.
 HARMLESS = ("compile", "iterations_per_epoch")
 LIMITS = ("rounds",)  # how far a fit goes: it may go further
 CONTENTS = ("dataset", "transform", "shape", "class_names")  # of the images, which are compared

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
@@ -35,6 +35,11 @@ def refuse_callbacks(trainer: Trainer, *, several: bool) -> None:
                 f"EarlyStopping compares {callback.monitor} of a teacher with the best of earlier teachers, and ends "
                 "the whole fit: leave it out, or fit one teacher"
             )
+
+
+def deciding_settings(trainer: Trainer) -> dict[str, Any]:
+    """Return the settings of a trainer that change a fit's numbers; a resumed fit has those of its checkpoint."""
+    return {"precision": trainer.precision, "gradient_clip_val": trainer.gradient_clip_val}
 
 
 def refuse_settings(trainer: Trainer, augment: Augmentation) -> None:

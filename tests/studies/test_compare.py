@@ -131,7 +131,9 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, mo
 
     assert results["plot"]["x"] == "value"
     assert [(point["x"], point["label"]) for point in results["plot"]["points"]] == [(0.1, "random"), (0.2, "MTT")]
-    assert [line["label"] for line in results["plot"]["references"]] == ["whole"]
+    assert [line["label"] for line in results["plot"]["references"]] == [
+        "whole (130, 12 epochs, not trained to their end)"
+    ]
     assert np.asarray(Image.open("runs/small/study.png")).shape == (480, 660, 4)
     pictures = {name: np.asarray(Image.open(f"runs/small/{name}.png")) for name in ("mtt", "random", "whole")}
     assert not np.array_equal(pictures["mtt"], pictures["random"])

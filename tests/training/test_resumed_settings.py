@@ -127,6 +127,13 @@ def test_other_images_are_refused(kind, options, words, fits: Fits, checkpoints,
         fits.resume(checkpoints[kind], kind, data=small_data(**options))
 
 
+@pytest.mark.parametrize("option", [{"precision": "bf16-mixed"}, {"gradient_clip_val": 0.5}])
+def test_a_trainer_that_computes_otherwise_is_refused(option, fits: Fits, checkpoints, refused) -> None:
+    trainer = make_trainer(fits.folder / "otherwise", max_epochs=2, **option)
+    with refused("trainer." + "".join(f"{key}={value!r}, but" for key, value in option.items())):
+        trainer.fit(fits.module("dm"), datamodule=fits.data("dm"), ckpt_path=checkpoints["dm"])
+
+
 def test_images_of_other_contents_are_refused(fits: Fits, refused) -> None:
     def data(seed: int) -> DistillationDataModule:
         generator = torch.Generator().manual_seed(seed)
