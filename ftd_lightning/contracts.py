@@ -104,11 +104,13 @@ class TrainingSet(Protocol):
     """A small set that stands in for the training images: a synthetic set, or a selection of real images.
 
     Attributes:
+        images: (N, C, H, W) float32, normalized.
         labels: (N,) classes or (N, K) probabilities, one for each image.
         step_size: the learning rate it was learned with, a scalar; None where none was learned.
         metadata: plain values that describe it.
     """
 
+    images: Tensor
     labels: Tensor
     step_size: Tensor | None
     metadata: dict[str, Any]

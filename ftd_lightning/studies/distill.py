@@ -118,8 +118,10 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         content = {"command": asked, "read": read, "data": _described(read), "plan": numbers, "text": lines}
         write_json(out / PLAN, content)
     else:
-        if not isinstance(read := content.get("read"), dict):
+        recorded = content.get("read")
+        if not isinstance(recorded, dict):
             raise InputError(f"{out / PLAN}: is not a plan of this version; name another folder")
+        read = recorded
         if content.get("data") != _described(read):
             raise InputError(
                 f"{out}: the images of {source.title} have changed since it was begun; name another folder"
