@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.3.0.dev0"
 
 if TYPE_CHECKING:
-    from ftd_lightning.data import DistillationDataModule, SyntheticSet, TrajectoryStore
+    from ftd_lightning.data import DistillationDataModule
+    from ftd_lightning.files import SyntheticSet, TrajectoryStore
     from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation, TrajectoryMatching
     from ftd_lightning.studies.distill_datasets import distill
 
@@ -17,9 +18,9 @@ _HOMES = {
     "DistillationDataModule": "ftd_lightning.data",
     "FlatTeacher": "ftd_lightning.modules",
     "SyntheticEvaluation": "ftd_lightning.modules",
-    "SyntheticSet": "ftd_lightning.data",
+    "SyntheticSet": "ftd_lightning.files",
     "TrajectoryMatching": "ftd_lightning.modules",
-    "TrajectoryStore": "ftd_lightning.data",
+    "TrajectoryStore": "ftd_lightning.files",
     "distill": "ftd_lightning.studies.distill_datasets",
 }
 

@@ -52,15 +52,15 @@ COMMANDS = {
     "compare": Command(
         "run several methods or values of a setting, and tabulate them", "ftd_lightning.studies.compare", CONTINUES
     ),
-    "configs": Command("list the configs that ship, print one, or copy one", "ftd_lightning.artefacts.configs"),
+    "configs": Command("list the configs that ship, print one, or copy one", "ftd_lightning.commands.configs"),
     "distill": Command(
         "distil a folder of images, or a data set, in a number of minutes", "ftd_lightning.studies.distill", CONTINUES
     ),
     "export": Command(
-        "write a set as PNGs in class folders with a card, or as tensors", "ftd_lightning.artefacts.export"
+        "write a set as PNGs in class folders with a card, or as tensors", "ftd_lightning.commands.export"
     ),
-    "import": Command("make a set of a file of images and one of labels", "ftd_lightning.artefacts.import_set"),
-    "info": Command("describe a set, a store, a teacher or a whitening", "ftd_lightning.artefacts.info"),
+    "import": Command("make a set of a file of images and one of labels", "ftd_lightning.commands.import_set"),
+    "info": Command("describe a set, a store, a teacher or a whitening", "ftd_lightning.commands.info"),
     "label": Command("give random images the labels of a teacher, of its best epoch", "ftd_lightning.studies.label"),
     "nas": Command("rank architectures by training them on a set", "ftd_lightning.studies.nas", CONTINUES),
     "rank": Command("score sets fairly against random real images", "ftd_lightning.studies.rank", CONTINUES),
@@ -68,7 +68,7 @@ COMMANDS = {
         "run one cell of the published tables and record it", "ftd_lightning.studies.reproduce", CONTINUES
     ),
     "trajectory-error": Command(
-        "measure how far a student on a set drifts from its teachers", "ftd_lightning.studies.trajectory_error_command"
+        "measure how far a student on a set drifts from its teachers", "ftd_lightning.studies.trajectory_error"
     ),
 }
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from ftd_lightning.cli import as_program
 from ftd_lightning.errors import InputError
-from ftd_lightning.studies.comparison_plan import load
-from ftd_lightning.studies.comparison_run import advance, report, threads_of
-from ftd_lightning.studies.fit_steps import TimeSlice
-from ftd_lightning.studies.summary import keep_set, short_table, write_summary
+from ftd_lightning.studies.compare import advance, report, threads_of
+from ftd_lightning.studies.comparison import load
+from ftd_lightning.studies.fits import TimeSlice
+from ftd_lightning.studies.tables import keep_set, short_table, write_summary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

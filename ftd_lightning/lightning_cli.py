@@ -26,17 +26,16 @@ from ftd_lightning.callbacks import (
     HyperparameterReport,
     TensorBoardPictures,
 )
-from ftd_lightning.callbacks.fit_checkpoint import FitCheckpoint
+from ftd_lightning.callbacks.checkpoint_io import FitCheckpoint
 from ftd_lightning.contracts import LearnsSet, data_source
-from ftd_lightning.data.files import replacing
+from ftd_lightning.core.module import PhaseModule, run_folder
+from ftd_lightning.core.nodes import last_checkpoint
+from ftd_lightning.core.results import summary
+from ftd_lightning.core.resume import read_checkpoint
 from ftd_lightning.errors import DivergenceError, InputError
+from ftd_lightning.files.safetensors_io import replacing
 from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation
 from ftd_lightning.shipped_configs import run_folder_of, with_config_files, with_home
-from ftd_lightning.training.learning_check import summary
-from ftd_lightning.training.nodes import last_checkpoint
-from ftd_lightning.training.phase_module import PhaseModule
-from ftd_lightning.training.resume import read_checkpoint
-from ftd_lightning.training.run_folder import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.functional.batch_norm import batch_norms
+from ftd_lightning.functional.gradient_matching import batch_norms
 from ftd_lightning.functional.gsam import flat, gsam_direction, gsam_perturbation, views
 
 if TYPE_CHECKING:

@@ -21,14 +21,16 @@ FLOORS = {
     **dict.fromkeys(["bounds", "shipped_configs"], -1),
     "functional": 0,
     **dict.fromkeys(["contracts", "models", "optim"], 1),
-    "data": 2,
-    "training": 3,
-    "callbacks": 4,
-    "modules": 5,
-    **dict.fromkeys(["command_line", "lightning_cli"], 6),
-    **dict.fromkeys(["artefacts", "studies"], 7),
-    "cli": 8,
-    **dict.fromkeys(["__main__", "demo"], 9),
+    "rules": 2,
+    "files": 3,
+    "data": 4,
+    "core": 5,
+    "callbacks": 6,
+    "modules": 7,
+    **dict.fromkeys(["command_line", "lightning_cli"], 8),
+    **dict.fromkeys(["commands", "studies"], 9),
+    "cli": 10,
+    **dict.fromkeys(["__main__", "demo"], 11),
 }
 
 
@@ -48,7 +50,7 @@ def imported(path):
 
 
 def room(dotted):
-    """ftd_lightning.data.files -> data; a public name of the package itself -> the room that it lives in."""
+    """ftd_lightning.files.safetensors_io -> data; a public name of the package itself -> the room that it lives in."""
     name = dotted.split(".")[1]
     return ftd_lightning._HOMES.get(name, f"{ROOT.name}.{name}").split(".")[1]
 
@@ -113,7 +115,7 @@ PUBLIC_OF_NAMEDTUPLE = {"_asdict", "_fields", "_replace", "_make"}
 PRIVATE = {  # what has no public form
     "optim.py": {"torch._foreach_add_", "torch._foreach_copy_"},
     "peers.py": {"os._exit"},  # documented under this name
-    "training/ranks.py": {"DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"},
+    "core/ranks.py": {"DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"},
 }
 
 

@@ -13,7 +13,7 @@ from fits import record, small_data
 from safetensors.torch import load_file, save_file
 
 from ftd_lightning import SyntheticSet, TrajectoryMatching, cli
-from ftd_lightning.data.files import KEY
+from ftd_lightning.files.safetensors_io import KEY
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "digits"
 QUIET = ["--trainer.enable_model_summary=false", "--trainer.accelerator=cpu", "--data.max_per_class=14"]

@@ -24,12 +24,13 @@ from benchmarks import (
 from benchmarks.reference import sample_loader
 from lightning.pytorch import Callback
 
-from ftd_lightning.data.loader import BatchOrder, TensorLoader
+from ftd_lightning.core import losses as side_by_side
+from ftd_lightning.core import losses as teacher_pass
+from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
+from ftd_lightning.core.networks import FreshNetworks
+from ftd_lightning.data.loaders import BatchOrder, TensorLoader
 from ftd_lightning.functional import flatten_parameters, inner_step, seeded
 from ftd_lightning.models import ConvNet
-from ftd_lightning.training import side_by_side, teacher_pass
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, train_fresh_networks
-from ftd_lightning.training.fresh_networks import FreshNetworks
 
 TINY = {"width": 4, "depth": 2}
 

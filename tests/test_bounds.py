@@ -13,24 +13,15 @@ import torch
 from torch import nn
 
 from ftd_lightning import cli
-from ftd_lightning.artefacts.import_set import import_set
 from ftd_lightning.bounds import BOUNDS, Count, check_bounds
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, SyntheticSetWriter, TensorBoardPictures
+from ftd_lightning.commands.import_set import import_set
 from ftd_lightning.contracts import ImageShape
+from ftd_lightning.core.evaluation import EvaluationProtocol
+from ftd_lightning.core.networks import FreshNetworks
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional import (
-    DropLargest,
-    DropShallow,
-    DropSmallest,
-    InnerAdam,
-    InnerSGD,
-    KeepSimilar,
-    LearnedLabels,
-    LossGate,
-    RobustStart,
-    StartWindow,
-)
+from ftd_lightning.functional import InnerAdam, InnerSGD
 from ftd_lightning.models import VGG11, AlexNet, ConvNet, ResNet18
 from ftd_lightning.modules import (
     BilevelDistillation,
@@ -43,18 +34,26 @@ from ftd_lightning.modules import (
     SyntheticEvaluation,
     TrajectoryMatching,
 )
+from ftd_lightning.modules.feature_alignment import Loops
 from ftd_lightning.optim import GSAM
+from ftd_lightning.rules import (
+    DropLargest,
+    DropShallow,
+    DropSmallest,
+    KeepSimilar,
+    LearnedLabels,
+    LossGate,
+    RobustStart,
+    StartWindow,
+)
 from ftd_lightning.studies.compare import compare
 from ftd_lightning.studies.distill import distill_source
 from ftd_lightning.studies.distill_datasets import distill
 from ftd_lightning.studies.label import label
 from ftd_lightning.studies.nas import SearchSettings
-from ftd_lightning.studies.rank_settings import RankData, RankSettings
+from ftd_lightning.studies.rank import RankData, RankSettings
 from ftd_lightning.studies.reproduce import reproduce
-from ftd_lightning.studies.trajectory_error_command import trajectory_error
-from ftd_lightning.training.alignment_loops import Loops
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol
-from ftd_lightning.training.fresh_networks import FreshNetworks
+from ftd_lightning.studies.trajectory_error import trajectory_error
 
 SHAPE = {"in_channels": 3, "num_classes": 10, "image_size": 32}
 

@@ -15,7 +15,7 @@ from ftd_lightning import (
     TrajectoryStore,
 )
 from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter, TrajectoryRecorder
-from ftd_lightning.data.images import unit_range
+from ftd_lightning.data.sources import unit_range
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ import yaml
 
 from ftd_lightning import DistillationDataModule, SyntheticSet, TrajectoryStore, cli, lightning_cli, modules
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional import Augmentation, DropLargest, RobustStart
+from ftd_lightning.functional import Augmentation
+from ftd_lightning.rules import DropLargest, RobustStart
 from ftd_lightning.shipped_configs import read_config, run_folder_of
-from ftd_lightning.studies.published import published
+from ftd_lightning.studies.comparison import published
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NO_FITS = ("compare", "cross", "demo", "nas", "study")  # those of ftd compare and ftd nas

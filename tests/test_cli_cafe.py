@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ftd_lightning import SyntheticSet, cli, lightning_cli
-from ftd_lightning.studies.published import published
+from ftd_lightning.studies.comparison import published
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DSA = "color_crop_cutout_flip_scale_rotate"

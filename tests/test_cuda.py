@@ -8,23 +8,18 @@ import torch
 from fits import make_trainer, record, small_data, small_matching, small_teacher
 
 from ftd_lightning import SyntheticEvaluation
-from ftd_lightning.data.transform import Whitening
+from ftd_lightning.files.transforms import Whitening
 from ftd_lightning.functional import (
     Augmentation,
-    ClosestStep,
-    DropShallow,
-    DropSmallest,
-    LearnedLabels,
-    LossGate,
-    StartWindow,
     chunked_permutations,
     flatten_parameters,
     make_generator,
     trajectory_matching_loss,
 )
-from ftd_lightning.functional.dsa_operations import OPERATIONS
+from ftd_lightning.functional.augment import OPERATIONS
 from ftd_lightning.models import ConvNet
 from ftd_lightning.optim import GSAM
+from ftd_lightning.rules import ClosestStep, DropShallow, DropSmallest, LearnedLabels, LossGate, StartWindow
 
 pytestmark = pytest.mark.cuda
 DEVICES = ("cpu", "cuda")

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ftd_lightning import TrajectoryStore
 from ftd_lightning.callbacks import AtomicCheckpointIO, TrajectoryRecorder
-from ftd_lightning.data.loader import BatchOrder
+from ftd_lightning.data.loaders import BatchOrder
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import gsam_direction, gsam_perturbation, load_flat
 from ftd_lightning.models import ConvNet

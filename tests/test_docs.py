@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from ftd_lightning.data import schema
+from ftd_lightning.files import schema
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = json.loads((ROOT / "tests" / "public_names.json").read_text(encoding="utf-8"))

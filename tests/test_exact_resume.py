@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ftd_lightning import FlatTeacher, SyntheticEvaluation, SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA
-from ftd_lightning.callbacks.fit_checkpoint import FitCheckpoint
+from ftd_lightning.callbacks.checkpoint_io import FitCheckpoint
 from ftd_lightning.modules import (
     DistributionMatching,
     FeatureAlignment,

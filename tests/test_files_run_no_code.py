@@ -20,18 +20,17 @@ from ftd_lightning import (
     TrajectoryStore,
     cli,
 )
-from ftd_lightning.artefacts.export import export
-from ftd_lightning.artefacts.info import describe
 from ftd_lightning.callbacks import TrajectoryRecorder
+from ftd_lightning.commands.export import export
+from ftd_lightning.commands.info import describe
+from ftd_lightning.core.networks import student_networks
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional import InnerSGD, RobustStart
+from ftd_lightning.functional import InnerSGD
 from ftd_lightning.modules import BilevelDistillation
+from ftd_lightning.rules import RobustStart
 from ftd_lightning.studies.label import label_random_images
-from ftd_lightning.studies.rank import prepare
-from ftd_lightning.studies.rank_settings import RankData, RankSettings
-from ftd_lightning.studies.trajectory_error import measure_trajectory_error
-from ftd_lightning.studies.trajectory_error_command import trajectory_error
-from ftd_lightning.training.fresh_networks import student_networks
+from ftd_lightning.studies.rank import RankData, RankSettings, prepare
+from ftd_lightning.studies.trajectory_error import measure_trajectory_error, trajectory_error
 
 CANARY = """
 from pathlib import Path

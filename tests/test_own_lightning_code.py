@@ -14,9 +14,10 @@ from torch import nn
 from ftd_lightning import FlatTeacher, SyntheticEvaluation, SyntheticSet, TrajectoryMatching, TrajectoryStore
 from ftd_lightning.callbacks import AtomicCheckpointIO, EvaluateSynthetic, SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.cli import main
-from ftd_lightning.functional import Augmentation, RobustStart, make_generator
+from ftd_lightning.functional import Augmentation, make_generator
 from ftd_lightning.lightning_cli import configured
 from ftd_lightning.modules import DistributionMatching, FeatureAlignment, GradientMatching
+from ftd_lightning.rules import RobustStart
 
 NET = {"network_options": SMALL}
 RIVAL = {**NET, "batch_real": 4, "iterations_per_epoch": 2}

@@ -16,14 +16,12 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from ftd_lightning.contracts import DataDescription, ImageShape
-from ftd_lightning.data import Standardization, SyntheticSet, TrajectoryStore, Whitening, schema
-from ftd_lightning.data.decoded_cache import DecodedImages, fill_cache
-from ftd_lightning.data.files import DTYPES, KEY, write_tensors
-from ftd_lightning.data.image_tree import ImageTree
-from ftd_lightning.data.store_data import write_store_data
-from ftd_lightning.data.tensor_file import TensorFile
-from ftd_lightning.data.trajectory_store import write_teacher
+from ftd_lightning.data.decoding import DecodedImages, fill_cache
+from ftd_lightning.data.folder import ImageTree
 from ftd_lightning.errors import InputError
+from ftd_lightning.files import Standardization, SyntheticSet, TrajectoryStore, Whitening, schema
+from ftd_lightning.files.safetensors_io import DTYPES, KEY, TensorFile, write_tensors
+from ftd_lightning.files.trajectory_store import write_store_data, write_teacher
 from ftd_lightning.shipped_configs import with_config_files
 
 # make test-all tries ten times as many.

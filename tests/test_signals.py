@@ -89,7 +89,7 @@ def test_any_command_ends_at_once(number: signal.Signals, monkeypatch, capsys) -
         time.sleep(5)
         raise AssertionError("went on")
 
-    monkeypatch.setattr("ftd_lightning.artefacts.info.main", slow)
+    monkeypatch.setattr("ftd_lightning.commands.info.main", slow)
     with pytest.raises(SystemExit) as stop:
         cli.main(["info", "x"])
     assert stop.value.code == ENDS[number][0]

@@ -13,7 +13,7 @@ import torch
 from benchmarks import stage_steps, stages, transfer
 
 from ftd_lightning import SyntheticSet
-from ftd_lightning.data.transform import Whitening
+from ftd_lightning.files.transforms import Whitening
 
 pytestmark = pytest.mark.exhaustive  # a tool of the project
 TESTS = Path(__file__).resolve().parent

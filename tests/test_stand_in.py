@@ -9,16 +9,12 @@ from stand_in import META, collectives, stand_in, stand_in_trainer
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, TrajectoryRecorder
+from ftd_lightning.core.evaluation import EvaluationProtocol
+from ftd_lightning.core.losses import SideBySide, TeacherPass
 from ftd_lightning.functional import (
     Augmentation,
-    ClosestStep,
-    DropSmallest,
     InnerAdam,
     InnerSGD,
-    LearnedLabels,
-    LossGate,
-    StartWindow,
-    TargetLabels,
     chunked_permutations,
     make_generator,
     matching,
@@ -36,9 +32,7 @@ from ftd_lightning.modules import (
     KernelInducingPoints,
 )
 from ftd_lightning.optim import GSAM
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol
-from ftd_lightning.training.side_by_side import SideBySide
-from ftd_lightning.training.teacher_pass import TeacherPass
+from ftd_lightning.rules import ClosestStep, DropSmallest, LearnedLabels, LossGate, StartWindow, TargetLabels
 
 
 def check_steps(steps, *, may_read: str | None = None) -> None:

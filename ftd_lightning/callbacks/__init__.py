@@ -2,8 +2,7 @@
 
 from ftd_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from ftd_lightning.callbacks.evaluation import EvaluateSynthetic
-from ftd_lightning.callbacks.peak_memory import PeakMemory
-from ftd_lightning.callbacks.progress import FitProgress
+from ftd_lightning.callbacks.progress import FitProgress, PeakMemory
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
 from ftd_lightning.callbacks.synthetic_ema import SyntheticEMA
 from ftd_lightning.callbacks.tensorboard import HyperparameterReport, TensorBoardPictures

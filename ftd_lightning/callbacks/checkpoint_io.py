@@ -1,15 +1,19 @@
-"""Checkpoints that a kill cannot tear, and that run no code."""
+"""Checkpoints of a fit."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ftd_lightning.data.files import replacing
+from ftd_lightning.core.resume import read_checkpoint
 from ftd_lightning.errors import InputError
-from ftd_lightning.training.resume import read_checkpoint
+from ftd_lightning.files.safetensors_io import replacing
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -43,3 +47,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise InputError(f"{path}: {error}") from error
             return loaded
         return read_checkpoint(path, map_location=map_location, weights_only=allowed)
+
+
+class FitCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint``, which also saves the step after which SIGTERM or Ctrl-C ends the fit.
+
+    Not on several ranks: those may see the signal at different steps, and a checkpoint takes all of them.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is due, and after the last step of a fit that a signal ends."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._save_at_signal(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save when it is due, and after the last epoch of a fit that a signal ends."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_at_signal(trainer)
+
+    def _save_at_signal(self, trainer: Trainer) -> None:
+        if trainer.received_sigterm and trainer.world_size == 1 and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)

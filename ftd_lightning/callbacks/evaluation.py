@@ -1,4 +1,4 @@
-"""Evaluation during distillation: fresh networks trained on the set as it is."""
+"""When something is due that is done every few epochs of a fit, and at its end too."""
 
 from __future__ import annotations
 
@@ -10,24 +10,44 @@ import torch
 from lightning.pytorch import Callback
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.callbacks.last_epoch import is_due, is_last_epoch
 from ftd_lightning.contracts import DataSource, LearnsSet, data_source
-from ftd_lightning.data.json_files import write_json
+from ftd_lightning.core.evaluation import EvaluationProtocol, PartsOnDevice, mean_and_std, train_fresh_networks
+from ftd_lightning.core.losses import SideBySide
+from ftd_lightning.core.module import EVALUATION, choose_compile, run_folder, training_operations
+from ftd_lightning.core.nodes import follow_first_rank
+from ftd_lightning.core.ranks import own_share
 from ftd_lightning.errors import InputError
+from ftd_lightning.files.safetensors_io import write_json
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.seeding import derive_seed
-from ftd_lightning.training.compile_choice import EVALUATION, choose_compile, training_operations
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, mean_and_std, train_fresh_networks
-from ftd_lightning.training.nodes import follow_first_rank
-from ftd_lightning.training.parts_on_device import PartsOnDevice
-from ftd_lightning.training.ranks import own_share
-from ftd_lightning.training.run_folder import run_folder
-from ftd_lightning.training.side_by_side import SideBySide
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from ftd_lightning.contracts import LearnedSet, Part
+
+
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Tell, in ``on_train_epoch_end``, whether the fit ends with this epoch."""
+    steps_done = 0 <= trainer.max_steps <= trainer.global_step
+    return trainer.should_stop or steps_done or trainer.current_epoch + 1 == trainer.max_epochs
+
+
+def is_due(trainer: Trainer, every_n_epochs: int | None, *, times: int) -> bool:
+    """Tell, in ``on_train_epoch_end``, whether what is done every few epochs is due, the end of the fit aside.
+
+    Args:
+        trainer: of the fit.
+        every_n_epochs: how often; 0 is never; None: often enough to be done so many times in the whole fit.
+        times: that number.
+    """
+    if every_n_epochs is None:
+        per_epoch, epochs = int(trainer.num_training_batches), trainer.max_epochs
+        limits = [epochs] if epochs is not None and epochs > 0 else []
+        limits += [-(-trainer.max_steps // per_epoch)] if trainer.max_steps > 0 else []
+        every_n_epochs = -(-min(limits) // times) if limits else 10
+    return every_n_epochs > 0 and (trainer.current_epoch + 1) % every_n_epochs == 0
+
 
 # Of a data source: how scores in a set's metadata, and entries of evaluations.json, name its parts.
 PARTS: dict[Part, tuple[str, str]] = {"val": ("held-out training images", "held_out"), "test": ("test images", "test")}

@@ -9,13 +9,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.callbacks.last_epoch import is_due
+from ftd_lightning.callbacks.evaluation import is_due
 from ftd_lightning.contracts import LearnsSet
-from ftd_lightning.data.synthetic_set import SyntheticSet
+from ftd_lightning.core.module import run_folder
+from ftd_lightning.core.nodes import agreed, follow_first_rank
+from ftd_lightning.core.resume import HARMLESS, as_json
 from ftd_lightning.errors import InputError
-from ftd_lightning.training.nodes import agreed, follow_first_rank
-from ftd_lightning.training.resumed_settings import HARMLESS, as_json
-from ftd_lightning.training.run_folder import run_folder
+from ftd_lightning.files.synthetic_set import SyntheticSet
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import LearnsSet
+from ftd_lightning.core.resume import refuse_changes
 from ftd_lightning.errors import InputError
-from ftd_lightning.training.resumed_settings import refuse_changes
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

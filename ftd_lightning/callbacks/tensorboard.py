@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from PIL import Image, ImageDraw, ImageFont
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.callbacks.last_epoch import is_due, is_last_epoch
+from ftd_lightning.callbacks.evaluation import is_due, is_last_epoch
 from ftd_lightning.contracts import LearnsSet
 
 if TYPE_CHECKING:

@@ -1,36 +1,295 @@
-"""The one DataModule: real images for teachers, their held-out and test parts, and synthetic sets for evaluation."""
+"""The real images of a data set: split into parts, and transformed when they are first asked for."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from tqdm.auto import tqdm
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import (
     BatchPlan,
     BringsBatches,
+    DataDescription,
     Images,
+    ImageShape,
     ImageTransform,
     PlansBatches,
 )
 from ftd_lightning.data.coresets import BASELINES, random_real_images, teacher_coreset
-from ftd_lightning.data.datasets import check_name
-from ftd_lightning.data.image_datamodule import ImageDataModule
-from ftd_lightning.data.loader import BatchOrder, TensorLoader, fits_on, host_loader
-from ftd_lightning.data.own_datamodule import OwnDataModule
-from ftd_lightning.data.own_images import read_datasets
-from ftd_lightning.data.synthetic_set import SyntheticSet
+from ftd_lightning.data.datasets import check_name, get_dataset
+from ftd_lightning.data.decoding import cached_whitening
+from ftd_lightning.data.folder import folder_labels, take_folder_census
+from ftd_lightning.data.in_memory import OwnDataModule, read_datasets
+from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on, host_loader
+from ftd_lightning.data.sources import OWN_IMAGES, ImageDataset, Request, unit_range
+from ftd_lightning.data.splits import hold_out, limit_per_class
 from ftd_lightning.errors import InputError
+from ftd_lightning.files.schema import check_images, check_labels
+from ftd_lightning.files.synthetic_set import SyntheticSet
+from ftd_lightning.files.transforms import Standardization
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+    from torch import Tensor
+
+    from ftd_lightning.contracts import Part
+    from ftd_lightning.data.sources import Census
+
+
+PARTS: tuple[Part, ...] = ("train", "val", "test")
+CHUNK = 5000  # images transformed at a time: bounds the memory of whitening
+
+
+class RealImages:
+    """The parts of a data set.
+
+    Args:
+        spec: the data set, which is read.
+        val_fraction: share of every class's training images that is held out, unless the data set says which are.
+        max_per_class: keep at most so many images of each class in each part; None keeps all.
+        seed: decides which.
+    """
+
+    def __init__(self, spec: ImageDataset, *, val_fraction: float, max_per_class: int | None, seed: int) -> None:
+        train, test = spec.load()
+        _refuse_constant(train.pictures)
+        whole = {"train": train, "test": test, **({} if spec.held_out is None else {"val": spec.held_out()})}
+        labels = {name: part.labels for name, part in whole.items()}
+        chosen = choose(labels, val_fraction=val_fraction, max_per_class=max_per_class, seed=seed)
+        # Whole parts, which may be mapped from files, and the indices of what is used of them.
+        self._parts = {name: (whole[source], index) for name, (source, index) in chosen.items()}
+        self._done = spec.transform
+        self._images: dict[Part, Images] = {}
+
+    def labels(self, name: Part) -> Tensor:
+        """Return the labels of a part, (N,) int64; no image is transformed for it."""
+        pictures, index = self._parts[name]
+        return pictures.labels[index]
+
+    def pictures(self, name: Part) -> Tensor:
+        """Return the pictures of a part, (N, C, H, W)."""
+        pictures, index = self._parts[name]
+        return pictures.pictures[index]
+
+    def images(self, name: Part, transform: ImageTransform) -> Images:
+        """Return the images of a part; later calls return the same tensors.
+
+        Args:
+            name: the part.
+            transform: the same in every call.
+        """
+        if name not in self._images:
+            (pictures, labels), index = self._parts[name]
+            images = torch.empty(len(index), *pictures.shape[1:])  # filled chunk by chunk: torch.cat would take twice
+            chunks = range(0, len(index), CHUNK)
+            for i in tqdm(chunks, desc=f"transforming {name} images", disable=len(chunks) < 3, leave=False):
+                images[i : i + CHUNK] = self._transformed(pictures[index[i : i + CHUNK]], transform)
+            self._images[name] = Images(images, labels[index])
+        return self._images[name]
+
+    def _transformed(self, pictures: Tensor, transform: ImageTransform) -> Tensor:
+        if self._done is None:
+            return transform.apply(unit_range(pictures))
+        # They are images already; a set may have another transform, though.
+        same = self._done.describe() == transform.describe()
+        return pictures if same else transform.apply(self._done.invert(pictures))
+
+
+def choose(
+    labels: Mapping[str, Tensor], *, val_fraction: float, max_per_class: int | None, seed: int
+) -> dict[Part, tuple[str, Tensor]]:
+    """Choose which images are trained on, held out and tested on.
+
+    Args:
+        labels: of "train", "test" and, where images are given as held out, "val".
+        val_fraction: as for :class:`RealImages`.
+        max_per_class: as for :class:`RealImages`.
+        seed: as for :class:`RealImages`.
+
+    Returns:
+        By part, the key of ``labels`` that its images come from, and their indices there, ascending.
+    """
+    kept = {name: limit_per_class(of, max_per_class, seed) for name, of in labels.items()}
+    if "val" in labels:
+        return {name: (name, kept[name]) for name in PARTS}
+    used, left = hold_out(labels["train"][kept["train"]], val_fraction, seed)
+    train = kept["train"]
+    return {"train": ("train", train[used]), "val": ("train", train[left]), "test": ("test", kept["test"])}
+
+
+def _refuse_constant(pictures: Tensor) -> None:
+    if not any(bool((some != some[..., :1, :1]).any()) for some in pictures.split(100)):
+        raise InputError("every training image is of a single colour: check the images, and how they are read")
+
+
+def given_images(real: Sequence[Tensor]) -> Images:
+    """Check real images that are given as tensors.
+
+    Args:
+        real: images (N, C, H, W) of floats, and their classes, (N,) int64.
+
+    Raises:
+        InputError: for other shapes or types, values that are not finite, or another number of labels than images.
+    """
+    if len(real) != 2 or not all(isinstance(part, torch.Tensor) for part in real):
+        raise InputError("real: is not a pair of tensors, images and labels")
+    images, labels = real
+    check_images(images.float(), "images", "real")
+    check_labels(labels, len(images), None, "class", "real")
+    return Images(images, labels)
+
+
+class ImageDataModule(LightningDataModule):
+    """The part of :class:`~ftd_lightning.data.datamodule.DistillationDataModule` that knows the real images.
+
+    It finds, describes, reads and splits them, and transforms each part when it is first asked for. What to read is in
+    the hyper-parameters that the constructor of the subclass saves.
+
+    Args:
+        root: folder of the data set's files.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        super().__init__()
+        self.root: Path | None = Path(root).expanduser()
+        self._own: OwnDataModule | None = None
+        self._real: RealImages | None = None
+        self._transform: ImageTransform | None = None
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, *arguments: Any, weights_only: bool = True, **options: Any
+    ) -> Self:
+        """Make the datamodule of a fit again, as Lightning does, but import nothing that the file names."""
+        options |= {"weights_only": weights_only, "_instantiator": None}
+        return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
+
+    def take(self, images: ImageDataset | OwnDataModule) -> None:
+        """Read a data set that is given as an object instead of the one that is named."""
+        self.hparams["dataset"], self.root = OWN_IMAGES, None
+        if isinstance(images, OwnDataModule):
+            self._own = images
+        else:
+            self.spec = images
+
+    @cached_property
+    def spec(self) -> ImageDataset:
+        """The description of the data set; see the class."""
+        hparams = self.hparams
+        if self._own is not None:
+            spec, hparams["batch_size"] = self._own.read(self.trainer)
+            return spec
+        return get_dataset(hparams["dataset"], self._request)
+
+    @property
+    def _request(self) -> Request:
+        keys = ("download", "image_size", "test_fraction", "cache_dir")
+        return Request(cast("Path", self.root), **{key: self.hparams[key] for key in keys})
+
+    @cached_property
+    def census(self) -> Census | None:
+        """Counts over the files of a "folder", by their headers, without decoding; None for other data sets."""
+        if "spec" in self.__dict__:
+            return self.spec.census
+        return take_folder_census(self._request) if self.hparams["dataset"] == "folder" else None
+
+    @cached_property
+    def _folder_labels(self) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+        return folder_labels(self._request)
+
+    def count(self, name: Part) -> list[int]:
+        """Count the images of each class in a part, in label order; those of a "folder" are not decoded for it."""
+        if self._real is None and self.hparams["dataset"] == "folder":
+            names, labels = self._folder_labels
+            source, index = choose(labels, **self._split_options)[name]
+            return labels[source][index].bincount(minlength=len(names)).tolist()
+        return self._read().labels(name).bincount(minlength=self.num_classes).tolist()
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The image transform; before ``setup``, that of images which are not whitened."""
+        return self._transform or self.spec.transform or Standardization(self.spec.mean, self.spec.std)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.spec.class_names)
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels."""
+        return self.spec.in_channels
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.spec.image_size
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in label order."""
+        return list(self.spec.class_names)
+
+    @cached_property
+    def _dataset(self) -> dict[str, Any]:
+        return {"name": self.hparams["dataset"], **self._split_options, **self.spec.describe()}
+
+    def description(self) -> DataDescription:
+        """Describe the training images; see ``contracts.DataSource``."""
+        shape = ImageShape(self.in_channels, self.num_classes, self.image_size)
+        dataset = dict(self._dataset)
+        return DataDescription(shape, self.class_names, self.transform, dataset, self.hparams["batch_size"])
+
+    def describe(self) -> dict[str, Any]:
+        """Name the training images and their transform; equal descriptions mean equal images."""
+        return self.description().metadata()
+
+    def part(self, name: Part) -> Images:
+        """Return the images of a part, transformed at first use: "train", "val" (possibly none) or "test"."""
+        self.setup("fit")
+        return self._part(name)
+
+    @property
+    def train(self) -> Images:
+        """The training images that are not held out."""
+        return self.part("train")
+
+    @property
+    def val(self) -> Images:
+        """The held-out images."""
+        return self.part("val")
+
+    @property
+    def test(self) -> Images:
+        """The test images."""
+        return self.part("test")
+
+    def _read(self) -> RealImages:
+        if self._real is None:
+            self._real = RealImages(self.spec, **self._split_options)
+        return self._real
+
+    @property
+    def _split_options(self) -> dict[str, Any]:
+        return {key: self.hparams[key] for key in ("val_fraction", "max_per_class", "seed")}
+
+    def _fit_whitening(self) -> None:
+        if self._transform is None:
+            name, eps = self.hparams["dataset"], self.hparams["zca_eps"]
+            self._transform = cached_whitening(
+                self._read().pictures("train"), name, eps=eps, cache_dir=self.hparams["cache_dir"]
+            )
+
+    def _part(self, name: Part) -> Images:
+        return self._read().images(name, self.transform)
 
 
 class NoLoaders(CombinedLoader):

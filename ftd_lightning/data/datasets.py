@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ftd_lightning.data.cifar import find_cifar10, find_cifar100
 from ftd_lightning.data.folder import find_folder
-from ftd_lightning.data.imagenet import SUBSETS, find_subset
-from ftd_lightning.data.images import ImageDataset, Parts, Pictures, Request
-from ftd_lightning.data.images_file import find_images_file
-from ftd_lightning.data.tiny_imagenet import find_tiny_imagenet
+from ftd_lightning.data.imagenet import SUBSETS, find_subset, find_tiny_imagenet
+from ftd_lightning.data.in_memory import find_images_file
+from ftd_lightning.data.sources import OWN_IMAGES, ImageDataset, Parts, Pictures, Request, find_cifar10, find_cifar100
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-OWN_IMAGES = "own images"  # the name of data that is given as objects, in descriptions
 
 
 def _load_digits() -> Parts:

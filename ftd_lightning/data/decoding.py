@@ -1,32 +1,110 @@
-"""Image files, decoded in parallel.
-
-Convention: pictures are (C, H, W) as a person sees them: turned by their EXIF orientation, which torchvision's
-ImageFolder does not do, and transparency on white; the first one of an animation or a file of several pages. Resizing
-is bilinear with antialiasing and squashes the aspect ratio.
-"""
+"""Decoding image files, and the cache of decoded images."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import ExifTags, Image, ImageFile
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from ftd_lightning.data.images import Pictures
+from ftd_lightning.data.sources import Parts, Pictures, fingerprints, unit_range
 from ftd_lightning.errors import InputError
+from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, write_tensors
+from ftd_lightning.files.schema import is_number, refuse
+from ftd_lightning.files.transforms import Whitening
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from ftd_lightning.data.image_tree import Part
+    from ftd_lightning.data.sources import Part
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """Return ``cache_dir``, or this library's folder in the user's cache, ``XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Never the folder of the images: other readers of that folder would take a cache for a class.
+    """
+    folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ftd_lightning"
+    return Path(folder).expanduser()
+
+
+def check_memory(needed: int, what: str, remedy: str) -> None:
+    """Refuse work that takes more memory than the machine has.
+
+    Args:
+        needed: bytes.
+        what: the work, for the message.
+        remedy: a way out, for the message.
+
+    Raises:
+        InputError: if it does. Nothing is checked on Windows, which does not report its memory this way.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > memory:
+        raise InputError(
+            f"{what} takes {needed / 2**30:,.0f} GiB of memory, this machine has {memory / 2**30:,.0f}: {remedy}"
+        )
+
+
+CHUNK = 1000  # pictures measured at a time: bounds the memory that it takes
+
+
+def measure(pictures: Tensor) -> dict[str, list[float]]:
+    """Measure mean and standard deviation of all pixels, per channel, on the scale [0, 1].
+
+    A channel of one value gets the deviation 1, because images are divided by it.
+
+    Args:
+        pictures: (N, C, H, W), uint8 or float32 in [0, 1].
+
+    Returns:
+        "mean" and "std", C values each, rounded to 6 digits.
+
+    Example:
+        >>> measure(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
+        {'mean': [0.5], 'std': [0.5]}
+        >>> measure(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1))
+        {'mean': [0.5], 'std': [0.5]}
+    """
+    mean, variance = _moments_of_bytes(pictures) if pictures.dtype == torch.uint8 else _moments(pictures)
+    std = variance.sqrt()
+    std[variance < 1e-20] = 1  # rounding leaves a little of the variance of a constant
+    return {key: [round(value, 6) for value in found.tolist()] for key, found in (("mean", mean), ("std", std))}
+
+
+def _moments_of_bytes(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    # Counts of the 256 values: exact, whatever the order of the images.
+    counts = torch.zeros(pictures.shape[1], 256, dtype=torch.float64)
+    for chunk in pictures.split(CHUNK):
+        for channel, values in enumerate(chunk.transpose(0, 1)):
+            counts[channel] += values.flatten().bincount(minlength=256)
+    values, shares = torch.arange(256, dtype=torch.float64) / 255, counts / counts.sum(1, keepdim=True)
+    mean = (shares * values).sum(1)
+    return mean, (shares * (values - mean.unsqueeze(1)).square()).sum(1)
+
+
+def _moments(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    count = pictures.numel() // pictures.shape[1]
+    mean = (
+        sum((chunk.double().sum((0, 2, 3)) for chunk in pictures.split(CHUNK)), torch.zeros(pictures.shape[1])) / count
+    )
+    squares = ((chunk.double() - mean.view(-1, 1, 1)).square().sum((0, 2, 3)) for chunk in pictures.split(CHUNK))
+    return mean, sum(squares, torch.zeros(pictures.shape[1])) / count
+
 
 TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -201,3 +279,209 @@ def decode(parts: Mapping[str, Part], *, channels: int, size: int, deep: bool) -
         for (name, part), some in zip(parts.items(), pictures.split(counts), strict=True)
     }
     return found, int(peaks.max())
+
+
+KIND = "decoded_images"
+VERSION = 2  # of how files are decoded; caches of another one are not read
+
+
+@dataclass(frozen=True)
+class DecodedImages:
+    """The parts of a data set, decoded. The cache is filled where it is missing, and again where it is damaged.
+
+    Attributes:
+        path: of the cache; see :func:`cache_file`.
+        train: files and labels of the training part.
+        test: those of the test part.
+        form: returns ``channels``, ``size`` and perhaps ``deep`` of the pictures, as :func:`fill_cache` takes them, and
+            what else to record. It is called before decoding.
+        sizes: what must be recorded as a positive integer.
+        val: files and labels of the held-out part; None: there is none, a share of the training part is held out.
+    """
+
+    path: Path
+    train: Part
+    test: Part
+    form: Callable[[], Mapping[str, Any]]
+    sizes: tuple[str, ...] = ("in_channels", "image_size")
+    val: Part | None = None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Files and labels by the name of the part."""
+        return _by_name(self.train, self.test, self.val)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what was recorded beside the pictures; it fits their shapes.
+
+        Raises:
+            InputError: for an unreadable image, or where the cache cannot be written.
+        """
+        return self._from_cache(self._checked_metadata)
+
+    def load(self) -> Parts:
+        """Map the training and the test part into memory, after a look at every byte of them.
+
+        Raises:
+            InputError: as for :meth:`metadata`.
+        """
+        train, test = self._from_cache(partial(self._checked_parts, ("train", "test")))
+        return train, test
+
+    def load_held_out(self) -> Pictures:
+        """Map the held-out part into memory, likewise; there has to be one.
+
+        Raises:
+            InputError: as for :meth:`metadata`.
+        """
+        (val,) = self._from_cache(partial(self._checked_parts, ("val",)))
+        return val
+
+    def _from_cache(self, read: Callable[[TensorFile], T]) -> T:
+        if self.path.is_file():
+            try:
+                return read(TensorFile(self.path, kind=KIND))
+            except InputError as error:
+                rank_zero_warn(f"{str(error).removesuffix('; make it again')}; the images are decoded again")
+        fill_cache(self.path, self.train, self.test, val=self.val, **self.form())
+        return read(TensorFile(self.path, kind=KIND))
+
+    def _checked_metadata(self, file: TensorFile) -> dict[str, Any]:
+        metadata = file.metadata
+        for key in self.sizes:
+            if type(metadata.get(key)) is not int or metadata[key] < 1:
+                refuse(self.path, key, f"is {metadata.get(key)!r:.60}")
+        channels, size = metadata["in_channels"], metadata["image_size"]
+        dtype = torch.float32 if "maximum" in metadata else torch.uint8
+        for name, part in self.parts.items():
+            wanted = dtype, (len(part.files), channels, size, size)
+            if file.layout(f"{name}.pictures") != wanted:
+                refuse(self.path, f"{name}.pictures", "are not the pictures of these files")
+        for key in ("mean", "std"):
+            values = metadata.get(key)
+            if not isinstance(values, list) or len(values) != channels or not all(is_number(v, 0, 1) for v in values):
+                refuse(self.path, key, f"is {values!r:.60}")
+        for key in ("fingerprint", *([] if self.val is None else ["held_out"])):
+            if not isinstance(metadata.get(key), str):
+                refuse(self.path, key, "is missing")
+        return metadata
+
+    def _checked_parts(self, names: Sequence[str], file: TensorFile) -> list[Pictures]:
+        self._checked_metadata(file)
+        found = [Pictures(file[f"{name}.pictures"], file[f"{name}.labels"]) for name in names]
+        for name, part in zip(names, found, strict=True):
+            if not torch.equal(part.labels, torch.tensor(self.parts[name].labels, dtype=torch.int64)):
+                refuse(self.path, f"{name}.labels", "are not the labels of these files")
+        return found
+
+
+def _by_name(train: Part, test: Part, val: Part | None) -> dict[str, Part]:
+    return {"train": train, "test": test, **({} if val is None else {"val": val})}
+
+
+def cache_file(cache_dir: str | Path | None, name: str, size: int | str, base: Path, parts: Mapping[str, Part]) -> Path:
+    """Name the cache of decoded files by all that it depends on.
+
+    Args:
+        cache_dir: the file lies in its folder ``decoded``; None: the user's cache folder.
+        name: of the data set.
+        size: of the pictures.
+        base: folder of the files.
+        parts: the files by part; their paths, labels, lengths and times of change are hashed.
+
+    Raises:
+        InputError: for a file that does not exist, such as a dangling link.
+    """
+    digest = hashlib.blake2b(f"{VERSION}|{base.resolve()}\n".encode(errors="surrogateescape"), digest_size=8)
+    for part, (files, labels) in parts.items():
+        for file, label in zip(files, labels, strict=True):
+            try:
+                stat = file.stat()
+            except OSError as error:
+                raise InputError(f"{file}: cannot be read ({error.strerror}); replace it or remove it") from error
+            line = f"{part}|{label}|{file.relative_to(base).as_posix()}|{stat.st_size}|{stat.st_mtime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+    return cache_folder(cache_dir) / "decoded" / f"{name}_{size}_{digest.hexdigest()}.safetensors"
+
+
+def fill_cache(
+    path: Path,
+    train: Part,
+    test: Part,
+    *,
+    channels: int,
+    size: int,
+    val: Part | None = None,
+    deep: bool = False,
+    **metadata: Any,
+) -> None:
+    """Decode all parts and write them to a cache, all at once; an interruption leaves no file.
+
+    Beside the pictures it records their size, what :func:`measure` finds in the training part, :func:`fingerprints` of
+    the contents, which copies of the files share, and if ``deep`` the "maximum" that pictures of 16 bits are scaled by.
+
+    Raises:
+        InputError: for an unreadable image, for more than memory holds, or where the cache cannot be written.
+    """
+    named = _by_name(train, test, val)
+    values = sum(len(part.files) for part in named.values()) * channels * size**2
+    needed = 3 * values * (4 if deep else 1)  # writing makes two copies
+    check_memory(needed, f"{path.parent}: decoding to {size} px", "set data.image_size lower")
+    parts, maximum = decode(named, channels=channels, size=size, deep=deep)
+    tensors = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part._asdict().items()}
+    found = {
+        "in_channels": channels,
+        "image_size": size,
+        **measure(parts["train"].pictures),
+        **fingerprints(parts["train"], parts["test"], parts.get("val")),
+        **({"maximum": maximum} if deep else {}),
+    }
+    try:
+        write_tensors(path, tensors, kind=KIND, metadata={**found, **metadata})
+    except OSError as error:
+        raise InputError(
+            f"{path}: the decoded images cannot be written there ({error.strerror or error}); set data.cache_dir"
+        ) from error
+
+
+COPIES = 17  # of the matrix, float32, that fitting takes at its peak, as measured
+
+
+def cached_whitening(pictures: Tensor, name: str, *, eps: float, cache_dir: str | Path | None) -> Whitening:
+    """Read the whitening of some pictures from the cache, or fit it and write it there, atomically.
+
+    It is fitted again where the file is damaged, or something else.
+
+    Args:
+        pictures: (N, C, H, W), uint8 or float32 in [0, 1].
+        name: of the data set, for the file's name, which says all that a whitening depends on.
+        eps: added to the eigenvalues.
+        cache_dir: the file lies in its folder ``whitening``; None: the user's cache folder.
+
+    Raises:
+        InputError: where it would take more memory than the machine has, or cannot be written.
+    """
+    data = fingerprint(pictures)
+    file = f"zca_{name.replace(' ', '-')}_{data}_{eps}_kornia{version('kornia')}.safetensors"
+    path = cache_folder(cache_dir) / "whitening" / file
+    values = pictures[0].numel()
+    if path.is_file():
+        try:
+            whitening = Whitening.load(path)
+            if (whitening.mean.numel(), whitening.eps, whitening.fitted_on) == (values, eps, data):
+                return whitening
+            reason = f"{path}: is of other pictures"
+        except InputError as error:
+            reason = str(error).removesuffix("; make it again")
+        rank_zero_warn(f"{reason}; the whitening is fitted again")
+    what = f"whitening {values:,} values per image, by a matrix of {values:,} x {values:,} ({values**2 * 4:,} bytes),"
+    check_memory(COPIES * values**2 * 4, what, "leave out zca, or set data.image_size lower")
+    rank_zero_info(f"fitting the whitening, {values} x {values}, on {len(pictures)} images")
+    whitening = Whitening.fit(unit_range(pictures), eps=eps, fitted_on=data)
+    try:
+        whitening.save(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: the whitening cannot be written there ({error.strerror or error}); set data.cache_dir"
+        ) from error
+    return whitening

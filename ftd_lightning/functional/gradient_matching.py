@@ -1,9 +1,4 @@
-"""Gradient matching (DC: Zhao, Mopuri and Bilen, ICLR 2021; DSA: Zhao and Bilen, ICML 2021).
-
-For each class c, with g the gradient of the mean cross entropy in all weights of the same network::
-
-    D(g(synthetic images of c), g(real images of c))     summed over classes, minimised in the synthetic images
-"""
+"""Which modules of a network normalise by statistics of the batch."""
 
 from __future__ import annotations
 
@@ -16,6 +11,20 @@ from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+
+
+def batch_norms(network: nn.Module) -> list[BatchNorm]:
+    """List the batch normalisation layers of a network.
+
+    Example:
+        >>> len(batch_norms(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.GroupNorm(2, 2))))
+        1
+    """
+    return [module for module in network.modules() if isinstance(module, BatchNorm)]
+
 
 EPSILON = 1e-6  # DC's; added to the denominator, so that rows without a gradient contribute 1 instead of nan
 

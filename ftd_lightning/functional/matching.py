@@ -1,27 +1,77 @@
-"""The matching loss (Eq. 4-5): how far the student ends from the teacher's target."""
+"""The matching loss of a segment, and the mini-batches of its inner steps."""
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from ftd_lightning.functional.pruning import pruned_distance
-from ftd_lightning.functional.rules import only_one
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.functional.unroll import roll_out
 from ftd_lightning.functional.unroll import unroll as unroll_student
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
 
     from ftd_lightning.functional.compiling import Compile
-    from ftd_lightning.functional.rules import MatchingRule
-    from ftd_lightning.functional.student import Augment
-    from ftd_lightning.functional.unroll import Unroll
+    from ftd_lightning.functional.unroll import Augment, Unroll
+
+
+def chunked_permutations(
+    num_images: int, num_steps: int, generator: torch.Generator, *, batch_size: int | None = None
+) -> list[Tensor]:
+    """Draw the mini-batches of the inner steps: a random permutation split into chunks, drawn anew when used up.
+
+    Args:
+        num_images: N, size of the synthetic set.
+        num_steps: n, number of inner steps.
+        generator: decides the permutations; a CPU generator.
+        batch_size: images per step; None or >= N means all of them at every step. The last chunk of a permutation is
+            smaller where N is not a multiple of it.
+
+    Returns:
+        n int64 index tensors.
+
+    Raises:
+        ValueError: for a batch size below 1.
+
+    Example:
+        >>> [len(b) for b in chunked_permutations(5, 4, torch.Generator(), batch_size=2)]
+        [2, 2, 1, 2]
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if batch_size is None or batch_size >= num_images:
+        return [torch.arange(num_images)] * num_steps
+
+    def chunks() -> Iterator[Tensor]:
+        while True:
+            yield from torch.randperm(num_images, generator=generator).split(batch_size)
+
+    return [chunk for _, chunk in zip(range(num_steps), chunks(), strict=False)]
+
+
+class SegmentRule(Protocol):
+    """A change of the loss of a segment; ``rules.MatchingRule`` documents these hooks."""
+
+    @property
+    def name(self) -> str:
+        """Seed the rule's random draws."""
+
+    def begin(self, start: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the weights that the student starts from, (P,)."""
+
+    def distance(self, student: Tensor, target: Tensor) -> Tensor | None:
+        """Return the student's distance from the target after an inner step; None to choose no step."""
+
+    def compared(self, student: Tensor, noise: Tensor) -> Tensor:
+        """Return the weights that are compared with the target, (P,)."""
+
+    def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor | None:
+        """Return the parameters that the distance is taken over, (P,) bool; None for all."""
 
 
 class Match(NamedTuple):
@@ -54,6 +104,36 @@ def normalized_distance(student: Tensor, start: Tensor, target: Tensor) -> Tenso
     return (student - target).square().sum() / (start - target).square().sum()
 
 
+def pruned_distance(student: Tensor, start: Tensor, target: Tensor, keep: Tensor) -> Tensor:
+    """Measure the normalized distance over the parameters that are kept (the loss of DPD).
+
+    ``sum_K (theta_n - theta*_{t+m})^2 / sum_K (theta*_t - theta*_{t+m})^2``: one mask for numerator and denominator.
+
+    Convention: with nothing dropped this is ``normalized_distance``, bit for bit. If the teacher did not move any of
+    the kept parameters, the denominator is its displacement in all of them.
+
+    Args:
+        student: theta_n, (P,).
+        start: theta*_t, (P,).
+        target: theta*_{t+m}, (P,).
+        keep: (P,) bool, e.g. from ``DropLargest.keep``.
+
+    Returns:
+        A scalar, differentiable in the weights.
+
+    Example:
+        >>> import torch
+        >>> student, start, target = torch.tensor([1.0, 9.0]), torch.zeros(2), torch.tensor([2.0, 1.0])
+        >>> pruned_distance(student, start, target, torch.tensor([True, False]))
+        tensor(0.2500)
+    """
+    # Zeros in place of what is dropped, instead of shorter vectors: no synchronisation, and the same order of sums.
+    movement = (start - target).square()
+    kept = torch.where(keep, movement, 0.0).sum()
+    denominator = torch.where(kept > 0, kept, movement.sum())
+    return torch.where(keep, (student - target).square(), 0.0).sum() / denominator
+
+
 def trajectory_matching_loss(
     network: nn.Module,
     start: Tensor,
@@ -66,7 +146,7 @@ def trajectory_matching_loss(
     augment: Augment | None = None,
     seed: int = 0,
     unroll: Unroll = "adjoint",
-    rules: Sequence[MatchingRule] = (),
+    rules: Sequence[SegmentRule] = (),
     compile: Compile = "auto",  # noqa: A002
 ) -> Tensor:
     """Unroll a student from the teacher's weights on the synthetic set and measure where it ends (Eq. 4-5).
@@ -120,7 +200,7 @@ def match(
     augment: Augment | None = None,
     seed: int = 0,
     unroll: Unroll = "adjoint",
-    rules: Sequence[MatchingRule] = (),
+    rules: Sequence[SegmentRule] = (),
     compile: Compile = "auto",  # noqa: A002
 ) -> Match:
     """Compute what :func:`trajectory_matching_loss` does, and also say how many steps were unrolled.
@@ -140,9 +220,12 @@ def match(
         return student
 
     student = (network, begins[-1], images, labels, step_size)
-    if (chooses := only_one(rules, "distance")) is not None:
+    chooses = [rule for rule in rules if rule.distance(start, target) is not None]
+    if len(chooses) > 1:
+        raise ValueError(f"rules: {' and '.join(rule.name for rule in chooses)} each choose the step: give one of them")
+    if chooses:
         steps = roll_out(*student, batches=batches, augment=augment, seed=seed, compile=compile)
-        batches = batches[: closest([chooses.distance(compared(weights), target) for weights in steps])]
+        batches = batches[: closest([chooses[0].distance(compared(weights), target) for weights in steps])]
     end = compared(
         unroll_student(*student, batches=batches, augment=augment, seed=seed, method=unroll, compile=compile)
     )

@@ -1,4 +1,4 @@
-"""Seeds derived from what the randomness is for, so that a resumed run draws what an uninterrupted one draws."""
+"""Random numbers by purpose, and copies to a device that do not wait."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from torch import Tensor, nn
 
 
 def derive_seed(*keys: int | str) -> int:
@@ -61,3 +63,27 @@ def seeded(*keys: int | str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(*keys))
         yield
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Move a tensor, and cast it; from the host to a GPU by way of pinned memory, while the host goes on.
+
+    Args:
+        tensor: of any shape and dtype, on any device.
+        device: where it shall be.
+        dtype: None keeps the tensor's.
+
+    Returns:
+        The tensor itself where nothing changes.
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, tensor.dtype if dtype is None else dtype, non_blocking=True)
+
+
+def network_to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move a network in place, its floating-point tensors cast, by way of pinned memory; returns it."""
+    if device.type == "cuda":
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.data = tensor.data.pin_memory()
+    return network.to(device, dtype, non_blocking=True)

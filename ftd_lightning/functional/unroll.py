@@ -1,24 +1,188 @@
-"""The inner loop: n steps of a student on the synthetic set, with its exact gradient; see :mod:`.adjoint`."""
+"""A student of the inner loop: what all of its steps have in common."""
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from ftd_lightning.functional.adjoint import OptimizerAdjoint, PlainAdjoint
+from ftd_lightning.errors import InputError
 from ftd_lightning.functional.inner_optimizers import InnerSGD
-from ftd_lightning.functional.inner_step import inner_step, named_views, student_loss
-from ftd_lightning.functional.student import Augment, Student, require_function, step_size_of
-from ftd_lightning.functional.to_device import to_device
+from ftd_lightning.functional.inner_step import InnerStep, draws_random_numbers, inner_step, named_views, student_loss
+from ftd_lightning.functional.seeding import make_generator, to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from ftd_lightning.functional.compiling import Compile
     from ftd_lightning.functional.inner_optimizers import InnerOptimizer, State
+    from ftd_lightning.functional.inner_step import Wanted
+
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+# The modes (of all modules) in which a network was seen to be a function of its weights.
+_functions: WeakKeyDictionary[nn.Module, set[tuple[bool, ...]]] = WeakKeyDictionary()
+
+
+class Student(NamedTuple):
+    """What all inner steps have in common."""
+
+    network: nn.Module
+    batches: Sequence[Tensor]
+    augment: Augment | None
+    seed: int
+    step: InnerStep
+
+    def augmented(self, images: Tensor, step: int) -> Tensor:
+        """Augment the mini-batch of a step; a repeated step draws the same augmentation."""
+        return images if self.augment is None else self.augment(images, make_generator(self.seed, "inner", step))
+
+    def batch(self, step: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the augmented images and the labels of a step, detached."""
+        index = self.batches[step]
+        return self.augmented(images.detach()[index], step), labels.detach()[index]
+
+
+def step_size_of(step_size: Tensor, step: int) -> Tensor:
+    """Return the step size of a step, a scalar, from one for all or one for each."""
+    return step_size[step] if step_size.ndim else step_size
+
+
+def require_function(network: nn.Module, weights: Tensor, images: Tensor, index: Tensor) -> None:
+    """Refuse a network that draws random numbers; once per network and mode, on the first mini-batch."""
+    for name, module in network.named_modules():
+        if isinstance(module, DROPOUT) and module.training and module.p > 0:
+            raise InputError(f"dropout {name!r} is active: a student must be a function of its weights; set p to 0")
+    mode = tuple(module.training for module in network.modules())
+    seen = _functions.setdefault(network, set())
+    if mode not in seen:
+        if draws_random_numbers(network, images.detach()[index], weights=weights.detach()):
+            raise InputError(
+                f"{type(network).__name__} draws random numbers (dropout, drop path): a student must be a function of "
+                "its weights; switch that off"
+            )
+        seen.add(mode)
+
+
+def _zeros(want: Wanted, *tensors: Tensor) -> list[Tensor | None]:
+    return [torch.zeros_like(tensor) if wanted else None for tensor, wanted in zip(tensors, want, strict=True)]
+
+
+class PlainAdjoint(torch.autograd.Function):
+    """theta_n as a function of the weights after so many steps, images, labels and step size, for plain SGD."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Student, done: int, start: Tensor, images: Tensor, labels: Tensor, lr: Tensor
+    ) -> Tensor:
+        """Run the steps and keep the weights before each."""
+        weights, path = start.detach().clone(), []
+        for step in range(done, len(student.batches)):
+            path.append(weights)
+            x, y = student.batch(step, images, labels)
+            weights = student.step.forward(student.network, weights, x, y, step_size_of(lr, step).detach())
+        ctx.student, ctx.done = student, done
+        # Saved through autograd, so that a set changed in place before backward is an error, not a wrong gradient.
+        ctx.save_for_backward(images, labels, lr, *path)
+        return weights
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
+        """Go through the steps backwards."""
+        images, labels, step_sizes, *path = (saved.detach() for saved in ctx.saved_tensors)
+        student, done, want = ctx.student, ctx.done, ctx.needs_input_grad[3:5]
+        grad_images, grad_labels = _zeros(want, images, labels)
+        grad_lr = torch.zeros_like(step_sizes)
+        for step in reversed(range(done, len(student.batches))):
+            index = student.batches[step]
+            raw = images[index].requires_grad_(want[0])
+            with torch.enable_grad():
+                x = student.augmented(raw, step)
+            lr = step_size_of(step_sizes, step)
+            s, adjoint, in_x, in_labels = student.step.adjoint(
+                student.network, path[step - done], x.detach(), labels[index], adjoint, lr, want
+            )
+            step_size_of(grad_lr, step).sub_(s)
+            # The augmentation is differentiated once, here. One that ignores its images has no gradient.
+            if grad_images is not None and x.requires_grad:
+                (in_raw,) = torch.autograd.grad(x, raw, in_x, allow_unused=True, materialize_grads=True)
+                grad_images.index_add_(0, index, -lr * in_raw)
+            if grad_labels is not None:
+                grad_labels.index_add_(0, index, -lr * in_labels)
+        return None, None, adjoint, grad_images, grad_labels, grad_lr
+
+
+class OptimizerAdjoint(torch.autograd.Function):
+    """The same for any optimizer, with how many steps it has made, and its state."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Student,
+        rule: tuple[InnerOptimizer, int],
+        start: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        step_sizes: Tensor,
+        *state: Tensor,
+    ) -> Tensor:
+        """Run the steps and keep the weights before each."""
+        optimizer, done = rule
+        weights, path = start.detach().clone(), []
+        for step in range(done, len(student.batches)):
+            gradient = student.step.gradient(student.network, weights, *student.batch(step, images, labels))
+            path += [weights, gradient, *state]
+            lr = step_size_of(step_sizes, step).detach()
+            weights, state = optimizer.step(weights, gradient, state, lr, step + 1)
+        ctx.student, ctx.rule, ctx.size = student, rule, 2 + len(state)
+        # Saved through autograd, so that a set changed in place before backward is an error, not a wrong gradient.
+        ctx.save_for_backward(images, labels, step_sizes, *path)
+        return weights
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
+        """Go through the steps backwards."""
+        images, labels, step_sizes, *path = (saved.detach() for saved in ctx.saved_tensors)
+        student, (optimizer, done), size = ctx.student, ctx.rule, ctx.size
+        want = ctx.needs_input_grad[3:5]
+        grad_images, grad_labels = _zeros(want, images, labels)
+        grad_sizes = torch.zeros_like(step_sizes)
+        of_state: State = tuple(torch.zeros_like(adjoint) for _ in range(size - 2))
+        for step in reversed(range(done, len(student.batches))):
+            weights, gradient, *state = path[(step - done) * size : (step - done + 1) * size]
+            lr = step_size_of(step_sizes, step)
+            leaves = [leaf.detach().requires_grad_() for leaf in (weights, gradient, lr, *state)]
+            with torch.enable_grad():
+                after, states = optimizer.step(leaves[0], leaves[1], tuple(leaves[3:]), leaves[2], step + 1)
+            through, gamma, in_lr, *of_state_before = torch.autograd.grad(
+                [after, *states], leaves, [adjoint, *of_state], allow_unused=True, materialize_grads=True
+            )
+            step_size_of(grad_sizes, step).add_(in_lr)
+            index = student.batches[step]
+            raw = images[index].requires_grad_(want[0])
+            with torch.enable_grad():
+                x = student.augmented(raw, step)
+            _, in_weights, in_x, in_labels = student.step.product(
+                student.network, weights, x.detach(), labels[index], gamma, want
+            )
+            adjoint, of_state = through + in_weights, tuple(of_state_before)
+            if grad_images is not None and x.requires_grad:
+                (in_raw,) = torch.autograd.grad(x, raw, in_x, allow_unused=True, materialize_grads=True)
+                grad_images.index_add_(0, index, in_raw)
+            if grad_labels is not None:
+                grad_labels.index_add_(0, index, in_labels)
+        return None, None, adjoint, grad_images, grad_labels, grad_sizes, *(None for _ in of_state)
+
 
 Unroll = Literal["adjoint", "graph"]
 

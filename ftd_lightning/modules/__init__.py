@@ -6,7 +6,7 @@ from ftd_lightning.modules.evaluation import SyntheticEvaluation
 from ftd_lightning.modules.feature_alignment import FeatureAlignment
 from ftd_lightning.modules.feature_regression import FeatureRegression
 from ftd_lightning.modules.gradient_matching import GradientMatching
-from ftd_lightning.modules.kernel_inducing_points import KernelInducingPoints
+from ftd_lightning.modules.kernel_inducing_points import KernelInducingPoints, kernel_accuracy
 from ftd_lightning.modules.teacher import FlatTeacher
 from ftd_lightning.modules.trajectory_matching import TrajectoryMatching
 
@@ -20,4 +20,5 @@ __all__ = [
     "KernelInducingPoints",
     "SyntheticEvaluation",
     "TrajectoryMatching",
+    "kernel_accuracy",
 ]

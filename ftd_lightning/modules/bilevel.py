@@ -1,4 +1,4 @@
-"""Bilevel distillation without teachers: real data's loss after training on the set (DD, SLDD, BPTT, RaT-BPTT)."""
+"""Clip a gradient at a multiple of its norm's moving average."""
 
 from __future__ import annotations
 
@@ -10,29 +10,54 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning.bounds import check_bounds
+from ftd_lightning.core.arguments import inner_optimizer, matching_rules, not_plain, plain
+from ftd_lightning.core.labels import InnerLabels
+from ftd_lightning.core.networks import Network, refuse_object
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.inner_optimizers import InnerAdam, InnerOptimizer, InnerSGD
 from ftd_lightning.functional.inner_step import student_logits
-from ftd_lightning.functional.mini_batches import chunked_permutations
-from ftd_lightning.functional.rules import MatchingRule, having, label_rule
-from ftd_lightning.functional.seeding import derive_seed, make_generator
-from ftd_lightning.functional.to_device import to_device
+from ftd_lightning.functional.matching import chunked_permutations
+from ftd_lightning.functional.seeding import derive_seed, make_generator, to_device
 from ftd_lightning.functional.unroll import flatten_parameters, unroll
 from ftd_lightning.modules.distillation import Init
-from ftd_lightning.modules.student_distillation import StudentDistillation
-from ftd_lightning.training.fresh_networks import Network, refuse_object
-from ftd_lightning.training.gradient_clipping import clip_by_average
-from ftd_lightning.training.inner_labels import InnerLabels
-from ftd_lightning.training.plain_arguments import inner_optimizer, matching_rules, not_plain, plain
+from ftd_lightning.modules.inner_loop import StudentDistillation
+from ftd_lightning.rules.base import MatchingRule, having, label_rule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch.optim import Optimizer
 
-    from ftd_lightning.data.synthetic_set import SyntheticSet
+    from ftd_lightning.files.synthetic_set import SyntheticSet
+
+
+@torch.no_grad()
+def clip_by_average(gradient: Tensor, average: Tensor, *, factor: float, decay: float = 0.9) -> None:
+    """Scale a gradient down to ``factor`` times the moving average of its norm, in place and without synchronising.
+
+    As in the code of RaT-BPTT (Feng et al., ICLR 2024): the average takes in the unclipped norm first, then the
+    gradient is clipped.
+
+    Args:
+        gradient: of any shape.
+        average: a scalar >= 0, updated in place; 0 before the first call. A norm that is not finite leaves it as it is.
+        factor: > 0.
+        decay: of the average, in [0, 1).
+
+    Example:
+        >>> gradient, average = torch.tensor([100.0]), torch.tensor(1.0)
+        >>> clip_by_average(gradient, average, factor=2.0)
+        >>> gradient, round(float(average), 2)
+        (tensor([21.8000]), 10.9)
+    """
+    norm = gradient.norm()
+    moved = torch.where(average > 0, decay * average + (1 - decay) * norm, norm)
+    average.copy_(torch.where(torch.isfinite(norm), moved, average))
+    limit = factor * average
+    gradient.mul_(torch.where(norm > limit, limit / norm, torch.ones_like(norm)))
+
 
 Schedule = Literal["shuffled", "fixed"]
 # What ask teachers, of whom there are none.

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ftd_lightning.core.networks import Network, refuse_object
 from ftd_lightning.functional.augment import Augmentation
-from ftd_lightning.functional.seeding import make_generator
-from ftd_lightning.functional.to_device import network_to_device, to_device
+from ftd_lightning.functional.seeding import make_generator, network_to_device, to_device
 from ftd_lightning.modules.distillation import Distillation
-from ftd_lightning.training.fresh_networks import Network, refuse_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

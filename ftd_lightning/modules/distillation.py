@@ -1,7 +1,8 @@
-"""What all distillations share: a synthetic set that is learned, its initial images, its optimizer, its description."""
+"""What all distillations share."""
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,25 +11,208 @@ from torch import Tensor, nn
 
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
 from ftd_lightning.contracts import Images
+from ftd_lightning.core.module import PhaseModule
+from ftd_lightning.core.ranks import mean_over_ranks
+from ftd_lightning.core.step_guard import MAX_SKIPPED, StepGuard
 from ftd_lightning.data.coresets import random_real_images
-from ftd_lightning.data.datamodule import NoLoaders
-from ftd_lightning.data.iterations import IterationCounter, IterationLoader
-from ftd_lightning.data.loader import fits_on
-from ftd_lightning.data.real_images import given_images
+from ftd_lightning.data.datamodule import NoLoaders, given_images
+from ftd_lightning.data.loaders import IterationCounter, IterationLoader, fits_on
 from ftd_lightning.errors import InputError
+from ftd_lightning.files.safetensors_io import versions
+from ftd_lightning.files.synthetic_set import SyntheticSet
+from ftd_lightning.files.transforms import Standardization
 from ftd_lightning.functional.seeding import make_generator
-from ftd_lightning.modules.learned_set import LearnedSet
-from ftd_lightning.training.ranks import mean_over_ranks
-from ftd_lightning.training.rules_in_use import accepted, weigh_gradient
-from ftd_lightning.training.step_guard import MAX_SKIPPED
+from ftd_lightning.rules.base import having, only_one
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch.optim import Optimizer
 
-    from ftd_lightning.functional.rules import MatchingRule
+    from ftd_lightning.core.labels import InnerLabels
+    from ftd_lightning.functional.augment import Augmentation
+    from ftd_lightning.rules.base import MatchingRule, Teachers
+
+
+def start_window(rules: Sequence[MatchingRule], max_start_epoch: int) -> Callable[[int], range]:
+    """Return the start epochs of an iteration as a function of its number.
+
+    Raises:
+        InputError: where the first iteration has none, or some outside {0 .. max_start_epoch - 1}.
+    """
+    rule = only_one(rules, "start_epochs")
+    everything = range(max_start_epoch)
+    if rule is None:
+        return lambda iteration: everything
+
+    def epochs(iteration: int) -> range:
+        found = rule.start_epochs(iteration, max_start_epoch)
+        if found is None:
+            return everything
+        if not found or not all(end in everything for end in (found[0], found[-1])):
+            raise InputError(
+                f"{rule}: iteration {iteration} has start epochs {found.start} to {found.stop - 1}, but "
+                f"max_start_epoch={max_start_epoch} allows 0 to {max_start_epoch - 1}"
+            )
+        return found
+
+    epochs(0)
+    return epochs
+
+
+def choose_images(rule: MatchingRule, real: Images, ipc: int, seed: int, teachers: Teachers) -> Images:
+    """Take ipc real images of each class, class by class, as a rule chooses them.
+
+    Raises:
+        InputError: where a class has fewer than ipc images, or the rule says so.
+    """
+    members = []
+    for label in real.labels.unique().tolist():
+        of_class = (real.labels == label).nonzero()[:, 0]
+        if len(of_class) < ipc:
+            raise InputError(f"class {label} has {len(of_class)} images, ipc={ipc} are needed")
+        order = torch.randperm(len(of_class), generator=make_generator(seed, "initial images", label))
+        members.append(of_class[order.to(of_class.device)])
+    chosen = rule.initial_images([real.images[index] for index in members], ipc, teachers)
+    if chosen is None:
+        chosen = [torch.arange(ipc)] * len(members)
+    picked = [index[choice.to(index.device)] for index, choice in zip(members, chosen, strict=True)]
+    if any(len(index.unique()) != ipc for index in picked):
+        raise InputError(f"{rule}: initial_images has to choose ipc={ipc} different images of each class")
+    return real.take(torch.cat(picked))
+
+
+def accepted(rules: Sequence[MatchingRule], loss: Callable[[], Tensor]) -> Tensor | None:
+    """Say whether all rules accept a step, a bool scalar; None where none has a say.
+
+    Args:
+        rules: are asked.
+        loss: returns the loss, averaged over ranks; called where a rule may refuse it.
+    """
+    gates = having(rules, "accepts")
+    value = loss() if gates else None
+    said = [answer for rule in gates if value is not None and (answer := rule.accepts(value)) is not None]
+    return reduce(torch.logical_and, said) if said else None
+
+
+def weigh_gradient(rules: Sequence[MatchingRule], images: Tensor, iteration: int) -> None:
+    """Multiply the gradient of the images with the weights of all rules, in place."""
+    for rule in rules:
+        weights = rule.weights(images.detach(), iteration)
+        if weights is not None and images.grad is not None:
+            images.grad.mul_(weights)
+
+
+class LearnedSet(PhaseModule):
+    """The set of a distillation as callbacks see it; see ``contracts.LearnsSet``.
+
+    Attributes:
+        images: (ipc * K, C, H, W) parameter, class by class.
+        labels: (ipc * K,) int64, the classes that the images are made for.
+        inner_labels: what students are trained with instead of classes; None where they are trained with those.
+        step_size: scalar: the learning rate that networks are to be trained with on the set.
+        ema_images: their moving average, where a ``SyntheticEMA`` keeps one.
+        scores: accuracies that ``EvaluateSynthetic`` measured of the current images.
+    """
+
+    images: nn.Parameter
+    step_size: nn.Parameter | Tensor
+    labels: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner_labels: InnerLabels | None = None
+        self._guard = StepGuard()
+        self._loaded_iterations = 0
+        self.ema_images: Tensor | None = None
+        self._initial_weight: Tensor | None = None  # of the initial images in their average
+        self._average_settings: dict[str, Any] = {}
+        self.scores: dict[str, dict[str, float | int]] = {}
+
+    @property
+    def method(self) -> str:
+        """Short name of the method, as in tables."""
+        raise NotImplementedError
+
+    def set_metadata(self) -> dict[str, Any]:
+        """Return what the set's metadata contains beyond settings: here the data and the network."""
+        dataset = {"name": "own images"} if self.data is None else self.data.dataset
+        return {"dataset": dataset, "network": self.fresh.describe()}
+
+    @property
+    def iterations(self) -> int:
+        """Number of iterations that the set has had."""
+        return self.step if self.attached else self._loaded_iterations
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of skipped steps; waits for the device."""
+        return int(self._guard.skipped)
+
+    def set_labels(self) -> Tensor:
+        """Return the labels of the set as it is: (N,) classes, or (N, K) probabilities."""
+        return self.labels if self.inner_labels is None else self.inner_labels.of_set()
+
+    def learned_images(self) -> dict[str, Tensor]:
+        """Return the live images by kind; see ``contracts.LearnsSet``."""
+        average = {} if self.ema_images is None else {"ema": self.ema_images}
+        return {"raw": self.images, **average}
+
+    def keep_average(self, average: Tensor, initial_weight: Tensor, settings: dict[str, Any]) -> None:
+        """Take a tensor as the moving average of the images; see ``contracts.LearnsSet``."""
+        self.ema_images, self._initial_weight, self._average_settings = average, initial_weight, settings
+
+    def record_scores(self, scores: dict[str, dict[str, float | int]]) -> None:
+        """Add measured accuracies to the current set's metadata."""
+        self.scores |= scores
+
+    def augmentation(self) -> Augmentation:
+        """Return the augmentation that the set is trained with."""
+        return self.augment
+
+    def evaluation_network(self, *seed: int | str) -> nn.Module:
+        """Build a fresh network of the architecture that the set is made for."""
+        return self.fresh.build(*seed)
+
+    def progress_label(self) -> str:
+        """Name what is done."""
+        return "distillation"
+
+    def planned_epochs(self) -> int | None:
+        """Return None: the trainer's limits end the fit."""
+        return None
+
+    def _average_metadata(self) -> dict[str, Any]:
+        if self._initial_weight is None:
+            return {}
+        return {"ema": self._average_settings, "ema_initial_weight": float(self._initial_weight)}
+
+    def synthetic_set(self) -> SyntheticSet:
+        """Return the current synthetic set, on the CPU, with everything that describes it."""
+        data, classes = self.data, [str(label) for label in self.labels.unique().tolist()]
+        return SyntheticSet(
+            images=self.images.detach().cpu().clone(),
+            labels=self.set_labels().detach().cpu().clone(),
+            step_size=self.step_size.detach().cpu().clone(),
+            ema_images=None if self.ema_images is None else self.ema_images.cpu().clone(),
+            class_names=classes if data is None else list(data.class_names),
+            transform=Standardization([0.0], [1.0]) if data is None else data.transform,
+            metadata={
+                "method": self.method,
+                "augmentation": self.augment.describe(),
+                **self.set_metadata(),
+                **({} if self.inner_labels is None else {"labels_made": self.inner_labels.made}),
+                "settings": self.settings(),
+                "iterations": self.iterations,
+                "skipped_steps": self.skipped_steps,
+                **({"gated_steps": int(self._guard.gated)} if self._guard.gates else {}),
+                **self._average_metadata(),
+                **({"scores": dict(self.scores)} if self.scores else {}),
+                "versions": versions(),
+            },
+        )
+
 
 Init = Literal["real", "noise"]
 

@@ -12,35 +12,25 @@ from torchmetrics import MeanMetric
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import BatchPlan
-from ftd_lightning.data.files import versions
-from ftd_lightning.functional.augment import Augmentation
-from ftd_lightning.functional.compiling import Compile
-from ftd_lightning.functional.seeding import derive_seed
-from ftd_lightning.training.compile_choice import EVALUATION
-from ftd_lightning.training.evaluation_protocol import (
+from ftd_lightning.core.arguments import not_plain, plain
+from ftd_lightning.core.evaluation import (
     EvaluationProtocol,
+    PartsOnDevice,
     choose_iterates,
     learned_lr,
     mean_and_std,
     set_lr,
     write_results,
 )
-from ftd_lightning.training.fresh_networks import Network, refuse_object, right_answers
-from ftd_lightning.training.held_out import held_out_seen
-from ftd_lightning.training.learning_check import check_learning
-from ftd_lightning.training.limits import allowed_epochs
-from ftd_lightning.training.parts_on_device import PartsOnDevice
-from ftd_lightning.training.phase_module import PhaseModule
-from ftd_lightning.training.plain_arguments import not_plain, plain
-from ftd_lightning.training.ranks import (
-    RankStates,
-    from_all_ranks,
-    own_share,
-    refuse_split_loaders,
-    without_gradient_sync,
-)
-from ftd_lightning.training.run_folder import run_folder
-from ftd_lightning.training.side_by_side import SideBySide
+from ftd_lightning.core.losses import SideBySide
+from ftd_lightning.core.module import EVALUATION, PhaseModule, allowed_epochs, run_folder
+from ftd_lightning.core.networks import Network, refuse_object, right_answers
+from ftd_lightning.core.ranks import RankStates, from_all_ranks, own_share, refuse_split_loaders, without_gradient_sync
+from ftd_lightning.core.results import check_learning, held_out_seen
+from ftd_lightning.files.safetensors_io import versions
+from ftd_lightning.functional.augment import Augmentation
+from ftd_lightning.functional.compiling import Compile
+from ftd_lightning.functional.seeding import derive_seed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

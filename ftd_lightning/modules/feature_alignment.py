@@ -1,32 +1,73 @@
-"""CAFE: synthetic images whose features are those of real ones at all depths, and tell classes apart (CVPR 2022)."""
+"""The loops of CAFE (Wang et al., CVPR 2022): when a round ends, and the training within it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
+from ftd_lightning.core.arguments import not_plain, plain
+from ftd_lightning.core.networks import Network, right_answers
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
-from ftd_lightning.functional.batch_norm import batch_norms
-from ftd_lightning.functional.distribution_matching import feature_levels
-from ftd_lightning.functional.feature_alignment import (
+from ftd_lightning.functional.distribution_matching import (
     Watcher,
     alignment_loss,
     class_means,
     discrimination_loss,
+    feature_levels,
     level_weights,
 )
+from ftd_lightning.functional.gradient_matching import batch_norms
 from ftd_lightning.modules.class_matching import ClassMatching
 from ftd_lightning.modules.distillation import Init
-from ftd_lightning.training.alignment_loops import Loops
-from ftd_lightning.training.fresh_networks import Network, right_answers
-from ftd_lightning.training.plain_arguments import not_plain, plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class Loops:
+    """When a round of CAFE ends, and the training between two of its iterations.
+
+    Attributes:
+        kind: "dynamic" decides by accuracies; "fixed": ``outer_max`` iterations per round, ``inner_max`` epochs between
+            two.
+        outer_max: most iterations of a round. Accuracies alone need not end it; the released script has no such bound.
+        inner_max: most epochs of training between two iterations; likewise.
+        lambda_1: the spread of accuracies below which a round ends, a fraction; 0.04 in the released script.
+        lambda_2: the spread above which the training ends, a fraction; 0.03 there.
+        window: accuracies that each loop looks at.
+
+    Raises:
+        InputError: for numbers out of range or another kind.
+    """
+
+    kind: Literal["dynamic", "fixed"] = "dynamic"
+    outer_max: int = 50
+    inner_max: int = 50
+    lambda_1: float = 0.04
+    lambda_2: float = 0.03
+    window: int = 10
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("dynamic", "fixed"):
+            raise InputError(f"loops: kind={self.kind!r} is unknown: choose from ['dynamic', 'fixed']")
+        check_bounds(Loops, vars(self))
+
+    @classmethod
+    def of(cls, value: Loops | Mapping[str, Any] | None) -> Loops:
+        """Build from the fields as a mapping; None takes the defaults."""
+        if isinstance(value, Loops):
+            return value
+        try:
+            return cls(**(value or {}))
+        except TypeError as error:
+            raise InputError(f"loops: {error}") from error
+
 
 PUBLISHED_MILESTONES = (1200, 1600, 1800)  # of 2001 rounds
 

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
+from ftd_lightning.core.arguments import not_plain, plain
+from ftd_lightning.core.networks import Network
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Augmentation
-from ftd_lightning.functional.batch_norm import batch_norms
-from ftd_lightning.functional.gradient_matching import gradient_distance, loss_gradients
+from ftd_lightning.functional.gradient_matching import batch_norms, gradient_distance, loss_gradients
 from ftd_lightning.modules.class_matching import ClassMatching
 from ftd_lightning.modules.distillation import Init
-from ftd_lightning.training.fresh_networks import Network
-from ftd_lightning.training.plain_arguments import not_plain, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ftd_lightning.callbacks.evaluation import PARTS
+from ftd_lightning.core.evaluation import mean_and_std
+from ftd_lightning.core.networks import Network, refuse_object
 from ftd_lightning.functional.augment import Augmentation
-from ftd_lightning.functional.ridge import centred_targets, half_squared_error, ridge_predictions
-from ftd_lightning.functional.seeding import make_generator
-from ftd_lightning.functional.to_device import to_device
+from ftd_lightning.functional.kernels import centred_targets, half_squared_error, ridge_predictions
+from ftd_lightning.functional.seeding import make_generator, to_device
 from ftd_lightning.modules.distillation import Distillation
-from ftd_lightning.training.evaluation_protocol import mean_and_std
-from ftd_lightning.training.fresh_networks import Network, refuse_object
 
 if TYPE_CHECKING:
     from ftd_lightning.contracts import Images

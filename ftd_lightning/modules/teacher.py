@@ -1,10 +1,10 @@
-"""The buffer phase: teachers trained on real images towards a flat trajectory (Eq. 12-13)."""
+"""Which teacher, and which epoch of it, a process trains in an epoch of the fit."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Callback
@@ -16,27 +16,74 @@ from torchmetrics import MeanMetric
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.trajectory_recorder import TrajectoryRecorder
 from ftd_lightning.contracts import BatchPlan, DataDescription, TeacherProgress
-from ftd_lightning.data.files import versions
+from ftd_lightning.core.arguments import not_plain, plain
+from ftd_lightning.core.losses import TeacherPass
+from ftd_lightning.core.module import TEACHER, PhaseModule, refuse_callbacks
+from ftd_lightning.core.networks import Network, refuse_dropout, refuse_object, right_answers
+from ftd_lightning.core.ranks import RankStates, average_over_ranks, own_share, refuse_split_loaders
+from ftd_lightning.core.schedulers import RestartingSchedulers
 from ftd_lightning.errors import InputError
+from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.optim import GSAM
-from ftd_lightning.training.compile_choice import TEACHER
-from ftd_lightning.training.dropout import refuse_dropout
-from ftd_lightning.training.fresh_networks import Network, refuse_object, right_answers
-from ftd_lightning.training.phase_module import PhaseModule
-from ftd_lightning.training.plain_arguments import not_plain, plain
-from ftd_lightning.training.ranks import RankStates, average_over_ranks, refuse_split_loaders
-from ftd_lightning.training.restarting_schedulers import RestartingSchedulers
-from ftd_lightning.training.teacher_pass import TeacherPass
-from ftd_lightning.training.teacher_rounds import TeacherRounds
-from ftd_lightning.training.trainer_settings import refuse_callbacks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+
+LONGEST = 1 << 20  # epochs; no teacher has as many
+
+
+class TeacherRounds(NamedTuple):
+    """Teachers trained one after the other, in rounds: in each round every rank trains one.
+
+    Attributes:
+        epochs: of each teacher.
+        rank: of this process among those that train teachers of their own.
+        world_size: number of these processes; 1 where all train the same teacher.
+    """
+
+    epochs: int
+    rank: int = 0
+    world_size: int = 1
+
+    def teacher(self, epoch: int) -> int:
+        """Return the number of the teacher, from 0, that is trained in an epoch of the fit.
+
+        Example:
+            >>> [TeacherRounds(2, rank=1, world_size=2).teacher(epoch) for epoch in range(4)]
+            [1, 1, 3, 3]
+        """
+        return epoch // self.epochs * self.world_size + self.rank
+
+    def teacher_epoch(self, epoch: int) -> int:
+        """Return the epoch of that teacher, from 0."""
+        return epoch % self.epochs
+
+    def data_epoch(self, epoch: int) -> int:
+        """Return the number that decides on batches and augmentation, one for each teacher and epoch of it.
+
+        It does not depend on how many epochs a teacher has: a longer one begins with the shorter one.
+
+        Example:
+            >>> [TeacherRounds(epochs, rank=1).data_epoch(2) == LONGEST + 2 for epochs in (3, 50)]
+            [True, True]
+        """
+        return self.teacher(epoch) * LONGEST + self.teacher_epoch(epoch)
+
+    def length(self, teachers: int) -> int:
+        """Return how many epochs of the fit a number of teachers takes.
+
+        Example:
+            >>> TeacherRounds(2, world_size=2).length(3)
+            4
+        """
+        return len(own_share(teachers, rank=0, world_size=self.world_size)) * self.epochs
+
 
 Parallel = Literal["teachers", "data"]
 

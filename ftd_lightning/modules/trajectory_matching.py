@@ -9,25 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.data.segments import SegmentBatch, SegmentLoader
-from ftd_lightning.data.trajectory_store import TrajectoryStore, check_compatible
+from ftd_lightning.core.arguments import matching_rules, not_plain, plain
+from ftd_lightning.core.labels import InnerLabels, StoreTeachers
+from ftd_lightning.core.networks import Network, student_networks
+from ftd_lightning.core.nodes import refuse_other_stores
+from ftd_lightning.core.resume import refuse_changes
+from ftd_lightning.data.loaders import SegmentBatch, SegmentLoader
 from ftd_lightning.errors import InputError
+from ftd_lightning.files.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
-from ftd_lightning.functional.matching import Match, match
-from ftd_lightning.functional.mini_batches import chunked_permutations
-from ftd_lightning.functional.rules import MatchingRule, having, label_rule, only_one
+from ftd_lightning.functional.matching import Match, chunked_permutations, match
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll
-from ftd_lightning.modules.distillation import Init
-from ftd_lightning.modules.student_distillation import StudentDistillation
-from ftd_lightning.training.fresh_networks import Network, student_networks
-from ftd_lightning.training.inner_labels import InnerLabels
-from ftd_lightning.training.plain_arguments import matching_rules, not_plain, plain
-from ftd_lightning.training.resumed_settings import refuse_changes
-from ftd_lightning.training.rules_in_use import choose_images, start_window
-from ftd_lightning.training.same_stores import refuse_other_stores
-from ftd_lightning.training.teacher_answers import StoreTeachers
+from ftd_lightning.modules.distillation import Init, choose_images, start_window
+from ftd_lightning.modules.inner_loop import StudentDistillation
+from ftd_lightning.rules.base import MatchingRule, having, label_rule, only_one
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -1,20 +1,115 @@
-"""``ftd compare``: many methods on one data set, or one method over the values of a setting, with one command.
-
-A thin wrapper over ``ftd fit``: each step is one that anyone can type. A finished step is not repeated, an
-interrupted one resumes from its last checkpoint; a row that fails is reported, and the others continue.
-"""
+"""Running the fits of a comparison, and writing what they gave."""
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
-from pathlib import Path  # noqa: TC003
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.command_line import parse_command, split_overrides
-from ftd_lightning.studies.comparison_plan import load
-from ftd_lightning.studies.comparison_run import advance, cost, report, threads_of
-from ftd_lightning.studies.comparison_table import text
-from ftd_lightning.studies.fit_steps import TimeSlice
+from ftd_lightning.errors import InputError
+from ftd_lightning.files.safetensors_io import replacing, write_json
+from ftd_lightning.studies.comparison import load
+from ftd_lightning.studies.fits import FitError, TimeSlice, is_done, read_notes, run_step
+from ftd_lightning.studies.plots import draw_plot, write_pictures
+from ftd_lightning.studies.tables import gather, markdown, state, text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ftd_lightning.studies.comparison import Comparison, Row
+
+
+@contextmanager
+def threads_of(job: Comparison) -> Iterator[None]:
+    """Give the fits the threads that the comparison names, unless the environment does."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if "threads" in job.given and threads is None:
+        os.environ["OMP_NUM_THREADS"] = str(job.given["threads"])
+    try:
+        yield
+    finally:
+        if threads is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
+
+
+def cost(job: Comparison, rows: Sequence[Row]) -> str:
+    """Say how many fits are to be done, and what the comparison's file says of all of them.
+
+    Args:
+        job: the comparison.
+        rows: those of it that are wanted.
+    """
+    steps = {step.folder: step for row in rows for step in job.steps(row)}
+    to_do = sum(not is_done(step) for step in steps.values())
+    whole = f" (all rows: {job.given['cost']})" if "cost" in job.given else ""
+    return f"{to_do} of {len(steps)} fits to do{whole}"
+
+
+def advance(
+    job: Comparison, rows: Sequence[Row], time_slice: TimeSlice, *, quiet: bool = False
+) -> tuple[dict[str, str], bool]:
+    """Do what there is time for.
+
+    Args:
+        job: the comparison.
+        rows: those of it that are wanted.
+        time_slice: how long it may take.
+        quiet: a line for each fit, whose own output goes into its folder; else everything.
+
+    Returns:
+        Why rows failed, by their names, and whether there was time for all.
+    """
+    failures: dict[str, str] = {}
+    failed: dict[Path, str] = {}  # what several rows need fails once
+    total, numbers = len({step.folder for row in rows for step in job.steps(row)}), dict[Path, int]()
+    for row in rows:
+        for step in job.steps(row):
+            seen = step.folder in numbers
+            head = f"[{numbers.setdefault(step.folder, len(numbers) + 1)}/{total}] {step.title}"
+            earlier = f"{read_notes(step.folder)['seconds']:.0f} s"
+            if is_done(step):
+                if quiet and not seen:
+                    print(f"{head}: done before, in {earlier}", flush=True)
+                continue
+            if time_slice.left() <= 0:
+                return failures, False
+            if step.folder not in failed:
+                began, indent = time.monotonic(), " " * head.index(" ")
+                head += f": goes on after {earlier}" if step.checkpoint.exists() else ""
+                print(head if quiet else f"\n{step.title}\n  ftd {' '.join(step.command)}", flush=True)
+                try:
+                    done = run_step(step, time_slice, quiet=quiet)
+                    if quiet:
+                        print(f"{indent} {time.monotonic() - began:.0f} s", flush=True)
+                    if done:
+                        continue
+                    return failures, False
+                except FitError as error:
+                    failed[step.folder] = f"{step.title}: {error.last_line}" if error.last_line else str(error)
+                except InputError as error:
+                    failed[step.folder] = str(error)
+            failures[row.name] = failed[step.folder]
+            print(f"{row.name} failed: {failed[step.folder]}", flush=True)
+            break
+    return failures, True
+
+
+def report(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
+    """Write pictures, plot, ``compare.json`` and ``compare.md`` of what there is; return the content of the first."""
+    done = [row for row in job.rows.values() if state(job, row, failures)["state"] == "done"]
+    write_pictures(job, done)
+    results = gather(job, failures)
+    if "plot" in results:
+        draw_plot(results["plot"], results["title"], job.folder / f"{job.file.stem}.png")
+    write_json(job.folder / "compare.json", results)
+    with replacing(job.folder / "compare.md") as part:
+        part.write_text(markdown(results), encoding="utf-8")
+    return results
 
 
 def compare(

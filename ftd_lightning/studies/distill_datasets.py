@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.data import SyntheticSet
-from ftd_lightning.data.images_file import write_images_file
-from ftd_lightning.data.own_images import read_datasets
+from ftd_lightning.data.in_memory import read_datasets, write_images_file
 from ftd_lightning.errors import InputError
-from ftd_lightning.studies.distill import plan_job, run_job
-from ftd_lightning.studies.distill_configs import Source
-from ftd_lightning.studies.fit_steps import TimeSlice
+from ftd_lightning.files import SyntheticSet
+from ftd_lightning.studies.distill import Source, plan_job, run_job
+from ftd_lightning.studies.fits import TimeSlice
 
 FIXED = {"transform", "dataset", "root", "download", "test_fraction", "synthetic", "trajectories", "teacher"}
 

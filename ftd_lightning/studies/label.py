@@ -1,4 +1,4 @@
-"""``ftd label``: random real images with the labels of a teacher, stopped at the epoch that serves best."""
+"""Which epoch of a teacher gives the best labels: fresh networks try each, and held-out images decide."""
 
 from __future__ import annotations
 
@@ -7,29 +7,94 @@ from collections.abc import Sequence  # noqa: TC003 -- the command line reads si
 from dataclasses import replace
 from functools import partial
 from pathlib import Path  # noqa: TC003
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.command_line import parse_command, split_overrides
 from ftd_lightning.contracts import Images
-from ftd_lightning.data import DistillationDataModule, SyntheticSet, TrajectoryStore
-from ftd_lightning.data.files import versions
-from ftd_lightning.data.teacher_labels import candidate_epochs, teacher_labels
-from ftd_lightning.data.trajectory_store import check_compatible
+from ftd_lightning.core.evaluation import (
+    DEFAULT_LR,
+    EvaluationProtocol,
+    accuracies,
+    mean_and_std,
+    per_cent,
+    train_fresh_networks,
+)
+from ftd_lightning.core.losses import SideBySide
+from ftd_lightning.core.module import EVALUATION, choose_compile, training_operations
+from ftd_lightning.core.networks import student_networks
+from ftd_lightning.data import DistillationDataModule
+from ftd_lightning.data.coresets import candidate_epochs, teacher_labels
 from ftd_lightning.errors import InputError
+from ftd_lightning.files import SyntheticSet, TrajectoryStore
+from ftd_lightning.files.safetensors_io import versions
+from ftd_lightning.files.trajectory_store import check_compatible
+from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.lightning_cli import configured
 from ftd_lightning.models import NETWORKS
 from ftd_lightning.modules import SyntheticEvaluation
-from ftd_lightning.training.compile_choice import EVALUATION, choose_compile, training_operations
-from ftd_lightning.training.evaluation_protocol import DEFAULT_LR, EvaluationProtocol, per_cent
-from ftd_lightning.training.fresh_networks import student_networks
-from ftd_lightning.training.label_epoch import best_epoch, try_labels
-from ftd_lightning.training.side_by_side import SideBySide
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor, nn
+
+
+def try_labels(
+    labelled: Iterable[tuple[int, Tensor]],
+    images: Tensor,
+    held_out: Images,
+    build: Callable[[], Sequence[nn.Module]],
+    protocol: EvaluationProtocol,
+    *,
+    seed: int = 0,
+    losses: SideBySide | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Train fresh networks on images with each of several labellings, and measure them on held-out images.
+
+    Networks, batches and augmentation are the same for every labelling, so that the labels make the difference.
+
+    Args:
+        labelled: epochs of a teacher and its labels of the images after them, (N, K) each.
+        images: (N, C, H, W).
+        held_out: real images that none of these networks trains on.
+        build: makes the fresh networks, on the device of the images; the same ones at every call.
+        protocol: how they are trained.
+        seed: decides batches and augmentation.
+        losses: computes the losses; None makes what does.
+        progress: show bars.
+
+    Returns:
+        ``{"epoch", "mean", "std", "n"}`` for each: accuracy on the held-out images, fractions, over the networks.
+    """
+    measured = []
+    for epoch, labels in labelled:
+        networks = build()
+        train_fresh_networks(
+            networks,
+            images,
+            labels,
+            protocol,
+            seed=derive_seed(seed, "label epoch"),
+            losses=losses,
+            progress=f"labels of epoch {epoch}" if progress else None,
+        )
+        measured.append({"epoch": epoch, **mean_and_std(torch.tensor(accuracies(networks, *held_out)))})
+    return measured
+
+
+def best_epoch(measured: Sequence[dict[str, Any]]) -> int:
+    """Return the epoch with the highest mean accuracy, the first of equal ones.
+
+    Example:
+        >>> best_epoch([{"epoch": 1, "mean": 0.2}, {"epoch": 2, "mean": 0.4}, {"epoch": 4, "mean": 0.4}])
+        2
+    """
+    return int(max(measured, key=lambda one: float(one["mean"]))["epoch"])
+
 
 # After the options of the user: a configuration is read, nothing is fitted or recorded.
 LAST_WORDS = ("--data.synthetic", "random", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false")

@@ -26,7 +26,7 @@ from ftd_lightning.callbacks.tensorboard import picture_grid
 from ftd_lightning.functional import Augmentation, InnerAdam
 from ftd_lightning.models import build_network
 from ftd_lightning.modules import BilevelDistillation
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, accuracy, train_fresh_networks
+from ftd_lightning.core.evaluation import EvaluationProtocol, accuracy, train_fresh_networks
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # images this small keep no second thread busy

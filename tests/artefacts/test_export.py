@@ -12,9 +12,9 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from ftd_lightning import SyntheticSet, cli
-from ftd_lightning.artefacts import export as module
-from ftd_lightning.artefacts.export import folder_names
-from ftd_lightning.data import Standardization, Whitening
+from ftd_lightning.commands import export as module
+from ftd_lightning.commands.export import folder_names
+from ftd_lightning.files import Standardization, Whitening
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ftd_lightning import DistillationDataModule, SyntheticSet, cli
-from ftd_lightning.artefacts.export_tensors import as_logits
+from ftd_lightning.commands.export import as_logits
 
 CLASSES, IPC = 10, 2
 SETTINGS = {"method": "datm", "settings": {"ipc": IPC}, "labels_made": "learned", "dataset": {"name": "digits"}}

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from ftd_lightning import DistillationDataModule, SyntheticSet, cli
-from ftd_lightning.artefacts.import_set import in_order_of, read_tensor
-from ftd_lightning.data import Whitening
-from ftd_lightning.functional.ridge import centred_targets
+from ftd_lightning.commands.import_set import in_order_of, read_tensor
+from ftd_lightning.files import Whitening
+from ftd_lightning.functional.kernels import centred_targets
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from ftd_lightning import SyntheticSet, TrajectoryStore, cli
-from ftd_lightning.artefacts.info import describe, phrase
-from ftd_lightning.data import Standardization, Whitening
-from ftd_lightning.data.files import write_tensors
+from ftd_lightning.commands.info import describe, phrase
+from ftd_lightning.files import Standardization, Whitening
+from ftd_lightning.files.safetensors_io import write_tensors
 
 METADATA = {
     "method": "ftd",

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from benchmarks.choices import Choice
 from benchmarks.measure import DEVICE, Result, Row, in_turns, timed
 from benchmarks.reference import Batches, sample_loader, train_network
+from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
+from ftd_lightning.core.losses import SideBySide
+from ftd_lightning.core.module import EVALUATION, choose_compile, training_operations
 from ftd_lightning.functional import derive_seed, dsa, make_generator, seeded
 from ftd_lightning.models import ConvNet
-from ftd_lightning.training.compile_choice import EVALUATION, choose_compile, training_operations
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, train_fresh_networks
-from ftd_lightning.training.side_by_side import SideBySide
 
 LR, BATCH = 0.01, 256
 EPOCHS = 1000  # of an evaluation of full length, for which "auto" decides

@@ -128,7 +128,7 @@ def compare(
 def auto_compiles(ipc: int, steps: int, width: int) -> bool:
     """Whether "auto" compiles a distillation of full length, as ``TrajectoryMatching`` counts it."""
     # Here, for it brings Lightning along, which the processes that are measured do without.
-    from ftd_lightning.training.compile_choice import MATCHING, choose_compile, training_operations
+    from ftd_lightning.core.module import MATCHING, choose_compile, training_operations
 
     case = problem(ipc, width=width)
     shape, values = tuple(case.images.shape[1:]), case.images.numel()

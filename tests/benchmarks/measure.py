@@ -112,7 +112,7 @@ def in_turns(works: Mapping[str, Callable[[], float]], repeats: int) -> dict[str
 def about() -> dict[str, Any]:
     """Name the versions and the machine that figures depend on."""
     # Here, for it brings Lightning along, which processes that measure the mathematics' memory do without.
-    from ftd_lightning.data.files import versions
+    from ftd_lightning.files.safetensors_io import versions
 
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():

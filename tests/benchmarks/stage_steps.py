@@ -222,7 +222,7 @@ def plan_teachers(job: Job, seconds: float) -> dict[str, Any]:
         return {"teachers": job.teachers}
     # Of the wheels, which this process did not have when it began.
     sys.path[:0] = [str(ROOT), str(job.work / "site")]
-    from ftd_lightning.studies.reproduction import EPOCHS, Cell, plan
+    from ftd_lightning.studies.reproduce import EPOCHS, Cell, plan
 
     size = DRY if job.dry_run else FULL
     found = plan(Cell(size["dataset"], size["ipc"]["3"], METHOD), SHORTER if job.dry_run else ())

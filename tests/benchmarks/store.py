@@ -27,7 +27,7 @@ SIZES = {"quick": {"teachers": (2, 6), "width": 128}, "normal": {"teachers": (4,
 
 def write(folder: Path, teachers: int, *, width: int) -> None:
     """Write teachers of noise: the store, and beside it the same ones as buffers."""
-    from ftd_lightning.data.trajectory_store import write_teacher
+    from ftd_lightning.files.trajectory_store import write_teacher
 
     network = ConvNet(3, 10, 32, width=width)
     size = len(flatten_parameters(network))
@@ -51,7 +51,7 @@ def _draws(teachers: int) -> list[int]:
 def read_store(folder: str) -> dict[str, float]:
     """Open the store and read segments; seconds and MiB."""
     # Here, before anything is measured: it brings Lightning along, which readers of buffers need not wait for.
-    from ftd_lightning.data.trajectory_store import TrajectoryStore
+    from ftd_lightning.files.trajectory_store import TrajectoryStore
 
     torch.set_num_threads(1)  # copying 2 MiB: waking a second thread would be most of the time
     before, began = resident(), time.perf_counter()

@@ -23,12 +23,12 @@ from benchmarks.choices import Choice
 from benchmarks.measure import DEVICE, Result, Row, now, timed
 from benchmarks.reference import gsam_epoch, sample_loader
 from ftd_lightning import DistillationDataModule, FlatTeacher
+from ftd_lightning.core.module import TEACHER, choose_compile, training_operations
 from ftd_lightning.data.datasets import DATASETS
-from ftd_lightning.data.images import ImageDataset, Pictures
+from ftd_lightning.data.sources import ImageDataset, Pictures
 from ftd_lightning.functional import dsa, make_generator
 from ftd_lightning.functional.compiling import Compile
 from ftd_lightning.models import ConvNet
-from ftd_lightning.training.compile_choice import TEACHER, choose_compile, training_operations
 
 LR, RHO, ALPHA, BATCH = 0.01, 0.01, 1.0, 256
 # A teacher of full length, for which "auto" decides: CIFAR-10's.

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ftd_lightning import SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA
+from ftd_lightning.core import FreshNetworks
 from ftd_lightning.errors import InputError
-from ftd_lightning.training import FreshNetworks
 
 
 def test_raw_and_averaged_images_are_measured_on_networks_of_their_own(tmp_path, trajectories, monkeypatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from torchvision.datasets import ImageFolder
 
 from ftd_lightning.data import DistillationDataModule
-from ftd_lightning.data.cache_folder import cache_folder
+from ftd_lightning.data.decoding import cache_folder
 
 
 def test_caches_lie_in_the_users_cache_or_the_given_folder(tmp_path, monkeypatch):

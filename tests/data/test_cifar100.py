@@ -9,7 +9,7 @@ import torch
 from torchvision.datasets import CIFAR100
 
 from ftd_lightning.data import DistillationDataModule, get_dataset
-from ftd_lightning.data.cifar import CIFAR100_CLASSES
+from ftd_lightning.data.sources import CIFAR100_CLASSES
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from ftd_lightning.contracts import Images
-from ftd_lightning.data import TrajectoryStore, write_teacher
 from ftd_lightning.data.coresets import coreset, estimate_running_statistics, teacher_coreset, teacher_network
+from ftd_lightning.files import TrajectoryStore, write_teacher
 from ftd_lightning.functional import flatten_parameters
 from ftd_lightning.functional.seeding import make_generator, seeded
 from ftd_lightning.models import build_network

@@ -13,17 +13,9 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 from ftd_lightning.contracts import BatchPlan
-from ftd_lightning.data import (
-    DistillationDataModule,
-    SegmentLoader,
-    Standardization,
-    SyntheticSet,
-    TrajectoryStore,
-    Whitening,
-    random_real_images,
-    write_teacher,
-)
-from ftd_lightning.data.loader import BatchOrder, TensorLoader
+from ftd_lightning.data import DistillationDataModule, SegmentLoader, random_real_images
+from ftd_lightning.data.loaders import BatchOrder, TensorLoader
+from ftd_lightning.files import Standardization, SyntheticSet, TrajectoryStore, Whitening, write_teacher
 
 TEST_OF_EACH_DIGIT = [36, 36, 36, 36, 37, 36, 36, 36, 35, 36]
 TRAIN_OF_EACH_DIGIT = [142, 146, 141, 147, 144, 146, 145, 143, 139, 144]

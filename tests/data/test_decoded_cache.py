@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ftd_lightning.data import DistillationDataModule, decoding
-from ftd_lightning.data.decoded_cache import KIND, DecodedImages, cache_file, fill_cache
-from ftd_lightning.data.files import write_tensors
-from ftd_lightning.data.image_tree import ImageTree, Part
-from ftd_lightning.data.tensor_file import TensorFile
+from ftd_lightning.data.decoding import KIND, DecodedImages, cache_file, fill_cache
+from ftd_lightning.data.folder import ImageTree
+from ftd_lightning.data.sources import Part
+from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_interrupted_decoding_leaves_nothing(tmp_path, parts, monkeypatch):
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path, parts, monkeypatch):
-    from ftd_lightning.data import files
+    from ftd_lightning.files import safetensors_io as files
 
     def interrupted(*args):
         raise KeyboardInterrupt

@@ -11,8 +11,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ftd_lightning.data.files import KEY, fingerprint, replacing, versions, write_in_turn, write_tensors
-from ftd_lightning.data.tensor_file import TensorFile
+from ftd_lightning.files.safetensors_io import (
+    KEY,
+    TensorFile,
+    fingerprint,
+    replacing,
+    versions,
+    write_in_turn,
+    write_tensors,
+)
 
 METADATA = {"network": {"name": "convnet", "width": 8}, "epochs": 3, "accuracies": [0.1, 0.25], "note": "naïve"}
 
@@ -67,7 +74,7 @@ def test_equal_contents_are_equal_bytes_whatever_the_order_of_keys_or_the_proces
         "import json, sys\n"
         "from pathlib import Path\n"
         "from safetensors.torch import load_file\n"
-        "from ftd_lightning.data.files import write_tensors\n"
+        "from ftd_lightning.files.safetensors_io import write_tensors\n"
         "plain, path, metadata = sys.argv[1:]\n"
         "write_tensors(Path(path), load_file(plain), kind='thing', metadata=json.loads(metadata))\n"
     )
@@ -288,8 +295,8 @@ KILLED_WRITERS = """
 import os, random, signal, struct, sys, time
 from pathlib import Path
 import torch
-from ftd_lightning.data.files import write_tensors
-from ftd_lightning.data.tensor_file import TensorFile
+from ftd_lightning.files.safetensors_io import write_tensors
+from ftd_lightning.files.safetensors_io import TensorFile
 
 torch.set_num_threads(1)
 os.fsync = lambda handle: None  # guards against power cuts, not kills; without it most of the time goes into writing

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ftd_lightning.data import DistillationDataModule, image_tree
-from ftd_lightning.data.image_tree import ImageTree, told_what_is_unreadable
+from ftd_lightning.data import DistillationDataModule
+from ftd_lightning.data import folder as image_tree
+from ftd_lightning.data.folder import ImageTree, told_what_is_unreadable
 
 
 @pytest.fixture

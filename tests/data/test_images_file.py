@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from ftd_lightning import DistillationDataModule
-from ftd_lightning.data.files import write_tensors
-from ftd_lightning.data.images_file import write_images_file
-from ftd_lightning.data.own_images import read_datasets
+from ftd_lightning.data.in_memory import read_datasets, write_images_file
+from ftd_lightning.files.safetensors_io import write_tensors
 
 
 def pairs(seed=0, channels=3):

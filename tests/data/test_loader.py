@@ -3,7 +3,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from ftd_lightning.data.loader import BatchOrder, TensorLoader, fits_on, host_loader
+from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on, host_loader
 
 IMAGES = torch.arange(11.0).view(11, 1, 1, 1).expand(11, 1, 2, 2).contiguous()
 LABELS = torch.arange(11)

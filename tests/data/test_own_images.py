@@ -25,7 +25,9 @@ from torch.utils.data import (
 from ftd_lightning import DistillationDataModule
 from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.contracts import DataSource
-from ftd_lightning.data import Standardization, TrajectoryStore, own_datamodule, own_images
+from ftd_lightning.data import in_memory as own_datamodule
+from ftd_lightning.data import in_memory as own_images
+from ftd_lightning.files import Standardization, TrajectoryStore
 from ftd_lightning.functional.seeding import make_generator
 
 FORMS = ("pillow", "uint8", "float", "numpy")

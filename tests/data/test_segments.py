@@ -4,7 +4,8 @@ from collections import Counter
 import pytest
 import torch
 
-from ftd_lightning.data import SegmentLoader, TrajectoryStore, write_teacher
+from ftd_lightning.data import SegmentLoader
+from ftd_lightning.files import TrajectoryStore, write_teacher
 
 TEACHERS, EPOCHS = 3, 6
 # (teacher, start epoch) of two segments in each of six iterations, with seed 3 and five start epochs.

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from ftd_lightning.contracts import DataDescription, ImageShape
-from ftd_lightning.data import Standardization, TrajectoryStore, Whitening, write_teacher
-from ftd_lightning.data.store_data import read_store_data, store_data_file, write_store_data
-from ftd_lightning.data.tensor_file import TensorFile
+from ftd_lightning.files import Standardization, TrajectoryStore, Whitening, write_teacher
+from ftd_lightning.files.safetensors_io import TensorFile
+from ftd_lightning.files.trajectory_store import read_store_data, store_data_file, write_store_data
 
 SHAPE = ImageShape(in_channels=1, num_classes=2, image_size=4)
 DATASET = {"name": "toy", "seed": 0, "fingerprint": "ab"}

@@ -8,9 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from ftd_lightning.data import Standardization, SyntheticSet, Whitening
-from ftd_lightning.data.files import write_tensors
-from ftd_lightning.data.tensor_file import TensorFile
+from ftd_lightning.files import Standardization, SyntheticSet, Whitening
+from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
 
 METADATA = {
     "dataset": {"name": "toy", "val_fraction": 0.1},

@@ -6,9 +6,8 @@ import pytest
 import torch
 from fits import record, small_data
 
-from ftd_lightning.data import TrajectoryStore, write_teacher
-from ftd_lightning.data.coresets import estimate_running_statistics
-from ftd_lightning.data.teacher_labels import candidate_epochs, teacher_labels
+from ftd_lightning.data.coresets import candidate_epochs, estimate_running_statistics, teacher_labels
+from ftd_lightning.files import TrajectoryStore, write_teacher
 from ftd_lightning.functional.seeding import seeded
 from ftd_lightning.functional.unroll import flatten_parameters, load_flat
 from ftd_lightning.models import build_network

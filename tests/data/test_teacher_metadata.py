@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from ftd_lightning.data import TrajectoryStore, check_compatible
-from ftd_lightning.data.teacher_metadata import OPTIONAL_KEYS, OWN_KEYS, differences
+from ftd_lightning.files import TrajectoryStore, check_compatible
+from ftd_lightning.files.trajectory_store import OPTIONAL_KEYS, OWN_KEYS, differences
 from ftd_lightning.models import build_network, describe_network
 
 STORES_OF_0_1 = Path(__file__).resolve().parents[3] / "shared" / "data" / "teachers-cifar10-w32"

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torchvision.datasets.utils import calculate_md5
 
-from ftd_lightning.data import DistillationDataModule, decoding, tiny_imagenet
+from ftd_lightning.data import DistillationDataModule, decoding
+from ftd_lightning.data import imagenet as tiny_imagenet
 
 WNIDS = ["n02", "n03", "n01"]  # not in alphabetical order, nor are the official ones
 

@@ -10,10 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ftd_lightning.data import TrajectoryStore, check_compatible, write_teacher
-from ftd_lightning.data.files import write_tensors
-from ftd_lightning.data.tensor_file import TensorFile
 from ftd_lightning.errors import DivergenceError
+from ftd_lightning.files import TrajectoryStore, check_compatible, write_teacher
+from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
 
 NETWORK = {"name": "convnet", "width": 8}
 STANDARD = {"kind": "standardization", "mean": [0.3058], "std": [0.3762]}
@@ -279,7 +278,7 @@ def test_snapshots_are_written_one_by_one_and_the_file_is_that_of_safetensors(tm
 
 WRITE_LONG = """
 import json, resource, sys, torch
-from ftd_lightning.data.trajectory_store import write_teacher
+from ftd_lightning.files.trajectory_store import write_teacher
 
 class Snapshots(list):
     def __getitem__(self, epoch):
@@ -311,7 +310,7 @@ def test_memory_for_a_teacher_does_not_grow_with_its_epochs(tmp_path):
 
 READ_MANY = """
 import json, os, random, sys
-from ftd_lightning.data import TrajectoryStore
+from ftd_lightning.files import TrajectoryStore
 
 def resident_mb():
     with open("/proc/self/status") as status:

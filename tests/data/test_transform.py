@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from ftd_lightning.data import Standardization, Whitening
-from ftd_lightning.data.files import write_tensors
-from ftd_lightning.data.transform import load_transform
+from ftd_lightning.files import Standardization, Whitening
+from ftd_lightning.files.safetensors_io import write_tensors
+from ftd_lightning.files.transforms import load_transform
 
 
 def smooth_pictures(count, seed, *, channels=3, size=5):

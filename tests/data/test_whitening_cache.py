@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ftd_lightning.data.transform import Whitening
-from ftd_lightning.data.whitening_cache import cached_whitening
+from ftd_lightning.data.decoding import cached_whitening
+from ftd_lightning.files.transforms import Whitening
 
 
 @pytest.fixture

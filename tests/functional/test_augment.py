@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from ftd_lightning.functional import Augmentation, augment, dsa, dsa_operations, make_generator
+from ftd_lightning.functional import Augmentation, augment, dsa, make_generator
+from ftd_lightning.functional import augment as dsa_operations
 
 OPERATIONS = ["color", "crop", "cutout", "flip", "scale", "rotate"]
 ANY_OPERATION = pytest.mark.parametrize("name", OPERATIONS)

@@ -7,6 +7,16 @@ from torch import nn
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import (
     Augmentation,
+    chunked_permutations,
+    flatten_parameters,
+    make_generator,
+    roll_out,
+    trajectory_matching_loss,
+    unroll,
+)
+from ftd_lightning.functional.matching import match
+from ftd_lightning.models import ConvNet
+from ftd_lightning.rules import (
     ClosestStep,
     DropLargest,
     DropShallow,
@@ -16,16 +26,8 @@ from ftd_lightning.functional import (
     RobustStart,
     StartWindow,
     TargetLabels,
-    chunked_permutations,
-    flatten_parameters,
-    make_generator,
-    roll_out,
-    trajectory_matching_loss,
-    unroll,
 )
-from ftd_lightning.functional.learned_labels import mean_right_logits
-from ftd_lightning.functional.matching import match
-from ftd_lightning.models import ConvNet
+from ftd_lightning.rules.labels import mean_right_logits
 
 STEPS = 7
 

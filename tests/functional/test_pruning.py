@@ -7,14 +7,8 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from ftd_lightning.functional import (
-    DropLargest,
-    KeepSimilar,
-    make_generator,
-    normalized_distance,
-    pruned_distance,
-    trajectory_matching_loss,
-)
+from ftd_lightning.functional import make_generator, normalized_distance, pruned_distance, trajectory_matching_loss
+from ftd_lightning.rules import DropLargest, KeepSimilar
 
 
 def vectors(size=20, count=3, seed=0, dtype=torch.float64):

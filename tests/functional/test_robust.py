@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ftd_lightning.functional import RobustStart, make_generator, start_noise, trajectory_matching_loss, unroll
+from ftd_lightning.functional import make_generator, trajectory_matching_loss, unroll
+from ftd_lightning.rules import RobustStart, start_noise
 
 RESIDUALS = ["displacement", "endpoint"]
 KAPPA, SEED = 0.1, 3

@@ -7,14 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ftd_lightning.functional import (
-    MatchingRule,
-    RobustStart,
-    make_generator,
-    pruned_distance,
-    trajectory_matching_loss,
-    unroll,
-)
+from ftd_lightning.functional import make_generator, pruned_distance, trajectory_matching_loss, unroll
+from ftd_lightning.rules import MatchingRule, RobustStart
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from ftd_lightning.functional import dsa, dsa_operations, make_generator
+from ftd_lightning.functional import augment as dsa_operations
+from ftd_lightning.functional import dsa, make_generator
 
 ANY_OPERATION = pytest.mark.parametrize("name", list(dsa_operations.OPERATIONS))
 

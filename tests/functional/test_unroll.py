@@ -26,7 +26,7 @@ from ftd_lightning.functional import (
     trajectory_matching_loss,
     unroll,
 )
-from ftd_lightning.functional import student as student_module
+from ftd_lightning.functional import unroll as student_module
 from ftd_lightning.models import ConvNet
 
 METHODS = ["adjoint", "graph"]

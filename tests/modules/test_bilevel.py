@@ -8,21 +8,11 @@ from fits import SMALL, make_trainer, small_data
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional import (
-    ClosestStep,
-    CorrectImages,
-    InnerAdam,
-    InnerSGD,
-    LearnedLabels,
-    LossGate,
-    StartWindow,
-    TargetLabels,
-    flatten_parameters,
-    make_generator,
-)
+from ftd_lightning.functional import InnerAdam, InnerSGD, flatten_parameters, make_generator
 from ftd_lightning.functional.inner_step import student_logits
 from ftd_lightning.modules import BilevelDistillation
-from ftd_lightning.training.gradient_clipping import clip_by_average
+from ftd_lightning.modules.bilevel import clip_by_average
+from ftd_lightning.rules import ClosestStep, CorrectImages, LearnedLabels, LossGate, StartWindow, TargetLabels
 
 SETTINGS = {
     "dd": {"schedule": "fixed", "init": "noise", "syn_batch": 10, "ipc": 2},

@@ -8,8 +8,8 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from ftd_lightning.contracts import DataDescription, Images, ImageShape
-from ftd_lightning.data import Standardization
 from ftd_lightning.errors import InputError
+from ftd_lightning.files import Standardization
 from ftd_lightning.models import ConvNet
 from ftd_lightning.modules import DistributionMatching, GradientMatching
 

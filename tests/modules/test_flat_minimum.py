@@ -8,9 +8,9 @@ from fits import make_trainer, small_data
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning import SyntheticEvaluation
+from ftd_lightning.core.losses import SideBySide
 from ftd_lightning.functional import Augmentation, flatten_parameters, load_flat, make_generator
 from ftd_lightning.models import ConvNet
-from ftd_lightning.training.side_by_side import SideBySide
 
 CPU = torch.device("cpu")
 

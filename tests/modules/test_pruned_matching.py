@@ -7,15 +7,9 @@ import torch
 from fits import distil
 
 from ftd_lightning import TrajectoryMatching, TrajectoryStore
-from ftd_lightning.functional import (
-    DropLargest,
-    KeepSimilar,
-    MatchingRule,
-    chunked_permutations,
-    make_generator,
-    unroll,
-)
+from ftd_lightning.functional import chunked_permutations, make_generator, unroll
 from ftd_lightning.models import ConvNet
+from ftd_lightning.rules import DropLargest, KeepSimilar, MatchingRule
 
 
 def dropped(end: torch.Tensor, target: torch.Tensor, rule: MatchingRule) -> torch.Tensor:
@@ -57,7 +51,7 @@ def test_none_and_zero_are_the_same_bits_and_pruning_is_not(tmp_path: Path, traj
 
 
 def test_rules_come_as_in_a_config(refused) -> None:
-    spec = {"class_path": "ftd_lightning.functional.pruning.DropLargest", "init_args": {"rate": 0.25}}
+    spec = {"class_path": "ftd_lightning.rules.masks.DropLargest", "init_args": {"rate": 0.25}}
     assert TrajectoryMatching("nowhere", rules=[spec]).rules == [DropLargest(0.25)]
     with refused("rules", "NoSuchRule", "DropLargest"):
         TrajectoryMatching("nowhere", rules=[{"class_path": "NoSuchRule"}])

@@ -13,7 +13,7 @@ from torch import nn
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
 from ftd_lightning.functional import centred_targets, nngp_kernel, ntk_kernel
 from ftd_lightning.modules import FeatureRegression, KernelInducingPoints
-from ftd_lightning.training import kernel_accuracy
+from ftd_lightning.modules import kernel_inducing_points as kernel_accuracy
 
 DEFAULTS = {
     KernelInducingPoints: {"batch_target": 64, "iterations_per_epoch": 5, "learn_labels": True, "lr_labels": 0.01},

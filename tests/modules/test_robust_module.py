@@ -8,15 +8,9 @@ from fits import distil, record
 
 from ftd_lightning import SyntheticSet, TrajectoryStore
 from ftd_lightning.callbacks import SyntheticSetWriter
-from ftd_lightning.functional import (
-    RobustStart,
-    chunked_permutations,
-    derive_seed,
-    make_generator,
-    start_noise,
-    unroll,
-)
+from ftd_lightning.functional import chunked_permutations, derive_seed, make_generator, unroll
 from ftd_lightning.models import ConvNet
+from ftd_lightning.rules import RobustStart, start_noise
 
 
 @pytest.mark.parametrize("residual", ["displacement", "endpoint"])

@@ -7,8 +7,9 @@ import torch
 from fits import distil, make_trainer, record, small_data, small_matching
 
 from ftd_lightning import SyntheticSet, TrajectoryMatching, TrajectoryStore
+from ftd_lightning.core.labels import StoreTeachers
 from ftd_lightning.errors import DivergenceError, InputError
-from ftd_lightning.functional import (
+from ftd_lightning.rules import (
     ClosestStep,
     CorrectImages,
     DropShallow,
@@ -18,7 +19,6 @@ from ftd_lightning.functional import (
     StartWindow,
     TargetLabels,
 )
-from ftd_lightning.training.teacher_answers import StoreTeachers
 
 DATM = [
     LearnedLabels(lr=1.0),
@@ -233,7 +233,7 @@ def test_the_chosen_step_is_logged(tmp_path, teachers):
 
 
 def test_all_rules_go_through_a_config(tmp_path, teachers):
-    from ftd_lightning.training.plain_arguments import plain
+    from ftd_lightning.core.arguments import plain
 
     for rules in EACH:
         built = small_matching(teachers, rules=plain(rules)).rules

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftd_lightning import FlatTeacher, TrajectoryStore
 from ftd_lightning.callbacks import TrajectoryRecorder
+from ftd_lightning.core import losses as teacher_pass
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.functional import flatten_parameters, load_flat
 from ftd_lightning.models import ConvNet
-from ftd_lightning.training import teacher_pass
-from ftd_lightning.training.teacher_rounds import LONGEST
+from ftd_lightning.modules.teacher import LONGEST
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -4,9 +4,10 @@ from fits import small_data
 from scipy.stats import spearmanr
 
 from ftd_lightning.contracts import Images
+from ftd_lightning.core.evaluation import EvaluationProtocol
 from ftd_lightning.functional import Augmentation
 from ftd_lightning.models import ConvNet
-from ftd_lightning.studies.architecture_search import (
+from ftd_lightning.studies.nas import (
     Architecture,
     measure_architecture,
     rank_correlations,
@@ -14,7 +15,6 @@ from ftd_lightning.studies.architecture_search import (
     search_space,
     training_flops,
 )
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol
 
 
 def test_the_space_is_that_of_table_5() -> None:

@@ -15,12 +15,16 @@ from PIL import Image
 import ftd_lightning
 from ftd_lightning import DistillationDataModule, SyntheticSet, TrajectoryStore, cli
 from ftd_lightning.callbacks import SyntheticSetWriter
-from ftd_lightning.callbacks.peak_memory import PeakMemory
-from ftd_lightning.data import decoded_cache
-from ftd_lightning.studies import compare, comparison_plan, comparison_run, comparison_table, fit_steps
-from ftd_lightning.studies.comparison_plot import plot_points
-from ftd_lightning.studies.fit_steps import TimeSlice, read_notes
-from ftd_lightning.studies.summary import short_table
+from ftd_lightning.callbacks.progress import PeakMemory
+from ftd_lightning.data import decoding as decoded_cache
+from ftd_lightning.studies import compare
+from ftd_lightning.studies import compare as comparison_run
+from ftd_lightning.studies import comparison as comparison_plan
+from ftd_lightning.studies import fits as fit_steps
+from ftd_lightning.studies import tables as comparison_table
+from ftd_lightning.studies.fits import TimeSlice, read_notes
+from ftd_lightning.studies.plots import plot_points
+from ftd_lightning.studies.tables import short_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLBACKS = """[

@@ -11,16 +11,24 @@ from PIL import Image
 
 import ftd_lightning
 from ftd_lightning import SyntheticSet, cli
-from ftd_lightning.data import decoded_cache
+from ftd_lightning.data import decoding as decoded_cache
 from ftd_lightning.models import build_network
 from ftd_lightning.shipped_configs import read_config
 from ftd_lightning.studies import distill as command
-from ftd_lightning.studies import distill_plan
-from ftd_lightning.studies.distill_plan import depth_of, make_plan, planned_sizes
-from ftd_lightning.studies.fit_steps import TimeSlice
-from ftd_lightning.studies.paired_difference import is_better
-from ftd_lightning.studies.plan import Estimate, Plan, Survey
-from ftd_lightning.studies.step_costs import Costs, Sizes, measure
+from ftd_lightning.studies import distill as distill_plan
+from ftd_lightning.studies.distill import (
+    Costs,
+    Estimate,
+    Plan,
+    Sizes,
+    Survey,
+    depth_of,
+    make_plan,
+    measure,
+    planned_sizes,
+)
+from ftd_lightning.studies.fits import TimeSlice
+from ftd_lightning.studies.tables import is_better
 
 CPU = torch.device("cpu")
 NAMES = tuple("abcdefghij")

@@ -7,12 +7,11 @@ import torch
 from fits import SMALL, record, small_data
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet, TrajectoryStore, cli
-from ftd_lightning.data.teacher_labels import teacher_labels
+from ftd_lightning.core.evaluation import EvaluationProtocol
+from ftd_lightning.data.coresets import teacher_labels
 from ftd_lightning.functional import Augmentation
 from ftd_lightning.models import build_network
-from ftd_lightning.studies.label import label_random_images
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol
-from ftd_lightning.training.label_epoch import try_labels
+from ftd_lightning.studies.label import label_random_images, try_labels
 
 PLAIN = {"--data.max_per_class": "14", "--trainer.accelerator": "cpu", "--trainer.enable_progress_bar": "false"}
 PLAIN |= {"--model.network_options": '{"width": 4, "depth": 1}', "--epochs": "3"}

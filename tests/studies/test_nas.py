@@ -7,7 +7,7 @@ import ftd_lightning
 from ftd_lightning import DistillationDataModule
 from ftd_lightning.errors import InputError
 from ftd_lightning.studies import nas
-from ftd_lightning.studies.fit_steps import held
+from ftd_lightning.studies.fits import held
 
 WORDS = ["--data.synthetic", "random", "--data.ipc", "2", "--data.max_per_class", "14", "--depths", "[1]", "--widths"]
 WORDS += ["[4]", "--epochs", "4", "--real_epochs", "1", "--architectures", "6", "--augment", "crop", "--threads", "1"]

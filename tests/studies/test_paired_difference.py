@@ -3,10 +3,16 @@
 import pytest
 import yaml
 
-from ftd_lightning.studies.comparison_plan import of
-from ftd_lightning.studies.comparison_table import markdown, table
-from ftd_lightning.studies.paired_difference import add_differences, paired_difference
-from ftd_lightning.studies.summary import short_rows, short_table, verdict
+from ftd_lightning.studies.comparison import of
+from ftd_lightning.studies.tables import (
+    add_differences,
+    markdown,
+    paired_difference,
+    short_rows,
+    short_table,
+    table,
+    verdict,
+)
 
 # On MTT's and on FTD's set of all of CIFAR-10, one image per class: networks of the same seeds.
 MTT = {"seeds": [1, 2, 3, 4, 5], "each": [0.375, 0.386, 0.368, 0.359, 0.352]}

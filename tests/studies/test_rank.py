@@ -12,18 +12,25 @@ from PIL import Image
 from torch.nn.functional import one_hot
 
 from ftd_lightning import DistillationDataModule, SyntheticSet, cli
-from ftd_lightning.data.coresets import random_real_images
-from ftd_lightning.data.teacher_labels import class_probabilities
+from ftd_lightning.core.evaluation import EvaluationProtocol, accuracy, train_fresh_networks
+from ftd_lightning.data.coresets import class_probabilities, random_real_images
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.models import build_network
-from ftd_lightning.studies.rank import prepare, rank_sets
-from ftd_lightning.studies.rank_evaluation import Lesson, RankEvaluation, real_epochs_for
-from ftd_lightning.studies.rank_plan import RankedSet, hard_labels
-from ftd_lightning.studies.rank_report import markdown
-from ftd_lightning.studies.rank_scores import SCORES, normalised
-from ftd_lightning.studies.rank_settings import RankData, RankSettings
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, accuracy, train_fresh_networks
+from ftd_lightning.studies.rank import (
+    SCORES,
+    Lesson,
+    RankData,
+    RankedSet,
+    RankEvaluation,
+    RankSettings,
+    hard_labels,
+    markdown,
+    normalised,
+    prepare,
+    rank_sets,
+    real_epochs_for,
+)
 
 NETWORK = {"name": "convnet", "options": SMALL}
 AUGMENTATION = {"strategy": "crop_scale", "mode": "single"}

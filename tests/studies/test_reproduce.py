@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from ftd_lightning import SyntheticSet, TrajectoryStore, cli
-from ftd_lightning.studies import fit_steps, reproduction, results_table
-from ftd_lightning.studies.comparison_plan import Comparison
-from ftd_lightning.studies.fit_steps import FitStep, TimeSlice, is_done, read_notes, run_step
-from ftd_lightning.studies.machine_paths import without_machine_paths
-from ftd_lightning.studies.reproduction import Cell
+from ftd_lightning.studies import fits as fit_steps
+from ftd_lightning.studies import reproduce as reproduction
+from ftd_lightning.studies import results_table
+from ftd_lightning.studies.comparison import Comparison
+from ftd_lightning.studies.fits import FitStep, TimeSlice, is_done, read_notes, run_step
+from ftd_lightning.studies.reproduce import Cell
+from ftd_lightning.studies.tables import without_machine_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLBACKS = """[

@@ -11,8 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ftd_lightning import SyntheticSet, cli
 from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter
-from ftd_lightning.studies.trajectory_error import QUANTITIES
-from ftd_lightning.studies.trajectory_error_command import TAGS
+from ftd_lightning.studies.trajectory_error import QUANTITIES, TAGS
 
 
 @pytest.fixture(scope="module")

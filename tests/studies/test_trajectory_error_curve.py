@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from ftd_lightning import SyntheticSet, TrajectoryStore
 from ftd_lightning.contracts import Images
-from ftd_lightning.data import write_teacher
 from ftd_lightning.errors import DivergenceError
+from ftd_lightning.files import write_teacher
 from ftd_lightning.functional import chunked_permutations, flatten_parameters, load_flat, make_generator, unroll
 from ftd_lightning.models import ConvNet
 from ftd_lightning.studies.trajectory_error import (

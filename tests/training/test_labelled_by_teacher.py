@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ftd_lightning.data.teacher_labels import class_probabilities
+from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
+from ftd_lightning.core.losses import LabelledByTeacher
+from ftd_lightning.data.coresets import class_probabilities
 from ftd_lightning.functional import seeded
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.models import ConvNet
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, train_fresh_networks
-from ftd_lightning.training.labelled_by_teacher import LabelledByTeacher
 
 CPU = torch.device("cpu")
 AUGMENT = Augmentation("crop_scale", "multiple")

@@ -10,7 +10,7 @@ from fits import SMALL, make_trainer, small_data
 from torch import nn
 
 from ftd_lightning import SyntheticEvaluation, cli
-from ftd_lightning.training.learning_check import Fit, failure, fits, summary
+from ftd_lightning.core.results import Fit, failure, fits, summary
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits" / "evaluate.yaml"
 

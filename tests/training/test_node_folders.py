@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ftd_lightning.core import nodes
 from ftd_lightning.errors import InputError
-from ftd_lightning.training import nodes
 
 pytestmark = pytest.mark.slow  # processes
 

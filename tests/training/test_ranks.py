@@ -6,7 +6,7 @@ from fits import make_trainer, small_teacher
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-from ftd_lightning.training.ranks import RankStates, all_ranks, own_share
+from ftd_lightning.core.ranks import RankStates, all_ranks, own_share
 
 IMAGES = TensorDataset(torch.zeros(6, 1, 8, 8), torch.zeros(6, dtype=torch.int64))
 

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 
 from ftd_lightning import DistillationDataModule, SyntheticEvaluation, SyntheticSet
 from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter
-from ftd_lightning.functional import RobustStart
 from ftd_lightning.modules import DistributionMatching, FeatureRegression, GradientMatching
+from ftd_lightning.rules import RobustStart
 
 
 class Save(Callback):

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from ftd_lightning.core import losses as side_by_side
+from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
+from ftd_lightning.core.losses import SideBySide
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import seeded
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import compiled
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.models import ConvNet
-from ftd_lightning.training import side_by_side
-from ftd_lightning.training.evaluation_protocol import EvaluationProtocol, train_fresh_networks
-from ftd_lightning.training.side_by_side import SideBySide
 
 AUGMENT = Augmentation("crop_scale", "multiple")
 DRAWS = {"seeds": [3, 4], "augment": AUGMENT}

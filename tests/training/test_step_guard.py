@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ftd_lightning.training.step_guard import StepGuard
+from ftd_lightning.core.step_guard import StepGuard
 
 
 def run(gradients, *, guarded=True, reduce=None):

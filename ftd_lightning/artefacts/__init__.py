@@ -1,1 +1,0 @@
-"""Commands that read and convert stores and sets: ``ftd info``, ``ftd export``, ``ftd import``."""

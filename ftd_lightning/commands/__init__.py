@@ -1,0 +1,1 @@
+"""Commands on files: ``ftd info``, ``ftd export``, ``ftd import``, ``ftd configs``."""

@@ -1,0 +1,313 @@
+"""Tensors from files of other programs, read without running code that such a file may contain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ftd_lightning.command_line import parse_command
+from ftd_lightning.data import DistillationDataModule
+from ftd_lightning.data.sources import unit_range
+from ftd_lightning.errors import InputError
+from ftd_lightning.files import SyntheticSet
+from ftd_lightning.files.safetensors_io import versions
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _read_safetensors(path: Path) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if len(names) != 1:
+                raise InputError(f"{path}: holds {len(names)} tensors, a file of one is needed")
+            tensor: Tensor = file.get_tensor(names[0])
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
+    return tensor
+
+
+def _read_numpy(path: Path) -> Tensor:
+    try:
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of several arrays")
+        # torch has no arrays of the other byte order.
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    except (ValueError, TypeError, EOFError, OSError, MemoryError) as error:
+        raise InputError(f"{path}: not one plain array of numbers that numpy.save wrote") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # A foreign file can make torch raise anything. Its advice, to load with code allowed, is left out.
+    except Exception as error:
+        raise InputError(
+            f"{path}: not a plain tensor that torch.save wrote: it is broken or would run code when read, and was not "
+            "read; save the tensor alone"
+        ) from error
+
+
+def read_tensor(path: Path) -> Tensor:
+    """Read a file of one tensor; no code that it may contain is run.
+
+    Args:
+        path: ``.npy``, ``.safetensors``, or anything else for what ``torch.save`` wrote.
+
+    Returns:
+        A dense tensor on the CPU, of integers or real numbers.
+
+    Raises:
+        InputError: for a file that is missing, broken, pickled code, or anything but one such tensor.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    read = {".npy": _read_numpy, ".safetensors": _read_safetensors}.get(path.suffix.lower(), _read_torch)
+    tensor = read(path)
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{path}: holds a {type(tensor).__name__}, a file of one tensor is needed")
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.dtype not in (*INTEGERS, *FLOATS):
+        raise InputError(f"{path}: holds a {tensor.layout} tensor of {tensor.dtype}, dense numbers are needed")
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"{path}: holds values that are not finite")
+    return tensor.detach().contiguous()
+
+
+Soft = Literal["probabilities", "logits", "targets"]
+
+
+def read_images(path: Path, shape: tuple[int, int, int], *, pictures: bool) -> Tensor:
+    """Read images.
+
+    Args:
+        path: see :func:`read_tensor`.
+        shape: (C, H, W) that they must have.
+        pictures: they must be in [0, 1], or uint8; otherwise images as networks see them, floats of any range.
+
+    Returns:
+        (N, C, H, W) float32.
+
+    Raises:
+        InputError: for another shape, type or range.
+    """
+    images = read_tensor(path)
+    if images.ndim != 4 or tuple(images.shape[1:]) != shape or not len(images):
+        raise InputError(f"{path}: has shape {tuple(images.shape)}, (N, {', '.join(map(str, shape))}) is needed")
+    if images.dtype not in FLOATS and not (pictures and images.dtype == torch.uint8):
+        raise InputError(f"{path}: holds {images.dtype}, images are floats, or uint8 with --pictures")
+    images = unit_range(images).float()
+    low, high = (float(value) for value in torch.aminmax(images))
+    if pictures and not 0 <= low <= high <= 1:
+        raise InputError(
+            f"{path}: values run from {low:.4g} to {high:.4g}, so these are no pictures in [0, 1]; "
+            "were they --standardized or --whitened?"
+        )
+    return images
+
+
+def read_labels(path: Path, count: int, num_classes: int, *, soft: Soft = "probabilities") -> Tensor:
+    """Read labels.
+
+    Args:
+        path: see :func:`read_tensor`.
+        count: N, the number of images.
+        num_classes: K.
+        soft: the kind of soft labels: "probabilities", "logits" before a softmax, as some code keeps learned labels, or
+            "targets" of a regression, any finite values.
+
+    Returns:
+        (N,) int64, or (N, K) float32: targets, or else probabilities.
+
+    Raises:
+        InputError: for another number, shape, type or range.
+    """
+    labels = read_tensor(path)
+    if labels.ndim not in (1, 2) or len(labels) != count:
+        raise InputError(f"{path}: has shape {tuple(labels.shape)}, labels of {count} images are needed")
+    if labels.ndim == 1:
+        if labels.dtype not in INTEGERS:
+            raise InputError(
+                f"{path}: holds {labels.dtype}, classes are integers and soft labels have {num_classes} columns"
+            )
+        low, high = (int(value) for value in torch.aminmax(labels))
+        if low < 0 or high >= num_classes:
+            raise InputError(f"{path}: labels run from {low} to {high}, classes from 0 to {num_classes - 1}")
+        if soft != "probabilities":
+            raise InputError(f"{path}: holds classes, --{soft} is for soft labels")
+        return labels.long()
+    if labels.shape[1] != num_classes or labels.dtype not in FLOATS:
+        raise InputError(
+            f"{path}: soft labels are floats of shape ({count}, {num_classes}), these are {labels.dtype} of "
+            f"{tuple(labels.shape)}"
+        )
+    labels = labels.float().softmax(1) if soft == "logits" else labels.float()
+    if soft == "targets":
+        return labels
+    if float(labels.min()) < 0 or not torch.allclose(labels.sum(1), torch.ones(count), atol=1e-3):
+        raise InputError(
+            f"{path}: rows are not probabilities (>= 0, sum 1); pass --logits for scores before a softmax, or "
+            "--targets for regression targets (KIP, FRePo, RFAD)"
+        )
+    return labels
+
+
+def in_order_of(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """Renumber labels whose classes are in another order.
+
+    Args:
+        labels: (N,) classes or (N, K) probabilities, in the order of ``names``.
+        names: K names.
+        wanted: the same names in the order that is needed.
+
+    Raises:
+        InputError: if these are not the same names.
+
+    Example:
+        >>> in_order_of(torch.tensor([0, 1, 1]), ["b", "a"], ["a", "b"])
+        tensor([1, 0, 0])
+    """
+    if sorted(names) != sorted(wanted):
+        odd = sorted({*names} - {*wanted}) or sorted({*wanted} - {*names}) or ["one that occurs twice"]
+        raise InputError(f"--class-names must list the data set's {len(wanted)} names once each; check {odd[0]!r}")
+    place = torch.tensor([list(wanted).index(name) for name in names])
+    return place[labels] if labels.ndim == 1 else labels[:, place.argsort()]
+
+
+def read_step_size(text: str | None) -> Tensor | None:
+    """Read the step size from the command line: a number, a file of one number, or "none".
+
+    Raises:
+        InputError: where it is missing, or not a number above 0.
+    """
+    if text is None:
+        raise InputError(
+            "such files do not record the step size that their images were learned with: pass --step-size (a number, "
+            "or a file of one), or --step-size none"
+        )
+    if text.lower() == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        if not Path(text).is_file():
+            raise InputError(f"--step-size {text}: neither a number, nor a file, nor none") from None
+        tensor = read_tensor(Path(text))
+        if tensor.numel() != 1:
+            raise InputError(f"{text}: has shape {tuple(tensor.shape)}, a step size is one number") from None
+        value = float(tensor)
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"--step-size {text}: must be a finite number above 0")
+    return torch.tensor(value)
+
+
+def _preprocessing(**flags: bool) -> str:
+    """Return the one flag that is set.
+
+    Raises:
+        InputError: for none or several.
+    """
+    named = [name for name, is_set in flags.items() if is_set]
+    if len(named) != 1:
+        raise InputError(
+            f"{'such files do not record the preprocessing of their images' if not named else 'pass one of these'}: "
+            "--whitened (by the data set's ZCA), --standardized (by its mean and std) or --pictures (in [0, 1])"
+        )
+    return named[0]
+
+
+def import_set(
+    images: Path,
+    labels: Path,
+    out: Path,
+    *,
+    dataset: str,
+    step_size: str | None = None,
+    whitened: bool = False,
+    standardized: bool = False,
+    pictures: bool = False,
+    soft: Soft = "probabilities",
+    class_names: Sequence[str] = (),
+    root: Path = Path("data"),
+    zca_eps: float = 0.1,
+) -> SyntheticSet:
+    """Make a synthetic set of a file of images and one of labels (torch.save, .npy or .safetensors, one tensor each).
+
+    No code in these files is run. They record neither step size nor preprocessing; pass both.
+
+    Args:
+        images: (N, C, H, W).
+        labels: (N,) classes, or (N, K) soft labels.
+        out: the set to write, e.g. set.safetensors.
+        dataset: what it was distilled from, e.g. cifar10.
+        step_size: the learned step size: a number, a file of one, or none.
+        whitened: ZCA of the data set's training images was applied; it is fitted once and cached.
+        standardized: the data set's mean was subtracted and its std divided by.
+        pictures: the images are in [0, 1], or uint8; they are standardised here, because networks see such images.
+        soft: the kind of soft labels; --logits (apply the softmax) and --targets (of a regression) are short for it.
+        class_names: order of the labels, if not the data set's own.
+        root: folder of the data set.
+        zca_eps: of the whitening.
+
+    Returns:
+        The set that was written.
+
+    Raises:
+        InputError: for anything that does not fit; nothing is written then.
+    """
+    learned_step_size = read_step_size(step_size)
+    read_as = _preprocessing(whitened=whitened, standardized=standardized, pictures=pictures)
+    if not zca_eps > 0:
+        raise InputError(f"--zca-eps {zca_eps}: must be above 0")
+    if out.exists():
+        raise InputError(f"{out}: is there already; name another file")
+    data = DistillationDataModule(dataset, root=str(root), val_fraction=0, zca=whitened, zca_eps=zca_eps)
+    shape = (data.in_channels, data.image_size, data.image_size)
+    values = read_images(images, shape, pictures=pictures)
+    targets = read_labels(labels, len(values), data.num_classes, soft=soft)
+    if class_names:
+        targets = in_order_of(targets, class_names, data.class_names)
+    if whitened:
+        # Last, because it may take minutes. Public code fits it on the whole training set, so val_fraction is 0.
+        data.prepare_data()
+        data.setup()
+    elif pictures:
+        values = data.transform.apply(values)
+    source = {"images": images.name, "labels": labels.name, "read_as": read_as}
+    synthetic = SyntheticSet(
+        values,
+        targets,
+        step_size=learned_step_size,
+        class_names=data.class_names,
+        transform=data.transform,
+        metadata={
+            "method": "imported",
+            "dataset": data.describe()["dataset"],
+            "imported": source if soft == "probabilities" else {**source, soft: True},
+            **({"label_kind": "target"} if soft == "targets" else {}),
+            "versions": versions(),
+        },
+    )
+    synthetic.save(out)
+    return synthetic
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``ftd import``."""
+    short = {"--logits": "--soft=logits", "--targets": "--soft=targets"}
+    parsed = parse_command(import_set, "import", [short.get(argument, argument) for argument in arguments])
+    synthetic = import_set(**parsed)
+    pictures = synthetic.transform.invert(synthetic.images)
+    inside = ((pictures >= 0) & (pictures <= 1)).float().mean()
+    # With the wrong preprocessing, most lie outside.
+    print(f"{parsed['out']}: {len(pictures)} images; undone, {100 * float(inside):.0f} % of their values lie in [0, 1]")

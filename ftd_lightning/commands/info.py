@@ -1,0 +1,299 @@
+"""``ftd info``: describe a file of this library in about ten lines, or as JSON."""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path  # noqa: TC003 -- the command line reads signatures when it runs
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ftd_lightning.command_line import parse_command
+from ftd_lightning.core.evaluation import per_cent
+from ftd_lightning.errors import InputError
+from ftd_lightning.files import SyntheticSet, TrajectoryStore, synthetic_set, trajectory_store
+from ftd_lightning.files import trajectory_store as store_data
+from ftd_lightning.files.safetensors_io import TensorFile, file_kind, without_nan
+from ftd_lightning.files.schema import label_kind
+from ftd_lightning.files.trajectory_store import check_teacher, epoch_name, load_store_data
+from ftd_lightning.files.transforms import Whitening
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class Description(NamedTuple):
+    """What an artefact is.
+
+    Attributes:
+        kind: e.g. "synthetic set".
+        rows: (name, text) pairs for people.
+        facts: the same and more for programs, as JSON holds it.
+    """
+
+    kind: str
+    rows: list[tuple[str, str]]
+    facts: dict[str, Any]
+
+
+def phrase(value: Any) -> str:
+    """Format a JSON value for people.
+
+    Example:
+        >>> phrase({"rho": 0.01, "adaptive": False, "alpha": None})
+        'rho 0.01, adaptive no, alpha none'
+    """
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {phrase(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(phrase(item) for item in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+def _named(value: Any) -> str:
+    """Format a data set or a network: its name, and what else is known in brackets."""
+    if not isinstance(value, dict):
+        return phrase(value)
+    hidden = ("name", "shapes", "parameters")
+    rest = {key: item for key, item in value.items() if key not in hidden and item not in (None, {}, "")}
+    options = rest.pop("options", {})
+    return phrase(value.get("name")) + (f" ({phrase({**options, **rest})})" if rest or options else "")
+
+
+def _transform(description: Mapping[str, Any] | None) -> str:
+    if description is None:
+        return "unknown: the images came from a datamodule that does not describe it"
+    if description.get("kind") == "zca":
+        return f"ZCA whitening, eps {phrase(description['eps'])}; its inverse is in the set"
+    if description.get("kind") == "standardization":
+        return f"standardised, mean {phrase(description['mean'])}, std {phrase(description['std'])}"
+    return phrase(dict(description))
+
+
+def _scores(scores: Any) -> str:
+    """Format scores; accuracies in per cent."""
+    if not isinstance(scores, dict):
+        return phrase(scores)
+    parts = []
+    for name, score in scores.items():
+        if isinstance(score, dict) and {"mean", "std", "n"} <= set(score):
+            parts.append(f"{name} {per_cent(score)} % ({score['n']} networks)")
+        else:
+            parts.append(f"{name} {phrase(score)}")
+    return "; ".join(parts)
+
+
+def _stored(metadata: Mapping[str, Any], *keys: str) -> list[tuple[str, str]]:
+    """Return a row for each key that is recorded."""
+    formats = {"network": _named, "scores": _scores, "chosen_on": _scores}
+    return [(key.replace("_", " "), formats.get(key, phrase)(metadata[key])) for key in keys if key in metadata]
+
+
+def _labels(synthetic: SyntheticSet) -> str:
+    """Describe labels: how they were made, what they are, and which teacher gave them."""
+    if (kind := label_kind(synthetic.labels, synthetic.metadata)) == "class":
+        return synthetic.label_description
+    by = synthetic.metadata.get("label_teacher", {})
+    teacher = f": teacher {by['teacher']} after epoch {by['epoch']}" if {"teacher", "epoch"} <= by.keys() else ""
+    return f"{synthetic.label_description}, {'probabilities' if kind == 'probability' else 'targets'}{teacher}"
+
+
+def describe_set(path: Path) -> Description:
+    """Describe a synthetic set, without building its whitening.
+
+    Raises:
+        InputError: for a file that is missing, broken or something else.
+    """
+    synthetic = SyntheticSet.load(path)
+    images, labels, names = synthetic.images, synthetic.labels, synthetic.class_names
+    metadata = {**synthetic.metadata, "class_names": names, "transform": synthetic.transform.describe()}
+    soft = labels.ndim == 2
+    counts = (labels.argmax(1) if soft else labels).bincount(minlength=len(names)).tolist()
+    step_size, ema = synthetic.learning_rate, synthetic.ema_images is not None
+    per_class = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    low, high = (float(value) for value in torch.aminmax(images))
+    stored, trained_on = synthetic.image_counts
+    counted = "" if stored == trained_on else f"; {stored} stored, {trained_on} trained on"
+    facts = {
+        "images": list(images.shape),
+        "labels": synthetic.label_description,
+        "images_stored": stored,
+        "images_trained_on": trained_on,
+        "per_class": counts,
+        "step_size": step_size,
+        "ema": ema,
+        "values": {"min": low, "max": high, "mean": float(images.mean()), "std": float(images.std(correction=0))},
+        "metadata": metadata,
+    }
+    averages = f"{'with' if ema else 'no'} EMA images"
+    if ema and "ema_initial_weight" in metadata:
+        averages += f", which hold {100 * metadata['ema_initial_weight']:.0f} % of the initial ones"
+    method = phrase(metadata.get("method", "unknown"))
+    if "iterations" in metadata:
+        method += f", {metadata['iterations']} iterations"
+        method += f", {metadata['skipped_steps']} skipped" if metadata.get("skipped_steps") else ""
+    shape = " x ".join(map(str, images.shape[1:]))
+    rows = [
+        ("method", method),
+        ("data set", _named(metadata.get("dataset", "unknown"))),
+        ("images", f"{len(images)} of {shape}, {per_class} per class{counted}; {averages}"),
+        ("values", f"{low:.4g} to {high:.4g}, as networks see them"),
+        ("classes", f"{len(counts)}: {phrase(', '.join(map(str, names[:10])))}{', ...' if len(names) > 10 else ''}"),
+        ("labels", _labels(synthetic)),
+        ("step size", "none: evaluation needs a learning rate" if step_size is None else phrase(step_size)),
+        ("transform", _transform(metadata.get("transform"))),
+    ]
+    rows += _stored(metadata, "network", "augmentation", "teachers", "imported", "scores", "chosen_on", "versions")
+    return Description("synthetic set", rows, facts)
+
+
+def _training(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Describe how teachers were trained."""
+    settings = {key: metadata[key] for key in ("lr", "momentum", "weight_decay", "batch_size") if key in metadata}
+    flatness = {key: metadata[key] for key in ("rho", "alpha", "adaptive") if key in metadata}
+    rows = [("optimizer", f"{phrase(metadata.get('optimizer', 'unknown'))}, {phrase(settings)}".rstrip(", "))]
+    rows += [("flatness", phrase(flatness))] if flatness else []
+    rows += [("data set", _named(metadata.get("dataset", "unknown")))]
+    rows += [("transform", _transform(metadata.get("transform")).replace("; its inverse is in the set", ""))]
+    rows += [("network", _named(metadata.get("network", "unknown")))]
+    return [*rows, *_stored(metadata, "augmentation")]
+
+
+def _last(accuracies: Sequence[float | None]) -> list[float]:
+    """Return the last accuracy; an empty list where none was measured."""
+    return [accuracies[-1]] if accuracies and accuracies[-1] is not None else []
+
+
+def _accuracy_row(last: Sequence[float]) -> list[tuple[str, str]]:
+    if not last:
+        return []
+    span = f" ({100 * min(last):.1f} to {100 * max(last):.1f})" if len(last) > 1 else ""
+    return [("accuracy", f"{100 * sum(last) / len(last):.1f} %{span} after the last epoch")]
+
+
+def describe_store(path: Path) -> Description:
+    """Describe a trajectory store.
+
+    Raises:
+        InputError: for a folder without teachers, a broken file, or teachers that do not belong together.
+    """
+    store = TrajectoryStore(path)
+    each = [store.teacher_metadata(index) for index in range(len(store))]
+    last = [value for one in each for value in _last(one.get("accuracies", []))]
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    lengths = f"{store.epochs} to {max(store.lengths)}" if max(store.lengths) > store.epochs else str(store.epochs)
+    kinds = {dumps(one.get("versions"), sort_keys=True) for one in each}
+    facts = {
+        "teachers": len(store),
+        "epochs": store.epochs,
+        "parameters": store.num_parameters,
+        "bytes": size,
+        "each": [{key: one.get(key) for key in ("teacher", "seed", "accuracies", "versions")} for one in each],
+        "metadata": store.metadata,
+    }
+    rows = [
+        ("teachers", f"{len(store)} of {lengths} epochs, {store.num_parameters:,} weights each"),
+        *_training(store.metadata),
+        *_accuracy_row(last),
+        ("on disk", f"{size / 2**20:,.1f} MiB"),
+        *(
+            _stored(each[0], "versions")
+            if len(kinds) == 1
+            else [("versions", f"{len(kinds)} different ones; see --json")]
+        ),
+    ]
+    return Description("trajectory store", rows, facts)
+
+
+def describe_teacher(path: Path) -> Description:
+    """Describe one teacher's file."""
+    file = TensorFile(path, kind=trajectory_store.KIND)
+    epochs, metadata = check_teacher(file), file.metadata
+    weights = file.numel(epoch_name(0))
+    rows = [
+        ("teacher", f"number {metadata.get('teacher')}, seed {metadata.get('seed')}"),
+        ("epochs", f"{epochs}, {weights:,} weights"),
+        *_training(metadata),
+        *_accuracy_row(_last(metadata.get("accuracies", []))),
+        *_stored(metadata, "versions"),
+    ]
+    return Description("teacher", rows, {"parameters": weights, "metadata": metadata})
+
+
+def describe_whitening(path: Path) -> Description:
+    """Describe a cached whitening."""
+    whitening = Whitening.load(path)
+    values = whitening.mean.numel()
+    rows = [
+        ("transform", f"ZCA whitening, eps {phrase(whitening.eps)}, {values} values per image"),
+        ("fitted on", f"images of fingerprint {whitening.fitted_on}"),
+    ]
+    return Description("whitening", rows, {"values": values, "metadata": {"transform": whitening.describe()}})
+
+
+def describe_store_data(path: Path) -> Description:
+    """Describe what a store keeps of the images that its teachers were trained on."""
+    data = load_store_data(path)
+    metadata = {**data.metadata(), "class_names": data.class_names, "shape": data.shape._asdict()}
+    rows = [
+        ("data set", _named(metadata["dataset"])),
+        ("images", phrase(metadata["shape"])),
+        ("classes", phrase(", ".join(data.class_names))),
+        ("transform", _transform(metadata["transform"])),
+    ]
+    return Description("trajectory data", rows, {"metadata": metadata})
+
+
+FILES = {
+    synthetic_set.KIND: describe_set,
+    trajectory_store.KIND: describe_teacher,
+    store_data.KIND: describe_store_data,
+    "whitening": describe_whitening,
+}
+
+
+def describe(path: Path) -> Description:
+    """Describe a file or a folder.
+
+    Args:
+        path: a synthetic set, a trajectory store, one teacher's file, or a whitening.
+
+    Raises:
+        InputError: for a file that is missing, broken, or none of these.
+    """
+    if path.is_dir():
+        return describe_store(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file or folder")
+    kind = file_kind(path)
+    if kind is None:
+        raise InputError(f"{path}: a safetensors file of another program; ftd import may be able to read it")
+    if kind not in FILES:
+        raise InputError(f"{path}: is a {kind.replace('_', ' ')}; info knows sets, stores, teachers and whitenings")
+    return FILES[kind](path)
+
+
+def info(path: Path, *, json: bool = False) -> None:
+    """Describe a synthetic set, a trajectory store, a teacher or a whitening.
+
+    Args:
+        path: its file, or the folder of a store.
+        json: print everything that is known, as JSON.
+    """
+    description = describe(path)
+    if json:
+        kind = description.kind.replace(" ", "_")
+        facts = {"path": str(path), "kind": kind, **description.facts}
+        print(dumps(without_nan(facts), indent=2, ensure_ascii=False))
+        return
+    print(f"{path}: {description.kind}")
+    width = max(len(name) for name, _ in description.rows)
+    for name, text in description.rows:
+        print(f"  {name:<{width}}  {text}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``ftd info``."""
+    info(**parse_command(info, "info", arguments))

@@ -1,0 +1,99 @@
+"""Constructor arguments as plain values: what checkpoints and sets record, and what builds a module again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.inner_optimizers import InnerOptimizer
+from ftd_lightning.rules.base import MatchingRule, check_together
+
+if TYPE_CHECKING:
+    from ftd_lightning.core.networks import Network
+
+
+Built = TypeVar("Built")
+
+
+def plain(value: Any) -> Any:
+    """Turn an argument into plain values from which the same can be built again.
+
+    A dataclass becomes a mapping of its fields, a matching rule ``{"class_path": ..., "init_args": ...}`` as in a
+    config, a tuple a list.
+
+    Example:
+        >>> from ftd_lightning.functional import Augmentation
+        >>> plain((1, 2)), plain(Augmentation("flip"))["strategy"]
+        ([1, 2], 'flip')
+    """
+    if isinstance(value, (MatchingRule, InnerOptimizer)):
+        return {"class_path": _path(type(value)), "init_args": plain(asdict(value))}  # type: ignore[call-overload]
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def plain_settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyper-parameters as JSON holds them, without what LightningCLI adds for itself."""
+    return {key: plain(value) for key, value in hparams.items() if not key.startswith("_")}
+
+
+def not_plain(network: Network | None) -> list[str]:
+    """Name the arguments that stay out of the saved hyper-parameters: real images, and a network that is an object."""
+    return ["real"] if network is None or isinstance(network, str) else ["real", "network"]
+
+
+def matching_rules(rules: Iterable[MatchingRule | Mapping[str, Any]]) -> list[MatchingRule]:
+    """Build matching rules from what :func:`plain` made of them; rules themselves are returned as they are.
+
+    A class path is looked up among the rules that are imported already, so loading a checkpoint runs no other code.
+
+    Raises:
+        InputError: for a class path that names no rule, arguments that it does not take, or rules that exclude each
+            other.
+
+    Example:
+        >>> matching_rules([{"class_path": "ftd_lightning.rules.RobustStart", "init_args": {"kappa": 0.1}}])
+        [RobustStart(kappa=0.1, residual='displacement')]
+    """
+    built = [rule if isinstance(rule, MatchingRule) else _built(MatchingRule, rule, "rules") for rule in rules]
+    check_together(built)
+    return built
+
+
+def inner_optimizer(optimizer: InnerOptimizer | Mapping[str, Any]) -> InnerOptimizer:
+    """Build an inner optimizer from what :func:`plain` made of it; see :func:`matching_rules`.
+
+    Example:
+        >>> inner_optimizer({"class_path": "InnerSGD", "init_args": {"momentum": 0.5}})
+        InnerSGD(momentum=0.5, weight_decay=0.0)
+    """
+    return optimizer if isinstance(optimizer, InnerOptimizer) else _built(InnerOptimizer, optimizer, "optimizer")
+
+
+def _built(base: type[Built], spec: Mapping[str, Any], name: str) -> Built:
+    """Build an object of a subclass of ``base``, from its class path and arguments."""
+    known = {_path(kind): kind for kind in _subclasses(base)}
+    path = str(spec.get("class_path"))
+    by_name = {name.rpartition(".")[2]: kind for name, kind in known.items()}
+    kind = known.get(path) or by_name.get(path.rpartition(".")[2])
+    if kind is None:
+        raise InputError(f"{name}: {path!r} is no {base.__name__}: choose from {', '.join(sorted(by_name))}")
+    try:
+        return kind(**spec.get("init_args", {}))
+    except TypeError as error:
+        raise InputError(f"{name}: {path}: {error}") from error
+
+
+def _subclasses(kind: type[Built]) -> list[type[Built]]:
+    return [below for child in kind.__subclasses__() for below in (child, *_subclasses(child))]
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,174 @@
+"""Networks that a student cannot follow: those that draw random numbers as they run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.inner_step import draws_random_numbers
+from ftd_lightning.functional.seeding import seeded
+from ftd_lightning.models.description import describe_network, parameter_shapes, same_network
+from ftd_lightning.models.registry import NETWORKS, build_network, find_network, recorded_network
+
+if TYPE_CHECKING:
+    from ftd_lightning.contracts import ImageShape
+    from ftd_lightning.files.trajectory_store import TrajectoryStore
+
+
+KINDS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def refuse_dropout(network: nn.Module, images: Tensor | None = None) -> None:
+    """Refuse a network with dropout, in whatever form, before hours are spent on its teachers.
+
+    Args:
+        network: in training mode.
+        images: (N, C, H, W), a few that it takes; None looks for dropout modules only.
+
+    Raises:
+        InputError: for such a network.
+
+    Example:
+        >>> refuse_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)))
+    """
+    for name, part in network.named_modules():
+        if isinstance(part, KINDS) and part.p > 0:
+            raise InputError(f"network has dropout ({name!r}): a student must be a function of its weights; set p to 0")
+    if images is not None and draws_random_numbers(network, images):
+        raise InputError(
+            f"{type(network).__name__} draws random numbers (dropout, drop path): a student must be a function of its "
+            "weights; switch that off"
+        )
+
+
+Network = str | nn.Module | Callable[[], nn.Module]
+
+
+class FreshNetworks:
+    """Builds networks of one architecture.
+
+    Args:
+        network: a name or import path for ``build_network``; a function that builds one, drawing from torch's global
+            generator; or a module, which is one network and serves as an architecture only.
+        options: for ``build_network``.
+        shape: channels, classes and size for a named network.
+
+    Raises:
+        InputError: for a named network without a shape.
+    """
+
+    def __init__(self, network: Network, options: Mapping[str, Any] | None, shape: ImageShape | None) -> None:
+        self.network = network
+        self.options = dict(options or {})
+        self.shape = shape
+        if isinstance(network, str):
+            find_network(network)  # an unknown name is told before anything else is done
+            if shape is None:
+                raise InputError(
+                    f"network {network!r} needs to know the images: fit with a DistillationDataModule (from_datamodule "
+                    "wraps your own), or give a function that builds the network"
+                )
+
+    def build(self, *seed: int | str) -> nn.Module:
+        """Build a network on the CPU; equal seeds give equal weights.
+
+        Raises:
+            InputError: for a module, of which there are no fresh copies.
+        """
+        refuse_object(self.network)
+        with seeded(*seed):
+            return self._construct()
+
+    def architecture(self) -> nn.Module:
+        """Return a network whose weights are of no interest."""
+        with seeded(0):
+            return copy.deepcopy(self.network) if isinstance(self.network, nn.Module) else self._construct()
+
+    def _construct(self) -> nn.Module:
+        if isinstance(self.network, str):
+            assert self.shape is not None
+            return build_network(self.network, **self.shape._asdict(), **self.options)
+        built = self.network()
+        if not isinstance(built, nn.Module):
+            raise InputError(f"network={self.network!r} returned {type(built).__name__}, not an nn.Module")
+        return built
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the architecture as stores and sets record it; see ``models.description``."""
+        named: dict[str, Any] = {}
+        if isinstance(self.network, str):
+            assert self.shape is not None
+            named = {"name": self.network, "options": self.options, **self.shape._asdict()}
+        # No reader of a file imports a network, so files record the parameters of networks from elsewhere.
+        return named if named.get("name") in NETWORKS else {**describe_network(self.architecture()), **named}
+
+
+def refuse_object(network: Network | None) -> None:
+    """Refuse a module where several fresh networks are needed.
+
+    Raises:
+        InputError: asking for the function that builds it.
+    """
+    if isinstance(network, nn.Module):
+        raise InputError(
+            f"network is one {type(network).__name__} object, but several fresh networks are needed: give the function "
+            "or class that builds it"
+        )
+
+
+def student_networks(
+    store: TrajectoryStore,
+    network: Network | None = None,
+    options: Mapping[str, Any] | None = None,
+    shape: ImageShape | None = None,
+) -> FreshNetworks:
+    """Return the networks that the teachers of a store can be matched with.
+
+    Args:
+        store: the teachers.
+        network: as for :class:`FreshNetworks`; None takes the teachers' own.
+        options: for a named network.
+        shape: of the images, where the store does not know it.
+
+    Raises:
+        InputError: if the parameters' names or shapes are not those of the teachers, or for None where the teachers'
+            network is not of this library.
+    """
+    recorded = store.metadata["network"]
+    if network is None:
+        network, options = recorded_network(recorded, store.path, "pass it as network")
+    fresh = FreshNetworks(network, options, store.shape or shape)
+    described = fresh.describe()
+    if not same_network(recorded, described):
+        raise InputError(
+            f"{store.path}: its teachers are {_in_words(recorded)}, which has other parameters than "
+            f"{_in_words(described)}; change network and network_options or record other teachers"
+        )
+    weights = sum(math.prod(size) for _, size in parameter_shapes(described))
+    if weights != store.num_parameters:
+        raise InputError(
+            f"{store.path}: its teachers have {store.num_parameters} weights, but their network has {weights}; record "
+            "them again"
+        )
+    return fresh
+
+
+def _in_words(description: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in description.get("options", {}).items())
+    return f"{description['name']}({options})"
+
+
+def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mark correct classifications: (N,) float, 1 or 0, for logits (N, K) and classes (N,).
+
+    Example:
+        >>> import torch
+        >>> right_answers(torch.eye(2), torch.tensor([0, 0]))
+        tensor([1., 0.])
+    """
+    return (logits.argmax(1) == labels).float()

@@ -1,0 +1,169 @@
+"""What each process of a parallel fit keeps to itself: teachers and fresh networks share no gradient between ranks.
+
+Lightning's DDP makes all ranks equal: it broadcasts the first one's weights when it wraps a module, averages gradients,
+and saves the first one's state alone. Here each rank's own state is put back and saved beside the others'.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from lightning.pytorch.utilities import CombinedLoader, move_data_to_device
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.gsam import flat, views
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+
+
+T = TypeVar("T")
+KEYS = ("state_dict", "optimizer_states")
+
+
+def own_share(total: int, *, rank: int, world_size: int) -> list[int]:
+    """Deal the numbers 0, 1, .. out to ranks in turn, equally many to each.
+
+    Convention: numbers of ``total`` and above fill up the last round. A rank that got one works on it like the others,
+    so that all take the same steps, and its result is not used.
+
+    Example:
+        >>> [own_share(3, rank=rank, world_size=2) for rank in range(2)]
+        [[0, 2], [1, 3]]
+    """
+    return list(range(rank, -(-total // world_size) * world_size, world_size))
+
+
+def all_ranks(value: Any) -> list[Any]:
+    """Collect one value of every rank, on every rank, in their order."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def from_all_ranks(own: list[T], total: int) -> list[T]:
+    """Collect on every rank what ``own_share`` dealt out: one value per network, in the networks' order.
+
+    Args:
+        own: a value for each network of this rank, including those that only fill up its share.
+        total: how many networks count.
+    """
+    ranks = all_ranks(own)
+    return [ranks[index % len(ranks)][index // len(ranks)] for index in range(total)]
+
+
+def without_gradient_sync(trainer: Trainer) -> AbstractContextManager[None]:
+    """Return a context in which DDP averages no gradient; a null context without DDP."""
+    model = trainer.strategy.model
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def average_over_ranks(trainer: Trainer, gradients: list[Tensor]) -> None:
+    """Average gradients over all processes, in place, by one reduction."""
+    if trainer.world_size > 1:
+        total = flat(gradients)
+        torch.distributed.all_reduce(total)  # not the strategy's, which makes the host wait for all ranks before
+        for gradient, mean in zip(gradients, views(total / trainer.world_size, gradients), strict=True):
+            gradient.copy_(mean)
+
+
+def refuse_split_loaders(trainer: Trainer, *, or_else: str) -> None:
+    """Refuse loaders of which each rank gets a part, as Lightning makes them of any DataLoader under DDP.
+
+    Args:
+        trainer: of a fit whose loaders are set up.
+        or_else: the other thing to do, for the message.
+
+    Raises:
+        InputError: for a training or validation loader with a sampler over several ranks.
+    """
+    for loader in CombinedLoader([trainer.train_dataloader, trainer.val_dataloaders]).flattened:
+        for sampler in (
+            getattr(loader, "sampler", None),
+            getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+        ):
+            if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+                raise InputError(
+                    f"a {type(loader).__name__} splits its images over {sampler.num_replicas} processes, but each of "
+                    "them trains networks of its own on all images: pass --trainer.use_distributed_sampler false, or "
+                    f"{or_else}"
+                )
+
+
+class RankStates:
+    """Carries each rank's own weights past DDP's broadcast, and into and out of checkpoints."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] | None = None
+
+    def keep(self, module: LightningModule) -> None:
+        """Remember the weights as they are, before DDP wraps the module; and keep its hands off the buffers."""
+        self.kept = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        # DDP copies the first rank's buffers (running statistics) to the others before a forward pass. Its switch for
+        # single buffers has no public form; broadcast_buffers belongs to the user's strategy.
+        buffers = [name for name, _ in module.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
+
+    def restore(self, module: LightningModule) -> None:
+        """Put them back, once DDP has wrapped the module."""
+        if self.kept is not None:
+            module.load_state_dict(self.kept)
+            self.kept = None
+
+    def save(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add every rank's weights and optimizer state to a checkpoint. All ranks have to call this."""
+        if module.trainer.world_size > 1:
+            own = {key: checkpoint[key] for key in KEYS if key in checkpoint}
+            # On the CPU: gathered, a tensor of one GPU would take the memory of that same GPU in every process.
+            checkpoint["ranks"] = all_ranks(move_data_to_device(own, "cpu"))
+
+    @staticmethod
+    def joined(checkpoint: dict[str, Any], name: str, count: int) -> dict[str, Any]:
+        """Return the weights of a checkpoint as one process would have saved them.
+
+        Args:
+            checkpoint: of any number of ranks.
+            name: of the ModuleList whose entries ``own_share`` dealt out; other weights are the first rank's.
+            count: number of its entries over all ranks.
+        """
+        ranks = [state["state_dict"] for state in checkpoint.get("ranks") or [checkpoint]]
+        joined = {key: value for key, value in ranks[0].items() if not key.startswith(f"{name}.")}
+        for index in range(count):
+            prefix = f"{name}.{index // len(ranks)}."
+            for key, value in ranks[index % len(ranks)].items():
+                if key.startswith(prefix):
+                    joined[f"{name}.{index}.{key.removeprefix(prefix)}"] = value
+        return joined
+
+    def load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Replace what a checkpoint says of the first rank by what it says of this one.
+
+        Raises:
+            InputError: for a checkpoint of another number of ranks.
+        """
+        states, world_size = checkpoint.get("ranks"), module.trainer.world_size
+        if (count := len(states) if states else 1) != world_size:
+            raise InputError(
+                f"the checkpoint was saved by {count} process(es), this run has {world_size}: each trained networks of "
+                f"its own; resume with trainer.devices x trainer.num_nodes = {count}"
+            )
+        if states:
+            checkpoint.update(states[module.global_rank])
+        # In one process too: what was kept before is what the module was built with.
+        self.kept = dict(checkpoint["state_dict"])
+
+
+def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
+    """Average a tensor over all ranks; the host does not wait."""
+    if world_size == 1:
+        return value
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / world_size

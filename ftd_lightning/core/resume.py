@@ -1,0 +1,213 @@
+"""Resuming a fit: loop counters, and the settings that must not change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from ftd_lightning.contracts import BringsBatches
+from ftd_lightning.core.arguments import plain_settings
+from ftd_lightning.errors import InputError
+from ftd_lightning.files.trajectory_store import differences
+from ftd_lightning.models.registry import recorded_network
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterator, Mapping
+
+    from lightning.pytorch import Trainer
+
+
+Counts = dict[str, Any]
+# Types of the entries that Lightning writes; "state_dict" and the version are in every checkpoint.
+KINDS: dict[str, type] = {
+    "pytorch-lightning_version": str,
+    "state_dict": dict,
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+}
+
+
+def read_checkpoint(source: str | Path | IO[bytes], **options: Any) -> dict[str, Any]:
+    """Read a checkpoint of Lightning.
+
+    Args:
+        source: a local file, by its path or open.
+        options: for ``torch.load``; without ``weights_only=False`` no code in the file is run.
+
+    Raises:
+        InputError: for a file that is missing, broken or something else.
+    """
+    if isinstance(source, (str, Path)):
+        source = Path(source).expanduser()
+        if not source.is_file():
+            raise InputError(f"{source}: no such checkpoint")
+    try:
+        content = torch.load(source, **{"map_location": "cpu", "weights_only": True, **options})
+    except Exception as error:  # a foreign file can make torch raise anything
+        raise InputError(
+            f"{source}: cannot be read as a checkpoint: it is broken, something else, or would run code when read"
+        ) from error
+    if not isinstance(content, dict) or not {"pytorch-lightning_version", "state_dict"} <= content.keys():
+        raise InputError(f"{source}: is not a checkpoint of Lightning")
+    for key, kind in KINDS.items():
+        if not isinstance(value := content.get(key, kind()), kind):
+            found, wanted = type(value).__name__, kind.__name__
+            raise InputError(f"{source}: is a broken checkpoint: {key} is a {found}, not a {wanted}")
+    return content
+
+
+def refuse_own_network(source: str | Path | IO[bytes]) -> None:
+    """Refuse a checkpoint whose hyper-parameters name a network that is not of this library.
+
+    Args:
+        source: as for :func:`read_checkpoint`; an open file is read again afterwards.
+
+    Raises:
+        InputError: for another file too.
+    """
+    local = isinstance(source, (str, Path))
+    hparams = read_checkpoint(source, mmap=local).get("hyper_parameters", {})
+    if hparams.get("network") is not None:
+        recorded_network({"name": hparams["network"], "options": {}}, source, "pass network=")
+    if not isinstance(source, (str, Path)):
+        source.seek(0)
+
+
+def mend_progress(checkpoint: dict[str, Any]) -> None:
+    """Rewrite the progress of a fit in a checkpoint, in place.
+
+    Four moments at which checkpoints are saved:
+
+    - inside an epoch, after a batch: left as it is;
+    - after the last batch of an epoch, before or after its validation: the batch counts as done, the validation is run
+      (again), because its metrics are not part of a checkpoint, and the hooks at the epoch's end follow;
+    - in ``on_train_epoch_end`` after all batches: the epoch counts as done;
+    - in ``on_train_epoch_end`` of an epoch that was cut short, or after it: the epoch is still in progress.
+
+    Args:
+        checkpoint: as Lightning loads it; one without loops (weights only) is left as it is.
+    """
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop")
+    if fit_loop is None:
+        return
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    now = epochs["total"]
+    if now["ready"] != now["started"]:
+        return
+    in_end_hook = now["processed"] == now["started"]
+    if not batches["is_last_batch"]:
+        if in_end_hook and batches["current"]["ready"] > 0:
+            _each(epochs, lambda counts: counts.update(processed=now["ready"] - 1, completed=now["ready"] - 1))
+            _restart(validation, started=0)
+    elif now["completed"] == now["started"]:
+        return
+    elif in_end_hook:
+        _each(epochs, lambda counts: counts.update(completed=counts["processed"]))
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+    else:
+        _each(batches, lambda counts: counts.update(completed=counts["processed"]))
+        # One batch begun and none done: Lightning then runs the validation from its beginning.
+        _restart(validation, started=1)
+        for state in fit_loop["state_dict"].get("combined_loader", []):
+            state["epoch_ended"] = True
+
+
+def _each(progress: Counts, change: Any) -> None:
+    for counts in (progress["total"], progress["current"]):
+        change(counts)
+
+
+def _restart(validation: Counts, *, started: int) -> None:
+    for counts in (validation["total"], validation["current"]):
+        counts.update(dict.fromkeys(counts, 0))
+        counts.update(ready=started, started=started)
+    validation["is_last_batch"] = False
+
+
+# Settings of a module that decide no result. Of a trainer, only precision and gradient_clip_val are compared. A
+# FlatTeacher's number of teachers and the place of a trajectory store are not compared: its settings leave them out.
+HARMLESS = ("compile", "iterations_per_epoch")
+LIMITS = ("rounds",)  # how far a fit goes: it may go further
+CONTENTS = ("dataset", "transform", "shape", "class_names")  # of the images, which are compared
+# Settings of a DistillationDataModule that say where its images lie.
+PLACES = ("root", "cache_dir", "download", "on_device", "num_workers", "trajectories", "synthetic")
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _changes(name: str, before: Any, now: Any) -> Iterator[str]:
+    if before == now:
+        return
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        for key in now:
+            yield from _changes(f"{name}.{key}", before[key], now[key])
+    else:
+        yield f"{name}={now!r:.100}, but the checkpoint was made with {before!r:.100}"
+
+
+def refuse_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, free: Container[str] = (), prefix: str = ""
+) -> None:
+    """Refuse values that differ from those of a checkpoint.
+
+    Values are compared as JSON gives them back. A key that only one side has is another version's.
+
+    Args:
+        before: values of the fit that made the checkpoint.
+        now: values of the fit that resumes from it.
+        free: keys that may change.
+        prefix: of the keys in the message.
+
+    Raises:
+        InputError: naming each such key, with both values.
+
+    Example:
+        >>> refuse_changes({"lr": 30.0, "betas": (0, 1)}, {"lr": 3.0, "betas": [0, 1]})
+        Traceback (most recent call last):
+        ftd_lightning.errors.InputError: lr=3.0, but the checkpoint was made with 30.0; give its values, or begin anew
+    """
+    before, now = as_json(before), as_json(now)
+    shared = [key for key in now if key in before and key not in free]
+    found = [change for key in shared for change in _changes(f"{prefix}{key}", before[key], now[key])]
+    if found:
+        raise InputError(f"{'; '.join(found)}; give its values, or begin anew")
+
+
+def refuse_other_data(
+    before: Mapping[str, Any], now: Mapping[str, Any], options: Mapping[str, Any], trainer: Trainer
+) -> None:
+    """Refuse to resume with other images, or with another set in their place.
+
+    Args:
+        before: "data" and "set" as the checkpoint holds them.
+        now: the same of the fit that resumes.
+        options: the checkpoint's hyper-parameters of the datamodule.
+        trainer: of the fit that resumes.
+
+    Raises:
+        InputError: as for :func:`refuse_changes`.
+    """
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(datamodule, LightningDataModule):
+        # A distillation draws its own batches.
+        free = (*PLACES, "batch_size") if isinstance(trainer.lightning_module, BringsBatches) else PLACES
+        refuse_changes(plain_settings(options), plain_settings(datamodule.hparams), free=free, prefix="data.")
+    images = [{key: (state["data"] or {}).get(key) for key in CONTENTS} for state in (before, now)]
+    refuse_changes(*({key: state[key] for key in differences(*images)} for state in images), prefix="data.")
+    if "set" in before:  # version 0.2 did not record it
+        refuse_changes({"synthetic": before["set"]}, {"synthetic": now["set"]}, prefix="data.")

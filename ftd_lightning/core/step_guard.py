@@ -1,0 +1,127 @@
+"""Optimizer steps that are not to be, undone where the tensors lie: the host never waits to learn of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ftd_lightning.errors import DivergenceError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+MAX_SKIPPED = 10
+MAX_GATED = 100
+
+
+class StepGuard:
+    """Skips steps: parameters and momentum stay as they were, bit for bit.
+
+    A step is skipped where loss or gradient is not finite, and gated where it is finite but not accepted. Either is
+    known on the device alone, so it is a choice between two tensors, not a branch of the program.
+
+    Attributes:
+        skipped: number of steps that were not finite, an int64 scalar on the device.
+        in_a_row: number of them since the last finite one, likewise.
+        gated: number of finite steps that were not accepted, likewise.
+        gated_in_a_row: number of them since the last other one, likewise.
+        still_in_a_row: number of steps with a gradient of zero since the last other one, on the device; not in
+            checkpoints.
+        gates: whether something else than that decides on steps.
+        applied: whether the present step is made, a bool scalar on the device.
+    """
+
+    def __init__(self) -> None:
+        self.skipped, self.in_a_row, self.gated, self.gated_in_a_row = (torch.tensor(0) for _ in range(4))
+        self.applied = self._finite = torch.tensor(True)
+        self._still, self.still_in_a_row = torch.tensor(False), torch.tensor(0)
+        self.gates = False
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def before(
+        self,
+        optimizer: Optimizer,
+        values: Sequence[Tensor],
+        *,
+        accepted: Tensor | None = None,
+        still: Tensor | None = None,
+        reduce: Callable[[Tensor], Tensor] = lambda flag: flag,
+    ) -> None:
+        """Judge a step, and remember what it is going to change.
+
+        Args:
+            optimizer: about to step.
+            values: scalars that all have to be finite: the loss, norms of the gradients.
+            accepted: a bool scalar, the same on all ranks; None accepts.
+            still: a bool scalar: whether the gradient is exactly zero; None: it is not.
+            reduce: the minimum over all ranks: they skip together, or their weights would drift apart.
+        """
+        finite = torch.isfinite(torch.stack([value.detach().float() for value in values])).all()
+        self._finite = reduce(finite.float()) > 0
+        self._still = torch.zeros_like(finite) if still is None else still
+        self.gates = accepted is not None
+        self.applied = self._finite if accepted is None else self._finite & accepted
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._before = [(p, p.detach().clone()) for p in parameters]
+        for state in optimizer.state.values():
+            self._before += [(v, v.clone()) for v in state.values() if isinstance(v, torch.Tensor)]
+
+    @torch.no_grad()
+    def after(self, optimizer: Optimizer) -> None:
+        """Undo the step where it is not to be, and count."""
+        for tensor, before in self._before:
+            tensor.copy_(torch.where(self.applied, tensor, before))
+        known = {id(tensor) for tensor, _ in self._before}
+        for state in optimizer.state.values():
+            # Momentum that this step made: as if there had been none yet.
+            for value in state.values():
+                if isinstance(value, torch.Tensor) and id(value) not in known:
+                    value.copy_(torch.where(self.applied, value, torch.zeros_like(value)))
+        self._before = []
+        skip, gate = (~self._finite).long(), (self._finite & ~self.applied).long()
+        self.skipped = self.skipped + skip
+        self.in_a_row = (self.in_a_row + 1) * skip
+        self.gated = self.gated + gate
+        self.gated_in_a_row = (self.gated_in_a_row + 1) * gate
+        self.still_in_a_row = (self.still_in_a_row + 1) * self._still
+
+    def check(self, iteration: int) -> None:
+        """Stop a run that only diverges, or learns nothing; waits for the device.
+
+        Args:
+            iteration: the last one, for the message.
+
+        Raises:
+            DivergenceError: after ``MAX_SKIPPED`` skipped or ``MAX_GATED`` gated steps in a row.
+            InputError: after ``MAX_SKIPPED`` steps in a row with a gradient of zero.
+        """
+        if int(self.still_in_a_row) >= MAX_SKIPPED:
+            raise InputError(
+                f"the images' gradient was exactly zero {int(self.still_in_a_row)} iterations in a row, the last one "
+                f"{iteration}: the network lets no gradient through; remove no_grad, detach and frozen layers from it"
+            )
+        if int(self.in_a_row) >= MAX_SKIPPED:
+            raise DivergenceError(
+                f"loss or gradient not finite {int(self.in_a_row)} iterations in a row, the last one {iteration}; the "
+                "images on disk are those before; lower the learning rates"
+            )
+        if int(self.gated_in_a_row) >= MAX_GATED:
+            raise DivergenceError(
+                f"the loss was above a rule's threshold {int(self.gated_in_a_row)} iterations in a row, the last one "
+                f"{iteration}: nothing is learned; raise the threshold or match shorter segments"
+            )
+
+    def state(self) -> tuple[int, ...]:
+        """Return the counts, for a checkpoint."""
+        return int(self.skipped), int(self.in_a_row), int(self.gated), int(self.gated_in_a_row)
+
+    def load(self, state: Sequence[int]) -> None:
+        """Take them up again; a checkpoint of an earlier version counts no gated steps."""
+        counts = (*state, 0, 0)[:4]
+        self.skipped, self.in_a_row, self.gated, self.gated_in_a_row = (torch.tensor(count) for count in counts)

@@ -1,0 +1,468 @@
+"""Images that are given as objects: tensors, datasets, a DataModule; and the file that keeps them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
+from tqdm.auto import tqdm
+
+from ftd_lightning.data.decoding import is_grey, measure, pixels
+from ftd_lightning.data.sources import ImageDataset, Parts, Pictures, fingerprints, resized, resizing, unit_range
+from ftd_lightning.errors import InputError
+from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from lightning.pytorch import LightningDataModule, Trainer
+
+    from ftd_lightning.contracts import ImageTransform
+    from ftd_lightning.data.sources import Request
+
+
+KIND = "images"
+FILE = "images.safetensors"
+
+
+def write_images_file(dataset: ImageDataset, folder: Path) -> Path:
+    """Write all parts of a data set to ``images.safetensors`` of a folder.
+
+    Args:
+        dataset: pictures, not images that are normalised already.
+        folder: is made.
+
+    Returns:
+        The file: ``train_images`` (N, C, H, W) uint8 or float32 in [0, 1], ``train_labels`` (N,) int64, likewise of
+        "test" and, where there are held-out ones, of "val"; its metadata has "class_names" and, of pictures that were
+        of 16 bits, the "maximum" that they were divided by.
+    """
+    train, test = dataset.load()
+    parts = {"train": train, "test": test, **({} if dataset.held_out is None else {"val": dataset.held_out()})}
+    tensors: dict[str, Tensor] = {}
+    for name, (pictures, labels) in parts.items():
+        tensors |= {f"{name}_images": pictures, f"{name}_labels": labels}
+    path = folder / FILE
+    maximum = {key: value for key, value in dataset.identify().items() if key == "maximum"}
+    write_tensors(path, tensors, kind=KIND, metadata={"class_names": list(dataset.class_names), **maximum})
+    return path
+
+
+def find_images_file(request: Request) -> ImageDataset:
+    """Describe the data set in ``images.safetensors`` under root; its contents identify it.
+
+    Raises:
+        InputError: for a file that is missing, damaged or not of this kind, or that holds no data set.
+    """
+    path = request.root / FILE
+    file = TensorFile(path, kind=KIND)
+    names = file.metadata.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: class_names are not a list of names; write it again")
+    parts: dict[str, Pictures] = {}
+    for part in ("train", "test", "val"):
+        wanted = {f"{part}_images", f"{part}_labels"}
+        if not wanted <= file.names:
+            if part == "val":
+                continue
+            raise InputError(f"{path}: holds no {' and '.join(sorted(wanted - file.names))}; write it again")
+        pair = (file[f"{part}_images"], file[f"{part}_labels"])
+        parts[part] = read_images(pair, f"{path}: {part}", transform=None)
+    described = describe_images(
+        parts["train"],
+        parts["test"],
+        parts.get("val"),
+        class_names=names,
+        transform=None,
+        maximum=file.metadata.get("maximum"),
+    )
+    return described.at(request.image_size)
+
+
+READ_TWICE = 4  # items that are read a second time, to notice random augmentation
+EXPECTED = "pass pictures as uint8, uint16 or floats in [0, 1], or transform= for images that are normalised already"
+
+Batch = tuple[Tensor, Tensor]  # pictures (B, C, H, W) and labels (B,), as given
+
+
+def read_images(data: Any, part: str, *, image_size: int | None = None, transform: ImageTransform | None) -> Pictures:
+    """Read a torch dataset of (image, label) or a pair of tensors into memory.
+
+    Args:
+        data: a Dataset whose images are Pillow images, tensors (C, H, W) or (H, W), or arrays (H, W, C) or (H, W); or a
+            pair of tensors, images (N, C, H, W) or (N, H, W) and labels (N,).
+        part: "train", "val" or "test", for messages.
+        image_size: height and width to resize to; None: all images must have one size.
+        transform: what the images have gone through already; None: they are pictures.
+
+    Raises:
+        InputError: for anything else, for images that are no pictures, and for wrong labels.
+    """
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
+        return joined([as_batch(data[0], data[1], part)], part, image_size=image_size, transform=transform)
+    if isinstance(data, IterableDataset):
+        return joined((_as_item(item, part) for item in data), part, image_size=image_size, transform=transform)
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        raise InputError(
+            f"{part}: a Dataset of (image, label) or a pair of tensors is needed, not {type(data).__name__}"
+        )
+    first = [_as_item(data[i], part) for i in range(min(READ_TWICE, len(data)))]
+    warn_of_random(first, (_as_item(data[i], part) for i in range(len(first))), part)
+    rest = tqdm(range(len(first), len(data)), desc=f"reading {part} images", unit="image", leave=False, delay=1)
+    items = (_as_item(data[i], part) for i in rest)
+    return joined([*first, *items], part, image_size=image_size, transform=transform)
+
+
+def read_datasets(
+    train: Any,
+    test: Any,
+    val: Any = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_size: int | None = None,
+    transform: ImageTransform | None = None,
+) -> ImageDataset:
+    """Read all parts and describe them; see :func:`read_images` and :func:`describe_images`."""
+    parts = {
+        part: read_images(data, part, image_size=image_size, transform=transform)
+        for part, data in (("train", train), ("test", test), ("val", val))
+        if data is not None
+    }
+    names = class_names or classes_of(train, parts["train"].labels)
+    return describe_images(parts["train"], parts["test"], parts.get("val"), class_names=names, transform=transform)
+
+
+def classes_of(dataset: Any, labels: Tensor) -> Sequence[str] | None:
+    """Return the ``classes`` of a dataset, or of those that a Subset or ConcatDataset is made of; None without."""
+    if isinstance(dataset, Subset):
+        names = classes_of(dataset.dataset, labels)
+        return names and names[: int(labels.max()) + 1]  # it may leave out the last classes
+    if isinstance(dataset, ConcatDataset):
+        first, *others = [classes_of(part, labels) for part in dataset.datasets]
+        return first if all(other == first for other in others) else None
+    return getattr(dataset, "classes", None)
+
+
+def warn_of_random(first: Iterable[Batch], again: Iterable[Batch], part: str) -> None:
+    """Warn where the same items differ when they are read a second time."""
+    if any(not torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True)):
+        rank_zero_warn(
+            f"{part}: the same images differ when they are read twice. They are read once, so random augmentation in "
+            "the dataset is applied once; leave it out, because modules augment every batch themselves (augment=)"
+        )
+
+
+def as_batch(images: Any, labels: Any, part: str) -> Batch:
+    """Check a batch of images (B, C, H, W) or (B, H, W) with labels (B,).
+
+    Raises:
+        InputError: for other shapes.
+    """
+    if not isinstance(images, Tensor | np.ndarray) or images.ndim not in (3, 4):
+        raise InputError(f"{part}: images must be a tensor (N, C, H, W) or (N, H, W), not {_shape(images)}")
+    pictures, labels = torch.as_tensor(images).detach().cpu(), _as_labels(labels, part)
+    pictures = pictures.unsqueeze(1) if pictures.ndim == 3 else pictures
+    if labels.shape != pictures.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise InputError(
+            f"{part}: labels must be {len(pictures)} integers, one per image, not {labels.dtype} {tuple(labels.shape)}"
+        )
+    return pictures, labels.long()
+
+
+def _as_labels(labels: Any, part: str) -> Tensor:
+    try:
+        return torch.as_tensor(labels).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        one = labels[0] if isinstance(labels, tuple | list | np.ndarray) and len(labels) else labels
+        raise InputError(f"{part}: labels must be integers, not {one!r:.40}; number the classes from 0") from error
+
+
+def _as_item(item: Any, part: str) -> Batch:
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise InputError(f"{part}: items must be pairs (image, label), not {type(item).__name__}")
+    image, label = item
+    if isinstance(image, Image.Image):
+        try:
+            image = torch.from_numpy(pixels(image, channels=1 if is_grey(image) else 3).copy())  # uint16 of 16 bits
+        except ValueError as error:
+            raise InputError(f"{part}: {error}") from error
+    elif isinstance(image, np.ndarray):
+        image = torch.as_tensor(image)
+        image = image.permute(2, 0, 1) if image.ndim == 3 else image
+    if not isinstance(image, Tensor) or image.ndim not in (2, 3):
+        raise InputError(f"{part}: an image must be a Pillow image or of shape (C, H, W), not {_shape(image)}")
+    image = image if image.ndim == 3 else image.unsqueeze(0)
+    return as_batch(image.unsqueeze(0), _as_labels(label, part).reshape(-1), part)
+
+
+def _shape(value: Any) -> str:
+    return f"{type(value).__name__} {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+
+
+def joined(
+    batches: Iterable[Batch], part: str, *, image_size: int | None = None, transform: ImageTransform | None
+) -> Pictures:
+    """Join batches into one tensor each of pictures and labels.
+
+    Grey pictures among coloured ones become coloured. Floats that are multiples of 1/255 become uint8, so that the same
+    pictures are stored, and identified, in the same way with or without ``ToTensor``. uint16 stays, to be scaled by
+    :func:`describe_images`, which knows all parts.
+
+    Args:
+        batches: as from :func:`as_batch`.
+        part: for messages.
+        image_size: height and width to resize to.
+        transform: what the images have gone through already.
+
+    Raises:
+        InputError: for images of several sizes without ``image_size``, and for what are no pictures.
+    """
+    given, pictures = Counter[tuple[int, int]](), []
+    for images, of in batches:
+        given[images.shape[3], images.shape[2]] += len(images)
+        pictures.append((_resize(_checked(images, part, transform), image_size), of))
+    if not any(len(labels) for _, labels in pictures):
+        raise InputError(f"{part}: contains no images")
+    shapes = Counter(tuple(images.shape[1:]) for images, _ in pictures)
+    sizes, channels = {shape[1:] for shape in shapes}, {shape[0] for shape in shapes}
+    if len(sizes) > 1 or any(height != width for height, width in sizes):
+        some = ", ".join(f"{height} x {width}" for height, width in sorted(sizes)[:3])
+        raise InputError(f"{part}: images must be square and of one size, not {some}; image_size= resizes them")
+    if len(channels) > 1 and channels != {1, 3}:
+        raise InputError(f"{part}: images have {', '.join(map(str, sorted(channels)))} channels; all need the same")
+    if len({images.dtype for images, _ in pictures}) > 1:
+        raise InputError(f"{part}: images are of several types, such as uint8 and floats; {EXPECTED}")
+    if image_size is not None and (told := resizing(given, image_size)):
+        rank_zero_info(f"{part}: {told}")
+    (size,), count = sizes, sum(len(labels) for _, labels in pictures)
+    out, done = torch.empty(count, max(channels), *size, dtype=pictures[0][0].dtype), 0
+    for images, _ in pictures:
+        out[done : done + len(images)] = images  # grey ones are repeated in every channel
+        done += len(images)
+    return Pictures(out if transform else _as_bytes(out), torch.cat([labels for _, labels in pictures]))
+
+
+def _resize(images: Tensor, size: int | None) -> Tensor:
+    if size is None or tuple(images.shape[2:]) == (size, size):
+        return images
+    if images.dtype == torch.uint16:
+        return resized(images.float(), size).round().to(torch.uint16)
+    return resized(images, size)
+
+
+def _checked(images: Tensor, part: str, transform: ImageTransform | None) -> Tensor:
+    if images.dtype in (torch.uint8, torch.uint16) and transform is None:
+        return images
+    if not images.is_floating_point():
+        wrong = "transform= is for normalised images, which are floats" if transform else EXPECTED
+        raise InputError(f"{part}: images are {images.dtype}; {wrong}")
+    if transform is None and not bool(((images >= 0) & (images <= 1)).all()):
+        low, high = float(images.min()), float(images.max())
+        raise InputError(f"{part}: images have values from {low:.3g} to {high:.3g}; {EXPECTED}")
+    return images.float()
+
+
+def _as_bytes(pictures: Tensor) -> Tensor:
+    if not pictures.is_floating_point():
+        return pictures
+    as_bytes = torch.empty(pictures.shape, dtype=torch.uint8)
+    for to, chunk in zip(as_bytes.split(1000), pictures.split(1000), strict=True):
+        to.copy_(chunk.mul(255).round())
+        if not torch.equal(unit_range(to), chunk):
+            return pictures
+    return as_bytes
+
+
+def describe_images(
+    train: Pictures,
+    test: Pictures,
+    val: Pictures | None,
+    *,
+    class_names: Sequence[str] | None,
+    transform: ImageTransform | None,
+    maximum: int | None = None,
+) -> ImageDataset:
+    """Describe images in memory; their contents identify them.
+
+    Those of uint16 are divided by their largest value, the "maximum" of the description.
+
+    Args:
+        train: as from :func:`read_images`.
+        test: likewise.
+        val: those that are held out; None: a share of the training images is.
+        class_names: K names; None numbers the classes.
+        transform: what the images have gone through already.
+        maximum: divisor that has been applied to images of 16 bits; None: there was none.
+
+    Raises:
+        InputError: for labels other than 0 .. K-1, a class without a training image, or parts of different shapes.
+    """
+    parts = {"train": train, "test": test, **({} if val is None else {"val": val})}
+    deep = [int(part.pictures.int().max()) for part in parts.values() if part.pictures.dtype == torch.uint16]
+    if deep:
+        maximum = max(1, *deep)  # all of them may be black
+        parts = {name: _scaled(part, maximum) for name, part in parts.items()}
+        train, test, val = parts["train"], parts["test"], parts.get("val")
+    names = _class_names(train.labels, class_names)
+    shape = tuple(train.pictures.shape[1:])
+    for part, (pictures, labels) in parts.items():
+        if tuple(pictures.shape[1:]) != shape:
+            raise InputError(f"{part}: images are {tuple(pictures.shape[1:])}, those of train {shape}; see image_size=")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+            raise InputError(
+                f"{part}: labels go from {int(labels.min())} to {int(labels.max())}; {len(names)} classes need labels "
+                f"from 0 to {len(names) - 1}"
+            )
+    for label, count in enumerate(train.labels.bincount(minlength=len(names)).tolist()):
+        if not count:
+            raise InputError(f"train: class {label} ({names[label]}) has no image; number the classes without gaps")
+    identity: dict[str, Any] = {**fingerprints(train, test, val), **({} if val is None else {"val_fraction": None})}
+    identity |= {} if maximum is None else {"maximum": maximum}
+    moments = {"mean": [0.0] * shape[0], "std": [1.0] * shape[0]} if transform else measure(train.pictures)
+    return ImageDataset(
+        class_names=names,
+        in_channels=shape[0],
+        image_size=shape[1],
+        mean=tuple(moments["mean"]),
+        std=tuple(moments["std"]),
+        load=partial(_both, train, test),
+        identify=partial(dict, identity),
+        held_out=None if val is None else partial(_given, val),
+        transform=transform,
+    )
+
+
+def _scaled(part: Pictures, maximum: int) -> Pictures:
+    deep = part.pictures.dtype == torch.uint16
+    return Pictures(_as_bytes(part.pictures.float() / maximum), part.labels) if deep else part
+
+
+def _given(val: Pictures) -> Pictures:
+    return val
+
+
+def _both(train: Pictures, test: Pictures) -> Parts:
+    return train, test
+
+
+def _class_names(labels: Tensor, names: Sequence[str] | None) -> tuple[str, ...]:
+    if names is None:
+        return tuple(map(str, range(int(labels.max()) + 1)))
+    # torchvision's ImageNet has several names per class.
+    return tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in names)
+
+
+@dataclass(frozen=True)
+class OwnDataModule:
+    """Another LightningDataModule, whose images are to be read.
+
+    Attributes:
+        datamodule: its loaders yield (images, labels).
+        class_names: K names; None: those of its training dataset's ``classes``, or numbers.
+        transform: what its images have gone through; None: they are pictures.
+    """
+
+    datamodule: LightningDataModule
+    class_names: Sequence[str] | None = None
+    transform: ImageTransform | None = None
+
+    def prepare(self) -> None:
+        """Call its ``prepare_data``."""
+        self.datamodule.prepare_data()
+
+    def read(self, trainer: Trainer | None) -> tuple[ImageDataset, int]:
+        """Set it up and read all its images; also return its batch size.
+
+        Raises:
+            InputError: where it has no training or test loader, and for what :func:`as_batch` and
+                :func:`describe_images` refuse.
+        """
+        self.datamodule.trainer = trainer
+        for stage in ("fit", "test"):
+            self.datamodule.setup(stage)
+        loaders = {part: self._loader(part) for part in ("train", "val", "test")}
+        for part in ("train", "test"):
+            if loaders[part] is None:
+                raise InputError(f"{type(self.datamodule).__name__} has no {part}_dataloader, which is needed")
+        (train, batch_size), (test, _) = (self._read(loaders[part], part) for part in ("train", "test"))
+        val = None if loaders["val"] is None else self._read(loaders["val"], "val")[0]
+        names = self.class_names or classes_of(getattr(loaders["train"], "dataset", None), train.labels)
+        return describe_images(train, test, val, class_names=names, transform=self.transform), batch_size
+
+    def _loader(self, part: str) -> Any:
+        if not is_overridden(f"{part}_dataloader", self.datamodule):
+            return None
+        found = getattr(self.datamodule, f"{part}_dataloader")()
+        loaders = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list) else [found]
+        if len(loaders) > 1:
+            raise InputError(
+                f"{type(self.datamodule).__name__}.{part}_dataloader returns {len(loaders)} loaders, not one"
+            )
+        return loaders[0] if loaders else None
+
+    def _read(self, loader: Any, part: str) -> tuple[Pictures, int]:
+        ordered = _in_order(loader, part)
+        if ordered is not None:
+            some = range(min(READ_TWICE, len(ordered.dataset)))  # type: ignore[arg-type]
+            first, again = (_as_batches([ordered.collate_fn([ordered.dataset[i] for i in some])], part) for _ in "12")
+            warn_of_random(first, again, part)
+        bar = tqdm(ordered or loader, desc=f"reading {part} images", unit="batch", leave=False, delay=1)
+        batches = list(_as_batches(bar, part))
+        size = getattr(loader, "batch_size", None) or (len(batches[0][1]) if batches else 1)
+        return joined(batches, part, transform=self.transform), size
+
+
+def _as_batches(batches: Iterable[Any], part: str) -> Iterator[Batch]:
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise InputError(f"{part}: batches must be pairs (images, labels), not {type(batch).__name__}")
+        yield as_batch(batch[0], batch[1], part)
+
+
+def _in_order(loader: Any, part: str) -> DataLoader[Any] | None:
+    """Return a loader of the same images in the dataset's order, each once; None without a map-style dataset."""
+    # Without a batch_sampler the dataset's items are batches.
+    if (
+        not isinstance(loader, DataLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or loader.batch_sampler is None
+    ):
+        return None
+    sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+    order: Sequence[int] = range(len(loader.dataset))  # type: ignore[arg-type]
+    if isinstance(sampler, SubsetRandomSampler):
+        order = sorted(sampler.indices)
+    elif not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
+        rank_zero_info(
+            f"{part}: all {len(order):,} images of the dataset are read once; the order and weights of its "
+            f"{type(sampler).__name__} are not used"
+        )
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size or 256,
+        sampler=order,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator(),  # the global one is left alone
+    )

@@ -1,0 +1,220 @@
+"""The synthetic set: what distillation learns and everything needed to use it, in one safetensors file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import TensorDataset
+
+from ftd_lightning.errors import InputError
+from ftd_lightning.files import schema
+from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
+from ftd_lightning.files.transforms import Standardization, load_transform
+from ftd_lightning.functional.kernels import target_probabilities
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ftd_lightning.contracts import ImageTransform
+
+
+KIND = "synthetic_set"
+PREFIX = "transform."  # of the names of the transform's tensors
+
+
+def _own(header: dict[str, Any]) -> dict[str, Any]:
+    """Drop what fields of a set hold, and what only files have."""
+    return {key: value for key, value in header.items() if key not in ("kind", "format", "class_names", "transform")}
+
+
+def _metadata(path: Path, file: TensorFile) -> dict[str, Any]:
+    schema.check_metadata(file.metadata, schema.SET_METADATA, path, required=("class_names", "transform"))
+    return file.metadata
+
+
+def _identity() -> ImageTransform:
+    return Standardization([0.0], [1.0])
+
+
+@dataclass
+class SyntheticSet:
+    """Synthetic images, their labels and the step size they were learned with.
+
+    Convention: images are what networks see, i.e. standardised or whitened; :meth:`pictures` undoes that.
+
+    Attributes:
+        images: (N, C, H, W) float32.
+        labels: (N,) int64 classes, or (N, K) float32: probabilities, or the targets that a method learns, where
+            ``metadata["label_kind"]`` is "target". ``metadata["labels_made"]`` says how soft ones were made: "learned"
+            or "teacher".
+        step_size: float32 > 0, the learned inner learning rate, a scalar or (n,), one per inner step; None where none
+            was learned. A number becomes a tensor.
+        ema_images: (N, C, H, W), their moving average; None where none was kept.
+        class_names: K names, in label order.
+        transform: maps pictures in [0, 1] to such images, and back.
+        metadata: data set, augmentation, network, method, settings, versions; whatever JSON holds. "scores", where the
+            set was evaluated, maps what was evaluated, e.g. "raw", to {"mean", "std", "n"}: the accuracy of n networks,
+            as a fraction.
+    """
+
+    images: Tensor
+    labels: Tensor
+    step_size: Tensor | None = None
+    ema_images: Tensor | None = None
+    class_names: list[str] = field(default_factory=list)
+    transform: ImageTransform = field(default_factory=_identity)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.step_size is not None:
+            self.step_size = torch.as_tensor(self.step_size)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The step size as one number, the mean of several; None where none was learned."""
+        return None if self.step_size is None else float(self.step_size.detach().float().mean())
+
+    @property
+    def label_description(self) -> str:
+        """What tables say of the labels: "hard", "soft", "soft (learned)" or "soft (teacher)"."""
+        made = self.metadata.get("labels_made")
+        return "hard" if self.labels.ndim == 1 else f"soft ({made})" if made else "soft"
+
+    @property
+    def image_counts(self) -> tuple[int, int]:
+        """How many images' storage the set takes, and how many networks are trained on; N each unless metadata says.
+
+        A method that decodes its images trains on more than it stores: "images_stored", "images_trained_on".
+        """
+        count = len(self.images)
+        return self.metadata.get("images_stored", count), self.metadata.get("images_trained_on", count)
+
+    def training_labels(self) -> Tensor:
+        """Return what networks are trained on by cross entropy: the labels, or of targets their probabilities.
+
+        Targets are those of a regression (KIP, FRePo), which cross entropy cannot be computed with; see
+        ``functional.target_probabilities``. The set itself keeps them as they were learned.
+
+        Returns:
+            (N,) int64 classes, or (N, K) float32 probabilities.
+        """
+        if schema.label_kind(self.labels, self.metadata) != "target":
+            return self.labels
+        return target_probabilities(self.labels, scale=self.metadata.get("target_scale", 1.0))
+
+    def check(self, where: object) -> None:
+        """Refuse a set that is not as its attributes are described.
+
+        Args:
+            where: names it in the message, e.g. its file.
+
+        Raises:
+            InputError: naming the field.
+        """
+        schema.check_metadata(self.metadata, schema.SET_METADATA, where)
+        schema.check_metadata({"class_names": self.class_names}, schema.SET_METADATA, where)
+        schema.check_images(self.images, "images", where)
+        if self.ema_images is not None:
+            schema.check_images(self.ema_images, "ema_images", where, like=self.images)
+        kind = schema.label_kind(self.labels, self.metadata)
+        schema.check_labels(self.labels, len(self.images), len(self.class_names) or None, kind, where)
+        if self.step_size is not None:
+            schema.check_step_size(self.step_size, where)
+        description, tensors = self.transform.describe(), self.transform.tensors()
+        schema.check_transform(description, tensors, where)
+        schema.check_channels(description, tensors, self.images, where)
+
+    def save(self, path: str | Path) -> None:
+        """Write the set, atomically; float64 values, as of a fit with precision 64-true, become float32.
+
+        Raises:
+            InputError: for a set that is not as described, e.g. with values that are not finite: such a set is never
+                written over a good one.
+        """
+
+        def in_file(tensor: Tensor) -> Tensor:
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        written = replace(
+            self,
+            images=in_file(self.images),
+            labels=in_file(self.labels),
+            step_size=None if self.step_size is None else in_file(self.step_size),
+            ema_images=None if self.ema_images is None else in_file(self.ema_images),
+        )
+        written.check(f"{path}: not written")
+        named = {
+            "images": written.images,
+            "labels": written.labels,
+            "step_size": written.step_size,
+            "ema_images": written.ema_images,
+        }
+        tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+        tensors |= {f"{PREFIX}{name}": tensor for name, tensor in self.transform.tensors().items()}
+        metadata = {**self.metadata, "class_names": self.class_names, "transform": self.transform.describe()}
+        write_tensors(Path(path).expanduser(), tensors, kind=KIND, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SyntheticSet:
+        """Read a set.
+
+        Raises:
+            InputError: for a file that is missing, truncated, damaged, not a synthetic set, or not as described above.
+
+        Example:
+            >>> import tempfile, torch
+            >>> path = tempfile.mkdtemp() + "/set.safetensors"
+            >>> SyntheticSet(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1])).save(path)
+            >>> SyntheticSet.load(path).images.shape
+            torch.Size([2, 1, 4, 4])
+        """
+        path = Path(path).expanduser()
+        file = TensorFile(path, kind=KIND)
+        metadata = _metadata(path, file)
+        loaded = cls(
+            images=file["images"],
+            labels=file["labels"],
+            step_size=file["step_size"] if "step_size" in file.names else None,
+            ema_images=file["ema_images"] if "ema_images" in file.names else None,
+            class_names=metadata["class_names"],
+            transform=load_transform(metadata["transform"], file.with_prefix(PREFIX), where=path),
+            metadata=_own(metadata),
+        )
+        loaded.check(path)
+        return loaded
+
+    @staticmethod
+    def read_metadata(path: str | Path) -> dict[str, Any]:
+        """Return the ``metadata`` of a set without reading any of its tensors.
+
+        Raises:
+            InputError: as for :meth:`load`.
+        """
+        path = Path(path).expanduser()
+        return _own(_metadata(path, TensorFile(path, kind=KIND)))
+
+    def dataset(self, *, ema: bool = False) -> TensorDataset:
+        """Return (image, label) pairs for an ordinary DataLoader.
+
+        Args:
+            ema: take the averaged images instead of the last ones.
+
+        Raises:
+            InputError: if averaged images are asked for and none were kept.
+        """
+        return TensorDataset(self.chosen(ema=ema), self.training_labels())
+
+    def chosen(self, *, ema: bool) -> Tensor:
+        """Return the averaged images or the last ones, (N, C, H, W)."""
+        if not ema:
+            return self.images
+        if self.ema_images is None:
+            raise InputError("this synthetic set has no EMA images: evaluate the raw ones")
+        return self.ema_images
+
+    def pictures(self, *, ema: bool = False) -> Tensor:
+        """Undo the transform: (N, C, H, W) in [0, 1], clamped."""
+        return self.transform.invert(self.chosen(ema=ema)).clamp(0, 1)
