@@ -51,6 +51,36 @@ def user_cache(tmp_path_factory):
     return folder / "ftd_lightning"
 
 
+@pytest.fixture
+def command():
+    """Give ``command(*arguments, cwd=None, env=None)``, which runs ``ftd`` in a process of its own that starts at once.
+
+    It gives a ``subprocess.CompletedProcess`` with the exit code (negative for a signal), stdout and stderr as text::
+
+        done = command("info", path, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (1, "ftd: error: ...")
+
+    ``command.start(...)`` gives the ``processes.Running`` instead, with poll, send_signal, wait_for(condition) and
+    wait; what still runs at the end of the test is killed. ``processes.on_ranks(function, ...)`` does the same for
+    several ranks of DDP. Most tests need no process: ``cli.main([...])`` with ``pytest.raises(SystemExit)`` is faster.
+    """
+    from processes import start_ftd
+
+    running = []
+
+    def start(*arguments, **options):
+        running.append(start_ftd(*arguments, **options))
+        return running[-1]
+
+    def run(*arguments, timeout=300, **options):
+        return start(*arguments, **options).wait(timeout)
+
+    run.start = start
+    yield run
+    for one in running:
+        one.close()
+
+
 @pytest.fixture(scope="session")
 def refused():
     """Give ``refused(*parts)``: a block has to raise an InputError of one line in which every part occurs."""
