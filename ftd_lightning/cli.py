@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import ftd_lightning
 from ftd_lightning.errors import DivergenceError, InputError
-from ftd_lightning.peers import Peers
 from ftd_lightning.terminal import EndedBySignal, plain_where_needed
 
 if TYPE_CHECKING:
@@ -127,8 +126,6 @@ def main(args: Sequence[str] | None = None) -> None:
 def as_program(run: Callable[[], None], *, resume: str, debug: bool = False) -> None:
     """Run a function as a program; see :func:`main`.
 
-    On several nodes that torchrun started, the error that ends one process ends the others, with its line.
-
     Args:
         run: what to do.
         resume: what to do after it was ended by a signal.
@@ -136,16 +133,6 @@ def as_program(run: Callable[[], None], *, resume: str, debug: bool = False) -> 
     """
     plain_where_needed(sys.stdout)
     plain_where_needed(sys.stderr)
-    peers = Peers.join()
-    try:
-        _run(run, peers, resume=resume, debug=debug)
-    finally:
-        if peers is not None:
-            peers.leave()
-
-
-def _run(run: Callable[[], None], peers: Peers | None, *, resume: str, debug: bool) -> None:
-    """Run a function as a program; see :func:`as_program`."""
     ended = EndedBySignal()
     try:
         with ended:
@@ -153,24 +140,14 @@ def _run(run: Callable[[], None], peers: Peers | None, *, resume: str, debug: bo
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except SystemExit as error:
-        if peers is not None and error.code:
-            peers.tell("ended; its own output says why")
-        raise
     except Exception as error:
         known = _known_error(error)
-        if peers is not None:
-            # A connection that broke, say: what ended the other process comes first.
-            known = known or peers.failure(wait=3.0)
-            peers.tell(known or f"{type(error).__name__}: {error}")
         if known is None or debug:
             raise
         print(f"ftd: error: {' '.join(known.split())}", file=sys.stderr)
         sys.exit(1)
     if ended.signal is not None:
         how = "terminated" if ended.signal == signal.SIGTERM else "interrupted"
-        if peers is not None:
-            peers.tell(f"{how}: {resume}")
         print(f"ftd: {how}: {resume}", file=sys.stderr)
         sys.exit(128 + ended.signal)
 

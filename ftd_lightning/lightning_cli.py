@@ -29,7 +29,6 @@ from ftd_lightning.callbacks import (
 from ftd_lightning.callbacks.checkpoint_io import FitCheckpoint
 from ftd_lightning.contracts import LearnsSet, data_source
 from ftd_lightning.core.module import PhaseModule, run_folder
-from ftd_lightning.core.nodes import last_checkpoint
 from ftd_lightning.core.results import summary
 from ftd_lightning.core.resume import read_checkpoint
 from ftd_lightning.errors import DivergenceError, InputError
@@ -141,11 +140,8 @@ class FTDCLI(LightningCLI):
         return callbacks
 
     def before_fit(self) -> None:
-        """Allow TF32 on a GPU; give every node the checkpoint that a fit resumes from."""
+        """Allow TF32 on a GPU."""
         torch.set_float32_matmul_precision("high")  # the published numbers were made with it; several times as fast
-        config = self.config_init["fit"]
-        if self.trainer.num_nodes > 1 and config.get("ckpt_path") == "last":
-            config["ckpt_path"] = last_checkpoint(self.trainer)
 
     def after_fit(self) -> None:
         """Test the networks that an evaluation trained."""

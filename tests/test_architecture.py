@@ -17,7 +17,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 NAMES = json.loads((Path(__file__).parent / "public_names.json").read_text())
 
 FLOORS = {
-    **dict.fromkeys(["errors", "peers", "terminal"], -2),  # import nothing
+    **dict.fromkeys(["errors", "terminal"], -2),  # import nothing
     **dict.fromkeys(["bounds", "shipped_configs"], -1),
     "functional": 0,
     **dict.fromkeys(["contracts", "models", "optim"], 1),
@@ -114,7 +114,6 @@ def test_functions_take_few_arguments():
 PUBLIC_OF_NAMEDTUPLE = {"_asdict", "_fields", "_replace", "_make"}
 PRIVATE = {  # what has no public form
     "optim.py": {"torch._foreach_add_", "torch._foreach_copy_"},
-    "peers.py": {"os._exit"},  # documented under this name
     "core/ranks.py": {"DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"},
 }
 

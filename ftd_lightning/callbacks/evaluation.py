@@ -14,7 +14,6 @@ from ftd_lightning.contracts import DataSource, LearnsSet, data_source
 from ftd_lightning.core.evaluation import EvaluationProtocol, PartsOnDevice, mean_and_std, train_fresh_networks
 from ftd_lightning.core.losses import SideBySide
 from ftd_lightning.core.module import EVALUATION, choose_compile, run_folder, training_operations
-from ftd_lightning.core.nodes import follow_first_rank
 from ftd_lightning.core.ranks import own_share
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import write_json
@@ -173,11 +172,6 @@ class EvaluateSynthetic(Callback):
             best = module.synthetic_set()
             best.metadata["chosen_on"] = {"held_out_accuracy": chosen, "iteration": iteration}
             best.save(run_folder(trainer) / "best.safetensors")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the best set to nodes that share no disk with the first one."""
-        if isinstance(pl_module, LearnsSet) and self.keep_best and self.best_accuracy >= 0:
-            follow_first_rank(trainer, run_folder(trainer) / "best.safetensors")
 
     def _measure(
         self, trainer: Trainer, module: LearnsSet, synthetic: LearnedSet, name: str, images: torch.Tensor

@@ -12,7 +12,6 @@ from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.evaluation import is_due
 from ftd_lightning.contracts import LearnsSet
 from ftd_lightning.core.module import run_folder
-from ftd_lightning.core.nodes import agreed, follow_first_rank
 from ftd_lightning.core.resume import HARMLESS, as_json
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.synthetic_set import SyntheticSet
@@ -27,7 +26,7 @@ class SyntheticSetWriter(Callback):
     """Writes the set every few epochs, at the end, and when the run is interrupted or fails.
 
     A set with values that are not finite is never written, so what lies on disk is always the last good one. Modules
-    that learn no set are left alone. The first process writes it; at the end every node has it.
+    that learn no set are left alone. The first process writes it.
 
     Args:
         path: the file; None is ``set.safetensors`` beside the logs.
@@ -49,10 +48,8 @@ class SyntheticSetWriter(Callback):
         """Refuse to overwrite the set of a run with other settings."""
         if not isinstance(pl_module, LearnsSet) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # On every rank: nodes may have folders of their own. Its name is the first one's.
-        file = Path(trainer.strategy.broadcast(str(self._file(trainer))))
-        with agreed():
-            self._refuse_other(file, trainer, pl_module)
+        # On every rank, so that none waits for one that refuses. Its name is the first rank's.
+        self._refuse_other(Path(trainer.strategy.broadcast(str(self._file(trainer)))), trainer, pl_module)
 
     @staticmethod
     def _refuse_other(file: Path, trainer: Trainer, module: LearnsSet) -> None:
@@ -82,10 +79,9 @@ class SyntheticSetWriter(Callback):
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the final set, give it to nodes that share no disk with the first one, and say so."""
+        """Write the final set, and say so."""
         self._write(trainer, pl_module)
         if isinstance(pl_module, LearnsSet) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            follow_first_rank(trainer, self._file(trainer))
             rank_zero_info(f"wrote {self._file(trainer)}: the set after {pl_module.iterations} iterations")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -13,8 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ftd_lightning.contracts import BringsBatches, DataSource, PlansBatches, TrainsTeachers, data_source
 from ftd_lightning.core.module import refuse_other_batch, run_folder
-from ftd_lightning.core.nodes import NodeFolders, agreed
-from ftd_lightning.core.ranks import all_ranks
 from ftd_lightning.core.resume import mend_progress
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, versions, write_tensors
@@ -23,7 +21,6 @@ from ftd_lightning.files.trajectory_store import (
     TrajectoryStore,
     differences,
     epoch_name,
-    store_data_file,
     teacher_file,
     write_store_data,
     write_teacher,
@@ -32,7 +29,7 @@ from ftd_lightning.functional.unroll import flatten_parameters
 from ftd_lightning.models.description import describe_network
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor, nn
@@ -120,11 +117,6 @@ class Snapshots:
         files = [self._file(teacher, epoch) for epoch in range(epochs + 1)]
         return Trajectory(files, teacher_file(self.store, teacher))
 
-    def lacking(self, teacher: int, epochs: Iterable[int]) -> list[str]:
-        """Name, relative to the store, the snapshots of some epochs of a teacher that are not there."""
-        files = (self._file(teacher, epoch) for epoch in epochs)
-        return [file.relative_to(self.store).as_posix() for file in files if not file.exists()]
-
     def clear(self, teacher: int) -> None:
         """Delete the snapshots of a teacher that is in the store, and its claim."""
         for file in self.folder.glob(f"teacher_{teacher:04d}[_.]*"):
@@ -154,8 +146,7 @@ class TrajectoryRecorder(Callback):
     (``limit_train_batches``) are, and ``batches_per_epoch`` in the metadata says so. A teacher that an EarlyStopping
     ends is recorded with the epochs it had. A fit whose teachers are all recorded already is refused.
 
-    Several processes write into one folder; on several nodes that share no disk into one on each node, with the same
-    name. What lies in those is gathered when a fit begins and when it ends: every node then has the whole store.
+    Several processes write into one folder; nodes share its disk.
 
     Args:
         path: folder of the store; None is ``trajectories`` beside the logs.
@@ -195,13 +186,10 @@ class TrajectoryRecorder(Callback):
             self._claimed = self._open = None
         given = data_source(trainer.datamodule) is None  # type: ignore[attr-defined]
         self._unchecked = data_source(self.data) if given else None
-        self._folders = NodeFolders(trainer, self.path)
-        with agreed():
-            if self._folders.leads and any(self._recorded()):
-                self._join(TrajectoryStore(self.path), self._metadata(trainer, pl_module))
-                if isinstance(pl_module, TrainsTeachers):
-                    self._refuse_recorded(pl_module)
-        self._gather()
+        if any(self._recorded()):  # on every rank, so that none waits for one that refuses
+            self._join(TrajectoryStore(self.path), self._metadata(trainer, pl_module))
+            if isinstance(pl_module, TrainsTeachers):
+                self._refuse_recorded(pl_module)
 
     def _recorded(self) -> Iterator[Path]:
         return self.path.glob("teacher_*.safetensors")
@@ -223,25 +211,6 @@ class TrajectoryRecorder(Callback):
                 f"{self.path}: holds all {plan.teachers} teachers of {plan.epochs} epochs already; resume with "
                 "ckpt_path and a larger number, or name another folder"
             )
-
-    def _gather(self) -> None:
-        """Give every node the teachers of all."""
-        if not self._folders.shared:
-            own = [file.name for file in (*self._recorded(), store_data_file(self.path)) if file.is_file()]
-            self._folders.complete(set().union(*all_ranks(own)))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fetch the snapshots of a resumed teacher from the node that trained it, where that was another one."""
-        if self._active and not self._folders.shared and isinstance(pl_module, TrainsTeachers):
-            teacher, epoch, _, records = self._teacher(trainer, pl_module)
-            earlier = range(self._recorded_epochs(teacher) + 1, epoch + 1) if records and epoch else ()
-            self._folders.complete(self._snapshots.lacking(teacher, earlier))
-            with agreed():
-                if lost := self._snapshots.lacking(teacher, earlier):
-                    raise InputError(
-                        f"{self.path / lost[0]}: on no node; bring back the folder of the node that trained teacher "
-                        f"{teacher}, or begin this fit anew: finished teachers are kept"
-                    )
 
     def _join(self, present: TrajectoryStore, planned: dict[str, Any]) -> None:
         """Refuse to record beside teachers that are not comparable."""
@@ -305,8 +274,7 @@ class TrajectoryRecorder(Callback):
         """
         if self._active and self._unchecked is not None:
             described, self._unchecked = self._unchecked, None
-            with agreed():
-                refuse_other_batch(batch, described)
+            refuse_other_batch(batch, described)
         if not self._active or batch_idx:
             return
         teacher, epoch, _, records = self._teacher(trainer, pl_module)
@@ -365,8 +333,7 @@ class TrajectoryRecorder(Callback):
         if self._open is not None and (stopped or not isinstance(pl_module, TrainsTeachers)):
             self._finish(trainer, pl_module)
         trainer.strategy.barrier()
-        self._gather()
-        if self._folders.leads:
+        if trainer.is_global_zero:
             self._snapshots.tidy()
         if isinstance(pl_module, TrainsTeachers):
             plan, complete = pl_module.teacher_progress(), self._complete(pl_module)

@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ftd_lightning.contracts import DataDescription, ImageShape, Stateful, data_source
 from ftd_lightning.core.arguments import plain_settings
 from ftd_lightning.core.networks import FreshNetworks
-from ftd_lightning.core.ranks import all_ranks
 from ftd_lightning.core.resume import (
     HARMLESS,
     LIMITS,
@@ -532,10 +531,8 @@ class PhaseModule(LightningModule):
         """Begin to count, unless the fit is resumed; refuse settings that change what is computed.
 
         Raises:
-            InputError: for such settings, and where only some of several nodes have the checkpoint.
+            InputError: for such settings.
         """
-        if self.trainer.num_nodes > 1 and len(set(all_ranks(self._resumed))) > 1:
-            raise InputError("only some nodes have the checkpoint to resume from: copy it to the same place on each")
         refuse_settings(self.trainer, self.augment)
         continued = self._fitted_by is not None and self._fitted_by() is self.trainer
         if not self._resumed and not continued:

@@ -12,7 +12,6 @@ from ftd_lightning.bounds import check_bounds
 from ftd_lightning.core.arguments import matching_rules, not_plain, plain
 from ftd_lightning.core.labels import InnerLabels, StoreTeachers
 from ftd_lightning.core.networks import Network, student_networks
-from ftd_lightning.core.nodes import refuse_other_stores
 from ftd_lightning.core.resume import refuse_changes
 from ftd_lightning.data.loaders import SegmentBatch, SegmentLoader
 from ftd_lightning.errors import InputError
@@ -139,8 +138,6 @@ class TrajectoryMatching(StudentDistillation):
         super().configure_model()
         if self._built and self.source is not None:
             check_compatible(self.store, self.source.description().metadata())
-        if self._built and self.attached and self.trainer.num_nodes > 1:
-            refuse_other_stores(self.store)
 
     def iteration_loader(self) -> SegmentLoader:
         """Make the loader of teacher segments."""
