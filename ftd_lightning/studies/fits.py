@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import copy
-import fcntl
 import hashlib
 import inspect
 import json
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import torch
+from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -359,19 +359,49 @@ def is_done(step: FitStep) -> bool:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[int]:
-    """Hold a folder against other commands. The lock is inherited: a child that outlives this process holds it still.
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder against other commands.
 
     Raises:
         InputError: if another process is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{folder}: another process is at work there; wait for it, or end it") from error
-        yield lock.fileno()
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise InputError(f"{folder}: another process is at work there; wait for it, or end it") from error
+
+
+def kept(folder: Path, identity: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return a result that is kept in a folder; make it where there is none.
+
+    Two processes that want the same result make it once: the second one waits.
+
+    Args:
+        folder: of results, one JSON file each: ``{"identity": ..., "result": ...}``.
+        identity: everything that the result depends on, as JSON can hold it.
+        make: computes the result, which JSON can hold too.
+
+    Returns:
+        The result as JSON gives it back: lists for tuples, None for NaN.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     [kept(Path(name), {"seed": 0}, lambda: {"accuracy": value}) for value in (0.5, 0.6)]
+        [{'accuracy': 0.5}, {'accuracy': 0.5}]
+    """
+    text = json.dumps(identity, sort_keys=True)
+    file = folder / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{file.stem}.lock"):
+        found = read_json(file)
+        if found.get("identity") != json.loads(text) or not isinstance(found.get("result"), dict):
+            write_json(file, {"identity": identity, "result": make()})
+            found = read_json(file)
+    result: dict[str, Any] = found["result"]
+    return result
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -459,10 +489,10 @@ def run_step(step: FitStep, time_slice: TimeSlice, *, quiet: bool = False) -> bo
     notes["slices"] += 1
     notes["devices"] = sorted({*notes["devices"], device_name()})
     earlier = noted = notes["seconds"]
-    with held(step.folder) as lock, ExitStack() as stack:
+    with held(step.folder), ExitStack() as stack:
         command = [sys.executable, "-m", "ftd_lightning", *step.command]
         out = stack.enter_context((step.folder / "output.txt").open("a", encoding="utf-8")) if quiet else None
-        child = subprocess.Popen(command, pass_fds=[lock], stdout=out, stderr=subprocess.PIPE)
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE)
         listener = _Listener(child, out or sys.stderr, bars=quiet)
         stack.callback(listener.wait)
         try:

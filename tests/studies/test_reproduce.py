@@ -1,12 +1,12 @@
 """``ftd reproduce`` as people type it, its record, and the table that is made of records."""
 
-import fcntl
 import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from ftd_lightning import SyntheticSet, TrajectoryStore, cli
 from ftd_lightning.studies import fits as fit_steps
@@ -209,10 +209,8 @@ def test_a_folder_has_one_process_at_a_time_and_a_failed_fit_is_named(here: Path
     with refused("a step", "exit code 1"):
         run_step(step, TimeSlice(None))
     assert not is_done(step)
-    with (here / "run" / ".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with refused(here / "run", "another process is at work there"):
-            run_step(step, TimeSlice(None))
+    with FileLock(here / "run" / ".lock"), refused(here / "run", "another process is at work there"):
+        run_step(step, TimeSlice(None))
 
 
 def test_bad_input_is_one_line(here: Path, capsys) -> None:
