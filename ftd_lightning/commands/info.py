@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ftd_lightning.command_line import parse_command
-from ftd_lightning.core.evaluation import per_cent
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore, synthetic_set, trajectory_store
-from ftd_lightning.files import trajectory_store as store_data
 from ftd_lightning.files.safetensors_io import TensorFile, file_kind, without_nan
-from ftd_lightning.files.schema import label_kind
+from ftd_lightning.files.schema import label_kind, per_cent
 from ftd_lightning.files.trajectory_store import check_teacher, epoch_name, load_store_data
 from ftd_lightning.files.transforms import Whitening
 
@@ -249,7 +247,7 @@ def describe_store_data(path: Path) -> Description:
 FILES = {
     synthetic_set.KIND: describe_set,
     trajectory_store.KIND: describe_teacher,
-    store_data.KIND: describe_store_data,
+    trajectory_store.DATA_KIND: describe_store_data,
     "whitening": describe_whitening,
 }
 

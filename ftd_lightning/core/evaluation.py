@@ -17,11 +17,12 @@ from ftd_lightning.core.ranks import from_all_ranks
 from ftd_lightning.core.results import summary
 from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on
 from ftd_lightning.files.safetensors_io import replacing, write_json
+from ftd_lightning.files.schema import per_cent
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed, to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -215,22 +216,6 @@ def mean_and_std(values: Tensor) -> dict[str, float | int]:
     """
     values = values.double()
     return {"mean": float(values.mean()), "std": float(values.std(correction=0)), "n": len(values)}
-
-
-def per_cent(value: Mapping[str, Any] | None, *, count: bool = False) -> str:
-    """Format accuracies as every table does: mean ± standard deviation, in per cent.
-
-    Args:
-        value: as from :func:`mean_and_std`; None where there is none.
-        count: say over how many networks.
-
-    Example:
-        >>> per_cent({"mean": 0.937, "std": 0.004, "n": 5}), per_cent({"mean": 0.5, "std": 0.0, "n": 2}, count=True)
-        ('93.7 ± 0.4', '50.0 ± 0.0 (2)')
-    """
-    if not value:
-        return "-"
-    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}" + (f" ({value['n']})" if count else "")
 
 
 def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str, Any]:

@@ -293,3 +293,19 @@ def check_channels(
         refuse(where, "transform", f"has {len(description['mean'])} channels, the images have {channels}")
     if description.get("kind") == "zca" and tensors["mean"].numel() != values:
         refuse(where, "transform", f"is of {tensors['mean'].numel()} values per image, the images have {values}")
+
+
+def per_cent(value: Mapping[str, Any] | None, *, count: bool = False) -> str:
+    """Format recorded accuracies: mean ± standard deviation, in per cent.
+
+    Args:
+        value: {"mean", "std", "n"}, fractions; None gives "-".
+        count: add the number of networks.
+
+    Example:
+        >>> per_cent({"mean": 0.937, "std": 0.004, "n": 5}), per_cent({"mean": 0.5, "std": 0.0, "n": 2}, count=True)
+        ('93.7 ± 0.4', '50.0 ± 0.0 (2)')
+    """
+    if not value:
+        return "-"
+    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}" + (f" ({value['n']})" if count else "")

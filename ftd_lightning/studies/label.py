@@ -1,11 +1,9 @@
-"""Which epoch of a teacher gives the best labels: fresh networks try each, and held-out images decide."""
+"""``ftd label``: random real images with the labels of a teacher, after the epoch that held-out images choose."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
 from dataclasses import replace
-from functools import partial
 from pathlib import Path  # noqa: TC003
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +17,16 @@ from ftd_lightning.core.evaluation import (
     EvaluationProtocol,
     accuracies,
     mean_and_std,
-    per_cent,
     train_fresh_networks,
 )
 from ftd_lightning.core.losses import SideBySide
-from ftd_lightning.core.module import EVALUATION, choose_compile, training_operations
 from ftd_lightning.core.networks import student_networks
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.coresets import candidate_epochs, teacher_labels
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore
 from ftd_lightning.files.safetensors_io import versions
+from ftd_lightning.files.schema import per_cent
 from ftd_lightning.files.trajectory_store import check_compatible
 from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.lightning_cli import configured
@@ -37,13 +34,13 @@ from ftd_lightning.models import NETWORKS
 from ftd_lightning.modules import SyntheticEvaluation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
 
 
 def try_labels(
-    labelled: Iterable[tuple[int, Tensor]],
+    labels: Mapping[int, Tensor],
     images: Tensor,
     held_out: Images,
     build: Callable[[], Sequence[nn.Module]],
@@ -55,49 +52,29 @@ def try_labels(
 ) -> list[dict[str, Any]]:
     """Train fresh networks on images with each of several labellings, and measure them on held-out images.
 
-    Networks, batches and augmentation are the same for every labelling, so that the labels make the difference.
+    Initial weights, batches and augmentation are the same for every labelling.
 
     Args:
-        labelled: epochs of a teacher and its labels of the images after them, (N, K) each.
+        labels: epoch of a teacher -> its labels of the images, (N, K).
         images: (N, C, H, W).
-        held_out: real images that none of these networks trains on.
-        build: makes the fresh networks, on the device of the images; the same ones at every call.
-        protocol: how they are trained.
+        held_out: real images that the networks do not train on.
+        build: returns the fresh networks, on the device of the images, with the same weights at every call.
+        protocol: of the training.
         seed: decides batches and augmentation.
-        losses: computes the losses; None makes what does.
+        losses: computes the losses.
         progress: show bars.
 
     Returns:
         ``{"epoch", "mean", "std", "n"}`` for each: accuracy on the held-out images, fractions, over the networks.
     """
     measured = []
-    for epoch, labels in labelled:
+    for epoch, given in labels.items():
         networks = build()
-        train_fresh_networks(
-            networks,
-            images,
-            labels,
-            protocol,
-            seed=derive_seed(seed, "label epoch"),
-            losses=losses,
-            progress=f"labels of epoch {epoch}" if progress else None,
-        )
+        bar = f"labels of epoch {epoch}" if progress else None
+        draws = derive_seed(seed, "label epoch")
+        train_fresh_networks(networks, images, given, protocol, seed=draws, losses=losses, progress=bar)
         measured.append({"epoch": epoch, **mean_and_std(torch.tensor(accuracies(networks, *held_out)))})
     return measured
-
-
-def best_epoch(measured: Sequence[dict[str, Any]]) -> int:
-    """Return the epoch with the highest mean accuracy, the first of equal ones.
-
-    Example:
-        >>> best_epoch([{"epoch": 1, "mean": 0.2}, {"epoch": 2, "mean": 0.4}, {"epoch": 4, "mean": 0.4}])
-        2
-    """
-    return int(max(measured, key=lambda one: float(one["mean"]))["epoch"])
-
-
-# After the options of the user: a configuration is read, nothing is fitted or recorded.
-LAST_WORDS = ("--data.synthetic", "random", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false")
 
 
 def label_random_images(
@@ -109,23 +86,23 @@ def label_random_images(
     device: torch.device | None = None,
     progress: bool = False,
 ) -> SyntheticSet:
-    """Make a set of random real images and the labels that a teacher gives them after one of its epochs.
+    """Label random real images by a teacher, after the one of at most eight epochs whose labels train best.
 
-    The epoch is the one of at most eight whose labels make the best training set: a few fresh networks are trained on
-    the images with each, as the evaluation trains its own, and measured on held-out images.
+    Fresh networks are trained on the images with the labels of each epoch, as the evaluation trains its own, and
+    measured on held-out images. Of equally good epochs the first is taken.
 
     Args:
         module: an evaluation, not fitted, whose networks, optimizer and augmentation are taken.
         data: with ``synthetic`` "random", the teachers' store as ``trajectories``, and held-out images. The teacher is
             number ``data.teacher``.
-        networks: how many for each epoch, the same ones for all.
+        networks: how many for each epoch.
         epochs: of each network over the images.
         device: where to compute; None: the CPU.
         progress: show bars.
 
     Returns:
-        The set, with ``metadata["label_teacher"]``: {"teacher", "epoch", "held_out_accuracy": a list of {"epoch",
-        "mean", "std", "n"}, fractions, one for each epoch that was tried}. It has no step size.
+        The set, without a step size, with ``metadata["label_teacher"]``: {"teacher", "epoch", "held_out_accuracy": a
+        list as from :func:`try_labels`}.
 
     Raises:
         InputError: without a store or held-out images, or for teachers of other images.
@@ -136,9 +113,10 @@ def label_random_images(
         raise InputError("the labels are a teacher's: give the store of the teachers as data.trajectories")
     data.prepare_data()
     data.setup()
-    chosen, held_out = data.synthetic_set, Images(*(values.to(device) for values in data.val))
+    chosen = data.synthetic_set
     if chosen is None or options["synthetic"] != "random":
         raise InputError(f"data.synthetic={options['synthetic']!r}: labels are for random real images, give random")
+    held_out = Images(*(values.to(device) for values in data.val))
     if not len(held_out.labels):
         raise InputError(
             "the teacher's epoch is chosen on held-out images, and none are held out: give data.val_fraction above 0"
@@ -160,49 +138,44 @@ def label_random_images(
     def fresh() -> list[nn.Module]:
         return [module.fresh.build(hparams["seed"], "label epoch", index).to(device) for index in range(networks)]
 
-    # Teachers of a network that is not of this library are asked through the evaluation's, if it is the same.
+    # A teacher's network that is not of this library has to be the evaluation's.
     own = () if store.metadata["network"]["name"] in NETWORKS else (module.fresh.network, module.fresh.options)
-    teachers = student_networks(store, *own)
-    ask = partial(teacher_labels, store, chosen.images, teacher=teacher, statistics=data.train.images)
-    ask = partial(ask, network=teachers.architecture())
-    labels = {epoch: ask(epoch=epoch) for epoch in candidate_epochs(store.teacher_metadata(teacher)["epochs"])}
-    passes = epochs * networks * len(images) * len(labels)
-    compile_or_not = choose_compile(
-        hparams["compile"],
-        device,
-        EVALUATION,
-        steps=epochs * len(labels) * math.ceil(len(images) / protocol.batch_size),
-        operations=lambda: training_operations(module.fresh.architecture(), tuple(images.shape[1:]), passes),
-    )
+    network = student_networks(store, *own).architecture()
+    labels = {
+        epoch: teacher_labels(
+            store, chosen.images, epoch=epoch, teacher=teacher, statistics=data.train.images, network=network
+        ).to(device)
+        for epoch in candidate_epochs(store.teacher_metadata(teacher)["epochs"])
+    }
+    losses = SideBySide(hparams["compile"], device, rho=hparams["rho"])
     measured = try_labels(
-        ((epoch, given.to(device)) for epoch, given in labels.items()),
-        images,
-        held_out,
-        fresh,
-        protocol,
-        seed=hparams["seed"],
-        losses=SideBySide(compile_or_not, device, rho=hparams["rho"]),
-        progress=progress,
+        labels, images, held_out, fresh, protocol, seed=hparams["seed"], losses=losses, progress=progress
     )
-    epoch = best_epoch(measured)
-    made = {"labels_made": "teacher", "versions": versions()}
-    made |= {"label_teacher": {"teacher": teacher, "epoch": epoch, "held_out_accuracy": measured}}
-    return replace(chosen, labels=labels[epoch], metadata={**chosen.metadata, **made})
+    epoch = max(measured, key=lambda one: float(one["mean"]))["epoch"]
+    made = {
+        "labels_made": "teacher",
+        "label_teacher": {"teacher": teacher, "epoch": epoch, "held_out_accuracy": measured},
+        "versions": versions(),
+    }
+    return replace(chosen, labels=labels[epoch].cpu(), metadata={**chosen.metadata, **made})
+
+
+# Follow the user's options: the config is read, nothing is fitted or recorded.
+LAST_OPTIONS = ("--data.synthetic", "random", "--trainer.logger", "false", "--trainer.enable_checkpointing", "false")
 
 
 def label(
     out: Path, *, config: Path, networks: int = 2, epochs: int | None = None, overrides: Sequence[str] = ()
 ) -> SyntheticSet:
-    """Write a set of random real images with the labels of a teacher, stopped where its labels serve best.
+    """Write a set of random real images with the labels of a teacher, after the epoch whose labels train best.
 
-    A few networks are trained with the labels of each of at most eight epochs and measured on held-out images, which
-    choose one. Further options are those of the config: --data.trajectories STORE names the teachers, --data.ipc N the
-    images of each class, --data.teacher the teacher.
+    Further options are those of the config: --data.trajectories STORE names the teachers, --data.ipc N the images of
+    each class, --data.teacher the teacher.
 
     Args:
         out: the set to write, e.g. set.safetensors.
         config: of an evaluation, a file or a shipped one by its name, e.g. digits/evaluate.
-        networks: for each epoch that is tried.
+        networks: trained for each of at most eight epochs, and measured on held-out images.
         epochs: of each network; by default those of the config (trainer.max_epochs).
         overrides: further options, for the config.
 
@@ -215,13 +188,13 @@ def label(
     """
     if out.exists() and SyntheticSet.read_metadata(out).get("labels_made") != "teacher":
         raise InputError(f"{out}: is there already, and is another set; name another file")
-    cli = configured(["--config", str(config), *overrides, *LAST_WORDS])
+    cli = configured(["--config", str(config), *overrides, *LAST_OPTIONS])
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     if not isinstance(module, SyntheticEvaluation) or not isinstance(data, DistillationDataModule):
-        raise InputError(f"{config}: is no config of a SyntheticEvaluation with a DistillationDataModule")
+        raise InputError(f"{config}: is not a config of a SyntheticEvaluation with a DistillationDataModule")
     epochs = trainer.max_epochs if epochs is None else epochs
     if epochs is None or epochs < 1:
-        raise InputError(f"{config}: names no trainer.max_epochs: say how long networks are trained, --epochs")
+        raise InputError(f"{config}: has no trainer.max_epochs: give --epochs")
     torch.set_float32_matmul_precision("high")  # as for a fit
     device, bars = trainer.strategy.root_device, trainer.progress_bar_callback is not None
     made = label_random_images(module, data, networks=networks, epochs=epochs, device=device, progress=bars)

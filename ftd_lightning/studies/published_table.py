@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftd_lightning.core.evaluation import per_cent
+from ftd_lightning.files.schema import per_cent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

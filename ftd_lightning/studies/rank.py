@@ -24,7 +24,6 @@ from ftd_lightning.core.evaluation import (
     PartsOnDevice,
     accuracies,
     mean_and_std,
-    per_cent,
     train_fresh_networks,
 )
 from ftd_lightning.core.losses import LabelledByTeacher
@@ -44,6 +43,7 @@ from ftd_lightning.files.safetensors_io import (
     write_json,
     write_tensors,
 )
+from ftd_lightning.files.schema import per_cent
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.models.description import same_network

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftd_lightning.core.evaluation import per_cent
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import replacing
+from ftd_lightning.files.schema import per_cent
 from ftd_lightning.studies.published_table import published_rows
 from ftd_lightning.studies.tables import markdown_table, short_rows
 from ftd_lightning.studies.tables import table as comparison_rows

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.callbacks.progress import FILE
-from ftd_lightning.core.evaluation import REAL_STEPS, per_cent
+from ftd_lightning.core.evaluation import REAL_STEPS
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import read_json, replacing, versions, write_json
+from ftd_lightning.files.schema import per_cent
 from ftd_lightning.studies.fits import is_done, read_notes
 from ftd_lightning.studies.plots import COUNTS, plot_points
 

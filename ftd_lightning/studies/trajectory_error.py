@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
-from functools import partial
 from pathlib import Path  # noqa: TC003
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from ftd_lightning.functional.unroll import load_flat, unroll
 from ftd_lightning.models.registry import recorded_network
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterator
 
 
 class TrajectoryErrorCurve(NamedTuple):
@@ -69,51 +69,40 @@ class TrajectoryErrorCurve(NamedTuple):
 QUANTITIES = TrajectoryErrorCurve._fields[3:]
 
 
-def inner_settings(synthetic: SyntheticSet, syn_steps: int | None, expert_epochs: int | None) -> tuple[int, int]:
-    """Return n and m: as asked for, or else those that the set was distilled with.
+def inner_settings(
+    synthetic: SyntheticSet, store: TrajectoryStore, syn_steps: int | None, expert_epochs: int | None
+) -> tuple[int, int]:
+    """Return n and m: as given, else those that the set was distilled with.
 
     Raises:
-        InputError: if the set does not record them, or for numbers below 1.
+        InputError: if the set does not record them, for numbers below 1, and for a set without a step size or of
+            another network, data set or transform than the teachers, as far as it records them.
     """
-    recorded = synthetic.metadata.get("settings", {})
     values = []
-    for name, chosen in (("syn_steps", syn_steps), ("expert_epochs", expert_epochs)):
-        value = recorded.get(name) if chosen is None else chosen
+    for name, given in (("syn_steps", syn_steps), ("expert_epochs", expert_epochs)):
+        value = synthetic.metadata.get("settings", {}).get(name) if given is None else given
         if value is None:
             raise InputError(f"the set does not record its {name}: pass --{name.replace('_', '-')}")
         if value < 1:
             raise InputError(f"{name}={value} must be at least 1")
         values.append(int(value))
-    return values[0], values[1]
-
-
-def check_set(synthetic: SyntheticSet, store: TrajectoryStore, expert_epochs: int) -> None:
-    """Refuse a set that was not distilled for such teachers.
-
-    What a set does not record, as an imported one may not, is not compared.
-
-    Raises:
-        InputError: for another network, data set or transform, teachers shorter than a segment, or a set without a
-            step size.
-    """
-    recorded: dict[str, Any] = {
-        key: synthetic.metadata[key] for key in ("network", "dataset") if key in synthetic.metadata
-    }
-    check_compatible(store, {**recorded, "transform": synthetic.transform.describe()})
-    if expert_epochs > store.epochs:
-        raise InputError(
-            f"{store.path}: expert_epochs={expert_epochs} is asked for, but its teachers have {store.epochs} epochs"
-        )
+    n, m = values
+    recorded: dict[str, Any] = {key: synthetic.metadata.get(key) for key in ("network", "dataset")}
+    recorded["transform"] = synthetic.transform.describe()
+    check_compatible(store, {key: value for key, value in recorded.items() if value is not None})
+    if m > store.epochs:
+        raise InputError(f"{store.path}: expert_epochs={m} is asked for, but its teachers have {store.epochs} epochs")
     if synthetic.step_size is None:
         raise InputError("this synthetic set has no learned step size, which a student needs")
+    return n, m
 
 
 @torch.no_grad()
 def mean_loss(network: nn.Module, weights: Tensor, real: Images, *, batch_size: int = 1024) -> float:
-    """Compute the mean cross entropy of a network with certain weights.
+    """Compute the mean cross entropy of a network with certain weights, without augmentation.
 
-    Convention: the mode of the network is left as it is; it should be in training mode, as students are, because a
-    trajectory holds no running statistics and BatchNorm then uses those of the batch. No augmentation.
+    Convention: the network stays in its mode. Students are in training mode: a trajectory holds no running statistics,
+    so BatchNorm uses those of the batch.
 
     Args:
         network: receives the weights, and keeps its buffers.
@@ -125,8 +114,7 @@ def mean_loss(network: nn.Module, weights: Tensor, real: Images, *, batch_size: 
     total = 0.0
     for images, labels in zip(real.images.split(batch_size), real.labels.split(batch_size), strict=True):
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        logits = functional_call(network, buffers, (images,))
-        total += float(cross_entropy(logits, labels, reduction="sum"))
+        total += float(cross_entropy(functional_call(network, buffers, (images,)), labels, reduction="sum"))
     return total / len(real.labels)
 
 
@@ -170,74 +158,53 @@ def measure_trajectory_error(
         One curve per teacher.
 
     Raises:
-        InputError: for a set and a store that do not fit, see :func:`check_set`, or a teacher that was not recorded.
+        InputError: for a set and a store that do not fit, or a teacher that was not recorded.
         DivergenceError: if a student's weights do not stay finite.
     """
-    n, m = inner_settings(synthetic, syn_steps, expert_epochs)
-    check_set(synthetic, store, m)
+    n, m = inner_settings(synthetic, store, syn_steps, expert_epochs)
     network = network.to(device).train()
     real = Images(real.images.to(device), real.labels.to(device))
-    advance = _students(network, synthetic, n, ema=ema, seed=seed, device=device)
-    curves = []
-    with tqdm(total=len(teachers) * (store.epochs // m), desc="segments", disable=not progress, leave=False) as bar:
-        for teacher in teachers:
-            ends = _ends(store, teacher, m, device)
-            loss = partial(mean_loss, network, real=real, batch_size=batch_size)
-            curves.append(_curve(teacher, m, ends, partial(advance, teacher), loss, bar))
-    return curves
-
-
-def _students(
-    network: nn.Module, synthetic: SyntheticSet, n: int, *, ema: bool, seed: int, device: torch.device | str
-) -> Callable[[int, Tensor, int], Tensor]:
-    """Return advance(teacher, weights, segment)."""
     images, labels = synthetic.chosen(ema=ema).to(device), synthetic.training_labels().to(device)
-    assert synthetic.step_size is not None
+    assert synthetic.step_size is not None  # checked
     step_size = synthetic.step_size.to(device)
-    augment = Augmentation.of(synthetic.metadata.get("augmentation") or "")
-    batch_size = synthetic.metadata.get("settings", {}).get("syn_batch")
+    augment = Augmentation.of(synthetic.metadata.get("augmentation") or "") or None
+    syn_batch = synthetic.metadata.get("settings", {}).get("syn_batch")
 
-    def advance(teacher: int, weights: Tensor, segment: int) -> Tensor:
-        order = make_generator(seed, "error batches", teacher, segment)
-        batches = chunked_permutations(len(images), n, order, batch_size=batch_size)
-        draws = derive_seed(seed, "error dsa", teacher, segment)
-        return unroll(network, weights, images, labels, step_size, batches=batches, augment=augment or None, seed=draws)
+    def ends(teacher: int) -> Iterator[Tensor]:
+        yield store.segment(teacher, 0, m).start.to(device)
+        for start in range(0, store.epochs // m * m, m):
+            yield store.segment(teacher, start, m).target.to(device)
 
-    return advance
+    def curve(teacher: int) -> TrajectoryErrorCurve:
+        def advance(weights: Tensor, segment: int) -> Tensor:
+            order = make_generator(seed, "error batches", teacher, segment)
+            batches = chunked_permutations(len(images), n, order, batch_size=syn_batch)
+            draws = derive_seed(seed, "error dsa", teacher, segment)
+            return unroll(network, weights, images, labels, step_size, batches=batches, augment=augment, seed=draws)
 
+        def loss(weights: Tensor) -> float:
+            return mean_loss(network, weights, real, batch_size=batch_size)
 
-def _ends(store: TrajectoryStore, teacher: int, m: int, device: torch.device | str) -> Iterator[Tensor]:
-    """Read the ends of a teacher's segments one at a time."""
-    yield store.segment(teacher, 0, m).start.to(device)
-    for start in range(0, store.epochs // m * m, m):
-        yield store.segment(teacher, start, m).target.to(device)
+        rows: list[tuple[float, ...]] = []
+        initial_loss = float("nan")
+        for segment, error in enumerate(trajectory_errors(advance, ends(teacher))):
+            if segment == 0:
+                initial_loss = loss(error.start)
+            parts = (error.accumulated, error.matching, error.initialization, error.target - error.start)
+            norms = [float(part.norm()) for part in parts]
+            if not all(map(math.isfinite, norms)):
+                raise DivergenceError(
+                    f"teacher {teacher}: the student's weights are not finite at epoch {segment * m + m}; "
+                    "the set's step size may be too large for its network"
+                )
+            teacher_loss = loss(error.target)
+            rows.append((teacher_loss, loss(error.student) - teacher_loss, loss(error.fresh) - teacher_loss, *norms))
+            bar.update()
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        return TrajectoryErrorCurve(teacher, initial_loss, [m * (t + 1) for t in range(len(rows))], *columns)
 
-
-def _curve(
-    teacher: int,
-    m: int,
-    ends: Iterable[Tensor],
-    advance: Callable[[Tensor, int], Tensor],
-    loss: Callable[[Tensor], float],
-    bar: Any,
-) -> TrajectoryErrorCurve:
-    rows: list[tuple[float, ...]] = []
-    initial_loss = float("nan")
-    for segment, error in enumerate(trajectory_errors(advance, ends)):
-        if segment == 0:
-            initial_loss = loss(error.start)
-        norms = [error.accumulated.norm(), error.matching.norm(), error.initialization.norm()]
-        if not all(bool(torch.isfinite(norm)) for norm in norms):
-            raise DivergenceError(
-                f"teacher {teacher}: the student's weights are not finite at epoch {segment * m + m}; "
-                "the set's step size may be too large for its network"
-            )
-        teacher_loss = loss(error.target)
-        differences = (loss(error.student) - teacher_loss, loss(error.fresh) - teacher_loss)
-        rows.append((teacher_loss, *differences, *map(float, norms), float((error.target - error.start).norm())))
-        bar.update()
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return TrajectoryErrorCurve(teacher, initial_loss, [m * (t + 1) for t in range(len(rows))], *columns)
+    with tqdm(total=len(teachers) * (store.epochs // m), desc="segments", disable=not progress, leave=False) as bar:
+        return [curve(teacher) for teacher in teachers]
 
 
 def summarize(curves: Sequence[TrajectoryErrorCurve]) -> dict[str, dict[str, list[float]]]:
@@ -248,12 +215,11 @@ def summarize(curves: Sequence[TrajectoryErrorCurve]) -> dict[str, dict[str, lis
         >>> summarize([one, one._replace(epsilon=[3.0])])["mean"]["epsilon"]
         [2.0]
     """
-    both: dict[str, dict[str, list[float]]] = {"mean": {}, "std": {}}
-    for name in QUANTITIES:
-        columns = list(zip(*(getattr(curve, name) for curve in curves), strict=True))
-        both["mean"][name] = [statistics.fmean(column) for column in columns]
-        both["std"][name] = [statistics.pstdev(column) for column in columns]
-    return both
+    columns = {name: list(zip(*(getattr(curve, name) for curve in curves), strict=True)) for name in QUANTITIES}
+    return {
+        "mean": {name: [statistics.fmean(values) for values in column] for name, column in columns.items()},
+        "std": {name: [statistics.pstdev(values) for values in column] for name, column in columns.items()},
+    }
 
 
 KIND = "trajectory_error"
@@ -276,12 +242,11 @@ def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: s
         InputError: for a data set other than the teachers', or a set that does not fit it.
     """
     recorded = store.metadata.get("dataset")
-    described = recorded if isinstance(recorded, dict) else {"name": recorded}
-    name = dataset or described.get("name")
-    if not name:
+    described: dict[str, Any] = recorded if isinstance(recorded, dict) else {"name": recorded}
+    options = {key: described[key] for key in RECORDED if key in described} | {"dataset": dataset or described["name"]}
+    if not options["dataset"]:
         raise InputError(f"{store.path}: its teachers do not name their data set: give --dataset")
-    options: dict[str, Any] = {key: described[key] for key in RECORDED if key in described}
-    data = DistillationDataModule(dataset=name, root=root, synthetic=str(file), **options)
+    data = DistillationDataModule(root=root, synthetic=str(file), **options)
     data.prepare_data()
     data.setup()
     check_compatible(store, data.describe())
@@ -289,18 +254,14 @@ def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: s
 
 
 def read_curve(path: Path) -> dict[str, Any]:
-    """Read a ``curve.json``.
-
-    Raises:
-        InputError: for a file that is missing or is something else.
-    """
+    """Read a ``curve.json``, or refuse the file."""
     try:
         curve: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if curve["kind"] != KIND:
-            raise KeyError(KIND)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: a curve.json of ftd trajectory-error is needed here") from error
-    return curve
+        if curve["kind"] == KIND:
+            return curve
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{path}: a curve.json of ftd trajectory-error is needed here")
 
 
 def table(curve: dict[str, Any], *, rows: int = 10) -> str:
@@ -336,29 +297,21 @@ def draw(curves: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 8), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True)
-    grey = above.twinx()
-    first = curves[0]
+    grey, first = above.twinx(), curves[0]
     grey.plot(first["epochs"], first["mean"]["teacher_loss"], color="0.6", label=f"teacher of {first['method']}")
-    above.axhline(0, color="0.85", linewidth=0.8, zorder=0)
     grey.set_ylabel("L(teacher)", color="0.5")
-    grey.tick_params(axis="y", colors="0.5")
+    above.axhline(0, color="0.85", linewidth=0.8, zorder=0)
     for index, curve in enumerate(curves):
         name, epochs = curve["method"] + (" EMA" if curve["ema"] else ""), curve["epochs"]
         for kind, style in (("evaluation", "-"), ("distillation", "--")):
-            mean, std = curve["mean"][kind], curve["std"][kind]
+            mean, std = torch.tensor(curve["mean"][kind]), torch.tensor(curve["std"][kind])
             above.plot(epochs, mean, style, color=f"C{index}", label=f"{name}, {kind}")
-            if len(curve["each"]) > 1:
-                low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-                above.fill_between(epochs, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
+            above.fill_between(epochs, mean - std, mean + std, color=f"C{index}", alpha=0.15, linewidth=0)
         for kind, symbol, style in (("epsilon", "ε", "-"), ("delta", "δ", "--"), ("initialization", "I", ":")):
             below.plot(epochs, curve["mean"][kind], style, color=f"C{index}", label=f"{name}, ‖{symbol}‖")
-    where = {curve["on"] for curve in curves}
-    above.set_ylabel(f"L(student) - L(teacher), {' and '.join(sorted(where))} images")
-    below.set_ylabel("norm of the error")
-    below.set_xlabel("teacher epoch")
-    handles = [above.get_legend_handles_labels(), grey.get_legend_handles_labels()]
-    above.legend([h for part in handles for h in part[0]], [name for part in handles for name in part[1]], fontsize=8)
-    below.legend(fontsize=8, ncols=len(curves))
+    above.set_ylabel(f"L(student) - L(teacher), {' and '.join(sorted({curve['on'] for curve in curves}))} images")
+    below.set(xlabel="teacher epoch", ylabel="norm of the error")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(curves))
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -400,19 +353,16 @@ def trajectory_error(
     others = [read_curve(path) for path in against]
     folder = output or set_file.parent / KIND
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is no folder, give another --output")
+        raise InputError(f"{folder}: is not a folder; give another --output")
     synthetic, store = SyntheticSet.load(set_file), TrajectoryStore(store_folder)
-    n, m = inner_settings(synthetic, syn_steps, expert_epochs)
-    check_set(synthetic, store, m)
+    n, m = inner_settings(synthetic, store, syn_steps, expert_epochs)
     if not 1 <= teachers <= len(store):
         raise InputError(f"{store.path}: {teachers} teachers are asked for, {len(store)} are recorded")
-    synthetic.chosen(ema=ema)
     recorded_network(store.metadata["network"], store.path, "pass it to measure_trajectory_error as network")
-    real = real_images(store, set_file, dataset, root).part(on)
     curves = measure_trajectory_error(
         synthetic,
         store,
-        real,
+        real_images(store, set_file, dataset, root).part(on),
         student_networks(store).build(0),
         teachers=range(teachers),
         syn_steps=n,
@@ -437,13 +387,6 @@ def trajectory_error(
         "teachers": store.metadata,
         "versions": versions(),
     }
-    write(curve, others, folder)
-    print(table(curve))
-    print(f"{folder / 'curve.json'}, curve.png and TensorBoard scalars are written")
-
-
-def write(curve: dict[str, Any], others: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write a curve as JSON, as PNG (with others beside it) and as TensorBoard scalars."""
     write_json(folder / "curve.json", curve)
     with replacing(folder / "curve.png") as part:
         draw([curve, *others], part)
@@ -452,6 +395,8 @@ def write(curve: dict[str, Any], others: Sequence[dict[str, Any]], folder: Path)
         for name, tag in TAGS.items():
             for epoch, value in zip(curve["epochs"], curve["mean"][name], strict=True):
                 board.add_scalar(f"trajectory_error/{tag}", value, epoch)
+    print(table(curve))
+    print(f"{folder / 'curve.json'}, curve.png and TensorBoard scalars are written")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -9,8 +9,9 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
-from ftd_lightning.core.evaluation import EvaluationProtocol, accuracy, mean_and_std, per_cent, train_fresh_networks
+from ftd_lightning.core.evaluation import EvaluationProtocol, accuracy, mean_and_std, train_fresh_networks
 from ftd_lightning.errors import InputError
+from ftd_lightning.files.schema import per_cent
 from ftd_lightning.functional import Augmentation, flatten_parameters, seeded
 from ftd_lightning.models import ConvNet
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import SMALL, record, small_data
+from fits import SMALL, small_data
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet, TrajectoryStore, cli
 from ftd_lightning.core.evaluation import EvaluationProtocol
@@ -31,8 +31,8 @@ def test_the_better_labels_win_and_equal_ones_score_alike() -> None:
         return [build_network("convnet", 1, 10, 8, width=8, depth=1) for _ in range(2)]
 
     protocol = EvaluationProtocol(epochs=20, lr=0.05, batch_size=32, augment=Augmentation(""))
-    labelled = [(1, right.roll(1, dims=1)), (2, right), (7, right)]
-    first, second, third = try_labels(labelled, data.train.images, data.val, fresh, protocol)
+    labels = {1: right.roll(1, dims=1), 2: right, 7: right}
+    first, second, third = try_labels(labels, data.train.images, data.val, fresh, protocol)
     assert [one["epoch"] for one in (first, second, third)] == [1, 2, 7]
     assert first["mean"] < 0.2 < 0.6 < second["mean"]
     assert {**second, "epoch": 7} == third
@@ -64,9 +64,9 @@ def words(**changes: str) -> list[str]:
     return ["label", "set.safetensors", *(word for pair in options.items() for word in pair)]
 
 
-def test_the_command_writes_a_set_that_can_be_made_again(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_command_can_be_repeated(trajectories: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    record(tmp_path, teachers=1)
+    Path("trajectories").symlink_to(trajectories)
     cli.main(words())
     shown = capsys.readouterr().out.splitlines()
     first = SyntheticSet.load("set.safetensors")
@@ -80,37 +80,30 @@ def test_the_command_writes_a_set_that_can_be_made_again(tmp_path: Path, monkeyp
     assert again.metadata == first.metadata
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"--data.trajectories": "null"}, "give the store of the teachers as data.trajectories"),
-        ({"--data.trajectories": "nowhere"}, "no teachers here"),
-        ({"--data.val_fraction": "0"}, "none are held out: give data.val_fraction above 0"),
-        ({"--data.seed": "3"}, "its teachers have dataset"),
-        ({"--data.teacher": "9"}, "teacher 9 is asked for"),
-        ({"--config": "digits/teacher_mtt"}, "is no config of a SyntheticEvaluation"),
-        ({"--trainer.max_epochs": "-1", "--epochs": "null"}, "say how long networks are trained, --epochs"),
-        ({"--networks": "0"}, "networks=0 must be at least 1"),
-    ],
-)
-def test_bad_input_is_one_line(
-    changes: dict, said: str, trajectories: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+BAD = [
+    ({"--data.trajectories": "null"}, "give the store of the teachers as data.trajectories"),
+    ({"--data.val_fraction": "0"}, "none are held out: give data.val_fraction above 0"),
+    ({"--data.seed": "3"}, "its teachers have dataset"),
+    ({"--data.teacher": "9"}, "teacher 9 is asked for"),
+    ({"--config": "digits/teacher_mtt"}, "is not a config of a SyntheticEvaluation"),
+    ({"--trainer.max_epochs": "-1", "--epochs": "null"}, "has no trainer.max_epochs: give --epochs"),
+    ({"--networks": "0"}, "networks=0 must be at least 1"),
+]
+
+
+def test_bad_input_is_one_line(trajectories: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("trajectories").symlink_to(trajectories)
-    given = words(**changes)
-    if "digits/teacher_mtt" in given:  # which has no such options
-        given = [*given[:4], "--data.max_per_class", "14"]
-    with pytest.raises(SystemExit) as stop:
-        cli.main(given)
-    assert stop.value.code == 1
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("ftd: error: "))
-    assert said in line
-    assert not Path("set.safetensors").exists()
-
-
-def test_another_set_is_not_overwritten(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
+    for changes, said in BAD:
+        given = words(**changes)
+        if "digits/teacher_mtt" in given:  # which has no such options
+            given = [*given[:4], "--data.max_per_class", "14"]
+        with pytest.raises(SystemExit) as stop:
+            cli.main(given)
+        assert stop.value.code == 1
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("ftd: error: "))
+        assert said in line
+        assert not Path("set.safetensors").exists()
     SyntheticSet(torch.zeros(1, 1, 8, 8), torch.tensor([0])).save("set.safetensors")
     before = Path("set.safetensors").read_bytes()
     with pytest.raises(SystemExit):
