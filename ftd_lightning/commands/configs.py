@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
-from pathlib import Path  # noqa: TC003
+from collections.abc import Sequence
+from pathlib import Path
 
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.errors import InputError

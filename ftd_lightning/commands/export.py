@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import unicodedata
-from pathlib import Path  # noqa: TC003 -- the command line reads signatures when it runs
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 

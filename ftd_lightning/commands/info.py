@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from json import dumps
-from pathlib import Path  # noqa: TC003 -- the command line reads signatures when it runs
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch

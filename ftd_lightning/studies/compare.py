@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftd_lightning.command_line import parse_command, split_overrides
+from ftd_lightning.command_line import parse_command
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import replacing, write_json
 from ftd_lightning.studies.comparison import load
@@ -154,6 +154,4 @@ def compare(
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd compare``."""
-    own, overrides = split_overrides(arguments)
-    own = ["--config" if argument == "-c" else argument for argument in own]
-    compare(**parse_command(compare, "compare", own, skip=["overrides"]), overrides=overrides)
+    compare(**parse_command(compare, "compare", arguments))

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence  # noqa: TC003 -- the command line reads signatures when it runs
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.command_line import parse_command, split_overrides
+from ftd_lightning.command_line import parse_command
 from ftd_lightning.core.evaluation import REAL_STEPS
 from ftd_lightning.core.losses import SideBySide
 from ftd_lightning.data import DistillationDataModule
@@ -966,6 +966,4 @@ def distill_source(
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd distill``."""
-    own, overrides = split_overrides(arguments)
-    own = ["--config" if argument == "-c" else argument for argument in own]
-    distill_source(**parse_command(distill_source, "distill", own, skip=["overrides"]), overrides=overrides)
+    distill_source(**parse_command(distill_source, "distill", arguments))

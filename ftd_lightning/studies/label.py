@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path  # noqa: TC003
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.command_line import parse_command, split_overrides
+from ftd_lightning.command_line import parse_command
 from ftd_lightning.contracts import Images
 from ftd_lightning.core.evaluation import (
     DEFAULT_LR,
@@ -204,10 +204,8 @@ def label(
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd label``."""
-    own, overrides = split_overrides(arguments)
-    own = ["--config" if argument == "-c" else argument for argument in own]
-    parsed = parse_command(label, "label", own, skip=["overrides"])
-    made = label(**parsed, overrides=overrides)
+    parsed = parse_command(label, "label", arguments)
+    made = label(**parsed)
     by = made.metadata["label_teacher"]
     for one in by["held_out_accuracy"]:
         chosen = "  chosen" if one["epoch"] == by["epoch"] else ""

@@ -6,17 +6,17 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from tqdm.auto import tqdm
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.command_line import spelled_out
+from ftd_lightning.command_line import command_parser
 from ftd_lightning.contracts import Images
 from ftd_lightning.core.evaluation import (
     REAL_STEPS,
@@ -52,7 +52,7 @@ from ftd_lightning.studies.fits import held, minor_version
 from ftd_lightning.studies.tables import markdown_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -89,7 +89,7 @@ class RankSettings:
     networks: int = 5
     epochs: int = 1000
     real_epochs: int | None = None
-    learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
+    learning_rates: Sequence[float] = LEARNING_RATES
     lr_networks: int = 2
     network: str | None = None
     network_options: dict[str, Any] | None = None
@@ -986,11 +986,10 @@ def rank_sets(ranked: Sequence[RankedSet], *, progress: int | None = None) -> di
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd rank``."""
-    parser = ArgumentParser(prog="ftd rank", description=__doc__, default_env=False)
+    parser = command_parser(RankSettings, "rank")
     parser.add_argument("sets", nargs="+", metavar="SET", help="files of synthetic sets")
-    parser.add_class_arguments(RankSettings, as_group=False)
     parser.add_class_arguments(RankData, "data")
-    parsed = parser.parse_args(spelled_out(RankSettings, arguments)).as_dict()
+    parsed = parser.parse_args(arguments).as_dict()
     settings = RankSettings(**{option.name: parsed[option.name] for option in fields(RankSettings)})
     if settings.threads:
         torch.set_num_threads(settings.threads)

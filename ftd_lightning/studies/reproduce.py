@@ -7,7 +7,7 @@ import inspect
 import json
 import shlex
 import sys
-from collections.abc import Sequence  # noqa: TC003 -- the command line reads signatures when it runs
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import yaml
 
-from ftd_lightning.command_line import parse_command, split_overrides
+from ftd_lightning.command_line import parse_command
 from ftd_lightning.core.evaluation import mean_and_std
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore
@@ -359,5 +359,4 @@ def reproduce(
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd reproduce``."""
-    own, overrides = split_overrides(arguments)
-    reproduce(**parse_command(reproduce, "reproduce", own, skip=["overrides"]), overrides=overrides)
+    reproduce(**parse_command(reproduce, "reproduce", arguments))
