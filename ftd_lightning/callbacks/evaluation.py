@@ -1,8 +1,7 @@
-"""When something is due that is done every few epochs of a fit, and at its end too."""
+"""Measures the synthetic set while it is learned, and tells when a callback's work is due."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +9,10 @@ import torch
 from lightning.pytorch import Callback
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.contracts import DataSource, LearnsSet, data_source
+from ftd_lightning.contracts import LearnsSet, data_source
 from ftd_lightning.core.evaluation import EvaluationProtocol, PartsOnDevice, mean_and_std, train_fresh_networks
 from ftd_lightning.core.losses import SideBySide
-from ftd_lightning.core.module import EVALUATION, choose_compile, run_folder, training_operations
+from ftd_lightning.core.module import run_folder
 from ftd_lightning.core.ranks import own_share
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import write_json
@@ -33,12 +32,12 @@ def is_last_epoch(trainer: Trainer) -> bool:
 
 
 def is_due(trainer: Trainer, every_n_epochs: int | None, *, times: int) -> bool:
-    """Tell, in ``on_train_epoch_end``, whether what is done every few epochs is due, the end of the fit aside.
+    """Tell, in ``on_train_epoch_end``, whether regular work is due; the end of the fit does not count.
 
     Args:
         trainer: of the fit.
-        every_n_epochs: how often; 0 is never; None: often enough to be done so many times in the whole fit.
-        times: that number.
+        every_n_epochs: how often; 0 is never, None is ``times`` times in the whole fit.
+        times: see there.
     """
     if every_n_epochs is None:
         per_epoch, epochs = int(trainer.num_training_batches), trainer.max_epochs
@@ -48,30 +47,29 @@ def is_due(trainer: Trainer, every_n_epochs: int | None, *, times: int) -> bool:
     return every_n_epochs > 0 and (trainer.current_epoch + 1) % every_n_epochs == 0
 
 
-# Of a data source: how scores in a set's metadata, and entries of evaluations.json, name its parts.
+# Part of a data source: its name in the scores of a set's metadata, and its name in evaluations.json.
 PARTS: dict[Part, tuple[str, str]] = {"val": ("held-out training images", "held_out"), "test": ("test images", "test")}
 
 
 class EvaluateSynthetic(Callback):
     """Trains fresh networks on the raw and on the averaged images every few epochs and logs their accuracy.
 
-    Every measurement takes networks of its own: the averaged images never meet one that saw the raw ones. Accuracy on
-    held-out training images ("val") may choose an iterate; accuracy on the test images is logged beside it, for the eye
-    only. Both travel with a set of that iteration (``metadata["scores"]``), and all measurements of a run are listed in
-    ``evaluations.json`` beside the logs. It runs at the end of a training epoch, where gradients are on. Under DDP each
-    of W ranks trains every W-th network, with the results of one process. Modules that learn no set are left alone.
+    Every measurement trains new networks: no network sees both raw and averaged images. Accuracy on held-out training
+    images ("val") chooses the best set; accuracy on test images is logged only. Both are recorded in a set of that
+    iteration (``metadata["scores"]``), and all measurements of a run in ``evaluations.json`` beside the logs. Under DDP
+    each of W ranks trains every W-th network, with the results of one process. Modules that learn no set are left
+    alone.
 
     Args:
-        every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``; also after the last one. What is
-            measured after the last one alone is listed, and chooses nothing: a resumed run does not measure it. None:
-            four times in a fit; 0: never.
+        every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``; also after the last one. A final
+            measurement that is not due is recorded but chooses no set, because a resumed run would not repeat it.
+            None: four times in a fit; 0: never.
         networks: fresh networks per measurement.
         epochs: of each over the synthetic set.
         keep_best: write the set whose mean val accuracy is the highest so far to ``best.safetensors`` beside the logs.
         seed: decides initialisation, batches and augmentation, with the iteration.
         lr: learning rate; None takes the current step size.
-        compile: torch.compile for forward and backward passes: True, False, or "auto": on a CPU, where a measurement
-            takes long enough to repay it.
+        compile: torch.compile for forward and backward passes: True, False, or "auto": on a GPU only.
 
     Attributes:
         history: the contents of ``evaluations.json``: measurements, each ``{"iteration": int, "images": "raw" | "ema",
@@ -110,23 +108,19 @@ class EvaluateSynthetic(Callback):
         self._loaded = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what it cannot measure before anything is learned."""
+        """Refuse fits that it cannot measure before anything is learned."""
         if not isinstance(pl_module, LearnsSet) or self.every_n_epochs == 0:
             return
-        self._real = PartsOnDevice(self._source(trainer), trainer.strategy.root_device)
-        pl_module.evaluation_network(self.seed)
-        if not self._loaded:
-            self.best_accuracy, self.history, self._regular = -1.0, [], []
-
-    @staticmethod
-    def _source(trainer: Trainer) -> DataSource:
         source = data_source(trainer.datamodule)  # type: ignore[attr-defined]
         if source is None:
             raise InputError(
                 "EvaluateSynthetic needs real images to measure on: fit with a DistillationDataModule (from_datasets "
                 "and from_datamodule make one of yours)"
             )
-        return source
+        self._real = PartsOnDevice(source, trainer.strategy.root_device)
+        pl_module.evaluation_network(self.seed)
+        if not self._loaded:
+            self.best_accuracy, self.history, self._regular = -1.0, [], []
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the memory of the real images back."""
@@ -182,11 +176,7 @@ class EvaluateSynthetic(Callback):
         own = own_share(self.networks, rank=trainer.global_rank, world_size=trainer.world_size)
         networks = [module.evaluation_network(*keys, index).to(device, images.dtype) for index in own]
         if self._losses is None:  # one for all measurements, which compiles once
-            passes = self.epochs * self.networks * len(images)
-            operations = partial(training_operations, networks[0], tuple(images.shape[1:]), passes)
-            steps = self.epochs * math.ceil(len(images) / EvaluationProtocol().batch_size)
-            choice = choose_compile(self.compile, device, EVALUATION, steps=steps, operations=operations)
-            self._losses = SideBySide(choice, device)
+            self._losses = SideBySide(self.compile, device)
         if self.lr is None and synthetic.step_size is None:
             raise InputError("EvaluateSynthetic: this method learns no step size: give lr")
         lr = float(synthetic.step_size.mean()) if self.lr is None else self.lr  # type: ignore[union-attr]

@@ -19,14 +19,14 @@ from ftd_lightning.files.synthetic_set import SyntheticSet
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-IDENTITY = ("method", "dataset", "network", "settings")  # metadata by which a set of another run is recognised
+IDENTITY = ("method", "dataset", "network", "settings")  # metadata that tells a set of another run
 
 
 class SyntheticSetWriter(Callback):
     """Writes the set every few epochs, at the end, and when the run is interrupted or fails.
 
-    A set with values that are not finite is never written, so what lies on disk is always the last good one. Modules
-    that learn no set are left alone. The first process writes it.
+    A set with values that are not finite is never written, so the last good one stays on disk. Modules that learn no
+    set are left alone. Only the first process writes.
 
     Args:
         path: the file; None is ``set.safetensors`` beside the logs.
@@ -48,22 +48,18 @@ class SyntheticSetWriter(Callback):
         """Refuse to overwrite the set of a run with other settings."""
         if not isinstance(pl_module, LearnsSet) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # On every rank, so that none waits for one that refuses. Its name is the first rank's.
-        self._refuse_other(Path(trainer.strategy.broadcast(str(self._file(trainer)))), trainer, pl_module)
-
-    @staticmethod
-    def _refuse_other(file: Path, trainer: Trainer, module: LearnsSet) -> None:
+        # On every rank, so that none waits for one that refuses; under the first rank's name for it.
+        file = Path(trainer.strategy.broadcast(str(self._file(trainer))))
         if not file.exists() or trainer.ckpt_path:  # a resumed fit may have been given more to do
             return
         there = SyntheticSet.read_metadata(file)
-        planned = as_json(module.synthetic_set().metadata)  # as the file holds it: lists for tuples
+        planned = as_json(pl_module.synthetic_set().metadata)  # as the file holds it: lists for tuples
         different = [key for key in IDENTITY if key in there and there[key] != planned.get(key)]
         if "settings" in different:
             old, new = there["settings"], planned["settings"]
+            free = (*HARMLESS, "measure_every")
             different.remove("settings")
-            different += [
-                key for key in new if key in old and key not in (*HARMLESS, "measure_every") and old[key] != new[key]
-            ]
+            different += [key for key in new if key in old and key not in free and old[key] != new[key]]
         if different:
             raise InputError(
                 f"{file}: holds a set made with another {', '.join(different)}; name another folder, or delete this set"
@@ -89,5 +85,5 @@ class SyntheticSetWriter(Callback):
         if trainer.global_step > 0:
             try:
                 self._write(trainer, pl_module)
-            except InputError as error:  # values that are not finite: the run's own error is the one to tell
+            except InputError as error:  # values that are not finite; the run's own error is the one to tell
                 rank_zero_warn(str(error))

@@ -20,28 +20,22 @@ if TYPE_CHECKING:
 class SyntheticEMA(Callback):
     """Averages the images after every update: ``S_ema <- d * S_ema + (1 - d) * S``, from the initial images on.
 
-    Images only: an average of labels means nothing, and the step size that travels is the last one. After k updates the
-    initial images still weigh d^k: with decay 0.9999, 0.86 after 1,500 updates and 0.61 after 5,000. The set says how
-    much that is (metadata ``ema_initial_weight``), and which settings made the average (``ema``). Two options take that
-    weight out or let it fall faster.
+    Images only: an average of labels means nothing, and the set keeps the last step size. After k updates the initial
+    images still weigh d^k: with decay 0.9999, 0.86 after 1,500 updates and 0.61 after 5,000. The set records this
+    weight (metadata ``ema_initial_weight``) and the settings of the average (``ema``).
 
     Args:
         decay: d in [0, 1).
-        warmup: after update k (from 1) use ``min(decay, k / (k + 9))``.
         bias_correction: average the updated images alone, with the weights of the same decay: ``(S_ema - d^k S_0) /
             (1 - d^k)``, as Adam corrects its averages (Kingma and Ba, ICLR 2015).
 
     Raises:
-        InputError: for a decay outside [0, 1), or both options.
+        InputError: for a decay outside [0, 1).
     """
 
-    def __init__(self, decay: float = 0.9995, warmup: bool = False, bias_correction: bool = False) -> None:
+    def __init__(self, decay: float = 0.9995, bias_correction: bool = False) -> None:
         check_bounds(SyntheticEMA, locals())
-        if warmup and bias_correction:
-            raise InputError("warmup and bias_correction both change how the average begins: give one of them")
-        self.decay = decay
-        self.warmup = warmup
-        self.bias_correction = bias_correction
+        self.settings = {"decay": decay, "bias_correction": bias_correction}
         self.average: torch.Tensor | None = None
         self.updates = torch.tensor(0)
         self.initial_weight = torch.tensor(1.0)
@@ -49,31 +43,28 @@ class SyntheticEMA(Callback):
         self._module: LearnsSet | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the images as they are, unless this module's average continues or a checkpoint contained one."""
+        """Start from the images as they are, unless a checkpoint contained an average."""
         self._module = pl_module if isinstance(pl_module, LearnsSet) else None
         if self._module is None:
             return
-        learned = self._module.learned_images()
-        continues = self.average is not None and (self._loaded or learned.get("ema") is self.average)
-        if not continues:  # also after a fit of another module
-            self.average, self.updates, self.initial_weight = learned["raw"], torch.tensor(0), torch.tensor(1.0)
+        images = self._module.learned_images()["raw"]
+        if self.average is None or not self._loaded:
+            self.average, self.updates, self.initial_weight = images, torch.tensor(0), torch.tensor(1.0)
         self._loaded = False
-        assert self.average is not None
-        device = learned["raw"].device
-        self.average = self.average.detach().to(device, copy=True)
-        self.initial_weight = self.initial_weight.to(device, copy=True)
-        self._module.keep_average(self.average, self.initial_weight, self._settings())
+        self.average = self.average.detach().to(images.device, copy=True)
+        self.initial_weight = self.initial_weight.to(images.device, copy=True)
+        # The module holds these very tensors, which are updated in place.
+        self._module.keep_average(self.average, self.initial_weight, self.settings)
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Average, except after a skipped step, which was no update."""
-        if self._module is None:
+        if self._module is None or self.average is None:
             return
-        assert self.average is not None
         images = self._module.learned_images()["raw"].detach()
-        # Whether it was an update is known on the device alone, and the host does not wait to learn it.
+        # Only the device knows whether it was an update, and the host does not wait to learn it.
         updated = self._module.step_was_applied().to(images.device)
         self.updates = self.updates + updated
         weight = (updated * self._weight()).to(images.dtype)
@@ -82,17 +73,12 @@ class SyntheticEMA(Callback):
 
     def _weight(self) -> float | torch.Tensor:
         """Weigh the present images."""
-        weight = 1 - self.decay
-        if self.warmup:
-            return (9 / (self.updates + 9)).clamp(min=weight)
-        if self.bias_correction:
-            log = math.log(self.decay) if self.decay else -math.inf
-            # 1 - d^k by expm1: in float32 the difference would lose all digits for the first updates.
-            return (weight / -torch.expm1(self.updates.clamp(min=1) * log)).clamp(max=1)
-        return weight
-
-    def _settings(self) -> dict[str, Any]:
-        return {"decay": self.decay, "warmup": self.warmup, "bias_correction": self.bias_correction}
+        decay = self.settings["decay"]
+        if not self.settings["bias_correction"]:
+            return 1 - decay
+        log = math.log(decay) if decay else -math.inf
+        # 1 - d^k by expm1: in float32 the difference would lose all digits for the first updates.
+        return ((1 - decay) / -torch.expm1(self.updates.clamp(min=1) * log)).clamp(max=1)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to begin in the middle of a distillation.
@@ -105,12 +91,8 @@ class SyntheticEMA(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the average."""
-        return {
-            **self._settings(),
-            "average": self.average,
-            "updates": int(self.updates),
-            "initial_weight": float(self.initial_weight),
-        }
+        numbers = {"updates": int(self.updates), "initial_weight": float(self.initial_weight)}
+        return {**self.settings, "average": self.average, **numbers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the average.
@@ -118,7 +100,7 @@ class SyntheticEMA(Callback):
         Raises:
             InputError: for a state of other settings.
         """
-        refuse_changes(state_dict, self._settings(), prefix="SyntheticEMA.")
+        refuse_changes(state_dict, self.settings, prefix="SyntheticEMA.")
         self.average, self.updates = state_dict["average"], torch.tensor(state_dict["updates"])
         self.initial_weight = torch.tensor(state_dict["initial_weight"])
         self._loaded = self.average is not None

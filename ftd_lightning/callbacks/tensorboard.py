@@ -1,9 +1,10 @@
-"""What TensorBoard shows beside the modules' scalars: pictures, histograms, hyper-parameters with their results."""
+"""TensorBoard, beside the modules' scalars: pictures, histograms, hyper-parameters with their results."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.utils import make_grid
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.evaluation import is_due, is_last_epoch
@@ -24,23 +26,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-WIDTH = 96  # of a picture in a grid, in pixels, at least: smaller ones cannot be made out
+WIDTH = 96  # least width of a picture in a grid, in pixels
 GAP = 2
 COLUMNS = 10  # classes side by side: a wider grid is shrunk wherever it is shown
 NAME_SIZE, NAME_HEIGHT = 14, 20
 
 
 def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str] = (), per_class: int = 10) -> Tensor:
-    """Lay pictures out for eyes: in real colours, one column per class under its name, ten columns side by side.
+    """Lay pictures out with one column per class under its name, ten columns side by side, the next ten below.
 
-    Pictures narrower than 96 pixels are enlarged by a whole factor, pixel by pixel. The next ten classes follow below.
-    Three channels are red, green and blue, one is grey. Of more than three the first three are shown, of two the first.
+    Pictures narrower than 96 pixels are enlarged by a whole factor, pixel by pixel. Three channels are red, green and
+    blue, one is grey. Of more than three the first three are shown, of two the first.
 
     Args:
         pictures: (N, C, H, W) in [0, 1].
         labels: (N,) classes, or (N, K) probabilities.
-        class_names: in label order, without accents and shortened to what fits; classes beyond them, and those whose
-            names have no ASCII letters, are numbered.
+        class_names: in label order, written without accents and as far as they fit; classes without a name in ASCII
+            are numbered.
         per_class: rows at most; a class with fewer images leaves the rest of its column white.
 
     Returns:
@@ -52,43 +54,38 @@ def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str]
     """
     classes = labels if labels.ndim == 1 else labels.argmax(1)
     columns = {label: (classes == label).nonzero().squeeze(1)[:per_class] for label in classes.unique().tolist()}
-    # Labels of teachers may give one class two images and another none: all of them are shown.
-    rows = max(len(index) for index in columns.values())
     factor = -(-WIDTH // pictures.shape[-1])
-    height, width = (factor * size for size in pictures.shape[-2:])
-    visible = pictures[:, : 3 if pictures.shape[1] >= 3 else 1]
-    bands = -(-len(columns) // COLUMNS)
-    band_height = NAME_HEIGHT + rows * (height + GAP)
-    size = (GAP + min(len(columns), COLUMNS) * (width + GAP), GAP + bands * band_height)
-    grid, font = Image.new("RGB", size, "white"), ImageFont.load_default(NAME_SIZE)
-    pen = ImageDraw.Draw(grid)
-    for place, (label, index) in enumerate(columns.items()):
-        band, column = divmod(place, COLUMNS)
-        left, top = GAP + column * (width + GAP), GAP + band * band_height
-        name = _printable(class_names[label]) if label < len(class_names) else ""
-        text = _shortened(name or str(label), width - 3 * GAP, font)  # neighbours do not touch
-        pen.text((left + width // 2, top), text, fill="black", font=font, anchor="ma")
-        shown = (visible[index].detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-        for row, picture in enumerate(shown.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)):
-            enlarged = Image.fromarray(picture.numpy()).resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (left, top + NAME_HEIGHT + row * (height + GAP)))
-    return torch.from_numpy(np.array(grid)).permute(2, 0, 1)
+    visible = pictures[:, : 3 if pictures.shape[1] >= 3 else 1].detach().cpu().clamp(0, 1)
+    visible = (visible * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    visible = visible.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    # Labels of teachers may give one class two images and another none: all of them are shown.
+    rows, width, bands = max(len(index) for index in columns.values()), min(len(columns), COLUMNS), []
+    for first in range(0, len(columns), COLUMNS):
+        band = list(columns.items())[first : first + COLUMNS]
+        cells = torch.full((rows, width, *visible.shape[1:]), 255, dtype=torch.uint8)
+        for column, (_, index) in enumerate(band):
+            cells[: len(index), column] = visible[index]
+        grid = make_grid(cells.flatten(0, 1), nrow=width, padding=GAP, pad_value=255)
+        names = [class_names[label] if label < len(class_names) else "" for label, _ in band]
+        texts = [_printable(name) or str(label) for name, (label, _) in zip(names, band, strict=True)]
+        bands += [_heading(texts, visible.shape[-1], grid.shape[-1]), grid]
+    return torch.cat(bands, 1)
 
 
 def _printable(name: str) -> str:
-    """Reduce a name to one line of what Pillow's font can draw, which is ASCII: letters lose their accents."""
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in plain).split())
+    """Reduce a name to one line of ASCII, which Pillow's font can draw: letters lose their accents."""
+    return " ".join(unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().split())
 
 
-def _shortened(name: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """Cut the end off a name that is wider than so many pixels."""
-    if font.getlength(name) <= width:
-        return name
-    kept = name[:width]
-    while kept and font.getlength(f"{kept}...") > width:
-        kept = kept[:-1]
-    return f"{kept.rstrip()}..."
+def _heading(texts: Sequence[str], column: int, width: int) -> Tensor:
+    """Write texts above columns of so many pixels each, (3, 20, width) uint8."""
+    strip, font = Image.new("RGB", (width, NAME_HEIGHT), "white"), ImageFont.load_default(NAME_SIZE)
+    for place, text in enumerate(texts):
+        while font.getlength(text) > column - 3 * GAP:  # neighbours do not touch
+            text = text[:-1]
+        middle = GAP + place * (column + GAP) + column // 2
+        ImageDraw.Draw(strip).text((middle, GAP), text, fill="black", font=font, anchor="ma")
+    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
 
 
 def _boards(trainer: Trainer) -> list[Any]:
@@ -127,24 +124,14 @@ class TensorBoardPictures(Callback):
         if not isinstance(module, LearnsSet) or not (boards := _boards(trainer)):
             return
         synthetic, step = module.synthetic_set(), trainer.global_step
-        kinds = (
-            {"raw": synthetic.images}
-            if synthetic.ema_images is None
-            else {
-                "raw": synthetic.images,
-                "ema": synthetic.ema_images,
-            }
-        )
-        for board in (logger.experiment for logger in boards):
-            for name, images in kinds.items():
-                grid = picture_grid(
-                    synthetic.pictures(ema=name == "ema"),
-                    synthetic.labels,
-                    class_names=synthetic.class_names,
-                    per_class=self.per_class,
-                )
-                board.add_image(f"synthetic/{name}", grid, step)
-                board.add_histogram(f"values/{name}", images, step)
+        arrange = partial(picture_grid, class_names=synthetic.class_names, per_class=self.per_class)
+        for name, images in {"raw": synthetic.images, "ema": synthetic.ema_images}.items():
+            if images is None:
+                continue
+            grid = arrange(synthetic.pictures(ema=name == "ema"), synthetic.labels)
+            for logger in boards:
+                logger.experiment.add_image(f"synthetic/{name}", grid, step)
+                logger.experiment.add_histogram(f"values/{name}", images, step)
 
 
 def _settings(values: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -161,12 +148,12 @@ class HyperparameterReport(Callback):
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them, unless the result is yet to come: that of an evaluation is its test's."""
+        """Write them, unless a test with the result follows."""
         if not is_overridden("test_step", pl_module):
             self._write(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write those of an evaluation."""
+        """Write them with the result of the test."""
         self._write(trainer, pl_module)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Snapshots of teachers that are not done yet: one small file per epoch, beside the store's own files."""
+"""Records teachers: one file for each, with its weights at initialisation and after every epoch."""
 
 from __future__ import annotations
 
@@ -29,53 +29,49 @@ from ftd_lightning.functional.unroll import flatten_parameters
 from ftd_lightning.models.description import describe_network
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor, nn
 
     from ftd_lightning.contracts import DataDescription
 
 
-SNAPSHOT_KIND = "snapshot"
+SNAPSHOT = "snapshot"  # the kind of a snapshot's file, and the name of its tensor
 
 
 class Trajectory(Sequence["Tensor"]):
     """The weights of a teacher after each epoch, (P,) each, read from disk one at a time.
 
-    Epochs without a snapshot are those of the teacher's own file: it was recorded, and its fit then continued.
+    Epochs without a snapshot are read from the teacher's own file: it was recorded, and its fit then continued.
 
     Args:
         files: of the snapshots 0, 1, ...
         recorded: the teacher's file, which may be missing.
-
-    Attributes:
-        accuracies: measured after each epoch, in [0, 1] or None.
     """
 
     def __init__(self, files: Sequence[Path], recorded: Path) -> None:
-        self.files = files
+        self._files = files
         self._recorded = TensorFile(recorded, kind=KIND) if recorded.exists() else None
-        self.accuracies = [self._accuracy(epoch) for epoch in range(1, len(files))]
 
-    def _accuracy(self, epoch: int) -> float | None:
-        if self._recorded is not None and not self.files[epoch].exists():
-            earlier: list[float | None] = self._recorded.metadata["accuracies"]
-            return earlier[epoch - 1]
-        accuracy: float | None = TensorFile(self.files[epoch], kind=SNAPSHOT_KIND).metadata["accuracy"]
-        return accuracy
+    def _find(self, epoch: int) -> tuple[TensorFile, str]:
+        if self._recorded is not None and not self._files[epoch].exists():
+            return self._recorded, epoch_name(epoch)
+        return TensorFile(self._files[epoch], kind=SNAPSHOT), SNAPSHOT
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self._files)
 
     def __getitem__(self, epoch: Any) -> Any:
-        if self._recorded is not None and not self.files[epoch].exists():
-            return self._recorded[epoch_name(epoch)]
-        return TensorFile(self.files[epoch], kind=SNAPSHOT_KIND)[SNAPSHOT_KIND]
+        file, name = self._find(epoch)
+        return file[name]
+
+    def accuracies(self) -> list[float | None]:
+        """Return the accuracies measured after epochs 1, 2, ..., in [0, 1] or None."""
+        found = [(epoch, self._find(epoch)[0].metadata) for epoch in range(1, len(self))]
+        return [told["accuracy"] if "accuracy" in told else told["accuracies"][epoch - 1] for epoch, told in found]
 
 
 class Snapshots:
-    """Writes and reads the snapshots of a store, and hands out numbers for teachers.
+    """Writes and reads snapshots of unfinished teachers, a small file per epoch, and hands out numbers for teachers.
 
     Args:
         store: folder of the store; snapshots lie in its folder ``.unfinished``.
@@ -88,29 +84,27 @@ class Snapshots:
     def _file(self, teacher: int, epoch: int) -> Path:
         return self.folder / f"teacher_{teacher:04d}_epoch_{epoch:04d}.safetensors"
 
-    def _claim(self, teacher: int) -> Path:
-        return self.folder / f"teacher_{teacher:04d}.claim"
-
     def claim(self) -> int:
         """Take the next number that no teacher has and no other process has claimed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         number = 0
         while True:
+            claim = self.folder / f"teacher_{number:04d}.claim"
             if not teacher_file(self.store, number).exists() and not self._file(number, 0).exists():
                 with suppress(FileExistsError):
-                    self._claim(number).touch(exist_ok=False)
+                    claim.touch(exist_ok=False)
                     # Another process may have finished this very teacher between the two looks.
                     if not teacher_file(self.store, number).exists():
                         return number
-                    self._claim(number).unlink()
+                    claim.unlink()
             number += 1
 
     def write(self, teacher: int, epoch: int, network: nn.Module, accuracy: float | None = None) -> None:
         """Write a network's weights after an epoch, 0 for its initialisation, with the accuracy measured then."""
         # flatten_parameters copies: a view of live weights would make all epochs equal on a CPU run.
-        weights = {SNAPSHOT_KIND: flatten_parameters(network)}
+        weights = {SNAPSHOT: flatten_parameters(network)}
         # The accuracy travels with it, because Lightning saves the callbacks' state of the first rank alone.
-        write_tensors(self._file(teacher, epoch), weights, kind=SNAPSHOT_KIND, metadata={"accuracy": accuracy})
+        write_tensors(self._file(teacher, epoch), weights, kind=SNAPSHOT, metadata={"accuracy": accuracy})
 
     def read(self, teacher: int, epochs: int) -> Trajectory:
         """Return the weights of a teacher after epochs 0 .. ``epochs``."""
@@ -123,7 +117,7 @@ class Snapshots:
             file.unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Delete what other runs have left of teachers that are in the store; the folder too, if that empties it."""
+        """Delete leftovers of other runs for teachers that are in the store, and the folder once it is empty."""
         for file in self.store.glob("teacher_*.safetensors"):
             self.clear(int(file.stem.removeprefix("teacher_")))
         with suppress(OSError):
@@ -142,17 +136,16 @@ class TrajectoryRecorder(Callback):
 
     Until a teacher is done its snapshots lie one by one in ``.unfinished/``, so that neither memory nor checkpoints
     grow with them and a resumed run finds the earlier ones. The teacher's file appears whole, at the end of its last
-    epoch. An epoch that was cut short by a limit of the trainer is never recorded; epochs that are short on purpose
+    epoch. An epoch that a limit of the trainer cuts short is never recorded; epochs that are short on purpose
     (``limit_train_batches``) are, and ``batches_per_epoch`` in the metadata says so. A teacher that an EarlyStopping
-    ends is recorded with the epochs it had. A fit whose teachers are all recorded already is refused.
-
-    Several processes write into one folder; nodes share its disk.
+    ends is recorded with the epochs it had. A fit whose teachers are all recorded already is refused. All processes
+    write into one folder.
 
     Args:
         path: folder of the store; None is ``trajectories`` beside the logs.
         keep_going: record beside teachers of the same settings that the folder contains already, as a resumed run
             does; teachers of other settings are always refused.
-        data: what a teacher is trained on, where the trainer's datamodule does not say so: a name, or a
+        data: the teachers' training data, where the trainer's datamodule does not describe them: a name, or a
             ``DistillationDataModule``, with whose images the first training batch is compared. Teachers of data that is
             neither named nor fingerprinted join no store.
     """
@@ -164,16 +157,16 @@ class TrajectoryRecorder(Callback):
         self._token = uuid.uuid4().hex  # of this recorder's unnamed data; part of checkpoints
         self._claimed: int | None = None
         self._first_epoch = 0  # of the trainer, where the claimed teacher begins
-        self._open: tuple[int, int] | None = None  # a teacher that is not done yet, and the epochs it has had
+        self._open: tuple[int, int] | None = None  # an unfinished teacher, and the epochs it has had
         self._resumed = False
-        self._unchecked: DataSource | None = None  # describes batches that have not been looked at
+        self._unchecked: DataSource | None = None  # describes batches, the first of which has not been compared yet
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the checkpoint of an earlier run; that of this one is loaded later."""
+        """Forget the checkpoint of an earlier run; this run's is loaded later."""
         self._resumed = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a folder that holds something else."""
+        """Refuse a folder that holds other teachers, or all teachers of this fit."""
         self._active = isinstance(pl_module, TrainsTeachers) or not isinstance(pl_module, (BringsBatches, PlansBatches))
         self._active = self._active and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if not self._active:
@@ -184,20 +177,36 @@ class TrajectoryRecorder(Callback):
         self._snapshots = Snapshots(self.path)
         if not self._resumed:
             self._claimed = self._open = None
-        given = data_source(trainer.datamodule) is None  # type: ignore[attr-defined]
-        self._unchecked = data_source(self.data) if given else None
-        if any(self._recorded()):  # on every rank, so that none waits for one that refuses
-            self._join(TrajectoryStore(self.path), self._metadata(trainer, pl_module))
+        described = data_source(trainer.datamodule) is not None  # type: ignore[attr-defined]
+        self._unchecked = None if described else data_source(self.data)
+        if self._count():  # on every rank, so that none waits for one that refuses
+            self._refuse_other_teachers(TrajectoryStore(self.path), self._metadata(trainer, pl_module))
             if isinstance(pl_module, TrainsTeachers):
                 self._refuse_recorded(pl_module)
 
-    def _recorded(self) -> Iterator[Path]:
-        return self.path.glob("teacher_*.safetensors")
+    def _count(self) -> int:
+        return len(list(self.path.glob("teacher_*.safetensors")))
 
     def _complete(self, module: TrainsTeachers) -> int:
         """Count the teachers of the fit that are recorded with all their epochs."""
         plan = module.teacher_progress()
         return sum(self._recorded_epochs(teacher) >= plan.epochs for teacher in range(plan.teachers))
+
+    def _recorded_epochs(self, teacher: int) -> int:
+        file = teacher_file(self.path, teacher)
+        return int(TensorFile(file, kind=KIND).metadata["epochs"]) if file.exists() else -1
+
+    def _refuse_other_teachers(self, present: TrajectoryStore, planned: dict[str, Any]) -> None:
+        different = differences(present.metadata, planned)
+        if "unnamed" in planned["dataset"] and "dataset" in different:
+            raise InputError(
+                f"{self.path}: holds teachers already, and data without name and fingerprint joins no store: "
+                "name another folder, give TrajectoryRecorder(data=...), or fit with a DistillationDataModule"
+            )
+        if different or not self.keep_going:
+            reason = f"recorded with another {', '.join(different)}" if different else "already"
+            raise InputError(f"{self.path}: holds teachers {reason}; name another folder or delete this one")
+        rank_zero_info(f"{self.path}: the {len(present)} teachers recorded earlier are kept")
 
     def _refuse_recorded(self, module: TrainsTeachers) -> None:
         """Refuse teachers of another seed, which would be kept instead of the new ones, and a fit of nothing new."""
@@ -211,19 +220,6 @@ class TrajectoryRecorder(Callback):
                 f"{self.path}: holds all {plan.teachers} teachers of {plan.epochs} epochs already; resume with "
                 "ckpt_path and a larger number, or name another folder"
             )
-
-    def _join(self, present: TrajectoryStore, planned: dict[str, Any]) -> None:
-        """Refuse to record beside teachers that are not comparable."""
-        different = differences(present.metadata, planned)
-        if "unnamed" in planned["dataset"] and "dataset" in different:
-            raise InputError(
-                f"{self.path}: holds teachers already, and data without name and fingerprint joins no store: "
-                "name another folder, give TrajectoryRecorder(data=...), or fit with a DistillationDataModule"
-            )
-        if different or not self.keep_going:
-            reason = f"recorded with another {', '.join(different)}" if different else "already"
-            raise InputError(f"{self.path}: holds teachers {reason}; name another folder or delete this one")
-        rank_zero_info(f"{self.path}: the {len(present)} teachers recorded earlier are kept")
 
     def _description(self, trainer: Trainer, module: LightningModule) -> DataDescription | None:
         described = module.data_description() if isinstance(module, TrainsTeachers) else None
@@ -311,7 +307,7 @@ class TrajectoryRecorder(Callback):
         # A run resumed from a checkpoint before the end of this teacher trains it to the same bits again.
         if epochs > self._recorded_epochs(teacher):
             snapshots = self._snapshots.read(teacher, epochs)
-            metadata = {**self._metadata(trainer, module), "accuracies": snapshots.accuracies}
+            metadata = {**self._metadata(trainer, module), "accuracies": snapshots.accuracies()}
             if trainer.limit_train_batches not in (None, 1.0):
                 metadata["batches_per_epoch"] = int(trainer.num_training_batches)
             description = self._description(trainer, module)
@@ -319,10 +315,6 @@ class TrajectoryRecorder(Callback):
                 write_store_data(self.path, description)
             write_teacher(self.path, teacher, snapshots, metadata)
         self._snapshots.clear(teacher)
-
-    def _recorded_epochs(self, teacher: int) -> int:
-        file = teacher_file(self.path, teacher)
-        return int(TensorFile(file, kind=KIND).metadata["epochs"]) if file.exists() else -1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a teacher that ends with the fit; wait for those of all ranks; say what is recorded."""
@@ -342,7 +334,7 @@ class TrajectoryRecorder(Callback):
                     f"{self.path}: {complete} of {plan.teachers} teachers of {plan.epochs} epochs are recorded: "
                     "the fit ended early; resume it with ckpt_path for the rest"
                 )
-        if count := len(list(self._recorded())):
+        if count := self._count():
             rank_zero_info(f"wrote {self.path}: {count} teacher{'s' * (count > 1)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
