@@ -11,7 +11,7 @@ import torch
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore, synthetic_set, trajectory_store
-from ftd_lightning.files.safetensors_io import TensorFile, file_kind, without_nan
+from ftd_lightning.files.safetensors_io import TensorFile, without_nan
 from ftd_lightning.files.schema import label_kind, per_cent
 from ftd_lightning.files.trajectory_store import check_teacher, epoch_name, load_store_data
 from ftd_lightning.files.transforms import Whitening
@@ -209,7 +209,7 @@ def describe_teacher(path: Path) -> Description:
     """Describe one teacher's file."""
     file = TensorFile(path, kind=trajectory_store.KIND)
     epochs, metadata = check_teacher(file), file.metadata
-    weights = file.numel(epoch_name(0))
+    weights = file.layout(epoch_name(0))[1][0]
     rows = [
         ("teacher", f"number {metadata.get('teacher')}, seed {metadata.get('seed')}"),
         ("epochs", f"{epochs}, {weights:,} weights"),
@@ -265,7 +265,7 @@ def describe(path: Path) -> Description:
         return describe_store(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
-    kind = file_kind(path)
+    kind = TensorFile(path).kind
     if kind is None:
         raise InputError(f"{path}: a safetensors file of another program; ftd import may be able to read it")
     if kind not in FILES:

@@ -31,7 +31,7 @@ from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on, host_l
 from ftd_lightning.data.sources import OWN_IMAGES, ImageDataset, Request, unit_range
 from ftd_lightning.data.splits import hold_out, limit_per_class
 from ftd_lightning.errors import InputError
-from ftd_lightning.files.schema import check_images, check_labels
+from ftd_lightning.files.schema import check_labels, check_tensor
 from ftd_lightning.files.synthetic_set import SyntheticSet
 from ftd_lightning.files.transforms import Standardization
 
@@ -142,7 +142,7 @@ def given_images(real: Sequence[Tensor]) -> Images:
     if len(real) != 2 or not all(isinstance(part, torch.Tensor) for part in real):
         raise InputError("real: is not a pair of tensors, images and labels")
     images, labels = real
-    check_images(images.float(), "images", "real")
+    check_tensor(images.float(), "images", "real", (None,) * 4)
     check_labels(labels, len(images), None, "class", "real")
     return Images(images, labels)
 

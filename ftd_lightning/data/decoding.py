@@ -352,7 +352,7 @@ class DecodedImages:
             if type(metadata.get(key)) is not int or metadata[key] < 1:
                 refuse(self.path, key, f"is {metadata.get(key)!r:.60}")
         channels, size = metadata["in_channels"], metadata["image_size"]
-        dtype = torch.float32 if "maximum" in metadata else torch.uint8
+        dtype = "F32" if "maximum" in metadata else "U8"
         for name, part in self.parts.items():
             wanted = dtype, (len(part.files), channels, size, size)
             if file.layout(f"{name}.pictures") != wanted:

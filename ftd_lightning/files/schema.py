@@ -1,4 +1,4 @@
-"""What files must hold to be what they say: shapes, dtypes, ranges and metadata, in one place for readers and writers.
+"""Checks of what files hold: shapes, dtypes, ranges and metadata, in one place for readers and writers.
 
 Every check raises an InputError that names the file and the field. Metadata that is not named here is the writer's own.
 """
@@ -6,7 +6,6 @@ Every check raises an InputError that names the file and the field. Metadata tha
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -36,10 +35,8 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
         >>> is_number(1, 0), is_number(True), is_number(float("nan")), is_number(2.0, 0, 1)
         (True, False, False, False)
     """
-    if type(value) not in (int, float):
-        return False
     try:
-        return math.isfinite(value) and low <= value <= high
+        return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
     except OverflowError:  # a whole number that no float can hold
         return False
 
@@ -48,121 +45,90 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _is_count_or_none(value: Any) -> bool:
-    return value is None or _is_count(value)
+def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(holds, value))
 
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_mapping_or_none(value: Any) -> bool:
-    return value is None or isinstance(value, dict)
+def _is_mapping(value: Any, holds: Callable[[Any], bool] = lambda value: True) -> bool:
+    return isinstance(value, dict) and all(map(holds, value.values()))
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_parameter(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _are_counts(value[1])
-
-
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_count(size) for size in value)
+    return _is_list(value, _is_count)
+
+
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and _are_counts(value[1])
 
 
 def _is_network(value: Any) -> bool:
     return (
-        isinstance(value, dict)
-        and isinstance(value.get("name"), str)
-        and isinstance(value.get("options", {}), dict)
-        and isinstance(value.get("shapes", {}), dict)
-        and all(map(_are_counts, value.get("shapes", {}).values()))
-        and isinstance(value.get("parameters", []), list)
-        and all(map(_is_parameter, value.get("parameters", [])))
+        _is_mapping(value)
+        and _is_text(value.get("name"))
+        and _is_mapping(value.get("options", {}))
+        and _is_mapping(value.get("shapes", {}), _are_counts)
+        and _is_list(value.get("parameters", []), _is_parameter)
     )
-
-
-def _are_accuracies(value: Any) -> bool:
-    return isinstance(value, list) and all(entry is None or is_number(entry, 0, 1) for entry in value)
-
-
-def _is_scale(value: Any) -> bool:
-    return is_number(value, 0) and value > 0
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_count(size) and size > 0 for size in value.values())
-
-
-def _are_scores(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(score, dict) for score in value.values())
 
 
 Rule = tuple["Callable[[Any], bool]", str]
 MAPPING: Rule = (_is_mapping, "a mapping")
-MAPPING_OR_NONE: Rule = (_is_mapping_or_none, "a mapping or null")
+MAPPING_OR_NONE: Rule = (lambda value: value is None or isinstance(value, dict), "a mapping or null")
 TEXT: Rule = (_is_text, "text")
 COUNT: Rule = (_is_count, "a count")
-RATE: Rule = (partial(is_number, low=0), "a finite number of at least 0")
+RATE: Rule = (lambda value: is_number(value, 0), "a finite number of at least 0")
 NETWORK: Rule = (_is_network, "a mapping with the network's name")
-NAMES: Rule = (_are_names, "a list of names")
+NAMES: Rule = (lambda value: _is_list(value, _is_text), "a list of names")
 
 SET_METADATA: dict[str, Rule] = {
     "class_names": NAMES,
-    "transform": MAPPING,
     "dataset": (lambda value: value is None or isinstance(value, (str, dict)), "a mapping or a name"),
-    "method": TEXT,
-    "label_kind": TEXT,
-    "labels_made": TEXT,
-    "label_teacher": MAPPING,
-    "kernel": MAPPING,
-    "target_scale": (_is_scale, "a finite number above 0"),
-    "images_stored": COUNT,
-    "images_trained_on": COUNT,
-    "settings": MAPPING,
     "network": NETWORK,
-    "teachers": MAPPING,
-    "chosen_by": MAPPING,
-    "imported": MAPPING,
     "augmentation": MAPPING_OR_NONE,
-    "ema": MAPPING,
-    "ema_initial_weight": (partial(is_number, low=0, high=1), "a number in [0, 1]"),
-    "iterations": COUNT,
-    "skipped_steps": COUNT,
-    "gated_steps": COUNT,
-    "rounds": COUNT,
-    "scores": (_are_scores, "a mapping of measurements"),
-    "versions": MAPPING,
+    "target_scale": (lambda value: is_number(value, 0) and value > 0, "a finite number above 0"),
+    "ema_initial_weight": (lambda value: is_number(value, 0, 1), "a number in [0, 1]"),
+    "scores": (lambda value: _is_mapping(value, lambda score: isinstance(score, dict)), "a mapping of measurements"),
+    **dict.fromkeys(("method", "label_kind", "labels_made"), TEXT),
+    **dict.fromkeys(("images_stored", "images_trained_on", "iterations", "rounds"), COUNT),
+    **dict.fromkeys(("skipped_steps", "gated_steps"), COUNT),
+    **dict.fromkeys(("transform", "settings", "label_teacher", "kernel", "teachers", "chosen_by"), MAPPING),
+    **dict.fromkeys(("imported", "ema", "versions"), MAPPING),
 }
 TEACHER_METADATA: dict[str, Rule] = {
     "network": NETWORK,
-    "epochs": COUNT,
-    "teacher": COUNT,
-    "accuracies": (_are_accuracies, "a list of accuracies in [0, 1] or null"),
+    "accuracies": (
+        lambda value: _is_list(value, lambda entry: entry is None or is_number(entry, 0, 1)),
+        "a list of accuracies in [0, 1] or null",
+    ),
+    "batch_size": (lambda value: value is None or _is_count(value), "a count or null"),
     "method": TEXT,
-    **dict.fromkeys(("rho", "alpha", "lr", "momentum", "weight_decay"), RATE),
-    "transform": MAPPING_OR_NONE,
-    "augmentation": MAPPING_OR_NONE,
-    "batch_size": (_is_count_or_none, "a count or null"),
     "versions": MAPPING,
+    **dict.fromkeys(("epochs", "teacher"), COUNT),
+    **dict.fromkeys(("transform", "augmentation"), MAPPING_OR_NONE),
+    **dict.fromkeys(("rho", "alpha", "lr", "momentum", "weight_decay"), RATE),
 }
 STORE_METADATA: dict[str, Rule] = {
     "class_names": NAMES,
     "transform": MAPPING,
-    "shape": (_are_sizes, "a mapping of sizes"),
+    "shape": (
+        lambda value: (
+            isinstance(value, dict)
+            and set(value) == {"in_channels", "num_classes", "image_size"}
+            and _is_mapping(value, lambda size: _is_count(size) and size > 0)
+        ),
+        "a mapping of in_channels, num_classes and image_size, each above 0,",
+    ),
 }
 
 
 def check_metadata(
     metadata: Mapping[str, Any], rules: Mapping[str, Rule], where: object, *, required: Sequence[str] = ()
 ) -> None:
-    """Refuse metadata that lacks a required key, or holds something else than its key stands for.
+    """Refuse metadata that lacks a required key, or has a value that its key does not allow.
 
     Example:
         >>> check_metadata({"method": 3}, SET_METADATA, "set.safetensors")
@@ -174,18 +140,10 @@ def check_metadata(
             refuse(where, key, "is missing from the metadata; make it again")
     for key, (holds, wanted) in rules.items():
         if key in metadata and not holds(metadata[key]):
-            shown = repr(metadata[key])
-            shown = shown if len(shown) < 60 else f"{shown[:56]} ..."
-            refuse(where, key, f"is {shown}, {wanted} is needed; make it again")
+            refuse(where, key, f"is {metadata[key]!r:.60}, {wanted} is needed; make it again")
 
 
-def check_finite(tensor: Tensor, field: str, where: object) -> None:
-    """Refuse NaN and infinities."""
-    if not bool(torch.isfinite(tensor).all()):
-        refuse(where, field, "has values that are not finite")
-
-
-def _check_tensor(tensor: Tensor, field: str, where: object, shape: tuple[int | None, ...]) -> None:
+def check_tensor(tensor: Tensor, field: str, where: object, shape: Sequence[int | None]) -> None:
     """Refuse another dtype than float32, other sizes (None is any of at least 1), and values that are not finite."""
     fits = tensor.ndim == len(shape) and all(
         size > 0 and wanted in (None, size) for size, wanted in zip(tensor.shape, shape, strict=False)
@@ -198,13 +156,14 @@ def _check_tensor(tensor: Tensor, field: str, where: object, shape: tuple[int | 
     check_finite(tensor, field, where)
 
 
-def check_images(images: Tensor, field: str, where: object, *, like: Tensor | None = None) -> None:
-    """Refuse what is not (N, C, H, W) finite float32, or not of the shape of other images."""
-    _check_tensor(images, field, where, (None, None, None, None) if like is None else tuple(like.shape))
+def check_finite(tensor: Tensor, field: str, where: object) -> None:
+    """Refuse NaN and infinities."""
+    if not bool(torch.isfinite(tensor).all()):
+        refuse(where, field, "has values that are not finite")
 
 
 def label_kind(labels: Tensor, metadata: Mapping[str, Any]) -> LabelKind:
-    """Return what labels are: as recorded, or else classes for integers and probabilities for floats."""
+    """Return the kind of labels: as recorded, or else classes for integers and probabilities for floats."""
     recorded: LabelKind | None = metadata.get("label_kind")
     return recorded or ("class" if labels.ndim == 1 else "probability")
 
@@ -222,77 +181,27 @@ def check_labels(labels: Tensor, count: int, classes: int | None, kind: str, whe
     """
     if kind not in ("class", "probability", "target"):
         refuse(where, "label_kind", f"is {kind!r:.60}, class, probability or target is needed")
-    if kind == "class":
-        if labels.ndim != 1 or labels.dtype != torch.int64:
-            refuse(where, "labels", f"are {labels.dtype} {tuple(labels.shape)}, classes are int64 ({count},)")
-    elif labels.ndim != 2 or labels.dtype != torch.float32:
-        refuse(where, "labels", f"are {labels.dtype} {tuple(labels.shape)}, a {kind} is float32 ({count}, classes)")
-    if len(labels) != count:
-        refuse(where, "labels", f"are {len(labels)}, but there are {count} images")
-    if kind == "class":
-        low, high = (int(value) for value in torch.aminmax(labels))
-        most = (classes or MOST_CLASSES) - 1
-        if low < 0 or high > most:
-            refuse(where, "labels", f"run from {low} to {high}, classes from 0 to {most}")
-        return
-    check_finite(labels, "labels", where)
-    if classes is not None and labels.shape[1] != classes:
-        refuse(where, "labels", f"have {labels.shape[1]} columns, there are {classes} classes")
-    if kind == "probability":
-        off = float((labels.double().sum(1) - 1).abs().max())
-        if float(labels.min()) < 0 or off > SUM_TOLERANCE:
-            refuse(where, "labels", "are no probabilities: each row is non-negative and has sum 1")
+    if kind != "class":
+        check_tensor(labels, "labels", where, (count, classes))
+    elif labels.dtype != torch.int64 or tuple(labels.shape) != (count,):
+        refuse(where, "labels", f"are {labels.dtype} {tuple(labels.shape)}, classes are int64 ({count},)")
+    elif not 0 <= int(labels.min()) <= int(labels.max()) < (most := classes or MOST_CLASSES):
+        refuse(
+            where,
+            "labels",
+            f"run from {labels.min()} to {labels.max()}, classes from 0 to {most - 1}",
+        )
+    if kind == "probability" and (labels.min() < 0 or (labels.double().sum(1) - 1).abs().max() > SUM_TOLERANCE):
+        refuse(where, "labels", "are not probabilities: each row is non-negative and has sum 1")
 
 
 def check_step_size(step_size: Tensor, where: object) -> None:
-    """Refuse what is neither one positive step size nor one per step, (n,)."""
+    """Refuse anything but one positive step size, (), or one for each step, (n,)."""
     if step_size.ndim > 1 or not step_size.numel() or not step_size.is_floating_point():
         refuse(where, "step_size", f"is {step_size.dtype} {tuple(step_size.shape)}, a number or one per step is needed")
     check_finite(step_size, "step_size", where)
     if not bool((step_size > 0).all()):
         refuse(where, "step_size", f"is {float(step_size.min()):g}, it must be above 0")
-
-
-def check_transform(description: Any, tensors: Mapping[str, Tensor], where: object) -> None:
-    """Refuse the description of a transform that cannot be built; unknown kinds are left to the builder."""
-    if not isinstance(description, dict):
-        refuse(where, "transform", f"is {description!r:.60}, a mapping is needed; make it again")
-    kind = description.get("kind")
-    if kind == "standardization":
-        for key, low in (("mean", -math.inf), ("std", 0.0)):
-            values = description.get(key)
-            if not isinstance(values, list) or not values or not all(is_number(value, low) for value in values):
-                refuse(where, f"transform.{key}", f"is {values!r:.60}, finite numbers, one per channel, are needed")
-        if len(description["mean"]) != len(description["std"]):
-            refuse(where, "transform", "has another number of means than of standard deviations")
-        if 0 in description["std"]:
-            refuse(where, "transform.std", "has a 0, standard deviations are above 0")
-    elif kind == "zca":
-        if not is_number(description.get("eps"), 0):
-            refuse(
-                where, "transform.eps", f"is {description.get('eps')!r:.60}, a finite number of at least 0 is needed"
-            )
-        if not isinstance(description.get("fitted_on"), str):
-            refuse(where, "transform.fitted_on", "is missing; make it again")
-        for name in ("mean", "inverse"):
-            if name not in tensors:
-                refuse(where, f"transform.{name}", "is missing; make it again")
-        values = tensors["mean"].shape[-1] if tensors["mean"].ndim else 0
-        _check_tensor(tensors["mean"], "transform.mean", where, (1, None))
-        for name in ("inverse", "matrix"):
-            if name in tensors:
-                _check_tensor(tensors[name], f"transform.{name}", where, (values, values))
-
-
-def check_channels(
-    description: Mapping[str, Any], tensors: Mapping[str, Tensor], images: Tensor, where: object
-) -> None:
-    """Refuse a transform of other images than these."""
-    channels, values = images.shape[1], images[0].numel()
-    if description.get("kind") == "standardization" and len(description["mean"]) not in (1, channels):
-        refuse(where, "transform", f"has {len(description['mean'])} channels, the images have {channels}")
-    if description.get("kind") == "zca" and tensors["mean"].numel() != values:
-        refuse(where, "transform", f"is of {tensors['mean'].numel()} values per image, the images have {values}")
 
 
 def per_cent(value: Mapping[str, Any] | None, *, count: bool = False) -> str:

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import schema
 from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
-from ftd_lightning.files.transforms import Standardization, load_transform
+from ftd_lightning.files.transforms import Standardization, check_transform, load_transform
 from ftd_lightning.functional.kernels import target_probabilities
 
 if TYPE_CHECKING:
@@ -25,14 +25,15 @@ KIND = "synthetic_set"
 PREFIX = "transform."  # of the names of the transform's tensors
 
 
+def _open(path: str | Path) -> TensorFile:
+    file = TensorFile(Path(path).expanduser(), kind=KIND)
+    schema.check_metadata(file.metadata, schema.SET_METADATA, file.path, required=("class_names", "transform"))
+    return file
+
+
 def _own(header: dict[str, Any]) -> dict[str, Any]:
-    """Drop what fields of a set hold, and what only files have."""
+    """Drop what the fields of a set hold, and what only files have."""
     return {key: value for key, value in header.items() if key not in ("kind", "format", "class_names", "transform")}
-
-
-def _metadata(path: Path, file: TensorFile) -> dict[str, Any]:
-    schema.check_metadata(file.metadata, schema.SET_METADATA, path, required=("class_names", "transform"))
-    return file.metadata
 
 
 def _identity() -> ImageTransform:
@@ -79,24 +80,20 @@ class SyntheticSet:
 
     @property
     def label_description(self) -> str:
-        """What tables say of the labels: "hard", "soft", "soft (learned)" or "soft (teacher)"."""
+        """The kind of labels, for tables: "hard", "soft", "soft (learned)" or "soft (teacher)"."""
         made = self.metadata.get("labels_made")
         return "hard" if self.labels.ndim == 1 else f"soft ({made})" if made else "soft"
 
     @property
     def image_counts(self) -> tuple[int, int]:
-        """How many images' storage the set takes, and how many networks are trained on; N each unless metadata says.
-
-        A method that decodes its images trains on more than it stores: "images_stored", "images_trained_on".
-        """
+        """Number of images that are stored, and that networks are trained on; decoding makes more of the latter."""
         count = len(self.images)
         return self.metadata.get("images_stored", count), self.metadata.get("images_trained_on", count)
 
     def training_labels(self) -> Tensor:
-        """Return what networks are trained on by cross entropy: the labels, or of targets their probabilities.
+        """Return labels for cross entropy: the set's own, or the probabilities of a regression's targets (KIP, FRePo).
 
-        Targets are those of a regression (KIP, FRePo), which cross entropy cannot be computed with; see
-        ``functional.target_probabilities``. The set itself keeps them as they were learned.
+        See ``functional.target_probabilities``. The set itself keeps targets as they were learned.
 
         Returns:
             (N,) int64 classes, or (N, K) float32 probabilities.
@@ -114,18 +111,15 @@ class SyntheticSet:
         Raises:
             InputError: naming the field.
         """
-        schema.check_metadata(self.metadata, schema.SET_METADATA, where)
-        schema.check_metadata({"class_names": self.class_names}, schema.SET_METADATA, where)
-        schema.check_images(self.images, "images", where)
+        schema.check_metadata({**self.metadata, "class_names": self.class_names}, schema.SET_METADATA, where)
+        schema.check_tensor(self.images, "images", where, (None,) * 4)
         if self.ema_images is not None:
-            schema.check_images(self.ema_images, "ema_images", where, like=self.images)
+            schema.check_tensor(self.ema_images, "ema_images", where, self.images.shape)
         kind = schema.label_kind(self.labels, self.metadata)
         schema.check_labels(self.labels, len(self.images), len(self.class_names) or None, kind, where)
         if self.step_size is not None:
             schema.check_step_size(self.step_size, where)
-        description, tensors = self.transform.describe(), self.transform.tensors()
-        schema.check_transform(description, tensors, where)
-        schema.check_channels(description, tensors, self.images, where)
+        check_transform(self.transform.describe(), self.transform.tensors(), where, self.images.shape[1:])
 
     def save(self, path: str | Path) -> None:
         """Write the set, atomically; float64 values, as of a fit with precision 64-true, become float32.
@@ -134,25 +128,13 @@ class SyntheticSet:
             InputError: for a set that is not as described, e.g. with values that are not finite: such a set is never
                 written over a good one.
         """
-
-        def in_file(tensor: Tensor) -> Tensor:
-            return tensor.float() if tensor.is_floating_point() else tensor
-
-        written = replace(
-            self,
-            images=in_file(self.images),
-            labels=in_file(self.labels),
-            step_size=None if self.step_size is None else in_file(self.step_size),
-            ema_images=None if self.ema_images is None else in_file(self.ema_images),
-        )
-        written.check(f"{path}: not written")
-        named = {
-            "images": written.images,
-            "labels": written.labels,
-            "step_size": written.step_size,
-            "ema_images": written.ema_images,
+        given = {name: getattr(self, name) for name in ("images", "labels", "step_size", "ema_images")}
+        tensors = {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in given.items()
+            if tensor is not None
         }
-        tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+        replace(self, **tensors).check(f"{path}: not written")
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in self.transform.tensors().items()}
         metadata = {**self.metadata, "class_names": self.class_names, "transform": self.transform.describe()}
         write_tensors(Path(path).expanduser(), tensors, kind=KIND, metadata=metadata)
@@ -171,19 +153,17 @@ class SyntheticSet:
             >>> SyntheticSet.load(path).images.shape
             torch.Size([2, 1, 4, 4])
         """
-        path = Path(path).expanduser()
-        file = TensorFile(path, kind=KIND)
-        metadata = _metadata(path, file)
+        file = _open(path)
         loaded = cls(
             images=file["images"],
             labels=file["labels"],
             step_size=file["step_size"] if "step_size" in file.names else None,
             ema_images=file["ema_images"] if "ema_images" in file.names else None,
-            class_names=metadata["class_names"],
-            transform=load_transform(metadata["transform"], file.with_prefix(PREFIX), where=path),
-            metadata=_own(metadata),
+            class_names=file.metadata["class_names"],
+            transform=load_transform(file.metadata["transform"], file.with_prefix(PREFIX), where=file.path),
+            metadata=_own(file.metadata),
         )
-        loaded.check(path)
+        loaded.check(file.path)
         return loaded
 
     @staticmethod
@@ -193,8 +173,7 @@ class SyntheticSet:
         Raises:
             InputError: as for :meth:`load`.
         """
-        path = Path(path).expanduser()
-        return _own(_metadata(path, TensorFile(path, kind=KIND)))
+        return _own(_open(path).metadata)
 
     def dataset(self, *, ema: bool = False) -> TensorDataset:
         """Return (image, label) pairs for an ordinary DataLoader.

@@ -1,4 +1,4 @@
-"""What a trajectory store keeps of the data behind its teachers, so that it can be used without their data source."""
+"""The trajectory store: recorded teachers, one file each, and a file that describes their training images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from ftd_lightning.contracts import DataDescription, ImageShape
 from ftd_lightning.errors import DivergenceError, InputError
-from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, write_in_turn, write_tensors
+from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
 from ftd_lightning.files.schema import STORE_METADATA, TEACHER_METADATA, check_finite, check_metadata, refuse
-from ftd_lightning.files.transforms import Standardization, load_transform
+from ftd_lightning.files.transforms import load_transform
 from ftd_lightning.models.description import same_network
 
 if TYPE_CHECKING:
@@ -24,41 +24,43 @@ if TYPE_CHECKING:
     from ftd_lightning.contracts import ImageTransform
 
 
+KIND = "teacher_trajectory"
 DATA_KIND = "trajectory_data"
 PREFIX = "transform."  # of the names of the transform's tensors
+# What each teacher of a store has for itself; the rest is shared.
+OWN_KEYS = ("teacher", "seed", "accuracies", "epochs", "versions", "kind", "format")
+# What version 0.1 did not record, and what is derived: a record without such a key does not contradict one with it.
+OPTIONAL_KEYS = ("method", "batches_per_epoch", "parameters")
+
+
+def teacher_file(folder: str | Path, teacher: int) -> Path:
+    """Name the file of a teacher."""
+    return Path(folder).expanduser() / f"teacher_{teacher:04d}.safetensors"
+
+
+def epoch_name(epoch: int) -> str:
+    """Name the tensor of an epoch in a teacher's file."""
+    return f"epoch_{epoch:04d}"
 
 
 def store_data_file(folder: str | Path) -> Path:
-    """Name the file, which lies beside the teachers'."""
+    """Name the file that describes the images, beside the teachers'."""
     return Path(folder).expanduser() / "data.safetensors"
 
 
 def write_store_data(folder: str | Path, description: DataDescription) -> None:
-    """Write the file, atomically, unless it has been written for the same data already.
-
-    Args:
-        folder: of the store; made where it is missing.
-        description: of the teachers' training images. Its batch size is left to the teachers' metadata.
-    """
-    path, metadata = store_data_file(folder), _metadata(description)
+    """Describe the teachers' training images, atomically, unless the file describes the same images already."""
+    path = store_data_file(folder)
+    shape, names = description.shape._asdict(), list(description.class_names)
+    metadata = {**description.metadata(), "class_names": names, "shape": shape}
     if path.is_file() and not differences(TensorFile(path, kind=DATA_KIND).metadata, metadata):
         return
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in description.transform.tensors().items()}
     write_tensors(path, tensors, kind=DATA_KIND, metadata=metadata)
 
 
-def read_store_data(folder: str | Path) -> DataDescription | None:
-    """Read the file; None where there is none: version 0.1 wrote none, nor do fits whose data is not described.
-
-    Raises:
-        InputError: for a broken or foreign file.
-    """
-    path = store_data_file(folder)
-    return load_store_data(path) if path.exists() else None
-
-
 def load_store_data(path: Path) -> DataDescription:
-    """Read such a file.
+    """Read the description of a store's images.
 
     Raises:
         InputError: for a missing, broken or foreign file.
@@ -66,10 +68,6 @@ def load_store_data(path: Path) -> DataDescription:
     file = TensorFile(path, kind=DATA_KIND)
     metadata = file.metadata
     check_metadata(metadata, STORE_METADATA, path, required=("shape", "class_names", "transform", "dataset"))
-    if set(metadata["shape"]) != set(ImageShape._fields):
-        refuse(
-            path, "shape", f"is {metadata['shape']!r:.60}, {', '.join(ImageShape._fields)} are needed; make it again"
-        )
     return DataDescription(
         shape=ImageShape(**metadata["shape"]),
         class_names=metadata["class_names"],
@@ -78,22 +76,8 @@ def load_store_data(path: Path) -> DataDescription:
     )
 
 
-def _metadata(description: DataDescription) -> Mapping[str, Any]:
-    return {
-        **description.metadata(),
-        "class_names": list(description.class_names),
-        "shape": description.shape._asdict(),
-    }
-
-
-# What each teacher of a store has for itself; the rest is shared.
-OWN_KEYS = ("teacher", "seed", "accuracies", "epochs", "versions", "kind", "format")
-# What version 0.1 did not record, and what is derived: a record without such a key does not contradict one with it.
-OPTIONAL_KEYS = ("method", "batches_per_epoch", "parameters")
-
-
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], *, whole: bool = False) -> list[str]:
-    """Name the keys in which recorded metadata is not what is wanted.
+    """Name the keys in which recorded metadata differ from the wanted ones.
 
     Values are compared as JSON holds them, so tuples equal lists. Networks are the same if their parameters are. A data
     set that version 0.1 recorded without a fingerprint is the one of the same name and settings with any fingerprint.
@@ -118,34 +102,11 @@ def _differ(key: str, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     theirs, ours = (json.loads(json.dumps(values.get(key))) for values in (recorded, wanted))
     if key == "network":
         return not same_network(theirs, ours)
-    if key == "dataset" and _named(theirs) and _named(ours) and not ("fingerprint" in theirs and "fingerprint" in ours):
-        theirs.pop("fingerprint", None)
-        ours.pop("fingerprint", None)
+    both = (theirs, ours)
+    named = key == "dataset" and all(isinstance(data, dict) and "name" in data for data in both)
+    if named and not all("fingerprint" in data for data in both):
+        theirs, ours = ({**data, "fingerprint": None} for data in both)
     return bool(theirs != ours)
-
-
-def _named(dataset: Any) -> bool:
-    return isinstance(dataset, dict) and "name" in dataset
-
-
-KIND = "teacher_trajectory"
-
-
-class Segment(NamedTuple):
-    """The weights of a teacher at the start of a segment and m epochs later: theta*_t and theta*_{t+m}, (P,) each."""
-
-    start: Tensor
-    target: Tensor
-
-
-def epoch_name(epoch: int) -> str:
-    """Name the tensor of an epoch in a teacher's file."""
-    return f"epoch_{epoch:04d}"
-
-
-def teacher_file(folder: str | Path, teacher: int) -> Path:
-    """Name the file of a teacher."""
-    return Path(folder).expanduser() / f"teacher_{teacher:04d}.safetensors"
 
 
 def check_teacher(file: TensorFile) -> int:
@@ -158,15 +119,23 @@ def check_teacher(file: TensorFile) -> int:
     first = file.layout(names[0])
     for name in names:
         dtype, shape = file.layout(name)
-        if dtype not in (torch.float32, torch.float64) or len(shape) != 1 or (dtype, shape) != first:
+        if dtype not in ("F32", "F64") or len(shape) != 1 or (dtype, shape) != first:
             refuse(file.path, name, f"is {dtype} {shape}, the weights of every epoch are floats of one shape, (P,)")
     return epochs
+
+
+class Segment(NamedTuple):
+    """The weights of a teacher at the start of a segment and m epochs later: theta*_t and theta*_{t+m}, (P,) each."""
+
+    start: Tensor
+    target: Tensor
 
 
 class TrajectoryStore:
     """Recorded teachers, read segment by segment.
 
-    Files are opened for a read and closed after it, so memory does not grow with the number of teachers.
+    Files are opened for a read and closed after it, so memory does not grow with the number of teachers. Weights are
+    checked when they are first read.
 
     Convention: epoch 0 is the initialisation; a teacher of E epochs has E + 1 entries. Weights are in the order of
     ``network.parameters()``.
@@ -195,10 +164,10 @@ class TrajectoryStore:
                 f"{self.path}: no teachers here; record some first (ftd fit with FlatTeacher and a TrajectoryRecorder)"
             )
         self.lengths: list[int] = []
+        self._checked: set[tuple[int, int]] = set()  # teachers and epochs whose weights were found to be whole
         self.metadata = self._open(self.files[0])
         for file in self.files[1:]:
-            different = differences(self.metadata, self._open(file), whole=True)
-            if different:
+            if different := differences(self.metadata, self._open(file), whole=True):
                 raise InputError(
                     f"{file}: differs from {self.files[0].name} in {', '.join(different)}; keep such teachers apart"
                 )
@@ -206,10 +175,9 @@ class TrajectoryStore:
     def _open(self, path: Path) -> dict[str, Any]:
         """Note the length of a teacher, and return what it should share with the others."""
         file = TensorFile(path, kind=KIND)
-        epochs = check_teacher(file)
-        self.lengths.append(epochs)
+        self.lengths.append(check_teacher(file))
         shared = {key: value for key, value in file.metadata.items() if key not in OWN_KEYS}
-        return {**shared, "parameters": file.numel(epoch_name(0))}
+        return {**shared, "parameters": file.layout(epoch_name(0))[1][0]}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -226,14 +194,17 @@ class TrajectoryStore:
 
     @cached_property
     def data(self) -> DataDescription | None:
-        """Description of the images that the teachers were trained on; None where the store has none.
+        """Description of the training images; None in stores of 0.1, and of fits whose data is not described.
 
         Raises:
-            InputError: if it is not that of these teachers.
+            InputError: if it is not of these teachers.
         """
-        found = read_store_data(self.path)
-        if found is not None and differences(self.metadata, {"transform": found.transform.describe()}):
-            raise InputError(f"{store_data_file(self.path)}: has another transform than the teachers; delete this file")
+        path = store_data_file(self.path)
+        if not path.exists():
+            return None
+        found = load_store_data(path)
+        if differences(self.metadata, {"transform": found.transform.describe()}):
+            raise InputError(f"{path}: has another transform than the teachers; delete this file")
         return found
 
     @property
@@ -243,7 +214,7 @@ class TrajectoryStore:
             return self.data.transform
         recorded = self.metadata.get("transform") or {}
         if recorded.get("kind") == "standardization":
-            return Standardization(recorded["mean"], recorded["std"])
+            return load_transform(recorded, {}, where=self.files[0])
         return None
 
     @property
@@ -256,8 +227,8 @@ class TrajectoryStore:
         """Channels, classes and size of the images; None where neither data nor a named network tell."""
         if self.data is not None:
             return self.data.shape
-        network = self.metadata.get("network")
-        if not isinstance(network, dict) or not set(ImageShape._fields) <= network.keys():
+        network = self.metadata["network"]
+        if not set(ImageShape._fields) <= network.keys():
             return None
         return ImageShape(**{key: network[key] for key in ImageShape._fields})
 
@@ -269,13 +240,13 @@ class TrajectoryStore:
         return DataDescription(self.shape, names, self.transform, self.metadata["dataset"])
 
     def set_metadata(self) -> dict[str, Any]:
-        """Return what a set tells of its teachers: "method", "dataset", "network" and "teachers"."""
-        told, plain = self.metadata, "ftd" if self.metadata.get("rho", 0) > 0 else "mtt"
+        """Return a set's metadata about its teachers: "method", "dataset", "network" and "teachers"."""
+        recorded, plain = self.metadata, "ftd" if self.metadata.get("rho", 0) > 0 else "mtt"
         return {
-            "method": told.get("method", plain),
-            "dataset": told["dataset"],
-            "network": told["network"],
-            "teachers": {"count": len(self), **{key: told.get(key) for key in ("rho", "alpha", "adaptive")}},
+            "method": recorded.get("method", plain),
+            "dataset": recorded["dataset"],
+            "network": recorded["network"],
+            "teachers": {"count": len(self), **{key: recorded.get(key) for key in ("rho", "alpha", "adaptive")}},
         }
 
     def teacher_metadata(self, teacher: int) -> dict[str, Any]:
@@ -287,28 +258,29 @@ class TrajectoryStore:
             raise InputError(f"{self.path}: teacher {teacher} is asked for, 0 to {len(self) - 1} are recorded")
         return TensorFile(self.files[teacher], kind=KIND)
 
+    def _read(self, file: TensorFile, teacher: int, epoch: int) -> Tensor:
+        if not 0 <= epoch <= self.lengths[teacher]:
+            raise InputError(f"{file.path}: epoch {epoch} is asked for, 0 to {self.lengths[teacher]} are recorded")
+        is_new = (teacher, epoch) not in self._checked
+        weights = file.read(epoch_name(epoch), verify=is_new)
+        if is_new:
+            check_finite(weights, epoch_name(epoch), file.path)
+            self._checked.add((teacher, epoch))
+        return weights
+
     def segment(self, teacher: int, start_epoch: int, expert_epochs: int) -> Segment:
         """Read the two ends of a segment and nothing else.
 
         Args:
             teacher: index, 0 <= teacher < len(store).
             start_epoch: t, >= 0.
-            expert_epochs: m; t + m is at most ``epochs``.
+            expert_epochs: m; t + m is at most the teacher's length.
 
         Raises:
-            InputError: for what was not recorded, or a file that broke since the store was opened.
+            InputError: for an epoch that was not recorded, or a file that broke since the store was opened.
         """
-        if start_epoch < 0 or expert_epochs < 1 or start_epoch + expert_epochs > self.epochs:
-            raise InputError(
-                f"{self.path}: epochs {start_epoch} to {start_epoch + expert_epochs} are asked for, 0 to {self.epochs} "
-                "are recorded"
-            )
         file = self._file(teacher)
-        ends = [epoch_name(epoch) for epoch in (start_epoch, start_epoch + expert_epochs)]
-        segment = Segment(*(file[name] for name in ends))
-        for name, weights in zip(ends, segment, strict=True):
-            check_finite(weights, name, file.path)
-        return segment
+        return Segment(*(self._read(file, teacher, epoch) for epoch in (start_epoch, start_epoch + expert_epochs)))
 
     def weights(self, teacher: int, epoch: int) -> Tensor:
         """Read the weights of a teacher after an epoch, 0 being its initialisation: (P,).
@@ -316,21 +288,17 @@ class TrajectoryStore:
         Raises:
             InputError: for an epoch that was not recorded, or weights that are not finite.
         """
-        file = self._file(teacher)
-        if not 0 <= epoch <= self.lengths[teacher]:
-            raise InputError(f"{file.path}: epoch {epoch} is asked for, 0 to {self.lengths[teacher]} are recorded")
-        weights = file[epoch_name(epoch)]
-        check_finite(weights, epoch_name(epoch), file.path)
-        return weights
+        return self._read(self._file(teacher), teacher, epoch)
 
     def trained(self, teacher: int) -> Tensor:
         """Read the weights of a teacher after its last epoch: (P,)."""
-        return self._file(teacher)[epoch_name(self.lengths[teacher])]
+        file = self._file(teacher)
+        return self._read(file, teacher, self.lengths[teacher])
 
     def trajectory(self, teacher: int) -> Tensor:
         """Read a whole teacher: (E + 1, P) for the E epochs that it has."""
         file = self._file(teacher)
-        return torch.stack([file[epoch_name(epoch)] for epoch in range(self.lengths[teacher] + 1)])
+        return torch.stack([self._read(file, teacher, epoch) for epoch in range(self.lengths[teacher] + 1)])
 
 
 def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor], metadata: Mapping[str, Any]) -> Path:
@@ -339,8 +307,8 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
     Args:
         folder: of the store; made where it is missing.
         teacher: its number.
-        snapshots: weights at initialisation and after every epoch, (P,) each. One of them is in memory at a time, if
-            the sequence reads or computes each when it is asked for.
+        snapshots: weights at initialisation and after every epoch, (P,) each; those that are read from files take no
+            memory.
         metadata: what the store records of the teacher; "epochs" and "teacher" are added.
 
     Returns:
@@ -351,25 +319,18 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
         DivergenceError: if an epoch is not finite, or equal to the one before: such a trajectory matches nothing. No
             file is written.
     """
-    hashes: list[str] = []
-
-    def checked(epoch: int) -> Tensor:
-        weights = snapshots[epoch].detach().cpu().contiguous()
+    path, tensors, before = teacher_file(folder, teacher), {}, None
+    recorded = {**metadata, "teacher": teacher, "epochs": len(snapshots) - 1}
+    check_metadata(recorded, TEACHER_METADATA, f"{path}: not written", required=("network",))
+    for epoch, weights in enumerate(snapshots):
         if not bool(torch.isfinite(weights).all()):
             raise DivergenceError(f"teacher {teacher} diverged, its weights are not finite; lower its lr")
-        hashes.append(fingerprint(weights))  # takes less memory than the epoch before
-        if epoch and hashes[epoch] == hashes[epoch - 1]:
+        if before is not None and torch.equal(weights, before):
             raise DivergenceError(
                 f"teacher {teacher}: epochs {epoch - 1} and {epoch} left the same weights; raise its lr"
             )
-        return weights
-
-    path, epochs = teacher_file(folder, teacher), len(snapshots) - 1
-    dtype, shape = snapshots[0].dtype, snapshots[0].shape
-    layout = [(epoch_name(epoch), dtype, shape) for epoch in range(epochs + 1)]
-    recorded = {**metadata, "teacher": teacher, "epochs": epochs}
-    check_metadata(recorded, TEACHER_METADATA, f"{path}: not written", required=("network",))
-    write_in_turn(path, layout, map(checked, range(epochs + 1)), kind=KIND, metadata=recorded)
+        tensors[epoch_name(epoch)] = before = weights
+    write_tensors(path, tensors, kind=KIND, metadata=recorded)
     return path
 
 

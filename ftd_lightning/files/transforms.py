@@ -5,14 +5,15 @@ Convention: pictures are float32 in [0, 1], (N, C, H, W); images lie around 0 an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from ftd_lightning.contracts import ImageTransform as ImageTransform  # noqa: TC001
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, write_tensors
-from ftd_lightning.files.schema import check_transform, refuse
+from ftd_lightning.files.schema import check_tensor, is_number, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ class Standardization:
 
     Args:
         mean: C values, of pictures in [0, 1].
-        std: C values, likewise.
+        std: C values above 0.
 
     Example:
         >>> t = Standardization([0.5], [0.25])
@@ -52,12 +53,34 @@ class Standardization:
         return images * std + mean
 
     def describe(self) -> dict[str, Any]:
-        """Name the constants."""
+        """Return the constants."""
         return {"kind": "standardization", "mean": self.mean, "std": self.std}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return nothing: the description has all constants."""
         return {}
+
+    @staticmethod
+    def check(
+        description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: object, shape: Sequence[int] | None
+    ) -> None:
+        """Refuse constants that make no sense; see :func:`check_transform`."""
+        for key, low in (("mean", -math.inf), ("std", 0.0)):
+            values = description.get(key)
+            if not isinstance(values, list) or not values or not all(is_number(value, low) for value in values):
+                refuse(where, f"transform.{key}", f"is {values!r:.60}, finite numbers, one per channel, are needed")
+        if 0 in description["std"]:
+            refuse(where, "transform.std", "has a 0, standard deviations are above 0")
+        channels = len(description["mean"])
+        if len(description["std"]) != channels:
+            refuse(where, "transform", "has another number of means than of standard deviations")
+        if shape is not None and channels not in (1, shape[0]):
+            refuse(where, "transform", f"has {channels} channels, the images have {shape[0]}")
+
+    @classmethod
+    def build(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Build from what :meth:`describe` returned."""
+        return cls(description["mean"], description["std"])
 
 
 class Whitening:
@@ -95,13 +118,8 @@ class Whitening:
         from kornia.enhance import ZCAWhitening  # takes half a second to import, which few runs need
 
         zca = ZCAWhitening(eps=eps, compute_inv=True).fit(pictures)
-        return cls(
-            zca.mean_vector,
-            zca.transform_inv,
-            eps=eps,
-            fitted_on=fitted_on or fingerprint(pictures),
-            matrix=zca.transform_matrix,
-        )
+        name = fitted_on or fingerprint(pictures)
+        return cls(zca.mean_vector, zca.transform_inv, eps=eps, fitted_on=name, matrix=zca.transform_matrix)
 
     @property
     def matrix(self) -> Tensor:
@@ -120,12 +138,32 @@ class Whitening:
         return (images.flatten(1) @ self.inverse.to(images) + self.mean.to(images)).view_as(images)
 
     def describe(self) -> dict[str, Any]:
-        """Name eps and the pictures that it was fitted on; the matrices follow from them."""
+        """Return eps and the fingerprint of the pictures that it was fitted on, from which the matrices follow."""
         return {"kind": "zca", "eps": self.eps, "fitted_on": self.fitted_on}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return "mean" (1, D) and "inverse" (D, D), from which W follows: one matrix travels instead of two."""
         return {"mean": self.mean, "inverse": self.inverse}
+
+    @staticmethod
+    def check(
+        description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: object, shape: Sequence[int] | None
+    ) -> None:
+        """Refuse a description or tensors that make no whitening; see :func:`check_transform`."""
+        if not is_number(description.get("eps"), 0):
+            refuse(where, "transform.eps", f"is {description.get('eps')!r:.60}, a number of at least 0 is needed")
+        if not isinstance(description.get("fitted_on"), str):
+            refuse(where, "transform.fitted_on", "is missing; make it again")
+        for name in ("mean", "inverse"):
+            if name not in tensors:
+                refuse(where, f"transform.{name}", "is missing; make it again")
+        values = len(tensors["inverse"]) if tensors["inverse"].ndim else 0
+        check_tensor(tensors["mean"], "transform.mean", where, (1, values))
+        for name in ("inverse", "matrix"):
+            if name in tensors:
+                check_tensor(tensors[name], f"transform.{name}", where, (values, values))
+        if shape is not None and values != math.prod(shape):
+            refuse(where, "transform", f"is of {values} values per image, the images have {math.prod(shape)}")
 
     def save(self, path: Path) -> None:
         """Write mean and both matrices to a file."""
@@ -141,31 +179,47 @@ class Whitening:
         """
         file = TensorFile(path, kind="whitening")
         tensors = {name: file[name] for name in ("mean", "inverse", "matrix")}
-        check_transform(file.metadata.get("transform"), tensors, path)
-        if file.metadata["transform"].get("kind") != "zca":
+        transform = load_transform(file.metadata.get("transform"), tensors, where=path)
+        if not isinstance(transform, cls):
             refuse(path, "transform.kind", "is not zca; make it again")
-        return cls.build(file.metadata["transform"], tensors)
+        return transform
 
     @classmethod
-    def build(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Whitening:
+    def build(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """Build from a description and tensors; "matrix" may be missing."""
-        return cls(
-            tensors["mean"],
-            tensors["inverse"],
-            eps=description["eps"],
-            fitted_on=description["fitted_on"],
-            matrix=tensors.get("matrix"),
-        )
+        eps, fitted_on, matrix = description["eps"], description["fitted_on"], tensors.get("matrix")
+        return cls(tensors["mean"], tensors["inverse"], eps=eps, fitted_on=fitted_on, matrix=matrix)
 
 
-def load_transform(
-    description: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: object = "this file"
-) -> ImageTransform:
+KINDS: dict[str, type[Standardization | Whitening]] = {"standardization": Standardization, "zca": Whitening}
+
+
+def check_transform(
+    description: Any, tensors: Mapping[str, Tensor], where: object, shape: Sequence[int] | None = None
+) -> None:
+    """Refuse the description of a transform that cannot be built; of a kind that is not known here, nothing is checked.
+
+    Args:
+        description: as from the transform's ``describe()``.
+        tensors: as from the transform's ``tensors()``.
+        where: names the file in messages.
+        shape: (C, H, W) of the images, where they are known.
+
+    Raises:
+        InputError: naming the field.
+    """
+    if not isinstance(description, dict):
+        refuse(where, "transform", f"is {description!r:.60}, a mapping is needed; make it again")
+    if kind := KINDS.get(str(description.get("kind"))):
+        kind.check(description, tensors, where, shape)
+
+
+def load_transform(description: Any, tensors: Mapping[str, Tensor], *, where: object = "this file") -> ImageTransform:
     """Build a transform again from what its ``describe()`` and ``tensors()`` returned.
 
     Args:
         description: of the transform.
-        tensors: of the transform.
+        tensors: of the transform; the "matrix" of a whitening may be missing.
         where: names the file in messages.
 
     Raises:
@@ -177,9 +231,9 @@ def load_transform(
         True
     """
     check_transform(description, tensors, where)
-    kind = description.get("kind")
-    if kind == "standardization":
-        return Standardization(description["mean"], description["std"])
-    if kind == "zca":
-        return Whitening.build(description, tensors)
-    raise InputError(f"{where}: has the unknown image transform {kind!r:.60}: it needs a newer ftd_lightning")
+    kind = KINDS.get(str(description.get("kind")))
+    if kind is None:
+        raise InputError(
+            f"{where}: has the unknown image transform {description.get('kind')!r:.60}: it needs a newer ftd_lightning"
+        )
+    return kind.build(description, tensors)
