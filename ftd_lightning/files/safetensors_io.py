@@ -116,11 +116,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, kind: str, metad
 
     Args:
         path: the file; its folder is made.
-        tensors: on any device, of any layout in memory; no two of them overlap.
+        tensors: on any device, of any layout in memory.
         kind: the kind of file, e.g. "synthetic_set".
         metadata: anything that JSON holds.
     """
-    written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    written: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().contiguous()
+        shared = any(values.data_ptr() == other.data_ptr() for other in written.values())
+        written[name] = values.clone() if shared else values  # save_file refuses one tensor of two names
     checksums = {name: _tensor_checksum(tensor) for name, tensor in written.items()}
     header = {**metadata, "kind": kind, "format": FORMAT, "checksums": checksums, "checksum": UNKNOWN}
     header["checksum"] = _checksum(json.dumps(header, sort_keys=True).encode())
