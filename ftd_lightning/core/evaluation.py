@@ -1,9 +1,9 @@
-"""Real images to measure on, copied to the device once."""
+"""Evaluation of a synthetic set: fresh networks trained on it, and their accuracy on real images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -14,16 +14,12 @@ from ftd_lightning.contracts import Images
 from ftd_lightning.core.losses import SideBySide
 from ftd_lightning.core.networks import right_answers
 from ftd_lightning.core.ranks import from_all_ranks
-from ftd_lightning.core.results import summary
 from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on
-from ftd_lightning.files.safetensors_io import replacing, write_json
-from ftd_lightning.files.schema import per_cent
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -31,8 +27,14 @@ if TYPE_CHECKING:
     from ftd_lightning.functional.compiling import Compile
 
 
+def on_device(images: Images, device: torch.device) -> Images:
+    """Copy images to a device, or leave them in host memory where they do not fit there."""
+    place = device if fits_on(device, images.images) else torch.device("cpu")
+    return Images(images.images.to(place), images.labels.to(place))
+
+
 class PartsOnDevice:
-    """Gives the parts of a data source on a device. A part that does not fit there stays in host memory.
+    """Gives the parts of a data source, copied to a device once.
 
     Args:
         source: of real images.
@@ -47,9 +49,7 @@ class PartsOnDevice:
     def __call__(self, name: Part) -> Images:
         """Return a part, (N, C, H, W) images and (N,) labels."""
         if name not in self._parts:
-            part = self.source.part(name)
-            place = self.device if fits_on(self.device, part.images) else part.images.device
-            self._parts[name] = Images(part.images.to(place), part.labels.to(place))
+            self._parts[name] = on_device(self.source.part(name), self.device)
         return self._parts[name]
 
     def accuracies(self, networks: Sequence[nn.Module], count: int) -> dict[Part, Tensor]:
@@ -57,18 +57,17 @@ class PartsOnDevice:
 
         Args:
             networks: of this rank, as ``ranks.own_share`` deals them out; their modes (training, evaluation) stay.
-            count: how many there are on all ranks.
+            count: number of networks on all ranks.
 
         Returns:
             The share of correct classifications of each of all networks, (count,) float32 on the CPU.
         """
         modes = [(module, module.training) for network in networks for module in network.modules()]
         parts: tuple[Part, ...] = ("val", "test")
-        real = {part: self(part) for part in parts}
         measured = {
-            part: torch.tensor(from_all_ranks(accuracies(networks, *images), count))
-            for part, images in real.items()
-            if len(images.labels)
+            part: torch.tensor(from_all_ranks(accuracies(networks, *self(part)), count))
+            for part in parts
+            if len(self(part).labels)
         }
         for module, training in modes:
             module.training = training
@@ -81,7 +80,7 @@ DEFAULT_LR = 0.01  # of this line's code, for sets without a learned step size
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """How a fresh network is trained on a synthetic set; the defaults are those behind the published numbers.
+    """Training of a fresh network on a synthetic set; the published numbers were made with the defaults.
 
     Attributes:
         epochs: over the set.
@@ -216,53 +215,3 @@ def mean_and_std(values: Tensor) -> dict[str, float | int]:
     """
     values = values.double()
     return {"mean": float(values.mean()), "std": float(values.std(correction=0)), "n": len(values)}
-
-
-def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str, Any]:
-    """Summarise the test accuracy of other iterates than the last: chosen on held-out images, and best on test.
-
-    Args:
-        history: measurements during training, each with accuracies "held_out" and "test" of every network.
-        last: test accuracy of every network after the last epoch, (n,).
-
-    Returns:
-        "chosen_on_held_out", which is honest, and "best_on_test", which is chosen on what it is measured on and thus
-        only an upper bound. Empty without a history.
-
-    Example:
-        >>> history = [{"held_out": [0.9], "test": [0.6]}, {"held_out": [0.8], "test": [0.7]}]
-        >>> chosen = choose_iterates(history, torch.tensor([0.5]))
-        >>> round(chosen["chosen_on_held_out"]["mean"], 3), round(chosen["best_on_test"]["mean"], 3)
-        (0.6, 0.7)
-    """
-    if not history:
-        return {}
-    held_out, test = (torch.tensor([entry[part] for entry in history]) for part in ("held_out", "test"))
-    chosen = test.gather(0, held_out.argmax(0, keepdim=True))[0]
-    best = torch.maximum(test.max(0).values, last.cpu())
-    return {"chosen_on_held_out": mean_and_std(chosen), "best_on_test": mean_and_std(best)}
-
-
-def markdown_table(results: dict[str, Any]) -> str:
-    """Format the results of an evaluation as a Markdown table, in per cent."""
-    (method, last), *_ = results["accuracy"].items()
-    chosen = "chosen on held-out images" + (" (seen by the set)" if results.get("held_out_seen") else "")
-    columns = {
-        "last iterate": last,
-        chosen: results.get("chosen_on_held_out"),
-        "best on test (an upper bound)": results.get("best_on_test"),
-    }
-    cells = [per_cent(value) for value in columns.values()]
-    lines = [["set", "network", "networks", *columns], ["---"] * 6]
-    lines.append([method, str(results["settings"].get("network", "own")), str(last["n"]), *cells])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return table + (f"\n{summary(results['failed'], last['n'])}\n" if results.get("failed") else "")
-
-
-def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write the results of an evaluation as ``evaluation.json`` and as a table, ``evaluation.md``, and say so."""
-    write_json(folder / "evaluation.json", results)
-    with replacing(folder / "evaluation.md") as part:
-        part.write_text(markdown_table(results), encoding="utf-8")
-    accuracy = per_cent(next(iter(results["accuracy"].values())))
-    rank_zero_info(f"wrote {folder / 'evaluation.json'}: test accuracy {accuracy} %")

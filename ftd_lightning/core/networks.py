@@ -1,18 +1,18 @@
-"""Networks that a student cannot follow: those that draw random numbers as they run."""
+"""Networks by name, import path or function: fresh ones, and those that teachers can be matched with."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.inner_step import draws_random_numbers
 from ftd_lightning.functional.seeding import seeded
-from ftd_lightning.models.description import describe_network, parameter_shapes, same_network
+from ftd_lightning.functional.unroll import flatten_parameters, require_function
+from ftd_lightning.models.description import describe_network, same_network
 from ftd_lightning.models.registry import NETWORKS, build_network, find_network, recorded_network
 
 if TYPE_CHECKING:
@@ -20,30 +20,20 @@ if TYPE_CHECKING:
     from ftd_lightning.files.trajectory_store import TrajectoryStore
 
 
-KINDS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-
-def refuse_dropout(network: nn.Module, images: Tensor | None = None) -> None:
+def refuse_dropout(network: nn.Module, images: Tensor) -> None:
     """Refuse a network with dropout, in whatever form, before hours are spent on its teachers.
 
     Args:
         network: in training mode.
-        images: (N, C, H, W), a few that it takes; None looks for dropout modules only.
+        images: (N, C, H, W), a few that it takes.
 
     Raises:
         InputError: for such a network.
 
     Example:
-        >>> refuse_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)))
+        >>> refuse_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), torch.ones(1, 2))
     """
-    for name, part in network.named_modules():
-        if isinstance(part, KINDS) and part.p > 0:
-            raise InputError(f"network has dropout ({name!r}): a student must be a function of its weights; set p to 0")
-    if images is not None and draws_random_numbers(network, images):
-        raise InputError(
-            f"{type(network).__name__} draws random numbers (dropout, drop path): a student must be a function of its "
-            "weights; switch that off"
-        )
+    require_function(network, flatten_parameters(network), images, torch.arange(len(images)))
 
 
 Network = str | nn.Module | Callable[[], nn.Module]
@@ -67,7 +57,7 @@ class FreshNetworks:
         self.options = dict(options or {})
         self.shape = shape
         if isinstance(network, str):
-            find_network(network)  # an unknown name is told before anything else is done
+            find_network(network)  # refuses an unknown name before anything else is done
             if shape is None:
                 raise InputError(
                     f"network {network!r} needs to know the images: fit with a DistillationDataModule (from_datamodule "
@@ -145,29 +135,22 @@ def student_networks(
     fresh = FreshNetworks(network, options, store.shape or shape)
     described = fresh.describe()
     if not same_network(recorded, described):
+        theirs, ours = (f"{one['name']}({_listed(one.get('options', {}))})" for one in (recorded, described))
         raise InputError(
-            f"{store.path}: its teachers are {_in_words(recorded)}, which has other parameters than "
-            f"{_in_words(described)}; change network and network_options or record other teachers"
-        )
-    weights = sum(math.prod(size) for _, size in parameter_shapes(described))
-    if weights != store.num_parameters:
-        raise InputError(
-            f"{store.path}: its teachers have {store.num_parameters} weights, but their network has {weights}; record "
-            "them again"
+            f"{store.path}: its teachers are {theirs}, which has other parameters than {ours}; change network and "
+            "network_options or record other teachers"
         )
     return fresh
 
 
-def _in_words(description: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{key}={value}" for key, value in description.get("options", {}).items())
-    return f"{description['name']}({options})"
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
 def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
     """Mark correct classifications: (N,) float, 1 or 0, for logits (N, K) and classes (N,).
 
     Example:
-        >>> import torch
         >>> right_answers(torch.eye(2), torch.tensor([0, 0]))
         tensor([1., 0.])
     """

@@ -1,7 +1,7 @@
-"""What each process of a parallel fit keeps to itself: teachers and fresh networks share no gradient between ranks.
+"""Ranks that train networks of their own: teachers and fresh networks share no gradient.
 
-Lightning's DDP makes all ranks equal: it broadcasts the first one's weights when it wraps a module, averages gradients,
-and saves the first one's state alone. Here each rank's own state is put back and saved beside the others'.
+Lightning's DDP makes all ranks equal: it broadcasts the first rank's weights when it wraps a module, averages gradients
+and saves the first rank's state only. Here each rank's own state is restored and saved with the others'.
 """
 
 from __future__ import annotations
@@ -65,13 +65,21 @@ def without_gradient_sync(trainer: Trainer) -> AbstractContextManager[None]:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
+def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
+    """Average a tensor over all ranks; the host does not wait."""
+    if world_size == 1:
+        return value
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total)  # not the strategy's, which makes the host wait for all ranks before
+    return total / world_size
+
+
 def average_over_ranks(trainer: Trainer, gradients: list[Tensor]) -> None:
     """Average gradients over all processes, in place, by one reduction."""
     if trainer.world_size > 1:
-        total = flat(gradients)
-        torch.distributed.all_reduce(total)  # not the strategy's, which makes the host wait for all ranks before
-        for gradient, mean in zip(gradients, views(total / trainer.world_size, gradients), strict=True):
-            gradient.copy_(mean)
+        mean = mean_over_ranks(flat(gradients), trainer.world_size)
+        for gradient, part in zip(gradients, views(mean, gradients), strict=True):
+            gradient.copy_(part)
 
 
 def refuse_split_loaders(trainer: Trainer, *, or_else: str) -> None:
@@ -104,7 +112,7 @@ class RankStates:
         self.kept: dict[str, Any] | None = None
 
     def keep(self, module: LightningModule) -> None:
-        """Remember the weights as they are, before DDP wraps the module; and keep its hands off the buffers."""
+        """Save this rank's weights before DDP broadcasts rank 0's, and exclude buffers from the broadcast."""
         self.kept = {name: value.detach().clone() for name, value in module.state_dict().items()}
         # DDP copies the first rank's buffers (running statistics) to the others before a forward pass. Its switch for
         # single buffers has no public form; broadcast_buffers belongs to the user's strategy.
@@ -112,7 +120,7 @@ class RankStates:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
 
     def restore(self, module: LightningModule) -> None:
-        """Put them back, once DDP has wrapped the module."""
+        """Put the saved weights back once DDP has wrapped the module."""
         if self.kept is not None:
             module.load_state_dict(self.kept)
             self.kept = None
@@ -143,7 +151,7 @@ class RankStates:
         return joined
 
     def load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Replace what a checkpoint says of the first rank by what it says of this one.
+        """Replace the first rank's state in a checkpoint by this rank's.
 
         Raises:
             InputError: for a checkpoint of another number of ranks.
@@ -156,14 +164,5 @@ class RankStates:
             )
         if states:
             checkpoint.update(states[module.global_rank])
-        # In one process too: what was kept before is what the module was built with.
+        # In one process too: the weights kept before are those of the construction.
         self.kept = dict(checkpoint["state_dict"])
-
-
-def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
-    """Average a tensor over all ranks; the host does not wait."""
-    if world_size == 1:
-        return value
-    total = value.detach().clone()
-    torch.distributed.all_reduce(total)
-    return total / world_size

@@ -1,4 +1,4 @@
-"""Results of evaluations: did the networks learn, did the set see the held-out images."""
+"""Results of an evaluation: failed networks, held-out images that the set has seen, chosen iterates, files."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.functional import cross_entropy
 
+from ftd_lightning.core.evaluation import mean_and_std
 from ftd_lightning.core.ranks import from_all_ranks
+from ftd_lightning.files.safetensors_io import replacing, write_json
+from ftd_lightning.files.schema import per_cent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from lightning.pytorch import Trainer
     from torch import Tensor, nn
@@ -144,3 +148,53 @@ def held_out_seen(of_set: Any, here: Any) -> bool:
     if any(of_set.get(key) != here.get(key) for key in ("name", "fingerprint") if key in of_set and key in here):
         return False
     return any(of_set.get(key) != here.get(key) for key in ("val_fraction", "seed", "max_per_class"))
+
+
+def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str, Any]:
+    """Summarise the test accuracy of other iterates than the last: chosen on held-out images, and best on test.
+
+    Args:
+        history: measurements during training, each with accuracies "held_out" and "test" of every network.
+        last: test accuracy of every network after the last epoch, (n,).
+
+    Returns:
+        "chosen_on_held_out", which is honest, and "best_on_test", which is chosen on what it is measured on and thus
+        only an upper bound. Empty without a history.
+
+    Example:
+        >>> history = [{"held_out": [0.9], "test": [0.6]}, {"held_out": [0.8], "test": [0.7]}]
+        >>> chosen = choose_iterates(history, torch.tensor([0.5]))
+        >>> round(chosen["chosen_on_held_out"]["mean"], 3), round(chosen["best_on_test"]["mean"], 3)
+        (0.6, 0.7)
+    """
+    if not history:
+        return {}
+    held_out, test = (torch.tensor([entry[part] for entry in history]) for part in ("held_out", "test"))
+    chosen = test.gather(0, held_out.argmax(0, keepdim=True))[0]
+    best = torch.maximum(test.max(0).values, last.cpu())
+    return {"chosen_on_held_out": mean_and_std(chosen), "best_on_test": mean_and_std(best)}
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """Format the results of an evaluation as a Markdown table, in per cent."""
+    (method, last), *_ = results["accuracy"].items()
+    chosen = "chosen on held-out images" + (" (seen by the set)" if results.get("held_out_seen") else "")
+    columns = {
+        "last iterate": last,
+        chosen: results.get("chosen_on_held_out"),
+        "best on test (an upper bound)": results.get("best_on_test"),
+    }
+    cells = [per_cent(value) for value in columns.values()]
+    lines = [["set", "network", "networks", *columns], ["---"] * 6]
+    lines.append([method, str(results["settings"].get("network", "own")), str(last["n"]), *cells])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return table + (f"\n{summary(results['failed'], last['n'])}\n" if results.get("failed") else "")
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write the results of an evaluation as ``evaluation.json`` and as a table, ``evaluation.md``, and say so."""
+    write_json(folder / "evaluation.json", results)
+    with replacing(folder / "evaluation.md") as part:
+        part.write_text(markdown_table(results), encoding="utf-8")
+    accuracy = per_cent(next(iter(results["accuracy"].values())))
+    rank_zero_info(f"wrote {folder / 'evaluation.json'}: test accuracy {accuracy} %")

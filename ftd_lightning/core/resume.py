@@ -84,18 +84,18 @@ def refuse_own_network(source: str | Path | IO[bytes]) -> None:
 
 
 def mend_progress(checkpoint: dict[str, Any]) -> None:
-    """Rewrite the progress of a fit in a checkpoint, in place.
+    """Rewrite the progress of a fit in a checkpoint, in place, so that the fit resumes exactly.
 
-    Four moments at which checkpoints are saved:
+    A checkpoint is saved at one of four moments:
 
-    - inside an epoch, after a batch: left as it is;
-    - after the last batch of an epoch, before or after its validation: the batch counts as done, the validation is run
+    - inside an epoch, after a batch: nothing changes;
+    - after the last batch of an epoch, before or after its validation: the batch counts as done, the validation runs
       (again), because its metrics are not part of a checkpoint, and the hooks at the epoch's end follow;
     - in ``on_train_epoch_end`` after all batches: the epoch counts as done;
     - in ``on_train_epoch_end`` of an epoch that was cut short, or after it: the epoch is still in progress.
 
     Args:
-        checkpoint: as Lightning loads it; one without loops (weights only) is left as it is.
+        checkpoint: as Lightning 2.6 loads it; one without loops (weights only) stays as it is.
     """
     fit_loop = checkpoint.get("loops", {}).get("fit_loop")
     if fit_loop is None:
@@ -136,12 +136,12 @@ def _restart(validation: Counts, *, started: int) -> None:
     validation["is_last_batch"] = False
 
 
-# Settings of a module that decide no result. Of a trainer, only precision and gradient_clip_val are compared. A
-# FlatTeacher's number of teachers and the place of a trajectory store are not compared: its settings leave them out.
+# Settings of a module that decide no result. Its settings leave out a FlatTeacher's number of teachers and the place of
+# a trajectory store.
 HARMLESS = ("compile", "iterations_per_epoch")
-LIMITS = ("rounds",)  # how far a fit goes: it may go further
-CONTENTS = ("dataset", "transform", "shape", "class_names")  # of the images, which are compared
-# Settings of a DistillationDataModule that say where its images lie.
+LIMITS = ("rounds",)  # a resumed fit may go further
+CONTENTS = ("dataset", "transform", "shape", "class_names")  # of the images: these are compared
+# Settings of a DistillationDataModule about the place of its images.
 PLACES = ("root", "cache_dir", "download", "on_device", "num_workers", "trajectories", "synthetic")
 
 
@@ -163,9 +163,7 @@ def _changes(name: str, before: Any, now: Any) -> Iterator[str]:
 def refuse_changes(
     before: Mapping[str, Any], now: Mapping[str, Any], *, free: Container[str] = (), prefix: str = ""
 ) -> None:
-    """Refuse values that differ from those of a checkpoint.
-
-    Values are compared as JSON gives them back. A key that only one side has is another version's.
+    """Refuse values that differ from a checkpoint's, compared as JSON gives them back; keys of one side only pass.
 
     Args:
         before: values of the fit that made the checkpoint.
@@ -191,7 +189,7 @@ def refuse_changes(
 def refuse_other_data(
     before: Mapping[str, Any], now: Mapping[str, Any], options: Mapping[str, Any], trainer: Trainer
 ) -> None:
-    """Refuse to resume with other images, or with another set in their place.
+    """Refuse to resume with other images, or with another set instead of them.
 
     Args:
         before: "data" and "set" as the checkpoint holds them.

@@ -16,17 +16,15 @@ from ftd_lightning.core.arguments import not_plain, plain
 from ftd_lightning.core.evaluation import (
     EvaluationProtocol,
     PartsOnDevice,
-    choose_iterates,
     learned_lr,
     mean_and_std,
     set_lr,
-    write_results,
 )
 from ftd_lightning.core.losses import SideBySide
 from ftd_lightning.core.module import EVALUATION, PhaseModule, allowed_epochs, run_folder
 from ftd_lightning.core.networks import Network, refuse_object, right_answers
 from ftd_lightning.core.ranks import RankStates, from_all_ranks, own_share, refuse_split_loaders, without_gradient_sync
-from ftd_lightning.core.results import check_learning, held_out_seen
+from ftd_lightning.core.results import check_learning, choose_iterates, held_out_seen, write_results
 from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile

@@ -217,7 +217,8 @@ class FlatTeacher(PhaseModule):
         """Build the network and its metrics."""
         self.fresh = self.own_networks(self._architecture, self.hparams["network_options"])
         self.network = self.fresh.build(self.hparams["seed"], "teacher", 0)
-        refuse_dropout(self.network, None if self.data is None else self.data.shape.zeros(2))
+        if self.data is not None:
+            refuse_dropout(self.network, self.data.shape.zeros(2))
         # A look for NaN would wait for the device in every step. With teachers of its own a rank measures them alone.
         mean = partial(MeanMetric, nan_strategy="disable", sync_on_compute=not self.independent_ranks)
         self.train_loss, self.train_accuracy, self.val_accuracy = mean(), mean(), mean()
