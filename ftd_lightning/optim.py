@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.functional.gradient_matching import batch_norms
-from ftd_lightning.functional.gsam import flat, gsam_direction, gsam_perturbation, views
+from ftd_lightning.functional.gsam import flatten, gsam_direction, gsam_perturbation, unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -129,7 +129,7 @@ class GSAM(Optimizer):
         if settings["rho"] > 0 and parameters:
             gradients = self._gradients(parameters)
             perturbation = gsam_perturbation(parameters, gradients, rho=settings["rho"], adaptive=settings["adaptive"])
-            weights = flat(parameters)
+            weights = flatten(parameters)
             torch._foreach_add_(parameters, perturbation)
             self.zero_grad()
             self.perturbed = True
@@ -138,7 +138,7 @@ class GSAM(Optimizer):
                 perturbed_gradients = self._gradients(parameters)
             finally:
                 self.perturbed = False
-                torch._foreach_copy_(parameters, views(weights, parameters))
+                torch._foreach_copy_(parameters, unflatten(weights, parameters))
             direction = gsam_direction(gradients, perturbed_gradients, alpha=settings["alpha"])
             for parameter, value in zip(parameters, direction, strict=True):
                 parameter.grad = value

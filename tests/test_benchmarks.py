@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from benchmarks import (
-    choices,
     evaluation,
     matching,
     measure,
@@ -173,20 +172,15 @@ def test_what_is_written(tmp_path, tiny, capsys):
     assert [case["steps"] for case in content["details"]["matching"]["cases"]] == [1, 3]
     assert table.strip() in capsys.readouterr().out
     assert table.count("\n| ") == 1 + len(content["rows"])
-    assert content["choices"] == [], "eager alone has none"
     assert (tmp_path / "unroll.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
-def test_both_paths_are_measured_and_that_of_auto_is_said(tmp_path, tiny):
+def test_both_paths_are_measured(tmp_path, tiny):
     parts = ["teacher", "matching", "evaluation"]
-    content, table = written(tmp_path, "--compile", "--parts", *parts)
+    content, _ = written(tmp_path, "--compile", "--parts", *parts)
     timed = {(row["part"], row["quantity"]) for row in content["rows"] if "time" in row["quantity"]}
     assert len(timed) == 2 * len(parts)
-    assert {choice["part"] for choice in content["choices"]} == set(parts)
-    assert all(choice["compile_seconds"] > 0 for choice in content["choices"])
-    assert table.count("\n| ") == 2 + len(content["rows"]) + len(content["choices"])
-    assert choices.HEAD in table
 
 
 def test_scaling_has_every_point_of_every_curve(tmp_path, tiny):
@@ -224,33 +218,6 @@ def test_ranks_share_the_teachers():
     assert len(seconds) == 2
     assert found["seconds"] == max(seconds)
     assert found["mib"] == pytest.approx(sum(memory))
-
-
-def test_which_path_is_the_faster_is_said_of_the_whole_fit():
-    def choice(compiled, compile_seconds, auto):
-        rows = (measure.Row("evaluation", "", "", "s", ours, [2.0, 2.0]) for ours in ([2.0, 1.8], compiled))
-        return choices.Choice("evaluation", "case", "100 epochs", 100, *rows, compile_seconds, auto).summary()
-
-    right = choice([1.0, 0.8], 50.0, auto=True)
-    assert right["seconds"] == pytest.approx({"eager": 190.0, "compiled": 140.0})
-    assert (right["faster"], right["right"], right["speed_up"]) == ("compiled", True, 2.25)
-    assert "| compiled | compiled | 2.25x (2.00 to 2.50), " in choices.line(right)
-    wrong = choice([1.0, 0.8], 150.0, auto=True)
-    assert (wrong["faster"], wrong["right"]) == ("eager", False)
-    even = choice([1.0, 0.8], 101.0, auto=True)
-    assert (even["faster"], even["right"]) == ("no clear difference", True)
-
-
-def test_a_goal_that_only_some_pairs_reach_is_undecided():
-    found = [choices.against_goal({"goal": 1.5, "range": pair}) for pair in ([1.5, 2.0], [1.0, 1.4], [1.4, 1.6])]
-    assert found == ["1.5x reached", "1.5x missed", "1.5x undecided"]
-
-
-def test_no_path_is_the_faster_beyond_the_memory():
-    rows = [measure.Row("matching", "", "", "s", ours, []) for ours in ([1.0], [])]
-    found = choices.Choice("matching", "case", "fit", 10, *rows, 3.0, auto=False).summary()
-    assert found["faster"] is None
-    assert choices.line(found).endswith("| - | - | 3 | eager | - | - |")
 
 
 def test_the_clock_is_that_of_the_wall_or_of_the_process(monkeypatch):

@@ -99,7 +99,7 @@ COMMANDS = [compare, distill, distill_source, label, reproduce, trajectory_error
 OTHERS = {
     *("ImageShape", "DataDescription", "BatchPlan", "TeacherProgress"),  # contracts
     *("ImageDataset", "Request", "Standardization", "Whitening"),  # data: what was found in files
-    *("SegmentLoader", "Watcher"),  # refuse numbers themselves
+    "SegmentLoader",  # refuses numbers itself
     "FitProgress",  # how often a bar is drawn decides nothing
 }
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import cross_entropy
 
-from ftd_lightning.core.module import CompileNotice
 from ftd_lightning.data.coresets import class_probabilities
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
-from ftd_lightning.functional.compiling import Compile, compiled, compiles, seconds_compiling
+from ftd_lightning.functional.compiling import Compile, compiled, compiles
 from ftd_lightning.functional.gsam import gsam_perturbation
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.optim import frozen_running_statistics
@@ -28,8 +27,7 @@ class TeacherPass:
     """Computes a network's loss and logits, and puts gradients in place.
 
     Compiled, forward and backward pass are one function of the weights. A batch of another size than the full one, the
-    last of an epoch, would be compiled for itself, and is passed eagerly. The first compiled pass says how long
-    compilation took.
+    last of an epoch, would be compiled for itself, and is passed eagerly.
 
     Args:
         network: on its device, in training mode.
@@ -49,12 +47,6 @@ class TeacherPass:
         self.full_batch = full_batch
         self._compiles = compiles(compile, device)
         self._run = compiled(loss_and_gradients, compile=compile, device=device)
-        self._notice = CompileNotice("the teacher's pass")
-
-    @property
-    def compile_seconds(self) -> float:
-        """Seconds that compilation took so far."""
-        return seconds_compiling(self._run)
 
     def __call__(
         self, images: Tensor, labels: Tensor, *, perturbed: bool, backward: Callable[[Tensor], None]
@@ -81,7 +73,6 @@ class TeacherPass:
         weights = [p for p in self.network.parameters() if p.requires_grad]
         with torch.no_grad():
             loss, logits, *results = self._run(self.network, images, labels, *weights)
-            self._notice(self.compile_seconds)
             for weight, gradient in zip(weights, results, strict=False):
                 weight.grad = gradient
             if not perturbed:
@@ -173,12 +164,6 @@ class SideBySide:
         self.rho = rho
         self._compiles = compiles(compile, device)
         self._run = compiled(loss_and_gradients, compile=compile, device=device, eager=_at_own_weights)
-        self._notice = CompileNotice("the evaluation networks' pass")
-
-    @property
-    def compile_seconds(self) -> float:
-        """Seconds that the first compiled calls took so far, compilation included."""
-        return seconds_compiling(self._run)
 
     def __call__(
         self,
@@ -221,7 +206,6 @@ class SideBySide:
         weights = [[p for p in network.parameters() if p.requires_grad] for network in networks]
         steps = [partial(step, *own) for own in zip(networks, seeds, weights, strict=True)]
         losses: Tensor = _OneByOne.apply(steps, *(p for own in weights for p in own))
-        self._notice(self.compile_seconds)
         return losses
 
     def _at_worst_point(

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -224,24 +224,6 @@ class Worth(NamedTuple):
 TEACHER = Worth(1e12, 1000)
 MATCHING = Worth(5e12, 500)
 EVALUATION = Worth(3e12, float("inf"))  # on a GPU tracing takes longer than an evaluation
-
-
-class CompileNotice:
-    """Says once on the first rank, in one line, how long compilation took, and again only where more was compiled.
-
-    Args:
-        what: was compiled.
-    """
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self._told = 0.0
-
-    def __call__(self, seconds: float) -> None:
-        """Report the seconds of all compilations so far; 0 says nothing."""
-        if seconds > self._told:
-            self._told = seconds
-            rank_zero_info(f"compiling {self.what} took {seconds:.1f} s, which are no part of its speed")
 
 
 def forward_operations(network: nn.Module, image_shape: tuple[int, ...]) -> int:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.gsam import flat, views
+from ftd_lightning.functional.gsam import flatten, unflatten
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -77,8 +77,8 @@ def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
 def average_over_ranks(trainer: Trainer, gradients: list[Tensor]) -> None:
     """Average gradients over all processes, in place, by one reduction."""
     if trainer.world_size > 1:
-        mean = mean_over_ranks(flat(gradients), trainer.world_size)
-        for gradient, part in zip(gradients, views(mean, gradients), strict=True):
+        mean = mean_over_ranks(flatten(gradients), trainer.world_size)
+        for gradient, part in zip(gradients, unflatten(mean, gradients), strict=True):
             gradient.copy_(part)
 
 

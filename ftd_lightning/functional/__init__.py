@@ -3,7 +3,6 @@
 from ftd_lightning.functional.augment import Augmentation, dsa
 from ftd_lightning.functional.compiling import compiled
 from ftd_lightning.functional.distribution_matching import (
-    Watcher,
     alignment_loss,
     class_means,
     discrimination_loss,
@@ -15,7 +14,7 @@ from ftd_lightning.functional.distribution_matching import (
 from ftd_lightning.functional.gradient_matching import batch_norms, gradient_distance, loss_gradients
 from ftd_lightning.functional.gsam import gsam_direction, gsam_perturbation
 from ftd_lightning.functional.inner_optimizers import InnerAdam, InnerOptimizer, InnerSGD
-from ftd_lightning.functional.inner_step import compile_seconds, draws_random_numbers
+from ftd_lightning.functional.inner_step import draws_random_numbers
 from ftd_lightning.functional.kernels import (
     centred_targets,
     half_squared_error,
@@ -45,14 +44,12 @@ __all__ = [
     "InnerAdam",
     "InnerOptimizer",
     "InnerSGD",
-    "Watcher",
     "accumulated_error",
     "alignment_loss",
     "batch_norms",
     "centred_targets",
     "chunked_permutations",
     "class_means",
-    "compile_seconds",
     "compiled",
     "derive_seed",
     "discrimination_loss",

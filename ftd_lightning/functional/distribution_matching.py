@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -143,9 +142,6 @@ def feature_levels(network: nn.Module, images: Tensor, *, weights: Mapping[str, 
     return [*levels, (unflattened or inputs)[-1], embedding]
 
 
-Leave = Literal["below", "above"]
-
-
 def class_means(features: Tensor, *, counts: Sequence[int]) -> Tensor:
     """Average the features of each class.
 
@@ -230,49 +226,3 @@ def discrimination_loss(real: Tensor, labels: Tensor, centres: Tensor) -> Tensor
         0.6931
     """
     return cross_entropy(real @ centres.T, labels, reduction="sum")
-
-
-class Watcher:
-    """Decides when to leave a loop of CAFE, from the spread of the last accuracies.
-
-    The outer loop (image steps) is left once accuracies settle: max - min *below* lambda_1 = 0.04. The inner one
-    (epochs on the synthetic set) is left once they have moved: max - min *above* lambda_2 = 0.03. Neither is certain to
-    happen, so a maximum ends the loop in any case.
-
-    Convention: one watcher per loop; a loop that is entered again needs a new one. Accuracies are the plain values
-    of each check (the released script adds a tenth of the previous value to the next, with 10 classes).
-
-    Args:
-        threshold: lambda, a fraction.
-        leave: "below" (outer loop) or "above" (inner loop).
-        maximum: number of updates after which to leave whatever the accuracies.
-        window: number of accuracies that are compared; with fewer, the loop continues.
-
-    Raises:
-        ValueError: for an unknown ``leave``, or a maximum or window below 1.
-
-    Example:
-        >>> watcher = Watcher(0.05, leave="below", maximum=100, window=3)
-        >>> [watcher.update(accuracy) for accuracy in (0.1, 0.3, 0.31, 0.32)]
-        [False, False, False, True]
-    """
-
-    def __init__(self, threshold: float, *, leave: Leave, maximum: int, window: int = 10) -> None:
-        if leave not in get_args(Leave):
-            raise ValueError(f"leave {leave!r} is unknown: choose from {list(get_args(Leave))}")
-        if maximum < 1 or window < 1:
-            raise ValueError(f"maximum={maximum} and window={window} must be at least 1")
-        self.threshold, self.leave, self.maximum = threshold, leave, maximum
-        self.accuracies: deque[float] = deque(maxlen=window)
-        self.updates = 0
-
-    def update(self, accuracy: float) -> bool:
-        """Record the next accuracy, a fraction, and return whether to leave the loop."""
-        self.updates += 1
-        self.accuracies.append(accuracy)
-        if self.updates >= self.maximum:
-            return True
-        if len(self.accuracies) < (self.accuracies.maxlen or 0):
-            return False
-        spread = max(self.accuracies) - min(self.accuracies)
-        return spread < self.threshold if self.leave == "below" else spread > self.threshold

@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def flat(tensors: Sequence[Tensor]) -> Tensor:
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Copy tensors into one vector: a dozen operations on it launch as many kernels, on each tensor ten times that.
 
     Example:
-        >>> flat([torch.ones(2, 2), torch.zeros(1)])
+        >>> flatten([torch.ones(2, 2), torch.zeros(1)])
         tensor([1., 1., 1., 1., 0.])
     """
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def views(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Split a vector into tensors of given shapes and dtypes, in their order; the inverse of :func:`flat`.
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Split a vector into tensors of given shapes and dtypes, in their order; the inverse of :func:`flatten`.
 
     Example:
-        >>> views(torch.arange(3.0), [torch.ones(1, 2), torch.ones(1)])
+        >>> unflatten(torch.arange(3.0), [torch.ones(1, 2), torch.ones(1)])
         [tensor([[0., 1.]]), tensor([2.])]
     """
     parts = vector.split([t.numel() for t in like])
@@ -64,16 +64,16 @@ def gsam_perturbation(
         [tensor([0.3000, 0.4000])]
     """
     _require_one_each(parameters, gradients)
-    scaled = direction = flat(gradients)
+    scaled = direction = flatten(gradients)
     if adaptive:
-        size = flat(parameters).abs()
+        size = flatten(parameters).abs()
         scaled = size * scaled
         direction = size * scaled
     # Squares of gradients below 1e-22 vanish in float32; in units of the largest entry the norm is at least 1. The
     # clamps turn 0/0 into 0.
     unit = vector_norm(scaled, float("inf")).clamp_min(torch.finfo(scaled.dtype).tiny)
     norm = vector_norm(scaled / unit).clamp_min(1)
-    return views(rho * (direction / unit / norm), parameters)
+    return unflatten(rho * (direction / unit / norm), parameters)
 
 
 def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Tensor], *, alpha: float) -> list[Tensor]:
@@ -100,6 +100,6 @@ def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Te
     if alpha == 0:
         return list(perturbed_gradients)
     _require_one_each(gradients, perturbed_gradients)
-    g, p = flat(gradients), flat(perturbed_gradients)
+    g, p = flatten(gradients), flatten(perturbed_gradients)
     along = (g * p).sum() / (p * p).sum().clamp_min(torch.finfo(p.dtype).tiny)
-    return views(p - alpha * (g - along * p), gradients)
+    return unflatten(p - alpha * (g - along * p), gradients)

@@ -10,7 +10,6 @@ takes inside it, and is never differentiated from outside.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from ftd_lightning.functional.compiling import Compile, compiled, compiles, seconds_compiling
+from ftd_lightning.functional.compiling import Compile, compiled, compiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +28,10 @@ Derivatives = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class InnerStep(NamedTuple):
-    """The functions of one network, their first argument; the last two are for optimizers other than plain SGD."""
+    """Step functions, eager or compiled, which take the network first; see :func:`inner_step`.
+
+    ``forward`` and ``adjoint`` are a step of plain SGD; ``gradient`` and ``product`` serve other optimizers.
+    """
 
     forward: Callable[..., Tensor]
     adjoint: Callable[..., Derivatives]
@@ -163,29 +165,22 @@ def _product_func(
     return _derivatives(s, parts, want)
 
 
-# A plain step and its adjoint, of either: one function each, so that the compiler fuses the update too.
+def _functions(gradient: Callable[..., Tensor], product: Callable[..., Derivatives]) -> InnerStep:
+    """Add a plain step and its adjoint: one function each, so that the compiler fuses the update too."""
+
+    def forward(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+        return weights - lr * gradient(network, weights, images, labels)
+
+    def adjoint(
+        network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, lam: Tensor, lr: Tensor, want: Wanted
+    ) -> Derivatives:
+        s, in_weights, in_images, in_labels = product(network, weights, images, labels, lam, want)
+        return s, lam - lr * in_weights, in_images, in_labels
+
+    return InnerStep(forward, adjoint, gradient, product)
 
 
-def _forward(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-    return weights.detach() - lr * _gradient(network, weights, images, labels)
-
-
-def _forward_func(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-    return weights - lr * _gradient_func(network, weights, images, labels)
-
-
-def _adjoint(
-    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, adjoint: Tensor, lr: Tensor, want: Wanted
-) -> Derivatives:
-    s, in_weights, in_images, in_labels = _product(network, weights, images, labels, adjoint, want)
-    return s, adjoint - lr * in_weights, in_images, in_labels
-
-
-def _adjoint_func(
-    network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor, adjoint: Tensor, lr: Tensor, want: Wanted
-) -> Derivatives:
-    s, in_weights, in_images, in_labels = _product_func(network, weights, images, labels, adjoint, want)
-    return s, adjoint - lr * in_weights, in_images, in_labels
+EAGER, COMPILABLE = _functions(_gradient, _product), _functions(_gradient_func, _product_func)
 
 
 def inner_step(
@@ -218,28 +213,10 @@ def inner_step(
         tensor([ 0.5000, -0.5000])
     """
     if not compiles(compile, device):
-        return InnerStep(_forward, _adjoint, _gradient, _product)
+        return EAGER
     steps = _compiled.setdefault(network, {})
     key = (device, compile == "cuda_graphs")
     if key not in steps:
-        build = partial(compiled, compile=compile, device=device)
-        steps[key] = InnerStep(
-            build(_forward_func, eager=_forward),
-            build(_adjoint_func, eager=_adjoint),
-            build(_gradient_func, eager=_gradient),
-            build(_product_func, eager=_product),
-        )
+        pairs = zip(COMPILABLE, EAGER, strict=True)
+        steps[key] = InnerStep(*(compiled(f, compile=compile, device=device, eager=eager) for f, eager in pairs))
     return steps[key]
-
-
-def compile_seconds(network: nn.Module) -> float:
-    """Return the seconds that the first calls of a network's compiled steps took; 0 where nothing was compiled.
-
-    They include compilation, and so do not belong in a throughput.
-
-    Example:
-        >>> compile_seconds(nn.Linear(1, 2))
-        0.0
-    """
-    functions = [function for step in _compiled.get(network, {}).values() for function in step]
-    return sum(map(seconds_compiling, functions), 0.0)

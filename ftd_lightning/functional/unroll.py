@@ -1,4 +1,4 @@
-"""A student of the inner loop: what all of its steps have in common."""
+"""The student's training on the synthetic set, and its exact gradient in the memory of one step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ftd_lightning.errors import InputError
+from ftd_lightning.functional.gsam import flatten
 from ftd_lightning.functional.inner_optimizers import InnerSGD
 from ftd_lightning.functional.inner_step import InnerStep, draws_random_numbers, inner_step, named_views, student_loss
 from ftd_lightning.functional.seeding import make_generator, to_device
@@ -21,34 +22,38 @@ if TYPE_CHECKING:
 
     from ftd_lightning.functional.compiling import Compile
     from ftd_lightning.functional.inner_optimizers import InnerOptimizer, State
-    from ftd_lightning.functional.inner_step import Wanted
 
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-
-DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 # The modes (of all modules) in which a network was seen to be a function of its weights.
 _functions: WeakKeyDictionary[nn.Module, set[tuple[bool, ...]]] = WeakKeyDictionary()
 
 
 class Student(NamedTuple):
-    """What all inner steps have in common."""
+    """A network, its mini-batches, and the functions that train it on them."""
 
     network: nn.Module
     batches: Sequence[Tensor]
     augment: Augment | None
     seed: int
-    step: InnerStep
+    functions: InnerStep
+    optimizer: InnerOptimizer
 
     def augmented(self, images: Tensor, step: int) -> Tensor:
         """Augment the mini-batch of a step; a repeated step draws the same augmentation."""
         return images if self.augment is None else self.augment(images, make_generator(self.seed, "inner", step))
 
-    def batch(self, step: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the augmented images and the labels of a step, detached."""
-        index = self.batches[step]
-        return self.augmented(images.detach()[index], step), labels.detach()[index]
+    def advance(
+        self, step: int, weights: Tensor, state: State, images: Tensor, labels: Tensor, step_size: Tensor
+    ) -> tuple[Tensor, State, tuple[Tensor, ...]]:
+        """Make a step without gradient; return weights and state after it, and what :class:`Adjoint` keeps of it."""
+        index, lr = self.batches[step], step_size_of(step_size, step).detach()
+        x, y = self.augmented(images.detach()[index], step), labels.detach()[index]
+        if self.optimizer.is_plain:
+            return self.functions.forward(self.network, weights, x, y, lr), (), (weights,)
+        gradient = self.functions.gradient(self.network, weights, x, y)
+        return *self.optimizer.step(weights, gradient, state, lr, step + 1), (weights, gradient, *state)
 
 
 def step_size_of(step_size: Tensor, step: int) -> Tensor:
@@ -58,9 +63,6 @@ def step_size_of(step_size: Tensor, step: int) -> Tensor:
 
 def require_function(network: nn.Module, weights: Tensor, images: Tensor, index: Tensor) -> None:
     """Refuse a network that draws random numbers; once per network and mode, on the first mini-batch."""
-    for name, module in network.named_modules():
-        if isinstance(module, DROPOUT) and module.training and module.p > 0:
-            raise InputError(f"dropout {name!r} is active: a student must be a function of its weights; set p to 0")
     mode = tuple(module.training for module in network.modules())
     seen = _functions.setdefault(network, set())
     if mode not in seen:
@@ -72,63 +74,17 @@ def require_function(network: nn.Module, weights: Tensor, images: Tensor, index:
         seen.add(mode)
 
 
-def _zeros(want: Wanted, *tensors: Tensor) -> list[Tensor | None]:
-    return [torch.zeros_like(tensor) if wanted else None for tensor, wanted in zip(tensors, want, strict=True)]
+class Adjoint(torch.autograd.Function):
+    """theta_n as a function of the weights after ``done`` steps, images, labels, step size(s) and optimizer state.
 
-
-class PlainAdjoint(torch.autograd.Function):
-    """theta_n as a function of the weights after so many steps, images, labels and step size, for plain SGD."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Student, done: int, start: Tensor, images: Tensor, labels: Tensor, lr: Tensor
-    ) -> Tensor:
-        """Run the steps and keep the weights before each."""
-        weights, path = start.detach().clone(), []
-        for step in range(done, len(student.batches)):
-            path.append(weights)
-            x, y = student.batch(step, images, labels)
-            weights = student.step.forward(student.network, weights, x, y, step_size_of(lr, step).detach())
-        ctx.student, ctx.done = student, done
-        # Saved through autograd, so that a set changed in place before backward is an error, not a wrong gradient.
-        ctx.save_for_backward(images, labels, lr, *path)
-        return weights
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
-        """Go through the steps backwards."""
-        images, labels, step_sizes, *path = (saved.detach() for saved in ctx.saved_tensors)
-        student, done, want = ctx.student, ctx.done, ctx.needs_input_grad[3:5]
-        grad_images, grad_labels = _zeros(want, images, labels)
-        grad_lr = torch.zeros_like(step_sizes)
-        for step in reversed(range(done, len(student.batches))):
-            index = student.batches[step]
-            raw = images[index].requires_grad_(want[0])
-            with torch.enable_grad():
-                x = student.augmented(raw, step)
-            lr = step_size_of(step_sizes, step)
-            s, adjoint, in_x, in_labels = student.step.adjoint(
-                student.network, path[step - done], x.detach(), labels[index], adjoint, lr, want
-            )
-            step_size_of(grad_lr, step).sub_(s)
-            # The augmentation is differentiated once, here. One that ignores its images has no gradient.
-            if grad_images is not None and x.requires_grad:
-                (in_raw,) = torch.autograd.grad(x, raw, in_x, allow_unused=True, materialize_grads=True)
-                grad_images.index_add_(0, index, -lr * in_raw)
-            if grad_labels is not None:
-                grad_labels.index_add_(0, index, -lr * in_labels)
-        return None, None, adjoint, grad_images, grad_labels, grad_lr
-
-
-class OptimizerAdjoint(torch.autograd.Function):
-    """The same for any optimizer, with how many steps it has made, and its state."""
+    Plain SGD has a branch of its own: its step and adjoint are one compiled function each, update included.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         student: Student,
-        rule: tuple[InnerOptimizer, int],
+        done: int,
         start: Tensor,
         images: Tensor,
         labels: Tensor,
@@ -136,14 +92,12 @@ class OptimizerAdjoint(torch.autograd.Function):
         *state: Tensor,
     ) -> Tensor:
         """Run the steps and keep the weights before each."""
-        optimizer, done = rule
-        weights, path = start.detach().clone(), []
+        weights = start.detach().clone()
+        path: list[Tensor] = []
         for step in range(done, len(student.batches)):
-            gradient = student.step.gradient(student.network, weights, *student.batch(step, images, labels))
-            path += [weights, gradient, *state]
-            lr = step_size_of(step_sizes, step).detach()
-            weights, state = optimizer.step(weights, gradient, state, lr, step + 1)
-        ctx.student, ctx.rule, ctx.size = student, rule, 2 + len(state)
+            weights, state, kept = student.advance(step, weights, state, images, labels, step_sizes)
+            path += kept
+        ctx.student, ctx.done, ctx.states = student, done, len(state)
         # Saved through autograd, so that a set changed in place before backward is an error, not a wrong gradient.
         ctx.save_for_backward(images, labels, step_sizes, *path)
         return weights
@@ -153,35 +107,56 @@ class OptimizerAdjoint(torch.autograd.Function):
     def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
         """Go through the steps backwards."""
         images, labels, step_sizes, *path = (saved.detach() for saved in ctx.saved_tensors)
-        student, (optimizer, done), size = ctx.student, ctx.rule, ctx.size
-        want = ctx.needs_input_grad[3:5]
-        grad_images, grad_labels = _zeros(want, images, labels)
+        student, done, want = ctx.student, ctx.done, ctx.needs_input_grad[3:5]
+        grad_images, grad_labels = (
+            torch.zeros_like(t) if w else None for t, w in zip((images, labels), want, strict=True)
+        )
         grad_sizes = torch.zeros_like(step_sizes)
-        of_state: State = tuple(torch.zeros_like(adjoint) for _ in range(size - 2))
+        of_state: State = tuple(torch.zeros_like(adjoint) for _ in range(ctx.states))
+        kept = len(path) // max(1, len(student.batches) - done)
         for step in reversed(range(done, len(student.batches))):
-            weights, gradient, *state = path[(step - done) * size : (step - done + 1) * size]
-            lr = step_size_of(step_sizes, step)
-            leaves = [leaf.detach().requires_grad_() for leaf in (weights, gradient, lr, *state)]
-            with torch.enable_grad():
-                after, states = optimizer.step(leaves[0], leaves[1], tuple(leaves[3:]), leaves[2], step + 1)
-            through, gamma, in_lr, *of_state_before = torch.autograd.grad(
-                [after, *states], leaves, [adjoint, *of_state], allow_unused=True, materialize_grads=True
-            )
-            step_size_of(grad_sizes, step).add_(in_lr)
-            index = student.batches[step]
+            weights, *rest = path[(step - done) * kept :][:kept]
+            index, lr = student.batches[step], step_size_of(step_sizes, step)
             raw = images[index].requires_grad_(want[0])
             with torch.enable_grad():
                 x = student.augmented(raw, step)
-            _, in_weights, in_x, in_labels = student.step.product(
-                student.network, weights, x.detach(), labels[index], gamma, want
-            )
-            adjoint, of_state = through + in_weights, tuple(of_state_before)
+            batch = (student.network, weights, x.detach(), labels[index])
+            if student.optimizer.is_plain:
+                s, adjoint, in_x, in_labels = student.functions.adjoint(*batch, adjoint, lr, want)
+                in_lr, scale = -s, -lr
+            else:
+                through, gamma, in_lr, *of_before = _through_optimizer(
+                    student.optimizer, step + 1, (weights, *rest), lr, (adjoint, *of_state)
+                )
+                _, in_weights, in_x, in_labels = student.functions.product(*batch, gamma, want)
+                adjoint, of_state, scale = through + in_weights, tuple(of_before), torch.ones_like(lr)
+            step_size_of(grad_sizes, step).add_(in_lr)
+            # The augmentation is differentiated once, here. One that ignores its images has no gradient.
             if grad_images is not None and x.requires_grad:
                 (in_raw,) = torch.autograd.grad(x, raw, in_x, allow_unused=True, materialize_grads=True)
-                grad_images.index_add_(0, index, in_raw)
+                grad_images.index_add_(0, index, scale * in_raw)
             if grad_labels is not None:
-                grad_labels.index_add_(0, index, in_labels)
+                grad_labels.index_add_(0, index, scale * in_labels)
         return None, None, adjoint, grad_images, grad_labels, grad_sizes, *(None for _ in of_state)
+
+
+def _through_optimizer(
+    optimizer: InnerOptimizer, count: int, before: tuple[Tensor, ...], lr: Tensor, outer: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Differentiate one optimizer step: the outer gradients in weights, gradient, step size and state before it.
+
+    Args:
+        optimizer: made the step.
+        count: number of the step, from 1.
+        before: weights, gradient and state.
+        lr: the step size, a scalar.
+        outer: the outer gradients in weights and state after the step.
+    """
+    weights, gradient, lr, *state = (leaf.detach().requires_grad_() for leaf in (*before[:2], lr, *before[2:]))
+    with torch.enable_grad():
+        after, states = optimizer.step(weights, gradient, tuple(state), lr, count)
+    leaves = (weights, gradient, lr, *state)
+    return torch.autograd.grad([after, *states], leaves, outer, allow_unused=True, materialize_grads=True)
 
 
 Unroll = Literal["adjoint", "graph"]
@@ -197,8 +172,8 @@ def flatten_parameters(network: nn.Module) -> Tensor:
         >>> flatten_parameters(nn.Linear(2, 3)).shape
         torch.Size([9])
     """
-    # cat copies even a single tensor, so that a snapshot is never a view of live weights.
-    return torch.cat([p.detach().reshape(-1) for p in network.parameters()])
+    # It copies even a single tensor, so that a snapshot is never a view of live weights.
+    return flatten([p.detach() for p in network.parameters()])
 
 
 def load_flat(network: nn.Module, flat: Tensor) -> None:
@@ -274,22 +249,17 @@ def unroll(
     if method not in get_args(Unroll):
         raise ValueError(f"unroll {method!r} is unknown: choose from {list(get_args(Unroll))}")
     if not 0 <= skip <= len(batches):
-        raise ValueError(f"skip={skip} is no number of the {len(batches)} steps")
+        raise ValueError(f"skip={skip} must lie in 0 to {len(batches)}, the number of steps")
     # The full graph is differentiated twice, which a compiled function cannot be.
     compile = compile if method == "adjoint" else False  # noqa: A001
-    student = _student(network, start, images, labels, batches=batches, augment=augment, seed=seed, compile=compile)
-    check_step_size(step_size, len(batches))
+    student = _student(network, start, images, labels, step_size, batches, augment, seed, compile, optimizer)
     state = optimizer.initial(start.detach())
     if skip:
-        *_, (start, state) = itertools.islice(_run(student, optimizer, start, images, labels, step_size), skip)
+        *_, (start, state) = itertools.islice(_run(student, start, images, labels, step_size), skip)
     # Without gradients there is no graph to keep, and the adjoint's forward pass computes the same numbers.
     if method == "adjoint" or not torch.is_grad_enabled():
-        weights: Tensor
-        if optimizer.is_plain:
-            weights = PlainAdjoint.apply(student, skip, start, images, labels, step_size)
-        else:
-            weights = OptimizerAdjoint.apply(student, (optimizer, skip), start, images, labels, step_size, *state)
-        return weights
+        adjoint: Tensor = Adjoint.apply(student, skip, start, images, labels, step_size, *state)
+        return adjoint
     weights = start if start.requires_grad else start.detach().clone().requires_grad_()
     for step in range(skip, len(batches)):
         index = student.batches[step]
@@ -326,37 +296,20 @@ def roll_out(
         >>> list(roll_out(net, torch.zeros(2), torch.ones(1, 1), torch.tensor([0]), lr, batches=batches))
         [tensor([ 0.5000, -0.5000])]
     """
-    student = _student(network, start, images, labels, batches=batches, augment=augment, seed=seed, compile=compile)
-    check_step_size(step_size, len(batches))
-    for weights, _ in _run(student, optimizer, start, images, labels, step_size):
+    student = _student(network, start, images, labels, step_size, batches, augment, seed, compile, optimizer)
+    for weights, _ in _run(student, start, images, labels, step_size):
         yield weights
 
 
 @torch.no_grad()
 def _run(
-    student: Student, optimizer: InnerOptimizer, start: Tensor, images: Tensor, labels: Tensor, step_size: Tensor
+    student: Student, start: Tensor, images: Tensor, labels: Tensor, step_size: Tensor
 ) -> Iterator[tuple[Tensor, State]]:
     """Yield weights and the optimizer's state after every step, detached."""
-    weights, state, network = start.detach(), optimizer.initial(start.detach()), student.network
+    weights, state = start.detach(), student.optimizer.initial(start.detach())
     for step in range(len(student.batches)):
-        x, y = student.batch(step, images, labels)
-        lr = step_size_of(step_size, step).detach()
-        if optimizer.is_plain:
-            weights = student.step.forward(network, weights, x, y, lr)
-        else:
-            gradient = student.step.gradient(network, weights, x, y)
-            weights, state = optimizer.step(weights, gradient, state, lr, step + 1)
+        weights, state, _ = student.advance(step, weights, state, images, labels, step_size)
         yield weights, state
-
-
-def check_step_size(step_size: Tensor, steps: int) -> None:
-    """Refuse step sizes that are neither one for all steps nor one for each.
-
-    Raises:
-        ValueError: for other shapes.
-    """
-    if tuple(step_size.shape) not in ((), (steps,)):
-        raise ValueError(f"step_size has shape {tuple(step_size.shape)}: one for all, or one for each of {steps} steps")
 
 
 def _student(
@@ -364,21 +317,26 @@ def _student(
     start: Tensor,
     images: Tensor,
     labels: Tensor,
-    *,
+    step_size: Tensor,
     batches: Sequence[Tensor],
     augment: Augment | None,
     seed: int,
     compile: Compile,  # noqa: A002
+    optimizer: InnerOptimizer,
 ) -> Student:
     """Check what belongs together, and move the batches' indices to the images."""
     if len(labels) != len(images):
         raise ValueError(f"{len(images)} images but {len(labels)} labels")
-    named_views(network, start)
-    step_functions = inner_step(network, device=start.device, compile=compile)
+    if tuple(step_size.shape) not in ((), (len(batches),)):
+        raise ValueError(
+            f"step_size has shape {tuple(step_size.shape)}: one for all, or one for each of {len(batches)} steps"
+        )
+    named_views(network, start)  # refuses weights of another network
+    functions = inner_step(network, device=start.device, compile=compile)
     unique = list({id(batch): batch for batch in batches}.values())  # full batches are one and the same tensor
     together = to_device(torch.cat(unique), images.device) if unique else torch.empty(0)  # in one copy
     moved = dict(zip(map(id, unique), together.split([len(batch) for batch in unique]), strict=True))
-    student = Student(network, [moved[id(batch)] for batch in batches], augment, seed, step_functions)
+    student = Student(network, [moved[id(batch)] for batch in batches], augment, seed, functions, optimizer)
     if batches:
         require_function(network, start, images, student.batches[0])
     return student

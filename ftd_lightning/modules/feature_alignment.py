@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,6 @@ from ftd_lightning.core.networks import Network, right_answers
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.distribution_matching import (
-    Watcher,
     alignment_loss,
     class_means,
     discrimination_loss,
@@ -67,6 +67,44 @@ class Loops:
             return cls(**(value or {}))
         except TypeError as error:
             raise InputError(f"loops: {error}") from error
+
+
+class Watcher:
+    """Decides when to leave a loop of CAFE, from the spread (max - min) of the last accuracies.
+
+    The outer loop (image steps) ends when the spread falls below lambda_1 = 0.04, the inner one (epochs on the
+    synthetic set) when it exceeds lambda_2 = 0.03; either ends after a maximum of updates. A loop that is entered again
+    needs a new watcher.
+
+    Convention: accuracies are the plain values of each check; the released script adds a tenth of the previous one.
+
+    Args:
+        threshold: lambda, a fraction.
+        leave: "below" (outer loop) or "above" (inner loop).
+        maximum: number of updates after which to leave.
+        window: number of accuracies that are compared; with fewer, the loop continues.
+
+    Example:
+        >>> watcher = Watcher(0.05, leave="below", maximum=100, window=3)
+        >>> [watcher.update(accuracy) for accuracy in (0.1, 0.3, 0.31, 0.32)]
+        [False, False, False, True]
+    """
+
+    def __init__(self, threshold: float, *, leave: Literal["below", "above"], maximum: int, window: int = 10) -> None:
+        self.threshold, self.leave, self.maximum, self.window = threshold, leave, maximum, window
+        self.accuracies: deque[float] = deque(maxlen=window)
+        self.updates = 0
+
+    def update(self, accuracy: float) -> bool:
+        """Record the next accuracy, a fraction, and return whether to leave the loop."""
+        self.updates += 1
+        self.accuracies.append(accuracy)
+        if self.updates >= self.maximum:
+            return True
+        if len(self.accuracies) < self.window:
+            return False
+        spread = max(self.accuracies) - min(self.accuracies)
+        return spread < self.threshold if self.leave == "below" else spread > self.threshold
 
 
 PUBLISHED_MILESTONES = (1200, 1600, 1800)  # of 2001 rounds

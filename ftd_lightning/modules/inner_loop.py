@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ftd_lightning.core.module import MATCHING, CompileNotice, steps_left
-from ftd_lightning.functional.inner_step import compile_seconds
+from ftd_lightning.core.module import MATCHING, steps_left
 from ftd_lightning.modules.distillation import Distillation
 
 if TYPE_CHECKING:
@@ -34,10 +33,6 @@ class StudentDistillation(Distillation):
     """
 
     step_size: nn.Parameter
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._notice = CompileNotice("the inner step")
 
     def make_student(self) -> None:
         """Build a network of the architecture, whose own weights are not used."""
@@ -77,7 +72,6 @@ class StudentDistillation(Distillation):
             self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the step size, the mean of several, and how long compilation took, where anything was compiled."""
-        self._notice(compile_seconds(self.student))
+        """Log the step size, the mean of several."""
         self.log("matching/step_size", self.step_size.detach().mean(), prog_bar=True, batch_size=1)
         super().on_train_batch_end(outputs, batch, batch_idx)

@@ -7,19 +7,16 @@ plain loop reads the set through a DataLoader. Testing the networks costs both s
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.choices import Choice
 from benchmarks.measure import DEVICE, Result, Row, in_turns, timed
 from benchmarks.reference import Batches, sample_loader, train_network
 from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.core.losses import SideBySide
-from ftd_lightning.core.module import EVALUATION, choose_compile, training_operations
 from ftd_lightning.functional import derive_seed, dsa, make_generator, seeded
 from ftd_lightning.models import ConvNet
 
@@ -78,13 +75,6 @@ def compare(
     for path in losses:
         quantity = "time of an epoch of all" + (", compiled" if path == "compiled" else "")
         result.rows.append(Row("evaluation", case, quantity, "s", each[path], each["reference"]))
-    if compiled:
-        operations = training_operations(fresh[0], tuple(images.shape[1:]), EPOCHS * networks * len(images))
-        steps = EPOCHS * math.ceil(len(images) / BATCH)
-        auto = choose_compile("auto", torch.device(DEVICE), EVALUATION, steps=steps, operations=lambda: operations)
-        seconds = losses["compiled"].compile_seconds
-        full = f"{EPOCHS:,} epochs of {networks} networks"
-        result.choices.append(Choice("evaluation", case, full, EPOCHS, *result.rows, seconds, auto is not False))
     return result
 
 

@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.choices import Choice
 from benchmarks.measure import DEVICE, Result, Row, in_turns, timed
 from benchmarks.processes import NO_MEMORY, held, in_process, peak, stay_within_free_memory
 from benchmarks.reference import matching_loss
 from ftd_lightning.functional import (
-    compile_seconds,
     dsa,
     flatten_parameters,
     make_generator,
@@ -90,12 +88,12 @@ def memory(method: str, ipc: int, steps: int, width: int) -> dict[str, float]:
 
 
 def times(methods: list[str], ipc: int, steps: int, width: int, repeats: int) -> dict[str, Any]:
-    """Seconds of steps in turns in this process, and those that a compiler took before."""
+    """Seconds of steps in turns in this process."""
     case = problem(ipc, width=width)
     for method in methods:
         step(method, case, min(steps, 2))
     works: dict[str, Callable[[], float]] = {m: partial(timed, partial(step, m, case, steps)) for m in methods}
-    return {"seconds": in_turns(works, repeats), "compile_seconds": compile_seconds(case.network)}
+    return {"seconds": in_turns(works, repeats)}
 
 
 def compare(
@@ -117,24 +115,7 @@ def compare(
         for key in ("added", "peak") if method in used else ():
             sides = [[run[key] for run in used[m]] for m in (method, "reference")]
             result.rows.append(Row("matching", name, f"{key} memory{which}", "MiB", *sides))
-    if compiled:
-        eager, fast = (row for row in result.rows if row.quantity.startswith("time"))
-        auto = auto_compiles(ipc, steps, width)
-        full = f"{ITERATIONS:,} such steps"
-        result.choices.append(Choice("matching", name, full, ITERATIONS, eager, fast, taken["compile_seconds"], auto))
     return result, {**case, "memory": used, **taken, "seconds": seconds}
-
-
-def auto_compiles(ipc: int, steps: int, width: int) -> bool:
-    """Whether "auto" compiles a distillation of full length, as ``TrajectoryMatching`` counts it."""
-    # Here, for it brings Lightning along, which the processes that are measured do without.
-    from ftd_lightning.core.module import MATCHING, choose_compile, training_operations
-
-    case = problem(ipc, width=width)
-    shape, values = tuple(case.images.shape[1:]), case.images.numel()
-    passes = 4 * len(case.images) * steps * ITERATIONS
-    work = {"steps": ITERATIONS, "operations": partial(training_operations, case.network, shape, passes)}
-    return choose_compile("auto", torch.device(DEVICE), MATCHING, batch_values=values, **work) is not False
 
 
 def in_turns_of_processes(methods: list[str], case: dict[str, int], repeats: int) -> dict[str, list[dict[str, float]]]:

@@ -13,12 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from benchmarks.choices import Choice
 
 CLOCK = "FTD_BENCHMARK_CLOCK"  # an environment variable, which processes of single measurements inherit
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,13 +66,11 @@ class Result:
     rows: list[Row]
     remarks: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
-    choices: list[Choice] = field(default_factory=list)
 
     def add(self, other: Result) -> None:
-        """Append another's rows, remarks and choices."""
+        """Append another's rows and remarks."""
         self.rows += other.rows
         self.remarks += other.remarks
-        self.choices += other.choices
 
 
 def now() -> float:

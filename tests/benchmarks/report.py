@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import choices, pictures
-from benchmarks.choices import Choice
+from benchmarks import pictures
 from benchmarks.measure import Result, Row, about
 
 HEAD = "| part | case | quantity | ours | reference | ours / reference | range, pairs | better |"
@@ -49,8 +47,8 @@ def _rule(head: str) -> str:
     return "|" + "---|" * (head.count("|") - 1)
 
 
-def markdown(rows: list[Row], remarks: list[str], machine: dict[str, Any], choice_list: Sequence[Choice] = ()) -> str:
-    """The tables, with what they were measured on above them and remarks below."""
+def markdown(rows: list[Row], remarks: list[str], machine: dict[str, Any]) -> str:
+    """The table, with what they were measured on above them and remarks below."""
     device = (
         machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     )
@@ -61,14 +59,8 @@ def markdown(rows: list[Row], remarks: list[str], machine: dict[str, Any], choic
         f"On {device}; {versions}. Medians; the ratio is the median of ratios of neighbouring pairs, with their range."
         + (" Seconds are what the process computed." if machine.get("clock") == "cpu" else "")
     )
-    paths = [choices.line(choice.summary()) for choice in choice_list]
-    about_paths = (
-        "Eager and compiled in a fit of full length, compilation included, at the speed measured here; the speed is "
-        "that of the path that `compile: auto` takes, over the plain loop's, compilation not counted."
-    )
-    second = ["", about_paths, "", choices.HEAD, _rule(choices.HEAD), *paths] if paths else []
     first = [about_table, "", HEAD, _rule(HEAD), *lines]
-    return "\n".join(["# Benchmark", "", *first, *second, "", *notes]).rstrip() + "\n"
+    return "\n".join(["# Benchmark", "", *first, "", *notes]).rstrip() + "\n"
 
 
 def write(folder: Path, results: dict[str, Result], settings: dict[str, Any]) -> str:
@@ -77,14 +69,12 @@ def write(folder: Path, results: dict[str, Result], settings: dict[str, Any]) ->
     machine = {**about(), "clock": settings["clock"]}
     rows = [row for result in results.values() for row in result.rows]
     remarks = [remark for result in results.values() for remark in result.remarks]
-    choice_list = [choice for result in results.values() for choice in result.choices]
-    table = markdown(rows, remarks, machine, choice_list)
+    table = markdown(rows, remarks, machine)
     (folder / "benchmark.md").write_text(table)
     content = {
         **machine,
         "settings": settings,
         "rows": [row.summary() for row in rows],
-        "choices": [choice.summary() for choice in choice_list],
         "details": {part: result.details for part, result in results.items() if result.details},
     }
     (folder / "benchmark.json").write_text(json.dumps(content, indent=2) + "\n")

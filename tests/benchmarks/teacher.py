@@ -9,7 +9,6 @@ compiled epochs are those of two fits.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,11 +18,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from benchmarks.choices import Choice
 from benchmarks.measure import DEVICE, Result, Row, now, timed
 from benchmarks.reference import gsam_epoch, sample_loader
 from ftd_lightning import DistillationDataModule, FlatTeacher
-from ftd_lightning.core.module import TEACHER, choose_compile, training_operations
 from ftd_lightning.data.datasets import DATASETS
 from ftd_lightning.data.sources import ImageDataset, Pictures
 from ftd_lightning.functional import dsa, make_generator
@@ -134,12 +131,11 @@ def compare(repeats: int, *, images: int, compiled: bool, image_size: int = 32, 
     train, _ = data.load()
     loader = sample_loader((train.pictures - 0.5) / 0.3, train.labels, batch_size=BATCH)
     case = f"{images} images of {image_size} px, width {network.get('width', 128)}"
-    result, compile_seconds = Result([]), 0.0
+    result = Result([])
     for compiles in [False, True][: 1 + compiled]:
         plain = ConvNet(3, 10, image_size, **network).to(DEVICE)
         turns = InTurns(plain_teacher(plain, lambda epoch: loader))
-        module, _ = fit(data, turns, epochs=repeats + 1, compile=compiles, **network)
-        compile_seconds = module._pass.compile_seconds
+        fit(data, turns, epochs=repeats + 1, compile=compiles, **network)
         ours, theirs, path = turns.ours[1:], turns.reference[1:], ", compiled" if compiles else ""
         result.rows += [
             Row("teacher", case, f"time of an epoch{path}", "s", ours, theirs),
@@ -152,18 +148,6 @@ def compare(repeats: int, *, images: int, compiled: bool, image_size: int = 32, 
                 True,
             ),
         ]
-    if compiled:
-        steps, operations = (
-            EPOCHS * math.ceil(IMAGES / BATCH),
-            training_operations(
-                ConvNet(3, 10, image_size, **network), (3, image_size, image_size), 2 * EPOCHS * IMAGES
-            ),
-        )
-        auto = choose_compile("auto", torch.device(DEVICE), TEACHER, steps=steps, operations=lambda: operations)
-        full, rows = f"{EPOCHS} epochs of {IMAGES:,} images", (result.rows[0], result.rows[2])
-        result.choices.append(
-            Choice("teacher", case, full, EPOCHS * IMAGES / images, *rows, compile_seconds, auto is not False)
-        )
     return result
 
 

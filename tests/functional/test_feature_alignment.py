@@ -1,4 +1,4 @@
-"""CAFE: its losses number by number, and when its loops end."""
+"""CAFE: its losses number by number."""
 
 import math
 
@@ -7,7 +7,6 @@ import torch
 from torch.autograd import gradcheck
 
 from ftd_lightning.functional import (
-    Watcher,
     alignment_loss,
     class_means,
     discrimination_loss,
@@ -101,41 +100,3 @@ def test_discrimination_gradcheck():
     labels = torch.tensor([0, 3, 1, 3, 2])
     inputs = (draw(5, 3).requires_grad_(), draw(4, 3, seed=1).requires_grad_())
     assert gradcheck(lambda real, centres: discrimination_loss(real, labels, centres), inputs)
-
-
-def answers(watcher, accuracies):
-    return [watcher.update(a) for a in accuracies]
-
-
-def test_the_outer_loop_ends_when_ten_accuracies_lie_close():
-    watcher = Watcher(0.04, leave="below", maximum=100)
-    assert answers(watcher, [0.1, *[0.5] * 9]) == [False] * 10, "the first one is far off"
-    assert watcher.update(0.53)
-    assert not any(answers(Watcher(0.04, leave="below", maximum=100), [0.5] * 9)), "nine are too few"
-
-
-def test_the_inner_loop_ends_when_ten_accuracies_lie_apart():
-    watcher = Watcher(0.03, leave="above", maximum=100)
-    assert answers(watcher, [0.5] * 12) == [False] * 12
-    assert not watcher.update(0.53 - 1e-9)
-    assert watcher.update(0.54)
-    assert answers(Watcher(0.03, leave="above", maximum=100), range(10)) == [*[False] * 9, True]
-
-
-@pytest.mark.parametrize("leave", ["below", "above"])
-def test_a_spread_of_just_the_threshold_goes_on(leave):
-    assert not any(answers(Watcher(0.5, leave=leave, maximum=100, window=2), [0.0, 0.5, 0.0]))
-
-
-@pytest.mark.parametrize(("leave", "accuracies"), [("below", [0, 1] * 10), ("above", [0.5] * 20)])
-def test_a_loop_that_would_go_on_for_ever_ends_at_the_maximum(leave, accuracies):
-    assert answers(Watcher(0.03, leave=leave, maximum=20), accuracies) == [*[False] * 19, True]
-    assert Watcher(0.03, leave=leave, maximum=1).update(0.5)
-
-
-def test_watchers_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match=r"'beside' is unknown: choose from \['below', 'above'\]"):
-        Watcher(0.1, leave="beside", maximum=10)
-    for options in ({"maximum": 0}, {"maximum": 1, "window": 0}):
-        with pytest.raises(ValueError, match="at least 1"):
-            Watcher(0.1, leave="below", **options)

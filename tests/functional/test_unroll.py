@@ -1,9 +1,11 @@
-"""The unrolled student: its numbers against plain training, its gradient against differences and the full graph."""
+"""The unrolled student: its steps against torch.optim, its gradient against finite differences and the full graph."""
 
 import copy
 import functools
 import gc
+import sys
 import weakref
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, dropout, one_hot, scaled_dot_product_attention, softmax
 
 from ftd_lightning.functional import (
+    InnerAdam,
+    InnerOptimizer,
     InnerSGD,
     chunked_permutations,
     draws_random_numbers,
@@ -22,15 +26,38 @@ from ftd_lightning.functional import (
     flatten_parameters,
     load_flat,
     make_generator,
+    roll_out,
     seeded,
     trajectory_matching_loss,
     unroll,
 )
-from ftd_lightning.functional import unroll as student_module
 from ftd_lightning.models import ConvNet
 
 METHODS = ["adjoint", "graph"]
 DSA_SINGLE, DSA_MULTIPLE = (functools.partial(dsa, mode=mode) for mode in ("single", "multiple"))
+
+
+@dataclass(frozen=True)
+class Nesterov(InnerOptimizer):
+    """A user's own: momentum that looks ahead."""
+
+    momentum: float
+
+    def initial(self, weights):
+        return (torch.zeros_like(weights),)
+
+    def step(self, weights, gradient, state, lr, count):
+        velocity = self.momentum * state[0] + gradient
+        return weights - lr * (gradient + self.momentum * velocity), (velocity,)
+
+
+OPTIMIZERS = {
+    "plain": InnerSGD(),
+    "momentum and decay": InnerSGD(momentum=0.7, weight_decay=0.05),
+    "decay": InnerSGD(weight_decay=0.1),
+    "adam": InnerAdam(betas=(0.8, 0.99), eps=1e-3),
+    "own": Nesterov(0.8),
+}
 
 
 def problem(seed=0, *, num_images=7, size=8, num_steps=8, batch_size=3, dtype=torch.float64, channels=3, **options):
@@ -41,7 +68,7 @@ def problem(seed=0, *, num_images=7, size=8, num_steps=8, batch_size=3, dtype=to
         target = start + 0.1 * torch.randn_like(start)
         images = torch.randn(num_images, channels, size, size, dtype=dtype)
         soft = softmax(torch.randn(num_images, 3, dtype=dtype), dim=1)
-        # The network's own weights are others than the start, so that a student which used them would be seen.
+        # A student that used the network's own weights would be seen.
         load_flat(network, torch.randn_like(start))
     return SimpleNamespace(
         network=network,
@@ -55,12 +82,12 @@ def problem(seed=0, *, num_images=7, size=8, num_steps=8, batch_size=3, dtype=to
     )
 
 
-def student_of(p, method, **changes):
+def student_of(p, method="adjoint", **changes):
     given = {"start": p.start, "images": p.images, "labels": p.labels, "step_size": p.lr, "batches": p.batches}
     return unroll(p.network, **given | changes, method=method)
 
 
-def loss_of(p, method, **changes):
+def loss_of(p, method="adjoint", **changes):
     given = {"start": p.start, "target": p.target, "images": p.images, "labels": p.labels, "step_size": p.lr}
     return trajectory_matching_loss(p.network, **given | {"batches": p.batches} | changes, unroll=method)
 
@@ -69,84 +96,122 @@ def relative_difference(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.fixture
-def smooth():
-    """No kinks (sigmoid, average pooling), so that differences approach the gradient; few numbers, so it is quick."""
-    small = {"num_images": 3, "size": 4, "num_steps": 4, "batch_size": 2, "channels": 1, "width": 2, "depth": 1}
-    return problem(**small, activation="sigmoid")
-
-
-@pytest.mark.parametrize("augment", [None, DSA_MULTIPLE], ids=["plain", "dsa"])
 @pytest.mark.parametrize("method", METHODS)
-def test_gradient_in_images_and_step_size_matches_finite_differences(smooth, method, augment):
-    def function(images, lr):
-        return loss_of(smooth, method, images=images, step_size=lr, augment=augment)
+def test_gradients_match_finite_differences(method):
+    """In images, step size, soft labels and start; sigmoid and average pooling have no kinks."""
+    small = {"num_images": 2, "size": 4, "num_steps": 3, "batch_size": 1, "channels": 1, "width": 2, "depth": 1}
+    p = problem(**small, activation="sigmoid")
 
-    assert gradcheck(function, (smooth.images, smooth.lr))
+    def function(images, lr, soft, start):
+        return loss_of(p, method, images=images, step_size=lr, labels=soft, start=start, augment=DSA_MULTIPLE)
 
-
-@pytest.mark.parametrize("method", METHODS)
-def test_gradient_in_soft_labels_matches_finite_differences(smooth, method):
-    assert gradcheck(lambda soft: loss_of(smooth, method, labels=soft), (smooth.soft.requires_grad_(),))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_gradient_in_the_start_matches_finite_differences(smooth, method):
-    assert gradcheck(lambda start: loss_of(smooth, method, start=start), (smooth.start.requires_grad_(),))
+    assert gradcheck(function, (p.images, p.lr, p.soft.requires_grad_(), p.start.requires_grad_()))
 
 
-@pytest.mark.parametrize(
-    ("augment", "norm", "seed"),
-    [
-        (DSA_SINGLE, "instance", 0),
-        (DSA_SINGLE, "batch", 1),
-        (DSA_MULTIPLE, "instance", 2),
-        (DSA_MULTIPLE, "batch", 0),
-    ],
-    ids=["single-instance", "single-batch", "multiple-instance", "multiple-batch"],
-)
-def test_adjoint_equals_the_full_graph(augment, norm, seed):
-    p = problem(seed, norm=norm)
+@pytest.mark.parametrize(("augment", "norm"), [(DSA_SINGLE, "batch"), (DSA_MULTIPLE, "instance"), (None, "batch")])
+def test_adjoint_equals_the_full_graph(augment, norm):
+    p = problem(norm=norm)
     assert {len(batch) for batch in p.batches} == {3, 1}
     inputs = [p.images, p.lr, p.soft.requires_grad_(), p.start.requires_grad_()]
     results = []
     for method in METHODS:
-        loss = loss_of(p, method, labels=p.soft, augment=augment, seed=seed)
+        loss = loss_of(p, method, labels=p.soft, augment=augment, seed=1)
         results.append([loss.detach(), *grad(loss, inputs)])
     for adjoint, graph in zip(*results, strict=True):
         assert graph.norm() > 0
         assert relative_difference(adjoint, graph) < 1e-10
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_gradient_holds_the_second_order_terms_across_steps(method):
+@pytest.mark.parametrize("skip", [0, 4])
+@pytest.mark.parametrize("step_sizes", [[0.05], [0.02, 0.05, 0.1, 0.04, 0.03, 0.06]], ids=["one", "each"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_adjoint_of_any_optimizer_equals_the_full_graph(optimizer, step_sizes, skip):
+    # Without normalisation: a bias before one has a gradient of rounding errors, which Adam scales to its step size.
+    p = problem(num_steps=6, norm="none")
+    lr = torch.tensor(step_sizes if len(step_sizes) > 1 else step_sizes[0], dtype=torch.float64).requires_grad_()
+    inputs = [p.images, p.soft.requires_grad_(), lr, *([] if skip else [p.start.requires_grad_()])]
+    results = []
+    for method in METHODS:
+        options = {"labels": p.soft, "step_size": lr, "augment": DSA_MULTIPLE, "optimizer": optimizer, "skip": skip}
+        end = student_of(p, method, **options)
+        results.append([end.detach(), *grad((end * p.target).sum(), inputs)])
+    for adjoint, graph in zip(*results, strict=True):
+        torch.testing.assert_close(adjoint, graph, rtol=1e-9, atol=1e-12)
+    if lr.ndim:
+        assert results[0][3].ne(0).tolist() == [step >= skip for step in range(6)]
+    if skip:  # the same steps, without the gradient of the first ones
+        whole = student_of(p, **{**options, "skip": 0})
+        assert whole.detach().equal(results[0][0])
+        assert relative_difference(results[0][1], grad((whole * p.target).sum(), p.images)[0]) > 0.01
+
+
+def test_gradient_holds_the_second_order_terms_across_steps():
     """A truncated gradient, which sends the matching loss's gradient to every step as it is, must be far off."""
     p = problem(num_steps=12)
-    exact = grad(loss_of(p, method), p.images)[0]
-    residual = 2 * (student_of(p, "adjoint") - p.target).detach() / (p.start - p.target).square().sum()
+    exact = grad(loss_of(p), p.images)[0]
+    residual = 2 * (student_of(p) - p.target).detach() / (p.start - p.target).square().sum()
     truncated = torch.zeros_like(exact)
     for step, index in enumerate(p.batches):
-        weights = student_of(p, "adjoint", batches=p.batches[:step]).detach()
+        weights = student_of(p, batches=p.batches[:step]).detach()
         truncated += grad(student_of(p, "graph", start=weights, batches=[index]), p.images, residual)[0]
     assert relative_difference(truncated, exact) > 0.01
 
 
-@pytest.mark.parametrize(
-    ("method", "norm"), [("adjoint", "instance"), ("adjoint", "batch"), ("adjoint", "none"), ("graph", "batch")]
-)
-def test_student_equals_plain_sgd_training(method, norm):
-    """An independent loop: torch.optim.SGD on a network's own parameters, no flat vector, no functional call."""
+THEIRS = {
+    "plain": lambda weights: torch.optim.SGD(weights, lr=0.05),
+    "momentum and decay": lambda weights: torch.optim.SGD(weights, lr=0.05, momentum=0.7, weight_decay=0.05),
+    "adam": lambda weights: torch.optim.Adam(weights, lr=0.05, betas=(0.8, 0.99), eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+@pytest.mark.parametrize("name", THEIRS)
+def test_steps_are_those_of_torch(name, norm):
+    """An independent loop on a network's own parameters: no flat vector, no functional call."""
     p = problem(norm=norm)
     network = copy.deepcopy(p.network)
     load_flat(network, p.start)
-    optimizer = torch.optim.SGD(network.parameters(), lr=p.lr.item())
-    for index in p.batches:
-        optimizer.zero_grad()
+    theirs, lr = THEIRS[name](network.parameters()), torch.tensor(0.05, dtype=torch.float64)
+    arguments = (p.network, p.start, p.images, p.labels, lr)
+    ours = list(roll_out(*arguments, batches=p.batches, optimizer=OPTIMIZERS[name]))
+    for index, weights in zip(p.batches, ours, strict=True):
+        theirs.zero_grad()
         cross_entropy(network(p.images.detach()[index]), p.labels[index]).backward()
-        optimizer.step()
-    expected = flatten_parameters(network)
-    assert relative_difference(expected, p.start) > 0.01
-    torch.testing.assert_close(student_of(p, method).detach(), expected, rtol=1e-11, atol=1e-13)
+        theirs.step()
+        torch.testing.assert_close(weights, flatten_parameters(network), rtol=1e-9, atol=1e-12)
+    assert relative_difference(ours[-1], p.start) > 0.01
+    for method in METHODS:
+        end = student_of(p, method, step_size=lr, optimizer=OPTIMIZERS[name])
+        torch.testing.assert_close(end.detach(), ours[-1], rtol=1e-9, atol=1e-12)
+
+
+def test_adam_with_gradients_that_are_zero_has_a_finite_adjoint():
+    """The second moment of a hidden unit that is never on stays 0, where the root has no derivative."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    start = flatten_parameters(network)
+    start[12:15] = -100.0
+    images = torch.rand(4, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    batches = [torch.arange(4)] * 3
+    end = unroll(network, start, images, torch.tensor([0, 1, 0, 1]), lr, batches=batches, optimizer=InnerAdam())
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in grad(end.sum(), (images, lr)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_linear_softmax_network_in_closed_form(method):
+    """One step of softmax regression, everything by hand: theta_1 = theta - lr * mean((p - y) x^T)."""
+    generator = make_generator(0)
+    images = torch.randn(5, 1, 1, 4, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    start = torch.randn(12, generator=generator, dtype=torch.float64)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False)).double()
+    lr = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    student = unroll(network, start, images, labels, lr, batches=[torch.arange(5)], method=method)
+    x, weights = images.flatten(1), start.view(3, 4)
+    gradient = (softmax(x @ weights.T, dim=1) - one_hot(labels, 3)).T @ x / 5
+    torch.testing.assert_close(student.detach(), (weights - 0.7 * gradient).flatten())
+    torch.testing.assert_close(grad(student.sum(), lr)[0], -gradient.sum())
+    assert not student.equal(unroll(network, start, images, labels, lr, batches=[], method=method))
 
 
 class Counted(torch.autograd.Function):
@@ -167,30 +232,20 @@ class Counted(torch.autograd.Function):
 @pytest.mark.parametrize("optimizer", [InnerSGD(), InnerSGD(momentum=0.9)], ids=["plain", "momentum"])
 def test_images_that_need_no_gradient_cost_none(optimizer, monkeypatch):
     p, results = problem(), []
+    soft = p.soft.requires_grad_()
     for images in (p.images, p.images.detach()):
         monkeypatch.setattr(Counted, "passes", 0)
-        soft = p.soft.detach().requires_grad_()
-        settings = {"batches": p.batches, "augment": lambda x, generator: Counted.apply(x), "optimizer": optimizer}
-        end = unroll(p.network, p.start, images, soft, p.lr, **settings)
+        augment = lambda x, generator: Counted.apply(x)  # noqa: E731
+        end = student_of(p, images=images, labels=soft, augment=augment, optimizer=optimizer)
         results.append(grad(end.sum(), soft)[0])
         assert Counted.passes == (len(p.batches) if images.requires_grad else 0)
     assert results[1].equal(results[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_integer_labels_equal_one_hot_labels(method):
+def test_hard_labels_equal_one_hot_labels():
     p = problem()
-    hard = grad(loss_of(p, method), p.images)[0]
-    soft = grad(loss_of(p, method, labels=one_hot(p.labels, 3).double()), p.images)[0]
-    assert relative_difference(soft, hard) < 1e-12
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_no_batches_leave_the_start(method):
-    p = problem()
-    student = student_of(p, method, batches=[])
-    assert student.equal(p.start)
-    assert student.data_ptr() != p.start.data_ptr()
+    hard = grad(loss_of(p), p.images)[0]
+    assert relative_difference(grad(loss_of(p, labels=one_hot(p.labels, 3).double()), p.images)[0], hard) < 1e-12
 
 
 def test_indices_may_repeat_within_and_across_batches():
@@ -198,40 +253,23 @@ def test_indices_may_repeat_within_and_across_batches():
     batches = [torch.tensor(index) for index in ([0, 1, 1], [1, 1, 1, 2], [2, 0], [0, 0])]
     adjoint, graph = (grad(loss_of(p, m, batches=batches, augment=DSA_MULTIPLE), p.images)[0] for m in METHODS)
     assert relative_difference(adjoint, graph) < 1e-10
-    assert bool((adjoint[:3].flatten(1).norm(dim=1) > 0).all())
-    assert bool(adjoint[3:].eq(0).all()), "images in no batch have no gradient"
-
-
-@pytest.mark.parametrize(("method", "norm"), [("adjoint", "instance"), ("adjoint", "batch"), ("graph", "batch")])
-def test_network_is_left_as_it_was(method, norm):
-    p = problem(norm=norm)
-    before = {name: value.clone() for name, value in p.network.state_dict().items()}
-    assert ("1.num_batches_tracked" in before) == (norm == "batch")
-    loss_of(p, method, augment=DSA_SINGLE).backward()
-    after = p.network.state_dict()
-    assert before.keys() == after.keys()
-    assert all(after[name].equal(value) for name, value in before.items())
-    assert all(w.grad is None and w.requires_grad for w in p.network.parameters())
-    assert p.network.training
+    assert (adjoint.flatten(1).norm(dim=1) > 0).tolist() == [True] * 3 + [False] * 4, "images in no batch have none"
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_networks_own_weights_are_not_used(method):
-    p = problem()
-    loss = loss_of(p, method)
-    load_flat(p.network, torch.full_like(p.start, torch.nan))
-    assert loss_of(p, method).equal(loss)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_inputs_and_global_generator_are_left_as_they_were(method):
-    p = problem()
-    before = [t.detach().clone() for t in (p.start, p.target, p.images, p.lr)]
+def test_nothing_that_goes_in_is_changed(method):
+    p = problem(norm="batch")
+    given = [p.start, p.target, p.images, p.lr]
+    before = copy.deepcopy((p.network.state_dict(), given))
     state = torch.get_rng_state()
     loss_of(p, method, augment=DSA_MULTIPLE).backward()
-    assert all(t.equal(b) for t, b in zip((p.start, p.target, p.images, p.lr), before, strict=True))
+    assert all(value.equal(before[0][name]) for name, value in p.network.state_dict().items())
+    assert all(t.equal(b) for t, b in zip(given, before[1], strict=True))
+    assert all(w.grad is None and w.requires_grad for w in p.network.parameters())
     assert torch.get_rng_state().equal(state)
-    assert not p.start.requires_grad
+    student = student_of(p, method, batches=[])
+    assert student.equal(p.start)
+    assert student.data_ptr() != p.start.data_ptr()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -247,58 +285,32 @@ def test_the_seed_and_the_step_decide_the_augmentation(method):
 
     loss_of(p, method, augment=record).backward()
     steps = len(p.batches)
-    assert len(set(drawn[:steps])) == steps, "every inner step draws anew"
+    assert len(set(drawn[:steps])) == steps
     # The adjoint visits the steps again, last one first, and must see what the forward run saw.
     assert drawn[steps:] == (drawn[:steps][::-1] if method == "adjoint" else [])
 
 
-def test_adjoint_refuses_images_that_changed_before_backward():
+def test_adjoint_refuses_what_it_would_get_wrong():
     p = problem()
-    loss = loss_of(p, "adjoint")
+    first = grad(loss_of(p), p.lr, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.backward()
+    loss = loss_of(p)
     with torch.no_grad():
         p.images.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_adjoint_refuses_a_second_derivative():
+def test_backward_may_run_twice_and_evaluation_needs_no_gradients():
     p = problem()
-    first = grad(loss_of(p, "adjoint"), p.lr, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.backward()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_backward_may_run_twice_where_the_graph_is_kept(method):
-    p = problem()
-    loss = loss_of(p, method, augment=DSA_MULTIPLE)
+    loss = loss_of(p, augment=DSA_MULTIPLE)
     first, second = (grad(loss, [p.images, p.lr], retain_graph=True) for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
-
-
-def test_evaluating_the_adjoint_loss_needs_no_gradients():
-    p = problem()
     with torch.no_grad():
-        loss = loss_of(p, "adjoint")
-    assert not loss.requires_grad
-    assert loss.equal(loss_of(p, "adjoint").detach())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_linear_softmax_network_in_closed_form(method):
-    """One step of softmax regression, everything by hand: theta_1 = theta - lr * mean((p - y) x^T)."""
-    generator = make_generator(0)
-    images = torch.randn(5, 1, 1, 4, generator=generator, dtype=torch.float64)
-    labels = torch.tensor([0, 1, 2, 1, 0])
-    start = torch.randn(12, generator=generator, dtype=torch.float64)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False)).double()
-    lr = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    student = unroll(network, start, images, labels, lr, batches=[torch.arange(5)], method=method)
-    x, weights = images.flatten(1), start.view(3, 4)
-    gradient = (softmax(x @ weights.T, dim=1) - one_hot(labels, 3)).T @ x / 5
-    torch.testing.assert_close(student.detach(), (weights - 0.7 * gradient).flatten())
-    # d theta_1 / d lr = -gradient: no second-order term in a single step's learning rate.
-    torch.testing.assert_close(grad(student.sum(), lr)[0], -gradient.sum())
+        plain = loss_of(p, augment=DSA_MULTIPLE)
+    assert not plain.requires_grad
+    assert plain.equal(loss.detach())
 
 
 class Prior(nn.Module):
@@ -319,27 +331,12 @@ def test_terms_that_do_not_exist_are_zero():
     start = torch.tensor([0.1, 0.4, 1.0, 2.0, 3.0], dtype=torch.float64)
     batches = [torch.tensor([0, 1, 1])] * 3
     student = {m: unroll(Prior(), start, images, torch.tensor([0, 1]), lr, batches=batches, method=m) for m in METHODS}
-    assert student["adjoint"][2:].equal(start[2:])
     in_images, in_lr = grad(student["adjoint"].square().sum(), [images, lr])
     assert bool(in_images.eq(0).all())
     torch.testing.assert_close(in_lr, grad(student["graph"].square().sum(), lr)[0])
-
-
-@pytest.mark.parametrize(
-    ("method", "augment"),
-    [
-        ("adjoint", lambda x, generator: torch.ones_like(x)),
-        ("adjoint", lambda x, generator: 0 * x),
-        ("graph", lambda x, generator: 0 * x),
-    ],
-    ids=["constant", "zero", "graph"],
-)
-def test_an_augmentation_that_ignores_its_images_gives_them_no_gradient(method, augment):
     p = problem()
-    loss = loss_of(p, method, augment=augment)
-    in_images, in_lr = grad(loss, [p.images, p.lr], allow_unused=True, materialize_grads=True)
-    assert bool(in_images.eq(0).all())
-    assert in_lr != 0
+    for augment in (lambda x, generator: torch.ones_like(x), lambda x, generator: 0 * x):
+        assert bool(grad(loss_of(p, augment=augment), p.images)[0].eq(0).all())
 
 
 class Tied(nn.Module):
@@ -396,80 +393,54 @@ class SavedBytes:
         self.now -= size
 
 
-def saved_bytes(method, num_steps):
-    p = problem(size=16, num_images=8, batch_size=None, num_steps=num_steps, dtype=torch.float32, width=16)
+def saved_bytes(method, num_steps, **options):
+    p = problem(num_images=8, batch_size=None, num_steps=num_steps, dtype=torch.float32, width=16)
     counter = SavedBytes()
     with counter.hooks:
-        loss = loss_of(p, method, augment=DSA_MULTIPLE)
+        end = student_of(p, method, augment=DSA_MULTIPLE, **options)
         kept = counter.now
-        loss.backward()
+        end.sum().backward()
     return kept, counter.peak, p.start.numel() * 4
 
 
-def test_memory_of_the_adjoint_grows_by_the_weights_alone():
-    kept_5, peak_5, weights = saved_bytes("adjoint", 5)
-    kept_20, peak_20, _ = saved_bytes("adjoint", 20)
-    assert kept_20 - kept_5 == 15 * weights
-    # The most that was ever kept, one step's graph in the backward pass included, grows no faster.
-    assert peak_20 - peak_5 == 15 * weights
-    assert peak_5 > kept_5
-    graph_5, _, _ = saved_bytes("graph", 5)
-    graph_20, _, _ = saved_bytes("graph", 20)
-    assert graph_20 - graph_5 > 20 * 15 * weights, "the counter sees activations where they are kept"
-
-
-@pytest.mark.parametrize(("method", "length"), [("adjoint", -1), ("graph", 1)])
-def test_start_of_another_network_is_refused(method, length):
-    p = problem()
-    wrong = torch.zeros(len(p.start) + length, dtype=torch.float64)
-    with pytest.raises(ValueError, match=rf"weights have shape \({len(wrong)},\), the network takes \({len(p.start)},"):
-        student_of(p, method, start=wrong)
-
-
-def test_start_in_another_shape_is_refused():
-    p = problem()
-    with pytest.raises(ValueError, match="the network takes"):
-        student_of(p, "adjoint", start=p.start[None])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_labels_that_do_not_fit_the_images_are_refused(method):
-    p = problem()
-    with pytest.raises(ValueError, match="7 images but 6 labels"):
-        loss_of(p, method, labels=p.labels[:6])
-
-
-def test_unknown_unroll_is_refused():
-    p = problem()
-    with pytest.raises(ValueError, match=r"unroll 'tape' is unknown: choose from \['adjoint', 'graph'\]"):
-        loss_of(p, "tape")
+@pytest.mark.parametrize(("optimizer", "vectors"), [(InnerSGD(), 1), (InnerAdam(), 4)], ids=["plain", "adam"])
+def test_memory_of_the_adjoint_grows_by_the_weights_alone(optimizer, vectors):
+    """Per step: the weights, and of optimizers with state the gradient and their state; no activations."""
+    (kept_5, peak_5, weights), (kept_20, peak_20, _) = (
+        saved_bytes("adjoint", steps, optimizer=optimizer) for steps in (5, 20)
+    )
+    assert kept_20 - kept_5 == 15 * vectors * weights
+    assert peak_20 - peak_5 == 15 * vectors * weights, "one step's graph in the backward pass included"
+    assert saved_bytes("graph", 20)[0] - saved_bytes("graph", 5)[0] > 10 * 15 * weights, "the counter sees activations"
 
 
 @pytest.mark.parametrize(
-    ("layer", "method"), [(nn.Dropout, "adjoint"), (nn.Dropout2d, "graph"), (nn.AlphaDropout, "adjoint")]
+    ("changes", "message"),
+    [
+        ({"start": torch.zeros(5, dtype=torch.float64)}, r"weights have shape \(5,\), the network takes"),
+        ({"labels": torch.zeros(6, dtype=torch.int64)}, "7 images but 6 labels"),
+        ({"method": "tape"}, r"unroll 'tape' is unknown: choose from \['adjoint', 'graph'\]"),
+        ({"step_size": torch.full((5,), 0.1)}, "one for all, or one for each of 8 steps"),
+        ({"skip": 9}, "skip=9 must lie in 0 to 8"),
+    ],
 )
-def test_active_dropout_is_refused_and_inactive_dropout_is_not(layer, method, refused):
-    p = problem()
-    p.network.insert(0, layer(0.5))
-    with refused("dropout '0' is active", "p to 0"):
-        loss_of(p, method)
-    p.network[0].p = 0.0
-    without = loss_of(p, method)
-    p.network[0].p = 0.5
-    p.network[0].eval()
-    assert loss_of(p, method).equal(without)
+def test_what_does_not_fit_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        student_of(problem(), **changes)
 
 
 class Random(nn.Module):
-    """A network that draws random numbers in training mode without a dropout module."""
+    """A network that draws random numbers in training mode."""
 
     def __init__(self, kind):
         super().__init__()
-        self.kind, self.norm, self.linear = kind, nn.BatchNorm2d(1), nn.Linear(16, 2)
+        self.kind, self.norm, self.linear, self.dropout = kind, nn.BatchNorm2d(1), nn.Linear(16, 2), nn.Dropout(0.5)
 
     def forward(self, images):
         x = self.norm(images).flatten(1)
-        if self.kind == "functional dropout":
+        if self.kind == "dropout":
+            x = self.dropout(x)
+        elif self.kind == "functional dropout":
             x = dropout(x, 0.5, training=self.training)
         elif self.kind == "attention dropout":
             x = x.view(-1, 4, 4)
@@ -487,37 +458,30 @@ def random_student(kind, *, training=True):
     return network, arguments, {"batches": [torch.arange(4)] * 2}
 
 
-KINDS = ["functional dropout", "attention dropout", "drop path"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "method"), [(KINDS[0], "adjoint"), (KINDS[0], "graph"), (KINDS[1], "adjoint"), (KINDS[2], "adjoint")]
-)
-def test_a_network_that_draws_random_numbers_is_refused(kind, method, refused):
-    """Its adjoint would repeat each step with other draws, and so be wrong without a sign of it."""
-    network, arguments, options = random_student(kind)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    state = torch.get_rng_state()
-    for _ in range(2):  # a refusal is not remembered as a pass
-        with refused("Random draws random numbers", "a function of its weights"):
-            unroll(network, *arguments, **options, method=method)
-    assert torch.get_rng_state().equal(state)
-    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+KINDS = ["dropout", "functional dropout", "attention dropout", "drop path"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_network_passes_in_evaluation_mode_and_is_refused_in_training_mode_after_it(kind, refused):
-    network, arguments, options = random_student(kind, training=False)
-    unroll(network, *arguments, **options).sum().backward()
+def test_a_network_that_draws_random_numbers_is_refused(kind, refused):
+    """Its adjoint would repeat each step with other draws."""
+    network, arguments, options = random_student(kind)
+    before = copy.deepcopy(network.state_dict())
+    state = torch.get_rng_state()
+    for method in METHODS:  # a refusal is not remembered as a pass
+        with refused("Random draws random numbers", "a function of its weights"):
+            unroll(network, *arguments, **options, method=method)
+    assert draws_random_numbers(network, arguments[1].detach())
+    assert torch.get_rng_state().equal(state)
+    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
+    unroll(network.eval(), *arguments, **options).sum().backward()
     with refused("draws random numbers"):
         unroll(network.train(), *arguments, **options)
 
 
 def test_the_check_of_a_network_runs_once_per_mode_and_does_not_keep_the_network(monkeypatch):
     checked = []
-    monkeypatch.setattr(
-        student_module, "draws_random_numbers", lambda *args, **options: bool(checked.append(args[0].training))
-    )
+    check = lambda network, *_, **__: bool(checked.append(network.training))  # noqa: E731
+    monkeypatch.setattr(sys.modules[unroll.__module__], "draws_random_numbers", check)
     network, arguments, options = random_student("none")
     for training in (True, True, False, True, False):
         unroll(network.train(training), *arguments, **options)
@@ -528,21 +492,9 @@ def test_the_check_of_a_network_runs_once_per_mode_and_does_not_keep_the_network
     assert held() is None
 
 
-@pytest.mark.parametrize(("kind", "draws"), [*((kind, True) for kind in KINDS), ("none", False)])
-def test_draws_random_numbers_leaves_generator_and_buffers_as_they_were(kind, draws):
-    network, (_, images, *_), _ = random_student(kind)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    state = torch.get_rng_state()
-    assert draws_random_numbers(network, images.detach()) is draws
-    assert not draws_random_numbers(network.eval(), images.detach())
-    assert torch.get_rng_state().equal(state)
-    assert all(value.equal(before[name]) for name, value in network.state_dict().items())
-
-
 @pytest.mark.cuda
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_draws_from_the_generator_of_a_gpu_are_noticed(kind):
-    network, (_, images, *_), _ = random_student(kind)
+def test_draws_from_the_generator_of_a_gpu_are_noticed():
+    network, (_, images, *_), _ = random_student("dropout")
     network, images = network.float().cuda(), images.detach().float().cuda()
     state = torch.cuda.get_rng_state()
     assert draws_random_numbers(network, images)
@@ -550,59 +502,32 @@ def test_draws_from_the_generator_of_a_gpu_are_noticed(kind):
     assert torch.cuda.get_rng_state().equal(state)
 
 
-@pytest.mark.parametrize(("num_images", "batch_size"), [(10, 3), (12, 4), (5, 1), (7, 6), (100, 33)])
+@pytest.mark.parametrize(("num_images", "batch_size"), [(10, 3), (12, 4)])
 def test_every_cycle_of_chunks_covers_every_image_once(num_images, batch_size):
     cycle = -(-num_images // batch_size)
-    chunks = chunked_permutations(num_images, 3 * cycle + 1, make_generator(0), batch_size=batch_size)
-    assert len(chunks) == 3 * cycle + 1
+    chunks = chunked_permutations(num_images, 2 * cycle + 1, make_generator(0), batch_size=batch_size)
     sizes = [batch_size] * (num_images // batch_size) + [num_images % batch_size] * (num_images % batch_size > 0)
-    assert [len(chunk) for chunk in chunks[:cycle]] == sizes
-    orders = [torch.cat(chunks[i * cycle : (i + 1) * cycle]) for i in range(3)]
-    assert all(order.dtype == torch.int64 for order in orders)
+    assert [len(chunk) for chunk in chunks] == [*sizes, *sizes, batch_size]
+    orders = [torch.cat(chunks[i * cycle : (i + 1) * cycle]) for i in range(2)]
     assert all(order.sort().values.equal(torch.arange(num_images)) for order in orders)
-    assert not orders[0].equal(orders[1]), "each cycle is a permutation of its own"
-    assert len(chunks[-1]) == sizes[0]
+    assert not orders[0].equal(orders[1])
+    for all_at_once in (None, num_images, 100):
+        chunks = chunked_permutations(num_images, 3, make_generator(0), batch_size=all_at_once)
+        assert [chunk.tolist() for chunk in chunks] == [list(range(num_images))] * 3
 
 
-@pytest.mark.parametrize("batch_size", [None, 6, 100])
-def test_all_images_at_every_step_where_a_batch_holds_them(batch_size):
-    chunks = chunked_permutations(6, 3, make_generator(0), batch_size=batch_size)
-    assert [chunk.tolist() for chunk in chunks] == [list(range(6))] * 3
-
-
-def test_chunks_are_a_function_of_the_generator():
-    def draw(seed):
-        return torch.cat(chunked_permutations(20, 6, make_generator(seed), batch_size=7))
-
-    state = torch.get_rng_state()
-    assert draw(0).equal(draw(0))
-    assert not draw(0).equal(draw(1))
-    assert torch.get_rng_state().equal(state)
-
-
-def test_flatten_then_load_is_a_roundtrip():
+def test_weights_to_a_vector_and_back():
     p = problem(norm="batch")
     other = copy.deepcopy(p.network)
-    load_flat(p.network, p.start)
-    assert flatten_parameters(p.network).equal(p.start)
     kept = [parameter.data_ptr() for parameter in other.parameters()]
-    load_flat(other, flatten_parameters(p.network))
-    for mine, theirs in zip(other.parameters(), p.network.parameters(), strict=True):
-        assert mine.equal(theirs)
+    load_flat(other, p.start)
+    assert flatten_parameters(other).equal(p.start)
     assert [parameter.data_ptr() for parameter in other.parameters()] == kept, "weights are filled, not exchanged"
-    assert all(parameter.requires_grad and parameter.grad_fn is None for parameter in other.parameters())
-
-
-def test_flat_order_is_that_of_parameters():
     network = nn.Linear(2, 3)
     load_flat(network, torch.arange(9.0))
-    assert network.weight.tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
-    assert network.bias.tolist() == [6.0, 7.0, 8.0]
-
-
-def test_load_flat_refuses_another_length():
+    assert (network.weight.tolist(), network.bias.tolist()) == ([[0, 1], [2, 3], [4, 5]], [6, 7, 8])
     with pytest.raises(ValueError, match=r"weights have shape \(8,\), the network takes \(9,\)"):
-        load_flat(nn.Linear(2, 3), torch.zeros(8))
+        load_flat(network, torch.zeros(8))
 
 
 @pytest.mark.parametrize("network", [nn.Linear(2, 3), nn.Linear(4, 1, bias=False)], ids=["two tensors", "one tensor"])
@@ -610,19 +535,8 @@ def test_snapshot_does_not_follow_the_live_weights(network):
     """Teachers recorded as views of live weights would hold the last epoch many times over."""
     snapshot = flatten_parameters(network)
     copied = snapshot.clone()
-    assert not snapshot.requires_grad
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(1.0)
     assert snapshot.equal(copied)
-    snapshot.zero_()
-    assert all(bool(parameter.ne(0).any()) for parameter in network.parameters())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_student_does_not_share_memory_with_the_start(method):
-    p = problem()
-    student = student_of(p, method).detach()
-    copied = student.clone()
-    p.start.zero_()
-    assert student.equal(copied)
+    assert not snapshot.requires_grad

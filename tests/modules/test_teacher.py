@@ -231,9 +231,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_compiled_teachers_are_the_eager_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, norm: str
-) -> None:
+def test_compiled_teachers_are_the_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
     """With another backend than the default, which takes a minute; Dynamo is the same."""
     monkeypatch.setattr(teacher_pass, "compiled", partial(teacher_pass.compiled, backend="aot_eager"))
 
@@ -243,15 +241,7 @@ def test_compiled_teachers_are_the_eager_ones(
         make_trainer(tmp_path / str(compiles)).fit(module, datamodule=small_data())
         return module
 
-    with caplog.at_level("INFO"):
-        eager = trained(False)
-        assert "compiling" not in caplog.text
-        fast = trained(True)
-    line = f"compiling the teacher's pass took {fast._pass.compile_seconds:.1f} s"
-    (message,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("compiling")]
-    assert message.startswith(line)
-    assert fast._pass.compile_seconds > 0
-    assert not fast._pass._run._failed
+    eager, fast = trained(False), trained(True)
     wanted = eager.network.state_dict()
     for name, value in fast.network.state_dict().items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
