@@ -10,7 +10,7 @@ from stand_in import META, collectives, stand_in, stand_in_trainer
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, TrajectoryRecorder
 from ftd_lightning.core.evaluation import EvaluationProtocol
-from ftd_lightning.core.losses import SideBySide, TeacherPass
+from ftd_lightning.core.losses import CompiledPass, IndependentLosses
 from ftd_lightning.functional import (
     Augmentation,
     InnerAdam,
@@ -235,7 +235,7 @@ def test_stand_in_launches_of_an_inner_step(monkeypatch, paper):
 def test_stand_in_launches_of_a_teacher_step(monkeypatch, paper):
     network, _, images, labels = paper
     optimizer = GSAM(network.parameters(), partial(torch.optim.SGD, lr=0.1), rho=0.01)
-    run = TeacherPass(network, False, META)
+    run = CompiledPass(network, False, META)
 
     def closure():
         loss, _ = run(images, labels, perturbed=optimizer.perturbed, backward=torch.Tensor.backward)
@@ -250,7 +250,7 @@ def test_stand_in_launches_of_an_evaluation_epoch(monkeypatch):
     networks = [build_network("convnet", 3, 10, 32, width=128, depth=3).to(META) for _ in range(5)]
     images, labels = torch.zeros(10, 3, 32, 32, device=META), torch.zeros(10, dtype=torch.long, device=META)
     optimizer = EvaluationProtocol(lr=0.01).optimizer(networks)
-    losses = SideBySide(False, META)
+    losses = IndependentLosses(False, META)
     with stand_in(monkeypatch) as mode:
         losses(networks, images, labels, seeds=range(5), augment=Augmentation("color")).sum().backward()
         optimizer.step()

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import LearnsSet, data_source
 from ftd_lightning.core.evaluation import EvaluationProtocol, PartsOnDevice, mean_and_std, train_fresh_networks
-from ftd_lightning.core.losses import SideBySide
+from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.module import run_folder
 from ftd_lightning.core.ranks import own_share
 from ftd_lightning.errors import InputError
@@ -99,7 +99,7 @@ class EvaluateSynthetic(Callback):
         self.best_accuracy = -1.0
         self.history: list[dict[str, Any]] = []
         self._regular: list[dict[str, Any]] = []  # history without what was measured because the fit ended
-        self._losses: SideBySide | None = None
+        self._losses: IndependentLosses | None = None
         self._real: PartsOnDevice | None = None
         self._loaded = False
 
@@ -176,7 +176,7 @@ class EvaluateSynthetic(Callback):
         own = own_share(self.networks, rank=trainer.global_rank, world_size=trainer.world_size)
         networks = [module.evaluation_network(*keys, index).to(device, images.dtype) for index in own]
         if self._losses is None:  # one for all measurements, which compiles once
-            self._losses = SideBySide(self.compile, device)
+            self._losses = IndependentLosses(self.compile, device)
         if self.lr is None and synthetic.step_size is None:
             raise InputError("EvaluateSynthetic: this method learns no step size: give lr")
         lr = float(synthetic.step_size.mean()) if self.lr is None else self.lr  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import Images
-from ftd_lightning.core.losses import SideBySide
+from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.networks import right_answers
 from ftd_lightning.core.ranks import from_all_ranks
 from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on
@@ -174,7 +174,7 @@ def train_fresh_networks(
     progress: str | None = None,
     compile: Compile = "auto",  # noqa: A002
     indices: Sequence[int] | None = None,
-    losses: SideBySide | None = None,
+    losses: IndependentLosses | None = None,
 ) -> None:
     """Train networks on a synthetic set, in place.
 
@@ -192,7 +192,7 @@ def train_fresh_networks(
     order = BatchOrder(len(labels), protocol.batch_size, shuffle=True, seed=seed)
     loader = TensorLoader(images, labels, order)
     optimizer = protocol.optimizer(networks)
-    losses = losses or SideBySide(compile, images.device)
+    losses = losses or IndependentLosses(compile, images.device)
     indices = range(len(networks)) if indices is None else indices
     for network in networks:
         network.train()

@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy
 
 from ftd_lightning.data.coresets import class_probabilities
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiled, compiles
 from ftd_lightning.functional.gsam import gsam_perturbation
 from ftd_lightning.functional.seeding import make_generator
@@ -22,67 +21,7 @@ from ftd_lightning.optim import frozen_running_statistics
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-
-class TeacherPass:
-    """Computes a network's loss and logits, and puts gradients in place.
-
-    Compiled, forward and backward pass are one function of the weights. A batch of another size than the full one, the
-    last of an epoch, would be compiled for itself, and is passed eagerly.
-
-    Args:
-        network: on its device, in training mode.
-        compile: True, False, "auto" (on a GPU only) or "cuda_graphs".
-        device: of the network.
-        full_batch: images of a full batch; None takes the first batch as full.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        compile: Compile,  # noqa: A002
-        device: torch.device,
-        full_batch: int | None = None,
-    ) -> None:
-        self.network = network
-        self.full_batch = full_batch
-        self._compiles = compiles(compile, device)
-        self._run = compiled(loss_and_gradients, compile=compile, device=device)
-
-    def __call__(
-        self, images: Tensor, labels: Tensor, *, perturbed: bool, backward: Callable[[Tensor], None]
-    ) -> tuple[Tensor, Tensor]:
-        """Pass a batch, and set the gradients of all weights.
-
-        Args:
-            images: (N, C, H, W).
-            labels: (N,) or (N, K).
-            perturbed: at the worst point of GSAM's ball, whose running statistics belong to no network.
-            backward: runs the backward pass of a loss, eagerly.
-
-        Returns:
-            The loss, a scalar, and the logits (N, K), both detached.
-        """
-        if self.full_batch is None:
-            self.full_batch = len(labels)
-        if not self._compiles or len(labels) != self.full_batch:
-            with frozen_running_statistics(self.network) if perturbed else nullcontext():
-                logits = self.network(images)
-                loss = cross_entropy(logits, labels)
-            backward(loss)
-            return loss.detach(), logits.detach()
-        weights = [p for p in self.network.parameters() if p.requires_grad]
-        with torch.no_grad():
-            loss, logits, *results = self._run(self.network, images, labels, *weights)
-            for weight, gradient in zip(weights, results, strict=False):
-                weight.grad = gradient
-            if not perturbed:
-                for buffer, value in zip(self.network.buffers(), results[len(weights) :], strict=True):
-                    buffer.copy_(value)
-        return loss, logits
-
-
-# Pixel values of a batch up to which one backward pass for all networks is the faster one.
-SMALL_BATCH = 4096
+    from ftd_lightning.functional.augment import Augmentation
 
 
 def loss_and_gradients(network: nn.Module, images: Tensor, labels: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +56,7 @@ def loss_and_gradients(network: nn.Module, images: Tensor, labels: Tensor, *weig
 
 
 def _at_own_weights(network: nn.Module, images: Tensor, labels: Tensor, *weights: Tensor) -> tuple[Tensor | None, ...]:
-    """Do the same where the weights are the network's own parameters, without the detour; buffers move in place."""
+    """Do the same eagerly at the network's own parameters; buffers change in place."""
     with torch.enable_grad():
         logits = network(images)
         loss = cross_entropy(logits, labels)
@@ -127,7 +66,7 @@ def _at_own_weights(network: nn.Module, images: Tensor, labels: Tensor, *weights
 
 
 class _OneByOne(torch.autograd.Function):
-    """Several losses whose gradients are at hand as soon as each is computed: one network's activations at a time."""
+    """Several losses, each with its gradients computed at once: one network's activations at a time."""
 
     @staticmethod
     def forward(ctx: Any, steps: Sequence[Callable[[], Any]], *weights: Tensor) -> Tensor:
@@ -143,25 +82,100 @@ class _OneByOne(torch.autograd.Function):
         return None, *(None if gradient is None else gradient * factors[owner] for gradient, owner in pairs)
 
 
-class SideBySide:
-    """Computes the cross entropies of networks on one batch, which each sees under an augmentation of its own.
+class CompiledPass:
+    """Computes a network's loss and logits, and sets the gradients of its weights.
 
-    A network's numbers do not depend on which others train beside it. Each one's backward pass follows its forward
-    pass, so that the memory of activations is that of one network, whatever their number; only for tiny batches, where
-    it is faster, do all share one graph.
+    Compiled, forward and backward pass are one function of the weights. A batch of another size than the full one, the
+    last of an epoch, would be compiled separately, and is passed eagerly.
+
+    Args:
+        network: on its device, in training mode.
+        compile: True, False, "auto" (on a GPU only) or "cuda_graphs".
+        device: of the network.
+        full_batch: images of a full batch; None takes the first batch as full.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        compile: Compile,  # noqa: A002
+        device: torch.device,
+        full_batch: int | None = None,
+    ) -> None:
+        self.network = network
+        self.full_batch = full_batch
+        self._compiles = compiles(compile, device)
+        self._run = compiled(loss_and_gradients, compile=compile, device=device)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, *, perturbed: bool, backward: Callable[[Tensor], None]
+    ) -> tuple[Tensor, Tensor]:
+        """Pass a batch, and set the gradients of all weights.
+
+        Args:
+            images: (N, C, H, W).
+            labels: (N,) or (N, K).
+            perturbed: at the worst point of GSAM's ball, where running statistics are left alone.
+            backward: runs the backward pass of a loss, eagerly.
+
+        Returns:
+            The loss, a scalar, and the logits (N, K), both detached.
+        """
+        if self.full_batch is None:
+            self.full_batch = len(labels)
+        if not self._compiles or len(labels) != self.full_batch:
+            with frozen_running_statistics(self.network) if perturbed else nullcontext():
+                logits = self.network(images)
+                loss = cross_entropy(logits, labels)
+            backward(loss)
+            return loss.detach(), logits.detach()
+        weights = [p for p in self.network.parameters() if p.requires_grad]
+        with torch.no_grad():
+            loss, logits, *results = self._run(self.network, images, labels, *weights)
+            for weight, gradient in zip(weights, results, strict=False):
+                weight.grad = gradient
+            if not perturbed:
+                for buffer, value in zip(self.network.buffers(), results[len(weights) :], strict=True):
+                    buffer.copy_(value)
+        return loss, logits
+
+
+# Pixel values of a batch up to which one backward pass for all networks is the faster one.
+SMALL_BATCH = 4096
+
+
+class IndependentLosses:
+    """Computes the cross entropies of networks on one batch, which each sees under its own augmentation.
+
+    A network's numbers do not depend on the networks beside it. Each one's backward pass follows its forward pass, so
+    that the memory of activations is one network's, whatever their number; only for tiny batches, where it is faster,
+    do all share one graph.
 
     Args:
         compile: True, False, or "auto": on a GPU only. The augmentation stays outside; networks of one architecture
-            share what was compiled.
+            share the compiled function.
         device: of the networks.
-        rho: give, instead of each gradient, that at the worst point of a ball of this radius around the network's
-            weights (SAM; "MTT + flat minimum", Sec. 4.3). Both are taken on the same augmented batch. 0: plain.
+        rho: take each gradient at the worst point of a ball of this radius around the network's weights (SAM; "MTT +
+            flat minimum", Sec. 4.3), on the same augmented batch. 0: at the weights.
+        teacher: a trained network on the same device, put into evaluation mode. It labels the augmented batch of each
+            network, and the labels that come with the images are not used.
+
+    Raises:
+        InputError: for an unknown setting of ``compile``, or a radius that is negative or not finite.
     """
 
-    def __init__(self, compile: Compile, device: torch.device, *, rho: float = 0.0) -> None:  # noqa: A002
+    def __init__(
+        self,
+        compile: Compile,  # noqa: A002
+        device: torch.device,
+        *,
+        rho: float = 0.0,
+        teacher: nn.Module | None = None,
+    ) -> None:
         if not 0 <= rho < float("inf"):
             raise InputError(f"rho={rho} must be 0 or a positive number")
         self.rho = rho
+        self.teacher = teacher
         self._compiles = compiles(compile, device)
         self._run = compiled(loss_and_gradients, compile=compile, device=device, eager=_at_own_weights)
 
@@ -186,22 +200,23 @@ class SideBySide:
             augment: of the images, drawn anew for each network.
         """
 
-        def augmented(seed: int) -> Tensor:
-            return augment(images, make_generator(seed))
+        def batch(seed: int) -> tuple[Tensor, Tensor]:
+            augmented = augment(images, make_generator(seed))
+            return augmented, labels if self.teacher is None else class_probabilities(self.teacher, augmented)
 
         if not self.rho and not self._compiles and images.numel() <= SMALL_BATCH:
-            pairs = zip(networks, seeds, strict=True)
-            return torch.stack([cross_entropy(network(augmented(seed)), labels) for network, seed in pairs])
+            batches = [batch(seed) for seed in seeds]
+            return torch.stack([cross_entropy(one(x), y) for one, (x, y) in zip(networks, batches, strict=True)])
 
         def step(network: nn.Module, seed: int, weights: list[nn.Parameter]) -> Any:
-            batch = augmented(seed)
-            results = self._run(network, batch, labels, *weights)
-            loss_and_gradient, buffers = (results[0], *results[2 : 2 + len(weights)]), results[2 + len(weights) :]
+            x, y = batch(seed)
+            loss, _, *rest = self._run(network, x, y, *weights)
+            gradients, buffers = rest[: len(weights)], rest[len(weights) :]
             for buffer, value in zip(network.buffers(), buffers, strict=False):  # the eager function returns none
                 buffer.copy_(value)
-            if not self.rho:
-                return loss_and_gradient
-            return self._at_worst_point(network, batch, labels, weights, loss_and_gradient)
+            if self.rho:
+                gradients = self._at_worst_point(network, x, y, weights, gradients)
+            return loss, *gradients
 
         weights = [[p for p in network.parameters() if p.requires_grad] for network in networks]
         steps = [partial(step, *own) for own in zip(networks, seeds, weights, strict=True)]
@@ -209,56 +224,21 @@ class SideBySide:
         return losses
 
     def _at_worst_point(
-        self, network: nn.Module, images: Tensor, labels: Tensor, weights: list[nn.Parameter], at_weights: Sequence[Any]
-    ) -> Sequence[Any]:
-        """Replace the gradients at the weights by those at the perturbed weights; the loss stays."""
-        loss, *gradients = at_weights
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        weights: list[nn.Parameter],
+        gradients: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """Return the gradients at the perturbed weights for those at the weights."""
         known = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
         before = [w.detach().clone() for w in weights]
         for weight, change in zip(weights, gsam_perturbation(weights, known, rho=self.rho), strict=True):
             weight.add_(change)
         try:
-            # Running statistics at the perturbed weights belong to no network that is ever used.
             with frozen_running_statistics(network):
-                perturbed = self._run(network, images, labels, *weights)[2 : 2 + len(weights)]
+                return list(self._run(network, images, labels, *weights)[2 : 2 + len(weights)])
         finally:
             for weight, value in zip(weights, before, strict=True):
                 weight.copy_(value)
-        return loss, *perturbed
-
-
-AS_IT_IS = Augmentation("")
-
-
-class LabelledByTeacher(SideBySide):
-    """Computes the losses of networks that learn a teacher's labels of the very images that they see.
-
-    A network's batch is augmented first; the teacher then labels the augmented images, so that its labels are a
-    function of them. The labels that come with the images are not used. It takes the place of ``losses`` in
-    :func:`~ftd_lightning.core.evaluation.train_fresh_networks`.
-
-    Args:
-        teacher: a trained network on the device of the images; put into evaluation mode.
-        device: of the networks.
-    """
-
-    def __init__(self, teacher: nn.Module, device: torch.device) -> None:
-        super().__init__(compile=False, device=device)
-        self.teacher = teacher
-
-    def __call__(
-        self,
-        networks: Sequence[nn.Module],
-        images: Tensor,
-        labels: Tensor,
-        *,
-        seeds: Sequence[int],
-        augment: Augmentation,
-    ) -> Tensor:
-        """Compute the networks' losses (n,), differentiable in their weights; see :class:`SideBySide`."""
-        losses = []
-        for network, seed in zip(networks, seeds, strict=True):
-            batch = augment(images, make_generator(seed))
-            targets = class_probabilities(self.teacher, batch)
-            losses.append(super().__call__([network], batch, targets, seeds=[seed], augment=AS_IT_IS))
-        return torch.cat(losses)

@@ -20,7 +20,7 @@ from ftd_lightning.core.evaluation import (
     mean_and_std,
     set_lr,
 )
-from ftd_lightning.core.losses import SideBySide
+from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.module import EVALUATION, PhaseModule, allowed_epochs, run_folder
 from ftd_lightning.core.networks import Network, refuse_object, right_answers
 from ftd_lightning.core.ranks import RankStates, from_all_ranks, own_share, refuse_split_loaders, without_gradient_sync
@@ -83,7 +83,7 @@ class SyntheticEvaluation(PhaseModule):
         check_bounds(SyntheticEvaluation, locals())
         super().__init__()
         refuse_object(network)
-        SideBySide(compile, torch.device("cpu"), rho=rho)  # refuses settings that make no sense
+        IndependentLosses(compile, torch.device("cpu"), rho=rho)  # refuses settings that make no sense
         self.augment = Augmentation.of(augment)
         augment, network_options = plain(self.augment), plain(network_options)
         self.save_hyperparameters(ignore=not_plain(network))
@@ -153,7 +153,7 @@ class SyntheticEvaluation(PhaseModule):
         steps, images = epochs * self.trainer.num_training_batches, epochs * hparams["networks"] * count
         images *= 2 if hparams["rho"] else 1
         choice = self.choose_compile(hparams["compile"], EVALUATION, steps=steps, images=images)
-        self._losses = SideBySide(choice, self.device, rho=hparams["rho"])
+        self._losses = IndependentLosses(choice, self.device, rho=hparams["rho"])
         self._unsynchronised.close()  # left open by a fit that failed
         self._unsynchronised.enter_context(without_gradient_sync(self.trainer))
 

@@ -17,7 +17,7 @@ from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.trajectory_recorder import TrajectoryRecorder
 from ftd_lightning.contracts import BatchPlan, DataDescription, TeacherProgress
 from ftd_lightning.core.arguments import not_plain, plain
-from ftd_lightning.core.losses import TeacherPass
+from ftd_lightning.core.losses import CompiledPass
 from ftd_lightning.core.module import TEACHER, PhaseModule, refuse_callbacks
 from ftd_lightning.core.networks import Network, refuse_dropout, refuse_object, right_answers
 from ftd_lightning.core.ranks import RankStates, average_over_ranks, own_share, refuse_split_loaders
@@ -256,7 +256,7 @@ class FlatTeacher(PhaseModule):
         steps = self.hparams["epochs"] * self.trainer.num_training_batches * split  # of one teacher
         images = (2 if self.hparams["rho"] else 1) * steps * (batch or 0)
         choice = self.choose_compile(self._compile, TEACHER, steps=steps, images=images)
-        self._pass = TeacherPass(self.teacher_network(), choice, self.device, None if split > 1 else batch)
+        self._pass = CompiledPass(self.teacher_network(), choice, self.device, None if split > 1 else batch)
         if self.independent_ranks:
             refuse_split_loaders(self.trainer, or_else="--model.parallel data, which splits the batches of one teacher")
         self.trainer.should_stop = self.trainer.should_stop or self.current_epoch >= self.planned_epochs()

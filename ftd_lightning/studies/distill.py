@@ -22,7 +22,7 @@ from torch.nn.utils import parameters_to_vector
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.core.evaluation import REAL_STEPS
-from ftd_lightning.core.losses import SideBySide
+from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.datasets import DATASETS
 from ftd_lightning.errors import InputError
@@ -154,7 +154,7 @@ def measure(sizes: Sizes, augment: Augmentation, rho: float, device: torch.devic
         )
         loss.backward()  # type: ignore[no-untyped-call]
 
-    losses = SideBySide("auto", device)
+    losses = IndependentLosses("auto", device)
 
     def evaluation() -> None:
         losses([network], images.detach(), classes, seeds=[0], augment=augment).sum().backward()  # type: ignore[no-untyped-call]

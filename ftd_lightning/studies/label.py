@@ -19,7 +19,7 @@ from ftd_lightning.core.evaluation import (
     mean_and_std,
     train_fresh_networks,
 )
-from ftd_lightning.core.losses import SideBySide
+from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.networks import student_networks
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.coresets import candidate_epochs, teacher_labels
@@ -47,7 +47,7 @@ def try_labels(
     protocol: EvaluationProtocol,
     *,
     seed: int = 0,
-    losses: SideBySide | None = None,
+    losses: IndependentLosses | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Train fresh networks on images with each of several labellings, and measure them on held-out images.
@@ -147,7 +147,7 @@ def label_random_images(
         ).to(device)
         for epoch in candidate_epochs(store.teacher_metadata(teacher)["epochs"])
     }
-    losses = SideBySide(hparams["compile"], device, rho=hparams["rho"])
+    losses = IndependentLosses(hparams["compile"], device, rho=hparams["rho"])
     measured = try_labels(
         labels, images, held_out, fresh, protocol, seed=hparams["seed"], losses=losses, progress=progress
     )

@@ -26,7 +26,7 @@ from ftd_lightning.core.evaluation import (
     mean_and_std,
     train_fresh_networks,
 )
-from ftd_lightning.core.losses import LabelledByTeacher
+from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.networks import FreshNetworks
 from ftd_lightning.core.results import held_out_seen
 from ftd_lightning.data import DistillationDataModule
@@ -693,7 +693,7 @@ class RankEvaluation:
     def trained(self, lesson: Lesson, protocol: EvaluationProtocol, index: int) -> nn.Module:
         """Train a network; those of one index have equal initial weights, batches and augmentation everywhere."""
         network = self.fresh.build(self.settings.seed, "fresh", index).to(self.device)
-        losses = None if lesson.teacher is None else LabelledByTeacher(lesson.teacher, self.device)
+        losses = None if lesson.teacher is None else IndependentLosses(False, self.device, teacher=lesson.teacher)
         draws = derive_seed(self.settings.seed, "rank", index)
         options: dict[str, Any] = {"compile": False, "indices": [index], "losses": losses}
         train_fresh_networks([network], lesson.images, lesson.labels, protocol, seed=draws, **options)

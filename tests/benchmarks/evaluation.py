@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.measure import DEVICE, Result, Row, in_turns, timed
 from benchmarks.reference import Batches, sample_loader, train_network
 from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
-from ftd_lightning.core.losses import SideBySide
+from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.functional import derive_seed, dsa, make_generator, seeded
 from ftd_lightning.models import ConvNet
 
@@ -52,7 +52,7 @@ def compare(
     loader = sample_loader(images, labels, batch_size=BATCH)
     # One for all turns of a path: what it compiles is compiled once.
     paths = {"ours": False, "compiled": True} if compiled else {"ours": False}
-    losses = {name: SideBySide(compiles, torch.device(DEVICE)) for name, compiles in paths.items()}
+    losses = {name: IndependentLosses(compiles, torch.device(DEVICE)) for name, compiles in paths.items()}
     on_device = images.to(DEVICE), labels.to(DEVICE)
 
     def ours(path: str, epochs: int) -> float:

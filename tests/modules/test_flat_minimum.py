@@ -8,7 +8,7 @@ from fits import make_trainer, small_data
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning import SyntheticEvaluation
-from ftd_lightning.core.losses import SideBySide
+from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.functional import Augmentation, flatten_parameters, load_flat, make_generator
 from ftd_lightning.models import ConvNet
 
@@ -30,7 +30,7 @@ def gradient(network, images, labels) -> torch.Tensor:
 def test_each_network_gets_the_gradient_at_its_own_worst_point(rho: float) -> None:
     networks, images, labels = batch(3)
     kwargs = {"seeds": [5, 6, 7], "augment": Augmentation("crop_scale")}
-    losses = SideBySide(False, CPU, rho=rho)(networks, images, labels, **kwargs)
+    losses = IndependentLosses(False, CPU, rho=rho)(networks, images, labels, **kwargs)
     losses.sum().backward()
     for network, seed, loss in zip(networks, kwargs["seeds"], losses, strict=True):
         found, weights = torch.cat([p.grad.flatten() for p in network.parameters()]), flatten_parameters(network)
@@ -46,7 +46,7 @@ def test_weights_come_back_bit_for_bit_and_statistics_move_once() -> None:
     (plain,), _, _ = batch(1, "batch")
     before = flatten_parameters(network)
     for one, rho in ((network, 0.5), (plain, 0.0)):
-        SideBySide(False, CPU, rho=rho)([one], images, labels, seeds=[0], augment=Augmentation(""))
+        IndependentLosses(False, CPU, rho=rho)([one], images, labels, seeds=[0], augment=Augmentation(""))
     assert torch.equal(flatten_parameters(network), before)
     for found, expected in zip(network.buffers(), plain.buffers(), strict=True):
         assert torch.equal(found, expected)
