@@ -96,14 +96,6 @@ def accepted(rules: Sequence[MatchingRule], loss: Callable[[], Tensor]) -> Tenso
     return reduce(torch.logical_and, said) if said else None
 
 
-def weigh_gradient(rules: Sequence[MatchingRule], images: Tensor, iteration: int) -> None:
-    """Multiply the gradient of the images with the weights of all rules, in place."""
-    for rule in rules:
-        weights = rule.weights(images.detach(), iteration)
-        if weights is not None and images.grad is not None:
-            images.grad.mul_(weights)
-
-
 class LearnedSet(PhaseModule):
     """The set of a distillation as callbacks see it; see ``contracts.LearnsSet``.
 
@@ -344,8 +336,7 @@ class Distillation(LearnedSet):
         """
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Weigh the images' gradient as rules say, judge the step, on all ranks together; log gradient norms."""
-        weigh_gradient(self.rules, self.images, self.step)
+        """Judge the step, on all ranks together; log gradient norms."""
         norms = {name: value.grad.norm() for name, value in self.learned().items() if value.grad is not None}
         assert self._loss is not None
         self._guard.before(

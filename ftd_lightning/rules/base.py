@@ -1,4 +1,4 @@
-"""Matching rules: the places of trajectory matching where ideas of the field plug in."""
+"""The bases of matching rules: the hooks by which ideas of the field change trajectory matching."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Teachers(Protocol):
-    """Trained teachers, as rules ask them about images."""
+    """Trained teachers, which rules may ask about images."""
 
     def __len__(self) -> int:
         """Return their number."""
@@ -24,17 +24,17 @@ class Teachers(Protocol):
 
 
 class MatchingRule:
-    """An idea of the field, written as what it changes in trajectory matching.
+    """A change of trajectory matching.
 
     Subclasses are frozen dataclasses that override the hooks they need; the hooks here change nothing. All are pure
-    functions of their arguments. ``TrajectoryMatching`` takes a list of rules, as a trainer takes callbacks, and
-    applies them in their order: each one's ``begin`` receives where the rules before it let the student start,
-    parameters count that all rules keep, a step is made that all accept, and weights are multiplied. Of the hooks that
-    decide alone (``distance``, ``start_epochs``, ``initial_images``; the labels of a ``LabelRule``), each may be that
-    of one rule. ``trajectory_matching_loss`` uses ``begin``, ``compared``, ``keep`` and ``distance``.
+    functions of their arguments. ``TrajectoryMatching`` applies a list of rules in order: ``begin`` of one rule takes
+    the start that the rules before it return, the distance is over the parameters that all rules keep, and a step is
+    made if all accept it. At most one rule may override each exclusive hook: ``distance``, ``start_epochs``,
+    ``initial_images``, and the labels of a ``LabelRule``. ``trajectory_matching_loss`` uses ``begin``, ``compared``,
+    ``keep`` and ``distance``.
 
     Attributes:
-        name: short name of the idea, appended to the name of the method ("ftd+robust"); seeds its random draws.
+        name: short name, appended to the name of the method ("ftd+robust"); seeds the rule's random draws.
 
     Example:
         >>> import torch
@@ -60,10 +60,9 @@ class MatchingRule:
         return start
 
     def distance(self, student: Tensor, target: Tensor) -> Tensor | None:
-        """Return how far the student is from the target after an inner step, a scalar; None to choose no step.
+        """Return the student's distance from the target after an inner step, a scalar; None to choose no step.
 
-        Where a rule measures it, the student is unrolled only up to the step of the smallest distance, the later one of
-        equal steps.
+        With a distance, the student is unrolled only up to the step of the smallest one, the later of equal steps.
 
         Args:
             student: theta_i, (P,), detached.
@@ -76,7 +75,7 @@ class MatchingRule:
 
         Args:
             student: theta_n, the student's weights after its last step, (P,).
-            noise: by how much :meth:`begin` moved the start, (P,).
+            noise: the change that :meth:`begin` made to the start, (P,).
         """
         return student
 
@@ -84,7 +83,7 @@ class MatchingRule:
         """Return which parameters the distance is taken over, (P,) bool; None for all.
 
         Args:
-            student: what is compared with the target, (P,), detached.
+            student: the weights that are compared with the target, (P,), detached.
             start: theta*_t, (P,).
             target: theta*_{t+m}, (P,).
         """
@@ -94,47 +93,35 @@ class MatchingRule:
         """Return the epochs that segments of an iteration may start at, each as likely; None for all.
 
         Args:
-            iteration: from 0; the answer depends on nothing else, so that a resumed run is the same.
-            max_start_epoch: all of them are below it.
+            iteration: from 0.
+            max_start_epoch: exclusive upper limit.
         """
         return None
 
     def initial_images(self, candidates: Sequence[Tensor], ipc: int, teachers: Teachers) -> list[Tensor] | None:
-        """Choose the real images to start from; None to take the first ones.
+        """Choose the real images to start from: (ipc,) indices into each class's candidates; None for the first ones.
 
         Args:
-            candidates: of each class all real images (M, C, H, W), in random order.
-            ipc: how many of each class are needed.
-            teachers: may be asked about images.
-
-        Returns:
-            Of each class (ipc,) indices into its candidates.
+            candidates: for each class all real images (M, C, H, W), in random order.
+            ipc: images per class.
+            teachers: to classify images with.
         """
         return None
 
     def accepts(self, loss: Tensor) -> Tensor | None:
-        """Say whether the optimizer may step, a bool scalar on the device; None for yes.
+        """Return whether the optimizer may step, a bool scalar on the device; None for yes.
 
         Args:
             loss: of the iteration, averaged over all of its segments on all ranks; a scalar.
         """
         return None
 
-    def weights(self, images: Tensor, iteration: int) -> Tensor | None:
-        """Return factors of the images' gradient, of a shape that broadcasts to (N, C, H, W); None for 1.
-
-        Args:
-            images: the synthetic images, (N, C, H, W), detached.
-            iteration: from 0.
-        """
-        return None
-
 
 class LabelRule(MatchingRule):
-    """Where the labels of the synthetic images come from, if they are not the images' classes.
+    """A rule for the labels of the synthetic images, in place of their classes.
 
     Attributes:
-        made: what a set records of its labels: "learned" or "teacher".
+        made: recorded in the set: "learned" or "teacher".
     """
 
     made: ClassVar[str] = ""
@@ -142,27 +129,26 @@ class LabelRule(MatchingRule):
     def initial_logits(
         self, classes: Tensor, num_classes: int, answers: Callable[[], Iterable[Tensor]]
     ) -> Tensor | None:
-        """Return the logits to start from, (N, K), where labels are learned; None where they are not.
+        """Return initial logits, (N, K), where labels are learned; None where they are not.
 
         Args:
             classes: of the initial images, (N,) int64.
             num_classes: K.
-            answers: returns the logits (N, K) that each of the teachers gives the initial images.
+            answers: returns each teacher's logits (N, K) of the initial images.
         """
         return None
 
     def optimizer_options(self) -> dict[str, float]:
-        """Return the options of the parameter group that learned logits are in: "lr", "momentum"."""
+        """Return "lr" and "momentum" of learned logits."""
         return {}
 
     def labels(self, logits: Tensor | None, answers: Callable[[], Tensor]) -> Tensor:
         """Return the labels of an iteration: probabilities (N, K), differentiable in learned logits.
 
         Args:
-            logits: what is learned, (N, K); None where nothing is.
-            answers: returns the logits (N, K) of the present synthetic images by the target's weights theta*_{t+m},
-                detached, in training mode, not augmented. Where logits are learned, labels depend on these alone: a set
-                is written without answers.
+            logits: learned logits, (N, K), which then decide alone; None where none are learned.
+            answers: returns the logits (N, K) that the target's weights theta*_{t+m} give the synthetic images, not
+                augmented, in training mode, detached.
         """
         raise NotImplementedError
 
@@ -178,7 +164,7 @@ def having(rules: Sequence[MatchingRule], hook: str) -> list[MatchingRule]:
 
 
 def only_one(rules: Sequence[MatchingRule], hook: str) -> MatchingRule | None:
-    """Return the rule that overrides a hook which decides alone; None where there is none.
+    """Return the rule that overrides an exclusive hook; None where there is none.
 
     Raises:
         InputError: for several.
@@ -187,7 +173,7 @@ def only_one(rules: Sequence[MatchingRule], hook: str) -> MatchingRule | None:
 
 
 def label_rule(rules: Sequence[MatchingRule]) -> LabelRule | None:
-    """Return the rule that labels; None where labels are the images' classes.
+    """Return the rule for labels; None where labels are the images' classes.
 
     Raises:
         InputError: for several.
@@ -198,11 +184,7 @@ def label_rule(rules: Sequence[MatchingRule]) -> LabelRule | None:
 
 
 def check_together(rules: Sequence[MatchingRule]) -> None:
-    """Refuse rules that decide the same thing.
-
-    Raises:
-        InputError: naming them.
-    """
+    """Raise InputError for rules that override the same exclusive hook."""
     for hook in ("distance", "start_epochs", "initial_images"):
         only_one(rules, hook)
     label_rule(rules)

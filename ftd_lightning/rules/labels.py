@@ -24,9 +24,7 @@ CONFIDENCE = 0.9  # of "one_hot" in an image's class
 
 
 def mean_right_logits(classes: Tensor, answers: Iterable[Tensor]) -> Tensor:
-    """Average, for each image, the logits of the teachers that classify it correctly.
-
-    Convention: of all teachers for an image that none of them classifies correctly.
+    """Average, for each image, the logits of the teachers that classify it correctly, or of all if none does.
 
     Args:
         classes: (N,) int64.
@@ -47,16 +45,16 @@ def mean_right_logits(classes: Tensor, answers: Iterable[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class LearnedLabels(LabelRule):
-    """Labels as free logits y with a learning rate and a momentum of their own (DATM, Guo et al., ICLR 2024, Sec. 3.4).
+    """Learn the labels as logits y (DATM, Guo et al., ICLR 2024, Sec. 3.4).
 
     The student's loss is the cross entropy with ``softmax(y)``; y is updated by SGD together with the images.
 
     Args:
         lr: learning rate of the logits.
         momentum: of the logits.
-        init: "teachers": of every initial image the mean logits of the teachers that classify it correctly, after their
-            last recorded epoch. "one_hot": 0.9 on the image's class, the rest equally on the others; a softmax that is
-            exactly one-hot has no gradient.
+        init: "teachers": each initial image's mean logits over the teachers that classify it correctly after their
+            last recorded epoch. "one_hot": 0.9 on the image's class, the rest equally on the others; an exact one-hot
+            softmax has no gradient.
 
     Raises:
         InputError: (a ValueError) for numbers out of range or an unknown ``init``.
@@ -98,10 +96,10 @@ class LearnedLabels(LabelRule):
 
 @dataclass(frozen=True)
 class TargetLabels(LabelRule):
-    """Soft label assignment (TESLA, Cui et al., ICML 2023, Sec. 4.2): labels from the weights that are to be matched.
+    """Take labels from the target's weights: soft label assignment (TESLA, Cui et al., ICML 2023, Sec. 4.2).
 
-    In every iteration the labels are ``softmax(f(X; theta*_{t+m}))`` of the images as they are, without gradient. A set
-    holds those of the last iteration's first segment.
+    In every iteration the labels are ``softmax(f(X; theta*_{t+m}))`` of the images, not augmented and without gradient.
+    A set holds the labels of the last iteration's first segment.
 
     Example:
         >>> TargetLabels().labels(None, lambda: torch.zeros(1, 2))

@@ -16,8 +16,8 @@ from ftd_lightning.rules.base import MatchingRule
 class DropShallow(MatchingRule):
     """Drop the shallowest parameters (PAD, Li et al., arXiv 2408.03360, Eq. 4).
 
-    K is all but the first ``floor(P * rate)`` parameters in the order of ``network.parameters()``, from the input on;
-    the cut may lie within a layer. The published code does something else: ``DropSmallest``.
+    Keep all but the first ``floor(P * rate)`` parameters in the order of ``network.parameters()``; the cut may lie
+    within a layer. The published code does ``DropSmallest`` instead.
 
     Args:
         rate: alpha, the fraction of the parameters to drop, in [0, 1).
@@ -38,7 +38,7 @@ class DropShallow(MatchingRule):
         check_bounds(DropShallow, vars(self))
 
     def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor:
-        """Return which parameters are kept, (P,) bool."""
+        """Return the mask, (P,) bool."""
         return torch.arange(len(student), device=student.device) >= int(len(student) * self.rate)
 
 
@@ -46,10 +46,8 @@ class DropShallow(MatchingRule):
 class DropSmallest(MatchingRule):
     """Drop the parameters that are matched best already (EDF, Wang et al., CVPR 2025).
 
-    K is all but the ``floor(P * rate)`` parameters with the smallest ``|theta_n - theta*_{t+m}|``. The published code
-    of PAD does this too, where its paper has ``DropShallow``.
-
-    Convention: where several differences are equal at the cut, their number is defined, but not which of them are kept.
+    Keep all but the ``floor(P * rate)`` parameters with the smallest ``|theta_n - theta*_{t+m}|``; which of equal ones
+    at the cut is undefined. The published code of PAD does this too.
 
     Args:
         rate: fraction of the parameters to drop, in [0, 1).
@@ -72,7 +70,7 @@ class DropSmallest(MatchingRule):
 
     @torch.no_grad()
     def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor:
-        """Return which parameters are kept, (P,) bool."""
+        """Return the mask, (P,) bool."""
         count = student.numel() - int(student.numel() * self.rate)
         kept = (student - target).abs().topk(count, sorted=False).indices
         return torch.zeros_like(student, dtype=torch.bool).index_fill_(0, kept, True)
@@ -80,11 +78,10 @@ class DropSmallest(MatchingRule):
 
 @dataclass(frozen=True)
 class DropLargest(MatchingRule):
-    """Parameter pruning as DPD defines it (Cao et al., ACML 2025, Eq. 3-9): drop the largest differences.
+    """Drop the largest differences: parameter pruning as DPD defines it (Cao et al., ACML 2025, Eq. 3-9).
 
-    K is all but the ``floor(P * rate)`` parameters with the largest ``|theta_n - theta*_{t+m}|``.
-
-    Convention: where several differences are equal at the cut, their number is defined, but not which of them are kept.
+    Keep all but the ``floor(P * rate)`` parameters with the largest ``|theta_n - theta*_{t+m}|``; which of equal ones
+    at the cut is undefined.
 
     Args:
         rate: fraction of the parameters to drop, in [0, 1); DPD's is 0.1.
@@ -107,17 +104,17 @@ class DropLargest(MatchingRule):
 
     @torch.no_grad()
     def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor:
-        """Return which parameters are kept, (P,) bool."""
+        """Return the mask, (P,) bool."""
         dropped = (student - target).abs().topk(int(student.numel() * self.rate), sorted=False).indices
         return torch.ones_like(student, dtype=torch.bool).index_fill_(0, dropped, False)
 
 
 @dataclass(frozen=True)
 class KeepSimilar(MatchingRule):
-    """Another reading of PP (Li et al., IEICE Trans. 2024): keep the parameters that are similar to the teacher's.
+    """Keep the parameters that are similar to the teacher's: another reading of PP (Li et al., IEICE Trans. 2024).
 
-    K is the parameters of similarity at least epsilon. With s = theta_n and t = theta*_{t+m}, the similarity is
-    ``min(|s|, |t|) / max(|s|, |t|)``, but 0 where s and t differ in sign and 1 where both are 0.
+    The similarity of s = theta_n and t = theta*_{t+m}, at least epsilon, is ``min(|s|, |t|) / max(|s|, |t|)``, but 0
+    where they differ in sign and 1 where both are 0.
 
     Args:
         epsilon: least similarity, in [0, 1].
@@ -140,7 +137,7 @@ class KeepSimilar(MatchingRule):
 
     @torch.no_grad()
     def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor:
-        """Return which parameters are kept, (P,) bool."""
+        """Return the mask, (P,) bool."""
         smaller, larger = torch.minimum(student.abs(), target.abs()), torch.maximum(student.abs(), target.abs())
         similarity = torch.where(larger > 0, smaller / larger, 1.0)
         return similarity.masked_fill(student.sign() * target.sign() < 0, 0.0) >= self.epsilon

@@ -27,16 +27,14 @@ Residual = Literal["displacement", "endpoint"]
 def start_noise(start: Tensor, target: Tensor, generator: torch.Generator, *, kappa: float) -> Tensor:
     """Draw the noise of Eq. 9, eps ~ N(0, sigma^2 I), in proportion to the teacher's displacement in the segment.
 
-    ``sigma = kappa * ||theta*_0 - theta*_m|| / sqrt(P)``, so that ``||eps||`` is about kappa times the teacher's
-    displacement, whatever the size of the network and however far training has advanced. The paper gives no sigma.
-
-    Convention: isotropic over all P weights; those of normalisation layers, near 1 and 0, get as much as any.
+    ``sigma = kappa * ||theta*_0 - theta*_m|| / sqrt(P)``, so that ``||eps||`` is about kappa times the displacement.
+    The paper gives no sigma.
 
     Args:
         start: theta*_0, (P,).
         target: theta*_m, (P,).
-        generator: a CPU generator; draws are float32 for every dtype, then moved to the weights' device.
-        kappa: >= 0; 0 gives zeros.
+        generator: a CPU generator; draws are float32 for every dtype.
+        kappa: >= 0.
 
     Returns:
         eps, (P,), in dtype and on the device of ``start``.
@@ -53,12 +51,11 @@ def start_noise(start: Tensor, target: Tensor, generator: torch.Generator, *, ka
 
 @dataclass(frozen=True)
 class RobustStart(MatchingRule):
-    """Robust learning of the FTD paper (Du et al., CVPR 2023, Eq. 9): the student starts beside the teacher.
+    """Robust learning of the FTD paper (Du et al., CVPR 2023, Eq. 9): the student starts at ``theta*_0 + eps``.
 
-    It starts at ``theta*_0 + eps``; see :func:`start_noise`. With "displacement", Eq. 9 as written,
-    ``A(theta*_0 + eps) - A_T(theta*_0)``, the noise is not part of what the student did, so the residual is
-    ``theta_n - eps - theta*_m``. "endpoint" asks the student to arrive, i.e. to undo the noise on its way:
-    ``theta_n - theta*_m``. The distance is normalised by the teacher's displacement in either case.
+    See :func:`start_noise` for eps. The residual is ``theta_n - eps - theta*_m`` ("displacement", Eq. 9 as written), or
+    ``theta_n - theta*_m`` ("endpoint": the student has to undo the noise). Either distance is normalised by the
+    teacher's displacement.
 
     Args:
         kappa: size of the noise relative to the teacher's displacement, >= 0 and finite.
@@ -96,14 +93,14 @@ class RobustStart(MatchingRule):
 
 @dataclass(frozen=True)
 class StartWindow(MatchingRule):
-    """Segments start in {T- .. U - 1}, where U grows from T to T+ (DATM, Guo et al., ICLR 2024, Sec. 3.3).
+    """Start segments in {T- .. U - 1}, where U grows from T to T+ (DATM, Guo et al., ICLR 2024, Sec. 3.3).
 
-    ``U = min(T+, T + floor((T+ - T) * iteration / E))``, and T+ is the module's ``max_start_epoch``. PAD states the
-    same growth as "T grows by 1 every I iterations": E = I * (T+ - T).
+    ``U = min(T+, T + floor((T+ - T) * iteration / E))``; T+ is the module's ``max_start_epoch``. PAD's "T grows by 1
+    every I iterations" is E = I * (T+ - T).
 
     Args:
         first: T-, the first start epoch.
-        ceiling: T, where the ceiling of the start epochs begins; None: at T+, so that nothing grows.
+        ceiling: T, the initial ceiling of the start epochs; None: T+, without growth.
         growth_iterations: E, iterations until the ceiling reaches T+.
 
     Raises:
@@ -137,24 +134,24 @@ class StartWindow(MatchingRule):
         return range(self.first, min(max_start_epoch, self.ceiling + grown))
 
 
-CHUNK = 256  # images that a teacher is asked about at a time
+CHUNK = 256  # images that a teacher classifies at a time
 
 
 @dataclass(frozen=True)
 class CorrectImages(MatchingRule):
     """Start from real images that a teacher classifies correctly (DATM, Guo et al., ICLR 2024, Sec. 3.4).
 
-    Of each class the first images, in random order, that teacher 0 classifies correctly after its last recorded epoch;
-    where they are too few, those of teacher 1 that are not chosen yet, and so on.
+    For each class, take the first images, in random order, that teacher 0 classifies correctly after its last recorded
+    epoch; if they are too few, add images that teacher 1 classifies correctly, and so on.
 
     Raises:
-        InputError: (a ValueError) where all teachers together are right about too few images of a class.
+        InputError: (a ValueError) if all teachers together classify too few images of a class correctly.
     """
 
     name: ClassVar[str] = "correct"
 
     def initial_images(self, candidates: Sequence[Tensor], ipc: int, teachers: Teachers) -> list[Tensor]:
-        """Return of each class (ipc,) indices into its candidates."""
+        """Return (ipc,) indices into the candidates of each class."""
         return [self._of_class(label, images, ipc, teachers) for label, images in enumerate(candidates)]
 
     @torch.no_grad()
@@ -176,12 +173,11 @@ class CorrectImages(MatchingRule):
 class ClosestStep(MatchingRule):
     """Match the step of the student that comes closest to the target (ATT, Liu et al., ECCV 2024).
 
-    The step is ``argmin_i ||theta_i - theta*_{t+m}||_1``, the later one of equal steps; the loss at it is the usual
-    one, with squared differences. The student runs all n steps without gradient first, and then is unrolled up to that
-    step: the gradient is that of so many steps. ``matching/steps`` tells the choice; where it is always n this is MTT.
+    The step is ``argmin_i ||theta_i - theta*_{t+m}||_1``, the later one of equal steps. The student runs all n steps
+    without gradient first and is then unrolled up to that step, where the usual loss is taken. ``matching/steps`` logs
+    the choice; where it is always n this is MTT.
 
     Example:
-        >>> import torch
         >>> ClosestStep().distance(torch.tensor([1.0, -1.0]), torch.zeros(2))
         tensor(2.)
     """
@@ -195,10 +191,10 @@ class ClosestStep(MatchingRule):
 
 @dataclass(frozen=True)
 class LossGate(MatchingRule):
-    """No update in an iteration whose matching loss is above a threshold (the public code of DATM, ICLR 2024).
+    """Skip the update of an iteration whose matching loss is above a threshold (the public code of DATM, ICLR 2024).
 
-    At a loss of 1 the student ends as far from the target as it began. Such an iteration leaves images, labels, step
-    size and all momenta as they were; it is counted in ``matching/gated_steps``.
+    At a loss of 1 the student ends as far from the target as it began. A skipped iteration changes neither images,
+    labels, step size nor momenta; it is counted in ``matching/gated_steps``.
 
     Args:
         threshold: above 0; published: 1 to 1.5.
@@ -207,7 +203,6 @@ class LossGate(MatchingRule):
         InputError: (a ValueError) for a threshold out of range.
 
     Example:
-        >>> import torch
         >>> LossGate(threshold=1.1).accepts(torch.tensor(1.2))
         tensor(False)
     """
@@ -220,5 +215,5 @@ class LossGate(MatchingRule):
         check_bounds(LossGate, vars(self))
 
     def accepts(self, loss: Tensor) -> Tensor:
-        """Refuse what is above the threshold; NaN is none of its business."""
+        """Accept losses up to the threshold, and NaN, which the step guard skips."""
         return ~(loss > self.threshold)

@@ -180,24 +180,6 @@ def test_a_gate_that_never_opens_ends_the_run(tmp_path, teachers):
         distil(tmp_path, teachers, steps=150, syn_steps=1, rules=[LossGate(threshold=1e-6)])
 
 
-def test_weights_multiply_the_gradient_of_the_images_only(tmp_path, teachers):
-    @dataclass(frozen=True)
-    class LeftHalf(MatchingRule):
-        name = "left"
-
-        def weights(self, images, iteration):
-            mask = torch.zeros(images.shape[-1])
-            mask[: images.shape[-1] // 2] = 1 + iteration
-            return mask
-
-    plain = distil(tmp_path, teachers, steps=1)
-    weighed = distil(tmp_path / "weighed", teachers, steps=1, rules=[LeftHalf()])
-    half = plain.images.shape[-1] // 2
-    assert torch.equal(weighed.images[..., half:].detach(), weighed.initial_images[..., half:])
-    torch.testing.assert_close(weighed.images[..., :half], plain.images[..., :half])
-    torch.testing.assert_close(weighed.step_size, plain.step_size)
-
-
 def test_the_window_decides_on_segments_and_is_checked_before_anything_is_learned(tmp_path, teachers):
     module = distil(tmp_path, teachers, steps=0, rules=[StartWindow(ceiling=1, growth_iterations=4)])
     loader = module.iteration_loader()
