@@ -1,11 +1,15 @@
-"""Small fits on the embedded digits, for tests of modules and callbacks."""
+"""Small fits on the embedded digits, for tests of modules and callbacks; and files spoilt on purpose."""
 
+import json
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ftd_lightning import DistillationDataModule, FlatTeacher, TrajectoryMatching
 from ftd_lightning.callbacks import TrajectoryRecorder
+from ftd_lightning.files.safetensors_io import KEY
 
 SMALL = {"width": 4, "depth": 1}
 
@@ -66,3 +70,17 @@ def distil(folder: Path, trajectories: Path, *, steps: int = 5, callbacks=(), da
     settings = {"max_steps": steps, "callbacks": list(callbacks), **(trainer or {})}
     make_trainer(folder, **settings).fit(module, datamodule=data or small_data())
     return module
+
+
+def rewrite(path: Path, target: Path, change) -> None:
+    """Write a changed copy of a set or teacher without checksums, as another program would.
+
+    ``change(tensors, metadata)`` changes both in place; it may return other metadata, or the text to write as such.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()[KEY])
+    metadata = {key: value for key, value in metadata.items() if key not in ("checksum", "checksums")}
+    tensors = load_file(path)
+    metadata = change(tensors, metadata) or metadata
+    text = metadata if isinstance(metadata, str) else json.dumps(metadata)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, target, metadata={KEY: text})

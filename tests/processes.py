@@ -108,8 +108,8 @@ def _run(cwd: str, environment: dict[str, str], streams: list[str], function: Ca
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     # Standard output is buffered as in a pipe, standard error by lines.
-    sys.stdout.reconfigure(encoding=encoding, line_buffering=False)
-    sys.stderr.reconfigure(encoding=encoding, line_buffering=True)
+    sys.stdout = os.fdopen(1, "w", encoding=encoding, closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding=encoding, errors="backslashreplace", buffering=1, closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what runs in the background
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import torch

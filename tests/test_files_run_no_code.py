@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import SMALL, distil, make_trainer, small_data, small_matching, small_teacher
-from test_bad_input import rewrite
+from fits import SMALL, distil, make_trainer, rewrite, small_data, small_matching, small_teacher
 from torch import nn
 
 from ftd_lightning import (
