@@ -1,4 +1,4 @@
-"""Twenty kills at random moments of each phase, with checkpoints in the middle of epochs: the result is the same."""
+"""Killed with SIGKILL and resumed by the same command, a fit ends with the bits of one that was never interrupted."""
 
 import os
 import random
@@ -7,98 +7,57 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from fits import SMALL, make_trainer, record, small_data, small_matching
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ftd_lightning import FlatTeacher, SyntheticEvaluation
+pytestmark = pytest.mark.slow  # commands that are killed and run again
 
-pytestmark = [
-    pytest.mark.slow,  # sixty processes
-    pytest.mark.filterwarnings("ignore:.*manual optimization and every_n_train_steps.*"),
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning"),
-]
-KILLS = 20
-
-
-class Report(Callback):
-    """Tells the parent how many steps are done."""
-
-    def __init__(self, pipe: int) -> None:
-        self.pipe = pipe
-
-    def on_train_batch_end(self, *args) -> None:
-        os.write(self.pipe, b".")
-
-
-def teachers(store: Path) -> tuple:
-    module = FlatTeacher(network_options=SMALL, teachers=6, epochs=8, lr=0.05, momentum=0.9, rho=0.01)
-    return module, small_data(), {}
-
-
-def matching(store: Path) -> tuple:
-    return small_matching(store, augment="crop", ipc=2, syn_batch=7), small_data(), {"max_steps": 220}
-
-
-def evaluation(store: Path) -> tuple:
-    module = SyntheticEvaluation(network_options=SMALL, networks=3)
-    return module, small_data(synthetic="random", ipc=2, batch_size=8), {"max_epochs": 80}
-
-
-def run(phase, folder: Path, store: Path, pipe: int) -> None:
-    torch.set_num_threads(1)
-    last = folder / "checkpoints" / "last.ckpt"
-    keep = ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True, every_n_train_steps=7)
-    module, data, limits = phase(store)
-    trainer = make_trainer(folder, callbacks=[keep, Report(pipe)], enable_checkpointing=True, **limits)
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
-    if isinstance(module, SyntheticEvaluation):
-        trainer.test(module, datamodule=data, verbose=False)
-
-
-def child(phase, folder: Path, store: Path, *, steps: int | None, pause: float) -> bool:
-    """Run a phase in a process of its own, and kill it after so many steps; return whether it was killed."""
-    readable, writable = os.pipe()
-    process = os.fork()
-    if process == 0:
-        try:
-            os.close(readable)
-            run(phase, folder, store, writable)
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    os.close(writable)
-    done, killed = 0, False
-    while piece := os.read(readable, 1 if steps is not None else 1 << 16):
-        done += len(piece)
-        if steps is not None and done >= steps:
-            time.sleep(pause)
-            os.kill(process, signal.SIGKILL)
-            killed = True
-            break
-    os.close(readable)
-    _, status = os.waitpid(process, 0)
-    assert killed or status == 0
-    return killed and os.WIFSIGNALED(status)
+KILLS = 20 if "FTD_TEST_ALL" in os.environ else 3
+NETWORK = "--model.network_options={width: 4, depth: 1}"
+# Momentum is a state of the optimizer, which has to survive as well.
+TEACHERS = [NETWORK, "--model.teachers=5", "--model.epochs=6", "--model.momentum=0.9"]
+MATCHING = ["--model.max_start_epoch=3", "--model.syn_steps=2", "--trainer.max_steps=60"]
+MATCHING += ["--model.iterations_per_epoch=5", "--model.ipc=2", "--model.syn_batch=7"]
+MATCHING += ["--trainer.callbacks+=EvaluateSynthetic", "--trainer.callbacks.epochs=3"]
+EVALUATION = [NETWORK, "--model.networks=3", "--data.synthetic=random", "--data.ipc=8", "--trainer.max_epochs=60"]
+PHASES = {
+    "digits/teacher_ftd": (TEACHERS, {f"teacher_000{n}.safetensors" for n in range(5)} | {"data.safetensors"}),
+    "digits/distill_ftd_ipc1": (MATCHING, {"set.safetensors", "best.safetensors"}),
+    "digits/evaluate": (EVALUATION, {"evaluation.json"}),
+}
 
 
 def artefacts(folder: Path) -> dict[str, bytes]:
     found = [path for path in folder.rglob("*") if path.suffix == ".safetensors" or path.name == "evaluation.json"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found if ".unfinished" not in path.parts}
+    return {path.name: path.read_bytes() for path in found if ".unfinished" not in path.parts}
 
 
-@pytest.mark.parametrize("phase", [teachers, matching, evaluation], ids=lambda phase: phase.__name__)
-def test_kills_at_random_moments(phase, tmp_path: Path) -> None:
-    store = record(tmp_path / "store")
-    child(phase, tmp_path / "whole", store, steps=None, pause=0)
+@pytest.mark.parametrize("config", PHASES)
+def test_kills_at_random_moments(config: str, tmp_path: Path, trajectories: Path, command) -> None:
+    options, files = PHASES[config]
+    options = [*options, "--data.max_per_class=14", "--data.batch_size=32", "--trainer.accelerator=cpu"]
+    if options[0] == MATCHING[0]:
+        options.append(f"--model.trajectories={trajectories}")
+
+    def start(name: str):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return command.start("fit", "--config", config, *options, "--ckpt_path=last", cwd=tmp_path / name)
+
+    whole = start("whole").wait()
+    assert whole.returncode == 0, whole.stderr[-2000:]
     expected = artefacts(tmp_path / "whole")
-    assert expected
-    moments = random.Random(0)
-    kills = sum(
-        child(phase, tmp_path / "killed", store, steps=moments.randint(1, 16), pause=moments.uniform(0, 0.01))
-        for _ in range(KILLS)
-    )
-    assert kills == KILLS
-    child(phase, tmp_path / "killed", store, steps=None, pause=0)
+    assert set(expected) == files
+    moments, kills = random.Random(0), 0
+    for _ in range(KILLS):
+        began, process = time.time(), start("killed")
+
+        def progressed(began: float = began) -> bool:
+            return any(path.stat().st_mtime > began for path in tmp_path.glob("killed/**/last.ckpt") if path.exists())
+
+        process.wait_for(progressed)
+        time.sleep(moments.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait().returncode == -signal.SIGKILL
+    last = start("killed").wait()
+    assert last.returncode == 0, last.stderr[-2000:]
+    assert "Restored all states from the checkpoint" in last.stderr, "it began anew"
+    assert kills > KILLS // 2
     assert artefacts(tmp_path / "killed") == expected
