@@ -28,7 +28,7 @@ from ftd_lightning.callbacks import (
 )
 from ftd_lightning.callbacks.checkpoint_io import FitCheckpoint
 from ftd_lightning.contracts import LearnsSet, data_source
-from ftd_lightning.core.module import PhaseModule, run_folder
+from ftd_lightning.core.module import BaseModule, run_folder
 from ftd_lightning.core.results import summary
 from ftd_lightning.core.resume import read_checkpoint
 from ftd_lightning.errors import DivergenceError, InputError
@@ -117,7 +117,7 @@ class FTDCLI(LightningCLI):
         model, callbacks = self.model, dict[type, Callback]()
         if trainer.get("enable_progress_bar") is not False:
             callbacks[ProgressBar] = FitProgress()
-        if not isinstance(model, PhaseModule):
+        if not isinstance(model, BaseModule):
             return callbacks
         callbacks[HyperparameterReport] = HyperparameterReport()
         if isinstance(model, LearnsSet):
@@ -156,7 +156,7 @@ class FTDCLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Write the logits (N, K) of a module of this library as ``predictions.npy`` beside the logs."""
-        if isinstance(self.model, PhaseModule) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if isinstance(self.model, BaseModule) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             file = run_folder(self.trainer) / "predictions.npy"
             with replacing(file) as part, part.open("wb") as out:
                 np.save(out, torch.cat(self.trainer.predict_loop.predictions).float().numpy())

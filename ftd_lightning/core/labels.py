@@ -1,4 +1,4 @@
-"""Labels of the images in an unrolled student."""
+"""Labels of a synthetic set other than its classes: those of an unrolled student, and targets of ridge regression."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 from ftd_lightning.data.coresets import estimate_running_statistics, logits_of
 from ftd_lightning.functional.gradient_matching import batch_norms
 from ftd_lightning.functional.inner_step import student_logits
+from ftd_lightning.functional.kernels import centred_targets
 from ftd_lightning.functional.unroll import load_flat
 
 if TYPE_CHECKING:
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from ftd_lightning.rules.base import LabelRule
 
 
-class StoreTeachers:
-    """The teachers of a store after their last recorded epoch, in evaluation mode; see ``functional.Teachers``.
+class RecordedTeachers:
+    """The teachers of a store after their last recorded epoch, in evaluation mode; see ``rules.Teachers``.
 
     Args:
         store: the teachers.
         network: of their architecture; its weights are overwritten.
-        real: training images (M, C, H, W), of which the running statistics of BatchNorm layers are taken: trajectories
-            hold none.
+        real: training images (M, C, H, W), from which the running statistics of BatchNorm layers are estimated:
+            trajectories hold none.
     """
 
     def __init__(self, store: TrajectoryStore, network: nn.Module, real: Tensor) -> None:
@@ -54,13 +55,41 @@ class StoreTeachers:
         return (self.logits(teacher, images) for teacher in range(len(self)))
 
 
-class InnerLabels(nn.Module):
-    """Labels as a rule makes them: learned ones are a parameter, those that teachers give a buffer.
+class SetLabels(nn.Module):
+    """Labels of a synthetic set that are learned, or that teachers give."""
+
+    def of_set(self) -> Tensor | None:
+        """Return the labels of the set, (N, K); None where they are its classes."""
+        raise NotImplementedError
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return the learned parameter as "labels"; empty where none is learned."""
+        return {}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups of the optimizer; empty where nothing is learned."""
+        return []
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a set records of its labels."""
+        return {}
+
+    def end_step(self, applied: Tensor) -> None:
+        """Follow an optimizer step.
+
+        Args:
+            applied: whether the step was made, a bool scalar.
+        """
+
+
+class StudentLabels(SetLabels):
+    """Labels of a student's images, made by a rule: learned ones are a parameter, those of teachers a buffer.
 
     Args:
         rule: makes them.
-        logits: what is learned, at the start, (N, K); None where nothing is.
-        given: what the set holds until teachers have said something, (N, K); None where labels are learned.
+        logits: initial learned logits, (N, K); None where nothing is learned.
+        given: initial labels of the set, (N, K), replaced by a teacher's after the first step; None where labels are
+            learned.
 
     Attributes:
         logits: (N, K) parameter, or None.
@@ -80,34 +109,25 @@ class InnerLabels(nn.Module):
     @classmethod
     def start(
         cls, rule: LabelRule, classes: Tensor, num_classes: int, answers: Callable[[], Iterable[Tensor]]
-    ) -> InnerLabels:
+    ) -> StudentLabels:
         """Ask a rule where to start; see ``LabelRule.initial_logits`` for the arguments."""
         logits = rule.initial_logits(classes, num_classes, answers)
         return cls(rule, logits, one_hot(classes, num_classes).float() if logits is None else None)
 
     @classmethod
-    def empty(cls, rule: LabelRule, shapes: Mapping[str, torch.Size], prefix: str) -> InnerLabels:
+    def empty(cls, rule: LabelRule, shapes: Mapping[str, torch.Size], prefix: str) -> StudentLabels:
         """Make room for the labels of a checkpoint with such tensors."""
         sizes = [shapes.get(f"{prefix}{name}") for name in ("logits", "given")]
         logits, given = (None if size is None else torch.zeros(size) for size in sizes)
         return cls(rule, logits, given)
 
-    @property
-    def made(self) -> str:
-        """How they are made, as a set records it."""
-        return self._rule.made
+    def of_set(self) -> Tensor:
+        """Return the labels of the set, (N, K)."""
+        return self.learned_labels() if self.given is None else self.given
 
     def learned_labels(self) -> Tensor:
-        """Return what is learned as labels, (N, K), differentiable in the logits."""
+        """Return learned labels, (N, K), differentiable in the logits."""
         return self._rule.labels(self.logits, self._no_answers)
-
-    def group(self) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter group of what is learned, in a list; nothing where nothing is."""
-        return [] if self.logits is None else [{"params": [self.logits], **self._rule.optimizer_options()}]
-
-    def learned(self) -> dict[str, Tensor]:
-        """Return what is learned, by name."""
-        return {} if self.logits is None else {"labels": self.logits}
 
     def of_segment(self, student: nn.Module, target: Tensor, images: Tensor) -> Tensor:
         """Return the labels of a segment's student, (N, K).
@@ -123,18 +143,72 @@ class InnerLabels(nn.Module):
             self._latest = labels.detach()
         return labels
 
+    def learned(self) -> dict[str, Tensor]:
+        """Return the logits as "labels", where they are learned."""
+        return {} if self.logits is None else {"labels": self.logits}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the logits' parameter group with the rule's options."""
+        return [] if self.logits is None else [{"params": [self.logits], **self._rule.optimizer_options()}]
+
+    def metadata(self) -> dict[str, Any]:
+        """Return how the labels are made."""
+        return {"labels_made": self._rule.made}
+
     @torch.no_grad()
-    def keep(self, applied: Tensor) -> None:
-        """Keep what the teacher said in this iteration, if its step was made."""
+    def end_step(self, applied: Tensor) -> None:
+        """Store the teacher's labels of this iteration, if its step was made."""
         if self.given is not None and self._latest is not None:
             self.given.copy_(torch.where(applied, self._latest, self.given))
         self._latest = None
 
-    def of_set(self) -> Tensor:
-        """Return the labels of the set, (N, K)."""
-        if self.given is not None:
-            return self.given
-        return self.learned_labels()
-
     def _no_answers(self) -> Tensor:
         raise RuntimeError(f"{type(self._rule).__name__}: labels that are learned may not depend on teachers")
+
+
+class RidgeTargets(SetLabels):
+    """Targets (N, K) that ridge regression is fitted to: learned ones are a parameter, centred one-hot ones a buffer.
+
+    Args:
+        classes: of the images, (N,) int64.
+        num_classes: K.
+        scale: factor of the centred one-hot vectors.
+        learned: whether they are learned.
+        lr: learning rate of learned targets.
+
+    Attributes:
+        values: (N, K).
+        scale: the argument.
+    """
+
+    values: nn.Parameter | Tensor
+
+    def __init__(self, classes: Tensor, num_classes: int, *, scale: float, learned: bool, lr: float) -> None:
+        super().__init__()
+        self.scale, self._num_classes, self._learned, self._lr = scale, num_classes, learned, lr
+        start = self.of_classes(classes)
+        if learned:
+            self.values = nn.Parameter(start, requires_grad=lr > 0)
+        else:
+            self.register_buffer("values", start)
+
+    def of_classes(self, classes: Tensor) -> Tensor:
+        """Return the targets of real images, (M, K) for classes (M,)."""
+        return centred_targets(classes, self._num_classes, scale=self.scale)
+
+    def of_set(self) -> Tensor | None:
+        """Return learned targets, (N, K)."""
+        return self.values if self._learned else None
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return the targets as "labels", where they are learned."""
+        return {"labels": self.values} if self._learned else {}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the parameter group of learned targets."""
+        return [{"params": [self.values], "lr": self._lr}] if self._learned else []
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the scale, and that labels are learned targets."""
+        kind = {"label_kind": "target", "labels_made": "learned"} if self._learned else {}
+        return {"target_scale": self.scale, **kind}

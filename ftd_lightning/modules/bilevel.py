@@ -1,4 +1,4 @@
-"""Clip a gradient at a multiple of its norm's moving average."""
+"""DD, BPTT and RaT-BPTT: images on which a fresh network trains best, differentiated through its training."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.core.arguments import inner_optimizer, matching_rules, not_plain, plain
-from ftd_lightning.core.labels import InnerLabels
-from ftd_lightning.core.networks import Network, refuse_object
+from ftd_lightning.core.arguments import inner_optimizer, matching_rules
+from ftd_lightning.core.labels import StudentLabels
+from ftd_lightning.core.networks import Network
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.inner_optimizers import InnerAdam, InnerOptimizer, InnerSGD
 from ftd_lightning.functional.inner_step import student_logits
-from ftd_lightning.functional.matching import chunked_permutations
-from ftd_lightning.functional.seeding import derive_seed, make_generator, to_device
+from ftd_lightning.functional.seeding import derive_seed, to_device
 from ftd_lightning.functional.unroll import flatten_parameters, unroll
-from ftd_lightning.modules.distillation import Init
-from ftd_lightning.modules.inner_loop import StudentDistillation
-from ftd_lightning.rules.base import MatchingRule, having, label_rule
+from ftd_lightning.modules.distillation import Distillation, Init
+from ftd_lightning.modules.inner_loop import InnerLoop
+from ftd_lightning.rules.base import MatchingRule, having
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,12 +59,12 @@ def clip_by_average(gradient: Tensor, average: Tensor, *, factor: float, decay: 
 
 
 Schedule = Literal["shuffled", "fixed"]
-# What ask teachers, of whom there are none.
+# Rule hooks that need teachers; this method has none.
 OF_TEACHERS = ("begin", "compared", "keep", "distance", "start_epochs", "initial_images")
 EVALUATION_LR = 0.01  # of SGD, for sets whose inner optimizer is another
 
 
-class BilevelDistillation(StudentDistillation):
+class BilevelDistillation(Distillation):
     """Learns the set on which a fresh network trains best, as measured on real images, without any teacher.
 
     In every iteration a fresh network is trained on the set for some steps, and the cross entropy of real images at its
@@ -138,67 +137,50 @@ class BilevelDistillation(StudentDistillation):
         compile: Compile = "auto",  # noqa: A002
     ) -> None:
         check_bounds(BilevelDistillation, locals())
-        super().__init__()
-        refuse_object(network)
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
         if schedule not in get_args(Schedule):
             raise InputError(f"schedule={schedule!r} is unknown: choose from {list(get_args(Schedule))}")
         if window is not None and window > syn_steps:
             raise InputError(f"window={window} must be at most syn_steps={syn_steps}")
-        self.augment = Augmentation.of(augment)
+        super().__init__(
+            network=network,
+            network_options=network_options,
+            ipc=ipc,
+            init=init,
+            augment=Augmentation.of(augment),
+            iterations_per_epoch=iterations_per_epoch,
+            seed=seed,
+            real=real,
+            lr_images=lr_images,
+            step_size=[float(step_size_init)] * syn_steps if schedule == "fixed" else float(step_size_init),
+            lr_step_size=lr_step_size,
+            rules=matching_rules(rules or []),
+        )
         self.optimizer = inner_optimizer(optimizer)
-        self.rules = matching_rules(rules or [])
+        self.save_arguments(locals(), augment=self.augment, rules=self.rules, optimizer=self.optimizer)
         for hook in OF_TEACHERS:
             if asking := having(self.rules, hook):
                 raise InputError(f"rules: {type(asking[0]).__name__} asks teachers ({hook}), but there are none here")
-        network_options = plain(network_options)
-        augment, optimizer, rules = plain(self.augment), plain(self.optimizer), plain(self.rules)
-        self.save_hyperparameters(ignore=not_plain(network))
-        self._architecture = network
-        self.keep_real(real)
 
     def build(self) -> None:
-        """Make the initial synthetic set, its step sizes and labels."""
-        self.fresh = self.own_networks(self._architecture, self.hparams["network_options"])
-        self.make_student()
-        self.make_images()
-        self.inner_labels = self._make_labels()
-        fixed, steps = self.hparams["schedule"] == "fixed", self.hparams["syn_steps"]
-        sizes = torch.full((steps,) if fixed else (), float(self.hparams["step_size_init"]))
-        self.step_size = nn.Parameter(sizes, requires_grad=self.hparams["lr_step_size"] > 0)
+        """Make the student, the initial synthetic set and its labels."""
+        hparams = self.hparams
+        student = self.fresh.architecture()
+        self.inner_loop = InnerLoop(student, hparams["syn_steps"], hparams["syn_batch"], hparams["compile"])
+        super().build()
+        self.soft_labels = labels = self.student_labels(self._no_teachers)
+        if labels is not None and not labels.learned():
+            raise InputError("rules: labels come from teachers, but there are none here")
         self.register_buffer("gradient_averages", torch.zeros(2))  # norms of the images' gradient, and of the labels'
 
-    def _make_labels(self) -> InnerLabels | None:
-        rule = label_rule(self.rules)
-        if rule is None:
-            return None
-        if self._loaded_shapes:
-            return InnerLabels.empty(rule, self._loaded_shapes, "inner_labels.")
+    @staticmethod
+    def _no_teachers() -> list[Tensor]:
+        raise InputError("rules: labels start from teachers, but there are none here: give init='one_hot'")
 
-        def no_teachers() -> list[Tensor]:
-            raise InputError(f"{rule}: labels start from teachers, but there are none here: give init='one_hot'")
-
-        labels = InnerLabels.start(rule, self.labels, int(self.labels.max()) + 1, no_teachers)
-        if labels.logits is None:
-            raise InputError(f"{rule}: labels come from teachers, but there are none here")
-        return labels
-
-    def configure_optimizers(self) -> torch.optim.Adam:
-        """Give images, step sizes and learned labels a parameter group each."""
-        groups = [
-            {"params": [self.images], "lr": self.hparams["lr_images"]},
-            {"params": [self.step_size], "lr": self.hparams["lr_step_size"]},
-        ]
-        labels = [] if self.inner_labels is None else self.inner_labels.group()
-        groups += [{"params": group["params"], "lr": group["lr"]} for group in labels]  # momentum is for SGD
-        # Fused: its count of steps is on the device, where a step that is skipped is undone without waiting.
-        return torch.optim.Adam(groups, fused=True)
-
-    def on_fit_start(self) -> None:
-        """Move the real images to the device too, or leave them in host memory if they do not fit."""
-        super().on_fit_start()
-        self._real_images, self._real_labels = self.real_on_device()
-        self._compile = self.choose_inner_compile(self.hparams["networks_per_step"])
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the student to the device; the real images too, where they fit."""
+        self.inner_loop.to(self.device, self.images.dtype)
+        self._real = self.real_on_device()
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Average the losses of this rank's networks."""
@@ -206,14 +188,14 @@ class BilevelDistillation(StudentDistillation):
         slots = range(self.global_rank * count, (self.global_rank + 1) * count)
         # In full precision whatever the trainer's: the backward run is not under its autocast.
         with torch.autocast(self.device.type, enabled=False):
-            return self.logged(torch.stack([self._loss_of(batch["iteration"], slot) for slot in slots]).mean())
+            return self.log_loss(torch.stack([self._loss_of(batch["iteration"], slot) for slot in slots]).mean())
 
     def _loss_of(self, iteration: int, slot: int) -> Tensor:
         """Train a network on the set, and measure real images at its weights."""
-        hparams, student, keys = self.hparams, self.student, (iteration, slot)
-        steps, skip = self._place(*keys)
-        start = self.fresh.build(hparams["seed"], "network", *((0, 0) if hparams["fixed_network"] else keys))
-        labels = self.labels if self.inner_labels is None else self.inner_labels.learned_labels()
+        hparams, student, keys = self.hparams, self.inner_loop.network, (iteration, slot)
+        steps, skip = self.draw_window(*keys)
+        start = self.fresh.build(self.seed, "network", *((0, 0) if hparams["fixed_network"] else keys))
+        labels = self.soft_labels.learned_labels() if isinstance(self.soft_labels, StudentLabels) else self.labels
         weights = unroll(
             student,
             to_device(flatten_parameters(start), self.device, self.images.dtype),
@@ -222,20 +204,20 @@ class BilevelDistillation(StudentDistillation):
             self.step_size[:steps] if self.step_size.ndim else self.step_size,
             batches=self._batches(*keys)[:steps],
             augment=self.augment or None,
-            seed=derive_seed(hparams["seed"], "dsa", *keys),
-            compile=self._compile,
+            seed=derive_seed(self.seed, "dsa", *keys),
+            compile=self.inner_loop.compile,
             optimizer=self.optimizer,
             skip=skip,
         )
         images, answers = self._real_batch(*keys)
         return cross_entropy(student_logits(student, weights, images), answers)
 
-    def _place(self, iteration: int, slot: int) -> tuple[int, int]:
+    def draw_window(self, iteration: int, slot: int) -> tuple[int, int]:
         """Return how many steps are made, and how many of them come before the window."""
         steps, window = self.hparams["syn_steps"], self.hparams["window"]
         if window is None:
             return steps, 0
-        generator = make_generator(self.hparams["seed"], "window", iteration, slot)
+        generator = self.generator("window", iteration, slot)
         skip = int(torch.randint(steps - window + 1, (1,), generator=generator))
         return skip + window, skip
 
@@ -243,35 +225,30 @@ class BilevelDistillation(StudentDistillation):
         """Return the mini-batches of all inner steps."""
         count, steps, size = len(self.images), self.hparams["syn_steps"], self.hparams["syn_batch"]
         if self.hparams["schedule"] == "shuffled":
-            order = make_generator(self.hparams["seed"], "batches", iteration, slot)
-            return chunked_permutations(count, steps, order, batch_size=size)
+            return self.inner_loop.batches(count, self.generator("batches", iteration, slot))
         # The first image of every class, then the second of every class, and so on.
         chunks = torch.arange(count).view(-1, self.hparams["ipc"]).T.reshape(-1).split(size or count)
         return [chunks[step % len(chunks)] for step in range(steps)]
 
     def _real_batch(self, iteration: int, slot: int) -> tuple[Tensor, Tensor]:
         """Draw real images without replacement, augmented, and their classes."""
-        generator = make_generator(self.hparams["seed"], "real", iteration, slot)
-        index = torch.randperm(len(self._real_labels), generator=generator)[: self.hparams["batch_real"]]
-        index = to_device(index, self._real_images.device)
-        images = to_device(self._real_images[index], self.device, self.images.dtype)
-        augmented = self.augment(images, make_generator(self.hparams["seed"], "real dsa", iteration, slot))
-        return augmented, to_device(self._real_labels[index], self.device)
+        images, labels = self.draw_real(self._real, self.hparams["batch_real"], iteration, slot)
+        return self.augment(images, self.generator("real dsa", iteration, slot)), labels
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the gradient, then judge the step."""
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip images and labels at multiples of their average norms, then as the trainer says."""
         if self.hparams["clip"] is not None:
             # Not the step sizes': it is larger by orders of magnitude, and no publication clips it.
+            learned = self.learned()
             for name, average in zip(("images", "labels"), self.gradient_averages, strict=True):
-                if name in (learned := self.learned()) and (gradient := learned[name].grad) is not None:
+                if name in learned and (gradient := learned[name].grad) is not None:
                     clip_by_average(gradient, average, factor=self.hparams["clip"])
-        super().on_before_optimizer_step(optimizer)
-
-    def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
-        """Continue to count; refuse a checkpoint of version 0.2, which clipped by another norm."""
-        super().restore(state, checkpoint)
-        if "gradient_average" in checkpoint["state_dict"]:
-            raise InputError("the checkpoint is of version 0.2, which clipped by another norm; begin this fit anew")
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @property
     def method(self) -> str:
@@ -282,7 +259,7 @@ class BilevelDistillation(StudentDistillation):
 
     def settings(self) -> dict[str, Any]:
         """Count the networks of all ranks, as one process that learns the same would have them."""
-        settings = {**super().settings(), "rules": plain(self.rules), "optimizer": plain(self.optimizer)}
+        settings = super().settings()
         if self.attached:
             settings["networks_per_step"] *= self.trainer.world_size
         return settings

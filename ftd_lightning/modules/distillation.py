@@ -1,4 +1,4 @@
-"""What all distillations share."""
+"""The base of all methods that learn a synthetic set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
 from ftd_lightning.contracts import Images
-from ftd_lightning.core.module import PhaseModule
+from ftd_lightning.core.labels import StudentLabels
+from ftd_lightning.core.module import BaseModule
 from ftd_lightning.core.ranks import mean_over_ranks
 from ftd_lightning.core.step_guard import MAX_SKIPPED, StepGuard
 from ftd_lightning.data.coresets import random_real_images
@@ -21,138 +22,176 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.files.synthetic_set import SyntheticSet
 from ftd_lightning.files.transforms import Standardization
-from ftd_lightning.functional.seeding import make_generator
-from ftd_lightning.rules.base import having, only_one
+from ftd_lightning.functional.seeding import network_to_device, to_device
+from ftd_lightning.rules.base import MatchingRule, having, label_rule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch.optim import Optimizer
 
-    from ftd_lightning.core.labels import InnerLabels
+    from ftd_lightning.core.labels import SetLabels
+    from ftd_lightning.core.networks import Network
     from ftd_lightning.functional.augment import Augmentation
-    from ftd_lightning.rules.base import MatchingRule, Teachers
+
+Init = Literal["real", "noise"]
+SMALLEST_STEP_SIZE = 1e-8  # far below any step size that trains a network, far above float32's smallest number
 
 
-def start_window(rules: Sequence[MatchingRule], max_start_epoch: int) -> Callable[[int], range]:
-    """Return the start epochs of an iteration as a function of its number.
+class Distillation(BaseModule):
+    """Learns synthetic images by gradient steps; the base of all methods.
 
-    Raises:
-        InputError: where the first iteration has none, or some outside {0 .. max_start_epoch - 1}.
-    """
-    rule = only_one(rules, "start_epochs")
-    everything = range(max_start_epoch)
-    if rule is None:
-        return lambda iteration: everything
+    Automatic optimization: one optimizer, one global step per iteration; the number of iterations is the trainer's
+    ``max_steps``. A method defines its loss (``training_step``, which returns it through :meth:`log_loss`), its batches
+    (``iteration_loader``), and its name (``method``). A ``SyntheticSetWriter`` writes the set; the module adds one
+    where the trainer has none.
 
-    def epochs(iteration: int) -> range:
-        found = rule.start_epochs(iteration, max_start_epoch)
-        if found is None:
-            return everything
-        if not found or not all(end in everything for end in (found[0], found[-1])):
-            raise InputError(
-                f"{rule}: iteration {iteration} has start epochs {found.start} to {found.stop - 1}, but "
-                f"max_start_epoch={max_start_epoch} allows 0 to {max_start_epoch - 1}"
-            )
-        return found
+    A step whose loss or gradient is not finite is skipped (images and momentum stay as they are), counted in
+    ``matching/skipped_steps``, and after ten in a row the run ends with a ``DivergenceError``. Ten iterations in a row
+    in which the images' gradient is exactly zero end it with an ``InputError``: the network lets no gradient through.
+    On a GPU the counts are read every tenth iteration, so that the host does not wait for the device.
 
-    epochs(0)
-    return epochs
-
-
-def choose_images(rule: MatchingRule, real: Images, ipc: int, seed: int, teachers: Teachers) -> Images:
-    """Take ipc real images of each class, class by class, as a rule chooses them.
-
-    Raises:
-        InputError: where a class has fewer than ipc images, or the rule says so.
-    """
-    members = []
-    for label in real.labels.unique().tolist():
-        of_class = (real.labels == label).nonzero()[:, 0]
-        if len(of_class) < ipc:
-            raise InputError(f"class {label} has {len(of_class)} images, ipc={ipc} are needed")
-        order = torch.randperm(len(of_class), generator=make_generator(seed, "initial images", label))
-        members.append(of_class[order.to(of_class.device)])
-    chosen = rule.initial_images([real.images[index] for index in members], ipc, teachers)
-    if chosen is None:
-        chosen = [torch.arange(ipc)] * len(members)
-    picked = [index[choice.to(index.device)] for index, choice in zip(members, chosen, strict=True)]
-    if any(len(index.unique()) != ipc for index in picked):
-        raise InputError(f"{rule}: initial_images has to choose ipc={ipc} different images of each class")
-    return real.take(torch.cat(picked))
-
-
-def accepted(rules: Sequence[MatchingRule], loss: Callable[[], Tensor]) -> Tensor | None:
-    """Say whether all rules accept a step, a bool scalar; None where none has a say.
+    A learned step size is kept positive by projection: after an update it is raised to 1e-8 where it fell below. It
+    stays a plain parameter, so that a paper's learning rate for it keeps its meaning.
 
     Args:
-        rules: are asked.
-        loss: returns the loss, averaged over ranks; called where a rule may refuse it.
-    """
-    gates = having(rules, "accepts")
-    value = loss() if gates else None
-    said = [answer for rule in gates if value is not None and (answer := rule.accepts(value)) is not None]
-    return reduce(torch.logical_and, said) if said else None
-
-
-class LearnedSet(PhaseModule):
-    """The set of a distillation as callbacks see it; see ``contracts.LearnsSet``.
+        network: as for ``BaseModule``.
+        network_options: likewise.
+        ipc: synthetic images per class.
+        init: "real" starts from random real images of each class, "noise" from a standard normal.
+        augment: of the images.
+        iterations_per_epoch: iterations that make a Lightning epoch.
+        seed: of all random numbers.
+        real: images (N, C, H, W) and labels (N,); None takes the datamodule's training images.
+        lr_images: learning rate of the pixels; 0 learns none.
+        step_size: initial learning rate that networks are to be trained with on the set; a scalar, or one per step.
+        lr_step_size: its learning rate; 0 keeps it, None says that the method has none.
+        momentum: of SGD; None learns by Adam.
+        rules: ideas that change the method; see ``rules.MatchingRule``.
 
     Attributes:
         images: (ipc * K, C, H, W) parameter, class by class.
         labels: (ipc * K,) int64, the classes that the images are made for.
-        inner_labels: what students are trained with instead of classes; None where they are trained with those.
-        step_size: scalar: the learning rate that networks are to be trained with on the set.
+        soft_labels: labels other than these classes, or None.
+        step_size: the current step size, a parameter.
+        initial_images: a copy of the images at the start; None in a module loaded from a checkpoint.
         ema_images: their moving average, where a ``SyntheticEMA`` keeps one.
         scores: accuracies that ``EvaluateSynthetic`` measured of the current images.
+        rules: the argument.
     """
 
     images: nn.Parameter
-    step_size: nn.Parameter | Tensor
+    step_size: nn.Parameter
     labels: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner_labels: InnerLabels | None = None
-        self._guard = StepGuard()
-        self._loaded_iterations = 0
+    def __init__(
+        self,
+        *,
+        network: Network | None,
+        network_options: Mapping[str, Any] | None,
+        ipc: int,
+        init: Init,
+        augment: Augmentation,
+        iterations_per_epoch: int,
+        seed: int,
+        real: tuple[Tensor, Tensor] | None,
+        lr_images: float,
+        step_size: float | list[float],
+        lr_step_size: float | None = None,
+        momentum: float | None = None,
+        rules: Sequence[MatchingRule] = (),
+    ) -> None:
+        super().__init__(network=network, network_options=network_options, augment=augment, seed=seed)
+        self.ipc, self.init, self.iterations_per_epoch, self.rules = ipc, init, iterations_per_epoch, rules
+        self._given = None if real is None else given_images(real)
+        self._lr_images, self._lr_step_size, self._momentum = lr_images, lr_step_size, momentum
+        self._initial_step_size = step_size
+        self.soft_labels: SetLabels | None = None
+        self.initial_images: Tensor | None = None
         self.ema_images: Tensor | None = None
+        self.scores: dict[str, dict[str, float | int]] = {}
         self._initial_weight: Tensor | None = None  # of the initial images in their average
         self._average_settings: dict[str, Any] = {}
-        self.scores: dict[str, dict[str, float | int]] = {}
+        self._guard = StepGuard()
+        self._loss: Tensor | None = None
+        self._loaded_iterations = 0
+        self._loaded_shapes: dict[str, torch.Size] = {}  # of a checkpoint's tensors, where no data is at hand
+        self._loaded_state: Mapping[str, Any] | None = None  # waits until the device is known
+
+    # The set: how it begins, and what callbacks ask of it
+
+    def build(self) -> None:
+        """Make the initial synthetic set, from the argument ``real`` or the data source's training images.
+
+        Raises:
+            InputError: where there are neither, or too few of a class.
+        """
+        if self._loaded_shapes:  # the checkpoint's images follow
+            self.images = nn.Parameter(torch.zeros(self._loaded_shapes["images"]))
+            self.register_buffer("labels", torch.zeros(len(self.images), dtype=torch.long))
+        else:
+            start = self.first_images(self.real_images())
+            images = start.images
+            if self.init == "noise":
+                images = torch.randn(images.shape, generator=self.generator("initial noise"))
+            self.images = nn.Parameter(images.clone(), requires_grad=self._lr_images > 0)
+            self.register_buffer("labels", start.labels.clone())
+            self.initial_images = images.clone()
+        self.step_size = nn.Parameter(torch.tensor(self._initial_step_size), requires_grad=bool(self._lr_step_size))
+
+    def first_images(self, real: Images) -> Images:
+        """Choose the real images to start from: ipc random ones of each class, class by class."""
+        return random_real_images(real, self.ipc, self.seed)
+
+    def student_labels(self, answers: Callable[[], Iterable[Tensor]]) -> StudentLabels | None:
+        """Make the labels of a label rule; None without one.
+
+        Args:
+            answers: returns the logits (N, K) that each teacher gives the initial images.
+        """
+        rule = label_rule(self.rules)
+        if rule is None:
+            return None
+        if self._loaded_shapes:
+            return StudentLabels.empty(rule, self._loaded_shapes, "soft_labels.")
+        return StudentLabels.start(rule, self.labels, self.num_classes, answers)
 
     @property
     def method(self) -> str:
         """Short name of the method, as in tables."""
         raise NotImplementedError
 
-    def set_metadata(self) -> dict[str, Any]:
-        """Return what the set's metadata contains beyond settings: here the data and the network."""
-        dataset = {"name": "own images"} if self.data is None else self.data.dataset
-        return {"dataset": dataset, "network": self.fresh.describe()}
+    @property
+    def num_classes(self) -> int:
+        """Number of classes K."""
+        return len(self.labels) // self.ipc if self.data is None else self.data.shape.num_classes
 
     @property
     def iterations(self) -> int:
         """Number of iterations that the set has had."""
-        return self.step if self.attached else self._loaded_iterations
+        return self.global_step if self.attached else self._loaded_iterations
 
     @property
     def skipped_steps(self) -> int:
         """Number of skipped steps; waits for the device."""
         return int(self._guard.skipped)
 
-    def set_labels(self) -> Tensor:
-        """Return the labels of the set as it is: (N,) classes, or (N, K) probabilities."""
-        return self.labels if self.inner_labels is None else self.inner_labels.of_set()
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Number of skipped steps since the last good one; waits for the device."""
+        return int(self._guard.in_a_row)
+
+    def step_was_applied(self) -> Tensor:
+        """Return whether the last step moved the images, a bool scalar on the device."""
+        return self._guard.applied
 
     def learned_images(self) -> dict[str, Tensor]:
         """Return the live images by kind; see ``contracts.LearnsSet``."""
-        average = {} if self.ema_images is None else {"ema": self.ema_images}
-        return {"raw": self.images, **average}
+        return {"raw": self.images, **({} if self.ema_images is None else {"ema": self.ema_images})}
 
     def keep_average(self, average: Tensor, initial_weight: Tensor, settings: dict[str, Any]) -> None:
-        """Take a tensor as the moving average of the images; see ``contracts.LearnsSet``."""
+        """Take a tensor, which the caller updates in place, as the images' moving average; see ``LearnsSet``."""
         self.ema_images, self._initial_weight, self._average_settings = average, initial_weight, settings
 
     def record_scores(self, scores: dict[str, dict[str, float | int]]) -> None:
@@ -168,126 +207,53 @@ class LearnedSet(PhaseModule):
         return self.fresh.build(*seed)
 
     def progress_label(self) -> str:
-        """Name what is done."""
+        """Return "distillation"."""
         return "distillation"
 
     def planned_epochs(self) -> int | None:
         """Return None: the trainer's limits end the fit."""
         return None
 
-    def _average_metadata(self) -> dict[str, Any]:
-        if self._initial_weight is None:
-            return {}
-        return {"ema": self._average_settings, "ema_initial_weight": float(self._initial_weight)}
+    def exported_labels(self) -> Tensor:
+        """Return the labels of the set as it is: (N,) classes, or (N, K)."""
+        labels = None if self.soft_labels is None else self.soft_labels.of_set()
+        return self.labels if labels is None else labels
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the set's metadata contains beyond settings: here the data and the network."""
+        dataset = {"name": "own images"} if self.data is None else self.data.dataset
+        return {"dataset": dataset, "network": self.fresh.describe()}
 
     def synthetic_set(self) -> SyntheticSet:
         """Return the current synthetic set, on the CPU, with everything that describes it."""
         data, classes = self.data, [str(label) for label in self.labels.unique().tolist()]
+        metadata = {
+            "method": self.method,
+            "augmentation": self.augment.describe(),
+            **self.describe(),
+            **({} if self.soft_labels is None else self.soft_labels.metadata()),
+            "settings": self.settings(),
+            "iterations": self.iterations,
+            "skipped_steps": self.skipped_steps,
+            "versions": versions(),
+        }
+        if self._guard.gates:
+            metadata["gated_steps"] = int(self._guard.gated)
+        if self._initial_weight is not None:
+            metadata |= {"ema": self._average_settings, "ema_initial_weight": float(self._initial_weight)}
+        if self.scores:
+            metadata["scores"] = dict(self.scores)
         return SyntheticSet(
             images=self.images.detach().cpu().clone(),
-            labels=self.set_labels().detach().cpu().clone(),
+            labels=self.exported_labels().detach().cpu().clone(),
             step_size=self.step_size.detach().cpu().clone(),
             ema_images=None if self.ema_images is None else self.ema_images.cpu().clone(),
             class_names=classes if data is None else list(data.class_names),
             transform=Standardization([0.0], [1.0]) if data is None else data.transform,
-            metadata={
-                "method": self.method,
-                "augmentation": self.augment.describe(),
-                **self.set_metadata(),
-                **({} if self.inner_labels is None else {"labels_made": self.inner_labels.made}),
-                "settings": self.settings(),
-                "iterations": self.iterations,
-                "skipped_steps": self.skipped_steps,
-                **({"gated_steps": int(self._guard.gated)} if self._guard.gates else {}),
-                **self._average_metadata(),
-                **({"scores": dict(self.scores)} if self.scores else {}),
-                "versions": versions(),
-            },
+            metadata=metadata,
         )
 
-
-Init = Literal["real", "noise"]
-
-
-class Distillation(LearnedSet):
-    """The base of all methods that learn synthetic images by gradient steps.
-
-    Automatic optimization: one optimizer, one global step per iteration; the number of iterations is the trainer's
-    ``max_steps``. A method defines its loss (``training_step``, which returns it through :meth:`logged`), its batches
-    (``iteration_loader``), and what its set says of it (``method``, ``set_metadata``). Its hyper-parameters include
-    ``ipc``, ``init`` and ``seed``. A ``SyntheticSetWriter`` writes the set; the module adds one where the trainer has
-    none.
-
-    A step whose loss or gradient is not finite is skipped (images and momentum stay as they are), counted in
-    ``matching/skipped_steps``, and after ten in a row the run ends with a ``DivergenceError``. Ten iterations in a row
-    in which the images' gradient is exactly zero end it with an ``InputError``: the network lets no gradient through.
-    Neither makes the host wait for the device: there the counts are read every tenth iteration.
-
-    Attributes:
-        initial_images: a copy of the images at the start; None in a module loaded from a checkpoint.
-        rules: ideas that change how it is learned; see ``functional.MatchingRule``.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rules: Sequence[MatchingRule] = ()
-        self._real: Images | None = None  # see keep_real
-        self._loss: Tensor | None = None
-        self._loaded_shapes: dict[str, torch.Size] = {}  # of a checkpoint's tensors, where no data is at hand
-        self.initial_images: Tensor | None = None
-
-    def iteration_loader(self) -> IterationLoader[Any]:
-        """Make the training loader, starting at the current iteration; the datamodule asks for it.
-
-        Here one of bare iterations, for methods that draw real images themselves.
-        """
-        loader = IterationCounter(self.hparams["iterations_per_epoch"])
-        loader.load_state_dict({"iteration": self.step})  # loaders may be built again in every epoch
-        return loader
-
-    def train_dataloader(self) -> IterationLoader[Any]:
-        """Return the iterations to a trainer without a datamodule."""
-        return self.iteration_loader()
-
-    def val_dataloader(self) -> NoLoaders:
-        """Return nothing: see :meth:`validation_step`."""
-        return NoLoaders()
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Add a writer of the set where the trainer has none."""
-        return [*super().configure_callbacks(), *self.missing_callbacks(SyntheticSetWriter)]
-
-    @property
-    def verbs(self) -> list[str]:
-        """A set is fitted; :class:`SyntheticEvaluation` measures it."""
-        return ["fit"]
-
-    def keep_real(self, real: tuple[Tensor, Tensor] | None) -> None:
-        """Keep the argument ``real``; see ``given_images``."""
-        self._real = None if real is None else given_images(real)
-
-    def make_images(self) -> None:
-        """Make the initial synthetic set, from the argument ``real`` or the data source's training images.
-
-        Raises:
-            InputError: where there are neither, or too few of a class.
-        """
-        if self._loaded_shapes:  # the checkpoint's images follow
-            self.images = nn.Parameter(torch.zeros(self._loaded_shapes["images"]))
-            self.register_buffer("labels", torch.zeros(len(self.images), dtype=torch.long))
-            return
-        ipc, seed = self.hparams["ipc"], self.hparams["seed"]
-        start = self.first_images(self.real_images(), ipc, seed)
-        images = start.images
-        if self.hparams["init"] == "noise":
-            images = torch.randn(images.shape, generator=make_generator(seed, "initial noise"))
-        self.images = nn.Parameter(images.clone(), requires_grad=self.hparams["lr_images"] > 0)
-        self.register_buffer("labels", start.labels.clone())
-        self.initial_images = images.clone()
-
-    def first_images(self, real: Images, ipc: int, seed: int) -> Images:
-        """Choose the real images to start from: ipc random ones of each class, class by class."""
-        return random_real_images(real, ipc, seed)
+    # Real images and networks, for methods that draw them
 
     def real_images(self) -> Images:
         """Return the argument ``real``, or the data source's training images.
@@ -295,8 +261,8 @@ class Distillation(LearnedSet):
         Raises:
             InputError: where there are neither.
         """
-        if self._real is not None:
-            return self._real
+        if self._given is not None:
+            return self._given
         if self.source is None:
             raise InputError(
                 "distillation starts from real images: fit with a DistillationDataModule (from_datasets and "
@@ -310,6 +276,84 @@ class Distillation(LearnedSet):
         place = self.device if fits_on(self.device, real.images) else torch.device("cpu")
         return Images(real.images.to(place), real.labels.to(place))
 
+    def draw_real(self, real: Images, count: int, *keys: int | str) -> Images:
+        """Draw ``count`` real images of all classes without replacement (all, if there are fewer).
+
+        Args:
+            real: from :meth:`real_on_device`.
+            count: of images.
+            keys: of the draw; equal keys give equal images.
+
+        Returns:
+            Images (n, C, H, W) in the trainer's precision and classes (n,), on the device.
+        """
+        order = torch.randperm(len(real.labels), generator=self.generator("real", *keys))
+        index = to_device(order[:count], real.labels.device)
+        images = to_device(real.images[index], self.device, self.images.dtype)
+        return Images(images, to_device(real.labels[index], self.device))
+
+    def fresh_network(self, purpose: str, *keys: int | str) -> nn.Module:
+        """Draw a new network, in training mode on the device; equal keys give equal weights, on every rank."""
+        return network_to_device(self.fresh.build(self.seed, purpose, *keys), self.device, self.images.dtype).train()
+
+    # The fit
+
+    def iteration_loader(self) -> IterationLoader[Any]:
+        """Make the training loader, starting at the current iteration; the datamodule asks for it.
+
+        Here one of bare iterations, for methods that draw real images themselves.
+        """
+        loader = IterationCounter(self.iterations_per_epoch)
+        loader.load_state_dict({"iteration": self.global_step})  # loaders may be built again in every epoch
+        return loader
+
+    def train_dataloader(self) -> IterationLoader[Any]:
+        """Return the iterations to a trainer without a datamodule."""
+        return self.iteration_loader()
+
+    def val_dataloader(self) -> NoLoaders:
+        """Return nothing: see :meth:`validation_step`."""
+        return NoLoaders()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing: to measure a set is to train networks on it, which ``EvaluateSynthetic`` does.
+
+        Lightning warns of every datamodule with held-out images whose module lacks this.
+        """
+
+    @property
+    def verbs(self) -> list[str]:
+        """A set is fitted; ``SyntheticEvaluation`` measures it."""
+        return ["fit"]
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add a writer of the set where the trainer has none."""
+        return [*super().configure_callbacks(), *self.missing_callbacks(SyntheticSetWriter)]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Give images, step size and learned labels a parameter group each."""
+        groups: list[dict[str, Any]] = [{"params": [self.images], "lr": self._lr_images}]
+        if self._lr_step_size is not None:
+            groups.append({"params": [self.step_size], "lr": self._lr_step_size})
+        groups += [] if self.soft_labels is None else self.soft_labels.groups()
+        if self._momentum is not None:
+            return torch.optim.SGD(groups, momentum=self._momentum)
+        # Fused: its count of steps is on the device, where a step that is skipped is undone without waiting.
+        return torch.optim.Adam([{key: group[key] for key in ("params", "lr")} for group in groups], fused=True)
+
+    def on_fit_start(self) -> None:
+        """Check the trainer; then call :meth:`begin` on the device."""
+        super().on_fit_start()
+        state, self._loaded_state = self._loaded_state, None
+        self.begin(state)
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Prepare a fit on the device: networks, real images.
+
+        Args:
+            state: :meth:`extra_state` of a loaded checkpoint, else None.
+        """
+
     def on_train_start(self) -> None:
         """Refuse batches that are not this module's iterations.
 
@@ -322,18 +366,17 @@ class Distillation(LearnedSet):
                 "DistillationDataModule.from_datamodule, or fit without a datamodule"
             )
 
-    def logged(self, loss: Tensor) -> Tensor:
-        """Log a loss and return it; the images change with it, so scores of the old ones are forgotten."""
+    def log_loss(self, loss: Tensor) -> Tensor:
+        """Log a loss and return it; drop the scores of the previous images."""
         self.scores = {}
         self._loss = loss.detach()
         self.log("matching/loss", self._loss, prog_bar=True, batch_size=1)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing: to measure a set is to train networks on it, which ``EvaluateSynthetic`` does.
-
-        Lightning warns of every datamodule with held-out images whose module lacks this.
-        """
+    def learned(self) -> dict[str, Tensor]:
+        """Return the learned tensors by name."""
+        labels = {} if self.soft_labels is None else self.soft_labels.learned()
+        return {"images": self.images, "step_size": self.step_size, **labels}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Judge the step, on all ranks together; log gradient norms."""
@@ -342,11 +385,25 @@ class Distillation(LearnedSet):
         self._guard.before(
             optimizer,
             [self._loss, *norms.values()],
-            accepted=self.accepted(self._loss),
+            accepted=self._accepted(self._loss),
             still=norms["images"] == 0 if "images" in norms else None,
             reduce=self._minimum_over_ranks,
         )
         self.log_dict({f"gradient_norm/{name}": norm for name, norm in norms.items()}, batch_size=1)
+
+    def _accepted(self, loss: Tensor) -> Tensor | None:
+        """Ask the rules whether a step of this loss is to be made, a bool scalar, the same on all ranks; None: yes."""
+        gates = having(self.rules, "accepts")
+        if not gates:
+            return None
+        mean = mean_over_ranks(loss, self.trainer.world_size)
+        said = [answer for rule in gates if (answer := rule.accepts(mean)) is not None]
+        return reduce(torch.logical_and, said) if said else None
+
+    def _minimum_over_ranks(self, flag: Tensor) -> Tensor:
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        return flag
 
     def configure_gradient_clipping(
         self,
@@ -356,8 +413,8 @@ class Distillation(LearnedSet):
     ) -> None:
         """Clip images, step size and labels each by its own norm, as the trainer's ``gradient_clip_val`` says.
 
-        The step size's gradient is larger than the images' by orders of magnitude: a joint norm would scale the images
-        by the step size's size.
+        The step size's gradient is larger than the images' by orders of magnitude: by a joint norm, it would scale
+        theirs.
         """
         if gradient_clip_val is None or gradient_clip_algorithm == "value":
             return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -365,54 +422,38 @@ class Distillation(LearnedSet):
             torch.nn.utils.clip_grad_norm_(value, gradient_clip_val)
         return None
 
-    def learned(self) -> dict[str, Tensor]:
-        """Return what is learned, by name."""
-        labels = {} if self.inner_labels is None else self.inner_labels.learned()
-        return {"images": self.images, "step_size": self.step_size, **labels}
-
-    def accepted(self, loss: Tensor) -> Tensor | None:
-        """Ask the rules whether a step of this loss is to be made, a bool scalar, the same on all ranks; None: yes."""
-        return accepted(self.rules, lambda: mean_over_ranks(loss, self.trainer.world_size))
-
-    def _minimum_over_ranks(self, flag: Tensor) -> Tensor:
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
-        return flag
-
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
     ) -> None:
-        """Update, unless the step is not finite or not accepted."""
+        """Update, unless the step is not finite or not accepted; project the step size to be positive."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self._guard.after(self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
+        if self._lr_step_size is not None:
+            with torch.no_grad():
+                self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep labels that teachers gave; log the count of skipped steps; stop a run that only diverges."""
-        if self.inner_labels is not None:
-            self.inner_labels.keep(self.step_was_applied())
-        self.log("matching/skipped_steps", self._guard.skipped.float(), prog_bar=True, batch_size=1)
+        """Store a teacher's labels; log step size and skipped steps; stop a run that only diverges."""
+        log = {"matching/skipped_steps": self._guard.skipped.float()}
+        if self._lr_step_size is not None:
+            log["matching/step_size"] = self.step_size.detach().mean()
         if self._guard.gates:
-            self.log("matching/gated_steps", self._guard.gated.float(), prog_bar=True, batch_size=1)
-        if self.device.type == "cpu" or self.step % MAX_SKIPPED == 0:  # reading a number costs nothing on a CPU only
-            self._guard.check(self.step - 1)
-
-    def step_was_applied(self) -> Tensor:
-        """Say whether the last step moved the images: a bool scalar on the device."""
-        return self._guard.applied
-
-    @property
-    def skipped_in_a_row(self) -> int:
-        """Number of skipped steps since the last good one; waits for the device."""
-        return int(self._guard.in_a_row)
+            log["matching/gated_steps"] = self._guard.gated.float()
+        self.log_dict(log, prog_bar=True, batch_size=1)
+        if self.soft_labels is not None:
+            self.soft_labels.end_step(self.step_was_applied())
+        if self.device.type == "cpu" or self.global_step % MAX_SKIPPED == 0:  # reading a number is free on a CPU only
+            self._guard.check(self.global_step - 1)
 
     def extra_state(self) -> dict[str, Any]:
-        """Keep the counts that the set records."""
-        return {"skipped_steps": self._guard.state(), "iterations": self.step}
+        """Return the counts that the set records."""
+        return {"skipped_steps": self._guard.state(), "iterations": self.global_step}
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
-        """Continue to count."""
+        """Continue to count; :meth:`begin` gets the state when a fit starts."""
         self._guard.load(state["skipped_steps"])
         self._loaded_iterations = int(state["iterations"])
+        self._loaded_state = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load; without a trainer the images take their shape from the checkpoint."""

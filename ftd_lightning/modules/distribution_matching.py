@@ -8,19 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.core.arguments import not_plain, plain
 from ftd_lightning.core.networks import Network
 from ftd_lightning.functional.augment import STRATEGY, Augmentation
 from ftd_lightning.functional.distribution_matching import distribution_distance, embed
 from ftd_lightning.functional.gradient_matching import batch_norms
-from ftd_lightning.modules.class_matching import ClassMatching
-from ftd_lightning.modules.distillation import Init
+from ftd_lightning.modules.class_matching import ClassBatches, summed
+from ftd_lightning.modules.distillation import Distillation, Init
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
-class DistributionMatching(ClassMatching):
+class DistributionMatching(Distillation):
     """Learns a synthetic set by distribution matching (DM).
 
     In every iteration a new random network, never trained, embeds real and synthetic images of each class, which one
@@ -59,29 +58,43 @@ class DistributionMatching(ClassMatching):
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         check_bounds(DistributionMatching, locals())
-        super().__init__()
-        augmentation = Augmentation.of(augment, align_corners=False)
-        augment, network_options = plain(augmentation), plain(network_options)
-        self.save_hyperparameters(ignore=not_plain(network))
-        self.keep(network, augmentation, real)
+        super().__init__(
+            network=network,
+            network_options=network_options,
+            ipc=ipc,
+            init=init,
+            augment=Augmentation.of(augment, align_corners=False),
+            iterations_per_epoch=iterations_per_epoch,
+            seed=seed,
+            real=real,
+            lr_images=lr_images,
+            step_size=lr_network,
+            momentum=momentum,
+        )
+        self.save_arguments(locals(), augment=self.augment)
 
     @property
     def method(self) -> str:
         """The method's short name."""
         return "dm"
 
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the real images to the device, or leave them in host memory where they do not fit."""
+        self.batches = ClassBatches(self, self.hparams["batch_real"])
+
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Compare mean embeddings of each class on one new network."""
         iteration = batch["iteration"]
-        network = self.fresh_network(iteration).requires_grad_(False)
+        network = self.fresh_network("network", iteration).requires_grad_(False)
         distances = self._joint_distance if batch_norms(network) else self._distances
-        return self.logged(self.summed(distances(network, self._pairs(iteration))))
+        return self.log_loss(summed(self.images, distances(network, self._pairs(iteration))))
 
     def _pairs(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield synthetic and real images of each class, augmented alike."""
-        for label, real in enumerate(self.real_images_by_class(iteration)):
-            synthetic = self.synthetic_of(label)
-            yield self.siamese(synthetic, label, iteration), self.siamese(real, label, iteration)
+        batches = self.batches
+        for label, real in enumerate(batches.real(iteration)):
+            synthetic = batches.synthetic(label)
+            yield batches.siamese(synthetic, label, iteration), batches.siamese(real, label, iteration)
 
     def _distances(self, network: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         for synthetic, real in pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,6 @@ from torchmetrics import MeanMetric
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import BatchPlan
-from ftd_lightning.core.arguments import not_plain, plain
 from ftd_lightning.core.evaluation import (
     EvaluationProtocol,
     PartsOnDevice,
@@ -21,8 +21,8 @@ from ftd_lightning.core.evaluation import (
     set_lr,
 )
 from ftd_lightning.core.losses import IndependentLosses
-from ftd_lightning.core.module import EVALUATION, PhaseModule, allowed_epochs, run_folder
-from ftd_lightning.core.networks import Network, refuse_object, right_answers
+from ftd_lightning.core.module import BaseModule, run_folder
+from ftd_lightning.core.networks import Network, right_answers
 from ftd_lightning.core.ranks import RankStates, from_all_ranks, own_share, refuse_split_loaders, without_gradient_sync
 from ftd_lightning.core.results import check_learning, choose_iterates, held_out_seen, write_results
 from ftd_lightning.files.safetensors_io import versions
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class SyntheticEvaluation(PhaseModule):
+class SyntheticEvaluation(BaseModule):
     """Trains fresh networks on whatever (images, labels) batches it gets, and measures them on real ones.
 
     The protocol behind the published numbers: 1000 epochs over the set (the trainer's ``max_epochs``), batch 256, SGD
@@ -81,13 +81,9 @@ class SyntheticEvaluation(PhaseModule):
         measure_every: int = 100,
     ) -> None:
         check_bounds(SyntheticEvaluation, locals())
-        super().__init__()
-        refuse_object(network)
         IndependentLosses(compile, torch.device("cpu"), rho=rho)  # refuses settings that make no sense
-        self.augment = Augmentation.of(augment)
-        augment, network_options = plain(self.augment), plain(network_options)
-        self.save_hyperparameters(ignore=not_plain(network))
-        self._architecture = network
+        super().__init__(network=network, network_options=network_options, augment=Augmentation.of(augment), seed=seed)
+        self.save_arguments(locals(), augment=self.augment)
         self._sgd: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
         self.networks: nn.ModuleList | None = None
         self.results: dict[str, Any] = {}
@@ -100,7 +96,7 @@ class SyntheticEvaluation(PhaseModule):
 
     def batch_plan(self) -> BatchPlan:
         """Give each process all images; see ``contracts.PlansBatches``."""
-        return BatchPlan(0, 1, epoch=lambda epoch: epoch - self._first_epoch, validates=False)
+        return BatchPlan(0, 1, epoch=lambda epoch: epoch, validates=False)
 
     def progress_label(self) -> str:
         """Name what is done."""
@@ -111,12 +107,11 @@ class SyntheticEvaluation(PhaseModule):
 
     def build(self) -> None:
         """Build this rank's networks; without a trainer, those of all ranks."""
-        count, seed = self.hparams["networks"], self.hparams["seed"]
+        count = self.hparams["networks"]
         rank, world_size = (self.global_rank, self.trainer.world_size) if self.attached else (0, 1)
-        self.fresh = self.own_networks(self._architecture, self.hparams["network_options"])
         self.own = own_share(count, rank=rank, world_size=world_size)
         self.counted = sum(index < count for index in self.own)
-        self.networks = nn.ModuleList(self.fresh.build(seed, "fresh", index) for index in self.own)
+        self.networks = nn.ModuleList(self.fresh.build(self.seed, "fresh", index) for index in self.own)
         # A look for NaN would wait for the device in every step; other ranks have other networks.
         own_mean = partial(MeanMetric, nan_strategy="disable", sync_on_compute=False)
         self.accuracies = nn.ModuleList(own_mean() for _ in self.own)
@@ -148,12 +143,7 @@ class SyntheticEvaluation(PhaseModule):
         """Keep DDP from averaging gradients of different networks."""
         self.warn_of_unordered_loader()
         refuse_split_loaders(self.trainer, or_else="use a DistillationDataModule")
-        hparams, training = self.hparams, None if self.source is None else self.source.training_set()
-        epochs, count = self.protocol.epochs, 0 if training is None else len(training.labels)
-        steps, images = epochs * self.trainer.num_training_batches, epochs * hparams["networks"] * count
-        images *= 2 if hparams["rho"] else 1
-        choice = self.choose_compile(hparams["compile"], EVALUATION, steps=steps, images=images)
-        self._losses = IndependentLosses(choice, self.device, rho=hparams["rho"])
+        self._losses = IndependentLosses(self.hparams["compile"], self.device, rho=self.hparams["rho"])
         self._unsynchronised.close()  # left open by a fit that failed
         self._unsynchronised.enter_context(without_gradient_sync(self.trainer))
 
@@ -165,10 +155,12 @@ class SyntheticEvaluation(PhaseModule):
     @property
     def protocol(self) -> EvaluationProtocol:
         """The protocol over as many epochs as the trainer's limits allow now: a resumed fit may have more."""
-        # Without a limit the learning rate never drops.
-        first = {"first_epoch": self._first_epoch, "first_step": self._first_step}
-        epochs = allowed_epochs(self.trainer, **first, otherwise=2 * self.epoch + 2)
-        return EvaluationProtocol(epochs=epochs, lr=self.lr, augment=self.augment, **self._sgd)
+        trainer, epochs = self.trainer, 2 * self.current_epoch + 2  # without a limit the learning rate never drops
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            epochs = trainer.max_epochs  # beside it, max_steps merely interrupts the fit
+        elif trainer.max_steps >= 0:
+            epochs = math.ceil(trainer.max_steps / trainer.num_training_batches)
+        return EvaluationProtocol(epochs=max(1, epochs), lr=self.lr, augment=self.augment, **self._sgd)
 
     def configure_optimizers(self) -> torch.optim.SGD:
         """Make the protocol's optimizer; its learning rate is set epoch by epoch."""
@@ -177,7 +169,7 @@ class SyntheticEvaluation(PhaseModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the learning rate of the epoch."""
-        set_lr(self.optimizers(use_pl_optimizer=False), self.protocol.lr_at(self.epoch))  # type: ignore[arg-type]
+        set_lr(self.optimizers(use_pl_optimizer=False), self.protocol.lr_at(self.current_epoch))  # type: ignore[arg-type]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Sum the networks' losses; their seeds end in 0 and no rank, because a network is the same on each."""
@@ -185,7 +177,7 @@ class SyntheticEvaluation(PhaseModule):
         losses = self._losses(
             list(self.networks),
             *batch,
-            seeds=[derive_seed(self.hparams["seed"], "dsa", index, self.epoch, batch_idx, 0) for index in self.own],
+            seeds=[derive_seed(self.seed, "dsa", index, self.current_epoch, batch_idx, 0) for index in self.own],
             augment=self.augment,
         )
         self.train_loss.update(losses.detach()[: self.counted].expand(len(batch[1]), self.counted))
@@ -227,13 +219,13 @@ class SyntheticEvaluation(PhaseModule):
         """Log their accuracy."""
         self._log_accuracies("val", self._measured())
         if self.trainer.state.fn == "fit" and self.epoch_complete:
-            self.trained_epochs = self.epoch + 1  # a checkpoint may be saved before the epoch's end counts it
+            self.trained_epochs = self.current_epoch + 1  # a checkpoint may be saved before the epoch's end counts it
 
     def on_train_epoch_end(self) -> None:
         """Count the epoch; measure held-out and test images where that is due, so that an iterate can be chosen."""
         if not self.epoch_complete:  # a fit that is stopped within an epoch; resumed, it ends the epoch again
             return
-        self.trained_epochs, every = self.epoch + 1, self.hparams["measure_every"]
+        self.trained_epochs, every = self.current_epoch + 1, self.hparams["measure_every"]
         due = every > 0 and self.trained_epochs % every == 0
         if not due or self._real is None or self.networks is None or not len(self._real("val").labels):
             return
@@ -283,7 +275,7 @@ class SyntheticEvaluation(PhaseModule):
             **({"failed": failed} if failed else {}),
             "each": values.tolist(),
             "measured_on": "test images; 'accuracy' is that of the networks as they were after the last epoch",
-            "seeds": [derive_seed(self.hparams["seed"], "fresh", index) for index in range(len(values))],
+            "seeds": [derive_seed(self.seed, "fresh", index) for index in range(len(values))],
             "lr": self.lr,
             "epochs": self.trained_epochs,
             "settings": self.settings(),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.core.arguments import not_plain, plain
 from ftd_lightning.core.networks import Network, right_answers
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
@@ -22,8 +21,8 @@ from ftd_lightning.functional.distribution_matching import (
     level_weights,
 )
 from ftd_lightning.functional.gradient_matching import batch_norms
-from ftd_lightning.modules.class_matching import ClassMatching
-from ftd_lightning.modules.distillation import Init
+from ftd_lightning.modules.class_matching import ClassBatches, train_on_set
+from ftd_lightning.modules.distillation import Distillation, Init
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,7 +109,7 @@ class Watcher:
 PUBLISHED_MILESTONES = (1200, 1600, 1800)  # of 2001 rounds
 
 
-class FeatureAlignment(ClassMatching):
+class FeatureAlignment(Distillation):
     """Learns a synthetic set by feature alignment (CAFE: Wang et al., CVPR 2022), with ``augment`` CAFE+DSA.
 
     An iteration is one update of the images, on the current network. Its loss is the squared distance of real and
@@ -181,15 +180,24 @@ class FeatureAlignment(ClassMatching):
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         check_bounds(FeatureAlignment, locals())
-        super().__init__()
-        augmentation, self.loops = Augmentation.of(augment, align_corners=False), Loops.of(loops)
-        augment, loops, network_options = plain(augmentation), plain(self.loops), plain(network_options)
-        self.save_hyperparameters(ignore=not_plain(network))
-        self.keep(network, augmentation, real)
+        super().__init__(
+            network=network,
+            network_options=network_options,
+            ipc=ipc,
+            init=init,
+            augment=Augmentation.of(augment, align_corners=False),
+            iterations_per_epoch=iterations_per_epoch,
+            seed=seed,
+            real=real,
+            lr_images=lr_images,
+            step_size=lr_network,
+            momentum=momentum,
+        )
+        self.loops = Loops.of(loops)
+        self.save_arguments(locals(), augment=self.augment, loops=self.loops)
         self.round, self.round_steps = -1, 0
         self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
         self._outer = self._new_outer_watcher()
-        self._saved_round: dict[str, Any] | None = None
 
     @property
     def method(self) -> str:
@@ -201,17 +209,18 @@ class FeatureAlignment(ClassMatching):
         """Whether all rounds are done."""
         return self.round >= int(self.hparams["rounds"])
 
-    def on_fit_start(self) -> None:
+    def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the real images and a checkpoint's network to the device."""
-        super().on_fit_start()
-        if self._saved_round is not None:
-            state, self._saved_round = self._saved_round, None
-            self.round, self.round_steps = state["round"], state["round_steps"]
-            self._outer.updates = state["updates"]
-            self._outer.accuracies.extend(state["accuracies"])
-            if state["network"] is not None:
-                self._network = [self.fresh_network("resumed")]
-                self._network[0].load_state_dict(state["network"])
+        self.batches = ClassBatches(self, self.hparams["batch_real"])
+        if state is None:
+            return
+        saved = state["round"]
+        self.round, self.round_steps = saved["round"], saved["round_steps"]
+        self._outer.updates = saved["updates"]
+        self._outer.accuracies.extend(saved["accuracies"])
+        if saved["network"] is not None:
+            self._network = [self.fresh_network("network", "resumed")]
+            self._network[0].load_state_dict(saved["network"])
 
     def on_train_start(self) -> None:
         """End a run at once that had been done; see the base."""
@@ -235,7 +244,7 @@ class FeatureAlignment(ClassMatching):
                 # Put back: a run that is extended by more rounds begins with it.
                 self.trainer.train_dataloader.iteration = iteration  # type: ignore[union-attr]
                 return -1  # Lightning's word for an epoch that ends here
-            self._network, self._outer = [self.fresh_network(self.round)], self._new_outer_watcher()
+            self._network, self._outer = [self.fresh_network("network", self.round)], self._new_outer_watcher()
         else:
             self._inner_loop(iteration)
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
@@ -264,7 +273,7 @@ class FeatureAlignment(ClassMatching):
         watcher = Watcher(loops.lambda_2, leave="above", maximum=loops.inner_max, window=loops.window)
         epochs = 0
         while epochs < loops.inner_max:
-            self.train_on_set(network, 1, iteration, epochs)
+            train_on_set(self, network, self.hparams["lr_network"], 1, iteration, epochs)
             epochs += 1
             if loops.kind == "dynamic" and watcher.update(self.query_accuracy(iteration, epochs)):
                 break
@@ -279,7 +288,7 @@ class FeatureAlignment(ClassMatching):
         """
         network = self._network[0].eval()
         shares = []
-        for label, images in enumerate(self.real_images_by_class("query", *keys, count=self.hparams["query"])):
+        for label, images in enumerate(self.batches.real("query", *keys, count=self.hparams["query"])):
             shares.append(right_answers(network(images), self.labels.new_full((len(images),), label)).mean())
         network.train()
         # All ranks go by one number, or their networks would part.
@@ -293,7 +302,7 @@ class FeatureAlignment(ClassMatching):
         self.log("matching/alignment", alignment.detach(), batch_size=1)
         self.log("matching/discrimination", discrimination.detach(), batch_size=1)
         self.log("matching/round", float(self.round), batch_size=1)
-        return self.logged(alignment + self.hparams["discrimination"] * discrimination)
+        return self.log_loss(alignment + self.hparams["discrimination"] * discrimination)
 
     def losses(self, network: nn.Module, iteration: int) -> tuple[Tensor, Tensor]:
         """Compute alignment and discrimination, unweighted, differentiable in the images.
@@ -305,8 +314,8 @@ class FeatureAlignment(ClassMatching):
         Raises:
             InputError: for another number of ``level_weights`` than the network has levels.
         """
-        classes = range(self.num_classes)
-        synthetic = torch.cat([self.siamese(self.synthetic_of(label), label, iteration) for label in classes])
+        batches, classes = self.batches, range(self.num_classes)
+        synthetic = torch.cat([batches.siamese(batches.synthetic(label), label, iteration) for label in classes])
         levels = feature_levels(network, synthetic)
         weights = self.hparams["level_weights"]
         weights = level_weights(len(levels)) if weights is None else weights
@@ -322,8 +331,8 @@ class FeatureAlignment(ClassMatching):
 
         One class at a time: of the shallow levels, which are large, means alone are kept.
         """
-        drawn = self.real_images_by_class(iteration)
-        batches = [self.siamese(images, label, iteration) for label, images in enumerate(drawn)]
+        drawn = self.batches.real(iteration)
+        batches = [self.batches.siamese(images, label, iteration) for label, images in enumerate(drawn)]
         groups = [batches] if batch_norms(network) else [[batch] for batch in batches]
         means, embeddings = [], []
         for group in groups:
@@ -333,16 +342,12 @@ class FeatureAlignment(ClassMatching):
         labels = [self.labels.new_full((len(batch),), label) for label, batch in enumerate(batches)]
         return [torch.cat(parts) for parts in zip(*means, strict=True)], torch.cat(embeddings), torch.cat(labels)
 
-    def settings(self) -> dict[str, Any]:
-        """Spell out the loops, however they were given."""
-        return {**super().settings(), "loops": plain(self.loops)}
-
-    def set_metadata(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Describe the data and the network, and count the finished rounds."""
-        return {**super().set_metadata(), "rounds": max(self.round, 0)}
+        return {**super().describe(), "rounds": max(self.round, 0)}
 
     def extra_state(self) -> dict[str, Any]:
-        """Keep the current network and how far its round has come."""
+        """Add the current network and the progress of its round."""
         round_state = {
             "round": self.round,
             "round_steps": self.round_steps,
@@ -353,7 +358,6 @@ class FeatureAlignment(ClassMatching):
         return {**super().extra_state(), "round": round_state}
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
-        """Continue with them when the fit starts, because the device is known then."""
+        """Continue to count rounds."""
         super().restore(state, checkpoint)
-        self._saved_round = state["round"]
         self.round = state["round"]["round"]

@@ -1,22 +1,23 @@
-"""A pool of networks, each trained a little whenever it was used, and replaced when it is old (FRePo)."""
+"""FRePo: a set on which ridge regression on networks' features predicts the classes of real images."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.core.arguments import not_plain, plain
+from ftd_lightning.core.labels import RidgeTargets
 from ftd_lightning.core.networks import Network
+from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.distribution_matching import embed
 from ftd_lightning.functional.kernels import half_squared_error
-from ftd_lightning.functional.seeding import network_to_device, to_device
-from ftd_lightning.modules.distillation import Init
-from ftd_lightning.modules.kernel_inducing_points import ridge_accuracy
-from ftd_lightning.modules.ridge_distillation import RidgeDistillation
+from ftd_lightning.functional.seeding import to_device
+from ftd_lightning.modules.distillation import Distillation, Init
+from ftd_lightning.modules.ridge_distillation import record_accuracies, ridge_accuracy, ridge_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,7 +63,7 @@ class NetworkPool:
         """Steps of each network, counted from what it began with."""
         return [member.age for member in self._members]
 
-    def train(self, place: int, images: Tensor, targets: Tensor) -> None:
+    def step(self, place: int, images: Tensor, targets: Tensor) -> None:
         """Take one step on half the squared error, or replace the network where that was its last.
 
         Args:
@@ -99,7 +100,7 @@ class NetworkPool:
             member.age, member.generation = state["age"], state["generation"]
 
 
-class FeatureRegression(RidgeDistillation):
+class FeatureRegression(Distillation):
     """Learns a synthetic set by neural feature regression with pooling (FRePo, NeurIPS 2022).
 
     In every iteration one network of a pool is drawn. Ridge regression on its features of the synthetic images, the
@@ -139,8 +140,6 @@ class FeatureRegression(RidgeDistillation):
         InputError: for numbers out of range; in the fit, for a network that runs no ``nn.Linear``.
     """
 
-    regression = "ridge regression on the pool's features"
-
     def __init__(
         self,
         network: Network = "convnet",
@@ -163,50 +162,59 @@ class FeatureRegression(RidgeDistillation):
         measure_every: int = 0,
     ) -> None:
         check_bounds(FeatureRegression, locals())
-        super().__init__()
-        network_options = plain(network_options)
-        self.save_hyperparameters(ignore=not_plain(network))
-        self.keep(network, real)
-        self._networks: NetworkPool | None = None  # no submodules, so not among DDP's parameters
-        self._saved: list[Mapping[str, Any]] | None = None
+        super().__init__(
+            network=network,
+            network_options=network_options,
+            ipc=ipc,
+            init=init,
+            augment=Augmentation(""),
+            iterations_per_epoch=iterations_per_epoch,
+            seed=seed,
+            real=real,
+            lr_images=lr_images,
+            step_size=lr_network,
+        )
+        self.save_arguments(locals())
+        self._pool: NetworkPool | None = None  # no submodule, so not among DDP's parameters
+
+    def build(self) -> None:
+        """Make the initial synthetic set and its targets, smaller for more than 10 classes, as published."""
+        super().build()
+        learned, lr, scale = self.hparams["learn_labels"], self.hparams["lr_labels"], math.sqrt(10 / self.num_classes)
+        self.soft_labels = RidgeTargets(self.labels, self.num_classes, scale=scale, learned=learned, lr=lr)
+
+    @property
+    def targets(self) -> Tensor:
+        """Targets of the regression on the synthetic images, (N, K)."""
+        assert isinstance(self.soft_labels, RidgeTargets)
+        return self.soft_labels.values
 
     @property
     def method(self) -> str:
         """The method's short name."""
         return "frepo"
 
-    @property
-    def target_scale(self) -> float:
-        """Factor of the centred one-hot vectors: 1 for 10 classes, less for more, as published."""
-        return math.sqrt(10 / self.num_classes)
+    def describe(self) -> dict[str, Any]:
+        """Describe the data, the network and the kernel, which is made of networks' features."""
+        return {**super().describe(), "kernel": {"name": "features", "reg": self.hparams["reg"]}}
 
-    def kernel_metadata(self) -> dict[str, Any]:
-        """Name the kernel: that of networks' features."""
-        return {"name": "features", "reg": self.hparams["reg"]}
-
-    def on_fit_start(self) -> None:
-        """Make the pool on the device, or continue with a checkpoint's."""
-        super().on_fit_start()
-
-        def build(place: int, generation: int) -> nn.Module:
-            network = self.fresh.build(self.hparams["seed"], "pool", place, generation)
-            return network_to_device(network, self.device, self.images.dtype).train()
-
-        hparams = self.hparams
-        self._networks = NetworkPool(build, hparams["pool_size"], hparams["max_steps_per_network"], hparams["lr_pool"])
-        if self._saved is not None:
-            self._networks.load_state_dict(self._saved)
-            self._saved = None
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the real images to the device; make the pool, or continue with a checkpoint's."""
+        self._real = self.real_on_device()
+        hparams, build = self.hparams, partial(self.fresh_network, "pool")
+        self._pool = NetworkPool(build, hparams["pool_size"], hparams["max_steps_per_network"], hparams["lr_pool"])
+        if state is not None and state["pool"] is not None:
+            self._pool.load_state_dict(state["pool"])
 
     @property
     def pool(self) -> NetworkPool:
         """The pool, once a fit has started."""
-        assert self._networks is not None
-        return self._networks
+        assert self._pool is not None
+        return self._pool
 
     def place_of(self, iteration: int) -> int:
         """Draw the network of an iteration, in [0, pool_size), the same on every rank."""
-        drawn = torch.randint(len(self.pool), (), generator=self._generator("place", iteration))
+        drawn = torch.randint(len(self.pool), (), generator=self.generator("place", iteration))
         return int(drawn)
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
@@ -215,12 +223,14 @@ class FeatureRegression(RidgeDistillation):
         # Here and not after the update: a checkpoint that a callback writes in between then has all there is to know.
         if iteration > 0:
             self._train_network(iteration - 1)
-        images, targets = self.real_batch(iteration)
+        assert isinstance(self.soft_labels, RidgeTargets)
+        images, classes = self.draw_real(self._real, self.hparams["batch_target"], iteration, self.global_rank)
+        wanted = self.soft_labels.of_classes(classes).to(self.images.dtype)
         network = self.pool[self.place_of(iteration)]
         own = self.features(network, self.images)
         with torch.no_grad():
             real = self.features(network, images)
-        return self.ridge_loss(real @ own.T, own @ own.T, targets)
+        return self.log_loss(ridge_loss(real @ own.T, own @ own.T, self.targets, wanted, self.hparams["reg"]))
 
     def features(self, network: nn.Module, images: Tensor) -> Tensor:
         """Return a network's features, (N, D) float64; no gradient reaches its weights."""
@@ -229,9 +239,9 @@ class FeatureRegression(RidgeDistillation):
 
     def _train_network(self, iteration: int) -> None:
         """Train the network of an iteration on the set that it has led to."""
-        index = torch.randperm(len(self.images), generator=self._generator("set", iteration))
+        index = torch.randperm(len(self.images), generator=self.generator("set", iteration))
         index = to_device(index[: self.hparams["pool_batch"]], self.device)
-        self.pool.train(self.place_of(iteration), self.images.detach()[index], self.targets.detach()[index])
+        self.pool.step(self.place_of(iteration), self.images.detach()[index], self.targets.detach()[index])
 
     def own_accuracies(self, real: Images) -> Tensor:
         """Measure the accuracy of the regression on the features of each network of the pool, (n,)."""
@@ -246,11 +256,12 @@ class FeatureRegression(RidgeDistillation):
             measured.append(ridge_accuracy(cross, own @ own.T, self.targets, self.hparams["reg"], real))
         return torch.stack(measured)
 
-    def extra_state(self) -> dict[str, Any]:
-        """Keep the pool."""
-        return {**super().extra_state(), "pool": None if self._networks is None else self._networks.state_dict()}
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure by the method's own protocol where that is due: before the set is written."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        name, every = "ridge regression on the pool's features", self.hparams["measure_every"]
+        record_accuracies(self, name, self.own_accuracies, every)
 
-    def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
-        """Continue with it when the fit starts, because the device is known then."""
-        super().restore(state, checkpoint)
-        self._saved = state["pool"]
+    def extra_state(self) -> dict[str, Any]:
+        """Add the pool."""
+        return {**super().extra_state(), "pool": None if self._pool is None else self._pool.state_dict()}

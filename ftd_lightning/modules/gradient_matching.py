@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.core.arguments import not_plain, plain
 from ftd_lightning.core.networks import Network
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Augmentation
 from ftd_lightning.functional.gradient_matching import batch_norms, gradient_distance, loss_gradients
-from ftd_lightning.modules.class_matching import ClassMatching
-from ftd_lightning.modules.distillation import Init
+from ftd_lightning.modules.class_matching import ClassBatches, summed, train_on_set
+from ftd_lightning.modules.distillation import Distillation, Init
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ PUBLISHED_LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40,
 STATISTICS_IMAGES = 16  # real images of each class that BatchNorm's statistics are taken of
 
 
-class GradientMatching(ClassMatching):
+class GradientMatching(Distillation):
     """Learns a synthetic set by gradient matching: DC (Zhao, Mopuri and Bilen, ICLR 2021) and DSA (ICML 2021).
 
     An iteration is one update of the images: for each class the gradient of the mean cross entropy on its synthetic
@@ -77,11 +76,20 @@ class GradientMatching(ClassMatching):
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         check_bounds(GradientMatching, locals())
-        super().__init__()
-        augmentation = Augmentation.of(augment, align_corners=False)
-        augment, network_options = plain(augmentation), plain(network_options)
-        self.save_hyperparameters(ignore=not_plain(network))
-        self.keep(network, augmentation, real)
+        super().__init__(
+            network=network,
+            network_options=network_options,
+            ipc=ipc,
+            init=init,
+            augment=Augmentation.of(augment, align_corners=False),
+            iterations_per_epoch=iterations_per_epoch,
+            seed=seed,
+            real=real,
+            lr_images=lr_images,
+            step_size=lr_network,
+            momentum=momentum,
+        )
+        self.save_arguments(locals(), augment=self.augment)
         published = PUBLISHED_LOOPS.get(ipc, (None, None))
         loops = (outer_loops or published[0], inner_epochs or published[1])
         for name, value in zip(("outer_loops", "inner_epochs"), loops, strict=True):
@@ -89,7 +97,6 @@ class GradientMatching(ClassMatching):
                 raise InputError(f"ipc={ipc} has no published loops (those are {list(PUBLISHED_LOOPS)}): give {name}")
         self.outer_loops, self.inner_epochs = (int(value) for value in loops if value)
         self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
-        self._saved_network: dict[str, Tensor] | None = None
 
     @property
     def method(self) -> str:
@@ -100,13 +107,12 @@ class GradientMatching(ClassMatching):
         """Name the loops that were run, also where they were left to the table."""
         return {**super().settings(), "outer_loops": self.outer_loops, "inner_epochs": self.inner_epochs}
 
-    def on_fit_start(self) -> None:
+    def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the real images and a checkpoint's network to the device."""
-        super().on_fit_start()
-        if self._saved_network is not None:
-            self._network = [self.fresh_network("resumed")]
-            self._network[0].load_state_dict(self._saved_network)
-            self._saved_network = None
+        self.batches = ClassBatches(self, self.hparams["batch_real"])
+        if state is not None and state["loop_network"] is not None:
+            self._network = [self.fresh_network("network", "resumed")]
+            self._network[0].load_state_dict(state["loop_network"])
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Compare gradients, class by class, on a new network or on the last one after some training."""
@@ -114,35 +120,32 @@ class GradientMatching(ClassMatching):
         loop, outer = divmod(iteration, self.outer_loops)
         # Trained here and not after the last update: a loop's last network is thus not trained once more for nothing.
         if outer == 0:
-            self._network = [self.fresh_network(loop)]
+            self._network = [self.fresh_network("network", loop)]
         else:
-            self.train_on_set(self._network[0].train(), self.inner_epochs, iteration)
+            network = self._network[0].train()
+            train_on_set(self, network, self.hparams["lr_network"], self.inner_epochs, iteration)
         self._fix_statistics(self._network[0], iteration)
-        return self.logged(self.summed(self._distances(self._network[0], iteration)))
+        return self.log_loss(summed(self.images, self._distances(self._network[0], iteration)))
 
     @torch.no_grad()
     def _fix_statistics(self, network: nn.Module, iteration: int) -> None:
         norms = batch_norms(network)
         if not norms:
             return
-        drawn = self.real_images_by_class("statistics", iteration, count=STATISTICS_IMAGES, on_all_ranks=True)
+        drawn = self.batches.real("statistics", iteration, count=STATISTICS_IMAGES, on_all_ranks=True)
         network(torch.cat(list(drawn)))
         for norm in norms:
             norm.eval()
 
     def _distances(self, network: nn.Module, iteration: int) -> Iterator[Tensor]:
-        for label, drawn in enumerate(self.real_images_by_class(iteration)):
-            real = self.siamese(drawn, label, iteration)
-            synthetic = self.siamese(self.synthetic_of(label), label, iteration)
+        batches = self.batches
+        for label, drawn in enumerate(batches.real(iteration)):
+            real = batches.siamese(drawn, label, iteration)
+            synthetic = batches.siamese(batches.synthetic(label), label, iteration)
             target = loss_gradients(network, real, self.labels.new_full((len(real),), label))
             labels = self.labels.new_full((len(synthetic),), label)
             yield gradient_distance(loss_gradients(network, synthetic, labels, keep_graph=True), target)
 
     def extra_state(self) -> dict[str, Any]:
-        """Keep the current network."""
+        """Add the current network."""
         return {**super().extra_state(), "loop_network": self._network[0].state_dict() if self._network else None}
-
-    def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
-        """Continue with it when the fit starts, because the device is known then."""
-        super().restore(state, checkpoint)
-        self._saved_network = state["loop_network"]

@@ -1,77 +1,43 @@
-"""What distillations through an unrolled student share: the student, a learned step size, compiled inner steps."""
+"""The unrolled student that trajectory matching and bilevel distillation differentiate."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from ftd_lightning.core.module import MATCHING, steps_left
-from ftd_lightning.modules.distillation import Distillation
+from ftd_lightning.functional.matching import chunked_permutations
 
 if TYPE_CHECKING:
-    from lightning.pytorch.core.optimizer import LightningOptimizer
-    from torch.optim import Optimizer
+    import torch
+    from torch import Tensor, nn
 
     from ftd_lightning.functional.compiling import Compile
 
 
-# Far below any step size that trains a network, far above float32's smallest number.
-SMALLEST_STEP_SIZE = 1e-8
+class InnerLoop:
+    """A student's training on the synthetic set: its network, its mini-batches, and whether its steps are compiled.
 
+    Not a submodule: the student's weights are neither in checkpoints nor among DDP's parameters.
 
-class StudentDistillation(Distillation):
-    """The base of methods that differentiate a student's training on the set.
+    Args:
+        network: of the student's architecture; its own weights are not used.
+        steps: inner steps.
+        batch_size: synthetic images per step; None takes all of them.
+        compile: see ``functional.compiling``.
 
-    Its subclasses' hyper-parameters include ``syn_steps``, ``syn_batch``, ``compile`` and ``iterations_per_epoch``;
-    they call :meth:`make_student` when they build, and :meth:`choose_inner_compile` when a fit starts.
-
-    The step size is kept positive by projection: after an update it is raised to 1e-8 where it fell below. It stays a
-    plain parameter, so a paper's learning rate for it means what it means there; a log or softplus parametrisation
-    would rescale it.
+    Attributes:
+        network: in training mode, without gradients.
+        compile: the argument.
     """
 
-    step_size: nn.Parameter
+    def __init__(self, network: nn.Module, steps: int, batch_size: int | None, compile: Compile) -> None:  # noqa: A002
+        self.network = network.requires_grad_(False).train()
+        self.steps, self.batch_size = steps, batch_size
+        self.compile: Compile = compile
 
-    def make_student(self) -> None:
-        """Build a network of the architecture, whose own weights are not used."""
-        # In a list: no submodule, so neither in checkpoints nor among DDP's parameters.
-        self._student = [self.fresh.architecture().requires_grad_(False).train()]
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the student."""
+        self.network.to(device, dtype)
 
-    @property
-    def student(self) -> nn.Module:
-        """The student, in training mode."""
-        return self._student[0]
-
-    def on_fit_start(self) -> None:
-        """Move the student to the device."""
-        super().on_fit_start()
-        self.student.to(self.device, self.images.dtype)
-
-    def choose_inner_compile(self, students: int) -> Compile:
-        """Decide on compiling inner steps by the iterations that the trainer's limits allow.
-
-        Args:
-            students: per iteration on this rank.
-        """
-        hparams, done = self.hparams, (self._first_step, self._first_epoch)
-        steps = steps_left(self.trainer, *done, steps_per_epoch=hparams["iterations_per_epoch"])
-        batch = min(hparams["syn_batch"] or len(self.images), len(self.images))
-        # A gradient costs as much as three forward passes, its adjoint three times that: four passes of training.
-        passes = 4 * batch * hparams["syn_steps"] * students * steps
-        values = batch * self.images[0].numel()
-        return self.choose_compile(hparams["compile"], MATCHING, steps=steps, images=passes, batch_values=values)
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
-    ) -> None:
-        """Update, then project the step size to be positive."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        with torch.no_grad():
-            self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the step size, the mean of several."""
-        self.log("matching/step_size", self.step_size.detach().mean(), prog_bar=True, batch_size=1)
-        super().on_train_batch_end(outputs, batch, batch_idx)
+    def batches(self, count: int, generator: torch.Generator) -> list[Tensor]:
+        """Draw the mini-batches of all steps: one index tensor into ``count`` images for each."""
+        return chunked_permutations(count, self.steps, generator, batch_size=self.batch_size)

@@ -1,47 +1,30 @@
-"""How well kernel regression on a synthetic set classifies real images: the protocol of KIP's authors."""
+"""KIP: a set on which kernel ridge regression predicts the classes of real images."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.core.arguments import not_plain, plain
+from ftd_lightning.core.labels import RidgeTargets
 from ftd_lightning.core.networks import Network
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional.kernels import centred_targets, nngp_kernel, ntk_kernel, ridge_weights
-from ftd_lightning.functional.seeding import to_device
-from ftd_lightning.modules.distillation import Init
-from ftd_lightning.modules.ridge_distillation import RidgeDistillation
+from ftd_lightning.functional.augment import Augmentation
+from ftd_lightning.functional.kernels import centred_targets, nngp_kernel, ntk_kernel
+from ftd_lightning.modules.distillation import Distillation, Init
+from ftd_lightning.modules.ridge_distillation import record_accuracies, ridge_accuracy, ridge_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     from ftd_lightning.contracts import Images
     from ftd_lightning.files.synthetic_set import SyntheticSet
 
 
 KERNELS = {"ntk": ntk_kernel, "nngp": nngp_kernel}
-BATCH = 2048  # real images whose kernel with the set is in memory at a time
-
-
-def ridge_accuracy(cross: Callable[[Tensor], Tensor], own: Tensor, targets: Tensor, reg: float, real: Images) -> Tensor:
-    """Measure the share of real images that ridge regression classifies correctly, in [0, 1]: a scalar.
-
-    Args:
-        cross: maps real images (M, C, H, W) to their kernel with the set, (M, N).
-        own: kernel of the set, (N, N).
-        targets: of the set, (N, K).
-        reg: as for ``functional.ridge_predictions``.
-        real: on any device.
-    """
-    right, weights = torch.zeros((), device=own.device), ridge_weights(own, targets, reg=reg)
-    for images, labels in zip(real.images.split(BATCH), real.labels.split(BATCH), strict=True):
-        predictions = cross(to_device(images, own.device)).double() @ weights
-        right += (predictions.argmax(1) == to_device(labels, own.device)).sum()
-    return right / len(real.labels)
 
 
 @torch.no_grad()
@@ -82,7 +65,7 @@ def kernel_accuracy(synthetic: SyntheticSet, real: Images) -> float:
 Kernel = Literal["ntk", "nngp"]
 
 
-class KernelInducingPoints(RidgeDistillation):
+class KernelInducingPoints(Distillation):
     """Learns a synthetic set by kernel inducing points (KIP), with kernels of fully connected networks.
 
     In every iteration, kernel ridge regression on the synthetic images predicts a batch of real ones, and half of the
@@ -117,8 +100,6 @@ class KernelInducingPoints(RidgeDistillation):
         InputError: for numbers out of range and an unknown kernel.
     """
 
-    regression = "kernel regression"
-
     def __init__(
         self,
         network: Network = "convnet",
@@ -142,20 +123,45 @@ class KernelInducingPoints(RidgeDistillation):
         check_bounds(KernelInducingPoints, locals())
         if kernel not in KERNELS:
             raise InputError(f"KernelInducingPoints: kernel={kernel!r} must be one of {', '.join(KERNELS)}")
-        super().__init__()
-        network_options = plain(network_options)
-        self.save_hyperparameters(ignore=not_plain(network))
-        self.keep(network, real)
+        super().__init__(
+            network=network,
+            network_options=network_options,
+            ipc=ipc,
+            init=init,
+            augment=Augmentation(""),
+            iterations_per_epoch=iterations_per_epoch,
+            seed=seed,
+            real=real,
+            lr_images=lr_images,
+            step_size=lr_network,
+        )
+        self.save_arguments(locals())
+
+    def build(self) -> None:
+        """Make the initial synthetic set and its targets."""
+        super().build()
+        learned, lr = self.hparams["learn_labels"], self.hparams["lr_labels"]
+        self.soft_labels = RidgeTargets(self.labels, self.num_classes, scale=1.0, learned=learned, lr=lr)
+
+    @property
+    def targets(self) -> Tensor:
+        """Targets of the regression on the synthetic images, (N, K)."""
+        assert isinstance(self.soft_labels, RidgeTargets)
+        return self.soft_labels.values
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the real images to the device, or leave them in host memory where they do not fit."""
+        self._real = self.real_on_device()
 
     @property
     def method(self) -> str:
         """The method's short name."""
         return "kip"
 
-    def kernel_metadata(self) -> dict[str, Any]:
-        """Name the kernel and its numbers."""
+    def describe(self) -> dict[str, Any]:
+        """Describe the data, the network and the kernel."""
         named = {key: self.hparams[key] for key in ("depth", "bias_variance", "reg")}
-        return {"name": self.hparams["kernel"], **named}
+        return {**super().describe(), "kernel": {"name": self.hparams["kernel"], **named}}
 
     def kernel(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the kernel of (M, C, H, W) and (N, C, H, W) images, (M, N) float64."""
@@ -165,14 +171,19 @@ class KernelInducingPoints(RidgeDistillation):
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Predict a batch of real images."""
-        images, targets = self.real_batch(batch["iteration"])
-        return self.ridge_loss(self.kernel(images, self.images), self.kernel(self.images, self.images), targets)
+        assert isinstance(self.soft_labels, RidgeTargets)
+        real = self.draw_real(self._real, self.hparams["batch_target"], batch["iteration"], self.global_rank)
+        wanted = self.soft_labels.of_classes(real.labels).to(self.images.dtype)
+        cross, own = self.kernel(real.images, self.images), self.kernel(self.images, self.images)
+        return self.log_loss(ridge_loss(cross, own, self.targets, wanted, self.hparams["reg"]))
 
     def own_accuracies(self, real: Images) -> Tensor:
         """Measure the accuracy of the kernel regression, (1,)."""
         own = self.kernel(self.images, self.images)
-
-        def cross(images: Tensor) -> Tensor:
-            return self.kernel(images, self.images)
-
+        cross = partial(self.kernel, others=self.images)
         return torch.stack([ridge_accuracy(cross, own, self.targets, self.hparams["reg"], real)])
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure by the method's own protocol where that is due: before the set is written."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        record_accuracies(self, "kernel regression", self.own_accuracies, self.hparams["measure_every"])

@@ -1,4 +1,4 @@
-"""Which teacher, and which epoch of it, a process trains in an epoch of the fit."""
+"""Teachers: networks trained by GSAM or SGD, many in one fit, whose weights are recorded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -16,22 +17,21 @@ from torchmetrics import MeanMetric
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.trajectory_recorder import TrajectoryRecorder
 from ftd_lightning.contracts import BatchPlan, DataDescription, TeacherProgress
-from ftd_lightning.core.arguments import not_plain, plain
 from ftd_lightning.core.losses import CompiledPass
-from ftd_lightning.core.module import TEACHER, PhaseModule, refuse_callbacks
-from ftd_lightning.core.networks import Network, refuse_dropout, refuse_object, right_answers
+from ftd_lightning.core.module import BaseModule
+from ftd_lightning.core.networks import Network, refuse_dropout, right_answers
 from ftd_lightning.core.ranks import RankStates, average_over_ranks, own_share, refuse_split_loaders
-from ftd_lightning.core.schedulers import RestartingSchedulers
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
-from ftd_lightning.functional.seeding import derive_seed, make_generator
+from ftd_lightning.functional.seeding import derive_seed
 from ftd_lightning.optim import GSAM
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lightning.pytorch import Trainer
     from torch import Tensor
 
 
@@ -88,7 +88,27 @@ class TeacherRounds(NamedTuple):
 Parallel = Literal["teachers", "data"]
 
 
-class FlatTeacher(PhaseModule):
+def refuse_callbacks(trainer: Trainer, *, several: bool) -> None:
+    """Refuse callbacks that treat the teachers of a fit, trained one after the other, as one network.
+
+    Args:
+        trainer: of the fit.
+        several: whether a process trains several teachers.
+
+    Raises:
+        InputError: for an EarlyStopping on a metric of single teachers, or a StochasticWeightAveraging.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging):
+            raise InputError("StochasticWeightAveraging would average weights of different teachers: leave it out")
+        if several and isinstance(callback, EarlyStopping) and callback.monitor.startswith("teacher/"):
+            raise InputError(
+                f"EarlyStopping compares {callback.monitor} of a teacher with the best of earlier teachers, and ends "
+                "the whole fit: leave it out, or fit one teacher"
+            )
+
+
+class FlatTeacher(BaseModule):
     """Trains many teachers in one fit, one after the other, each from its own seed.
 
     A Lightning epoch is one epoch of one teacher on each rank: epoch e of the fit on rank r of W is epoch
@@ -146,22 +166,17 @@ class FlatTeacher(PhaseModule):
         compile: Compile = "auto",  # noqa: A002
     ) -> None:
         check_bounds(FlatTeacher, locals())
-        super().__init__()
         if parallel not in get_args(Parallel):
             raise InputError(f"parallel={parallel!r} is unknown: choose from {list(get_args(Parallel))}")
-        refuse_object(network)
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
-        self.augment = Augmentation.of(augment)
-        augment, network_options = plain(self.augment), plain(network_options)
-        # Left out because a resumed fit may change them: the number of teachers may grow.
-        self.save_hyperparameters(ignore=["teachers", "compile", *not_plain(network)])
+        super().__init__(network=network, network_options=network_options, augment=Augmentation.of(augment), seed=seed)
+        # A resumed fit may change these two: the number of teachers may grow.
+        self.save_arguments(locals(), leave_out=("teachers", "compile"), augment=self.augment)
         self.automatic_optimization = False
         self.teachers = teachers
         self._compile: Compile = compile
-        self._architecture = network
         self.network: nn.Module | None = None
         self._states = RankStates()
-        self._schedulers = RestartingSchedulers()
 
     @property
     def independent_ranks(self) -> bool:
@@ -179,17 +194,17 @@ class FlatTeacher(PhaseModule):
     def batch_plan(self) -> BatchPlan:
         """Deal all images to each process, or each process its share; see ``contracts.PlansBatches``."""
         rank, world_size = (0, 1) if self.independent_ranks else (self.global_rank, self.trainer.world_size)
-        return BatchPlan(rank, world_size, epoch=lambda epoch: self.rounds.data_epoch(epoch - self._first_epoch))
+        return BatchPlan(rank, world_size, epoch=self.rounds.data_epoch)
 
     @property
     def teacher(self) -> int:
         """Number of the teacher being trained in this process, from 0."""
-        return self.rounds.teacher(self.epoch)
+        return self.rounds.teacher(self.current_epoch)
 
     @property
     def teacher_epoch(self) -> int:
         """Epoch of that teacher, from 0."""
-        return self.rounds.teacher_epoch(self.epoch)
+        return self.rounds.teacher_epoch(self.current_epoch)
 
     def teacher_progress(self) -> TeacherProgress:
         """Say where the fit stands; see ``contracts.TrainsTeachers``."""
@@ -210,13 +225,12 @@ class FlatTeacher(PhaseModule):
         return f"teacher {min(self.teacher, self.teachers - 1) + 1}/{self.teachers}, epoch {self.teacher_epoch + 1}"
 
     def planned_epochs(self) -> int:
-        """Return the trainer's epoch after which all teachers are done."""
-        return self._first_epoch + self.rounds.length(self.teachers)
+        """Return the number of epochs that all teachers take."""
+        return self.rounds.length(self.teachers)
 
     def build(self) -> None:
         """Build the network and its metrics."""
-        self.fresh = self.own_networks(self._architecture, self.hparams["network_options"])
-        self.network = self.fresh.build(self.hparams["seed"], "teacher", 0)
+        self.network = self.fresh.build(self.seed, "teacher", 0)
         if self.data is not None:
             refuse_dropout(self.network, self.data.shape.zeros(2))
         # A look for NaN would wait for the device in every step. With teachers of its own a rank measures them alone.
@@ -252,11 +266,8 @@ class FlatTeacher(PhaseModule):
         """End at once what is done already; refuse loaders that split the images of independent ranks; compile."""
         self.warn_of_unordered_loader()
         batch = None if self.data is None else self.data.batch_size
-        split = 1 if self.independent_ranks else self.trainer.world_size
-        steps = self.hparams["epochs"] * self.trainer.num_training_batches * split  # of one teacher
-        images = (2 if self.hparams["rho"] else 1) * steps * (batch or 0)
-        choice = self.choose_compile(self._compile, TEACHER, steps=steps, images=images)
-        self._pass = CompiledPass(self.teacher_network(), choice, self.device, None if split > 1 else batch)
+        split = not self.independent_ranks and self.trainer.world_size > 1
+        self._pass = CompiledPass(self.teacher_network(), self._compile, self.device, None if split else batch)
         if self.independent_ranks:
             refuse_split_loaders(self.trainer, or_else="--model.parallel data, which splits the batches of one teacher")
         self.trainer.should_stop = self.trainer.should_stop or self.current_epoch >= self.planned_epochs()
@@ -266,13 +277,8 @@ class FlatTeacher(PhaseModule):
                 f"{self.hparams['epochs']} epochs are done; -1 trains them all"
             )
 
-    def extra_state(self) -> dict[str, Any]:
-        """Keep where the schedulers of a teacher begin."""
-        return {"schedulers": self._schedulers.state()}
-
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
         """Take over the weights of this rank."""
-        self._schedulers.load(state["schedulers"])
         if self.attached and self.independent_ranks:
             self._states.load(self, checkpoint)
 
@@ -286,24 +292,19 @@ class FlatTeacher(PhaseModule):
         """Begin a new teacher where the last one ended."""
         if self.teacher_epoch > 0:
             return
-        fresh = self.fresh.build(self.hparams["seed"], "teacher", self.teacher)
+        fresh = self.fresh.build(self.seed, "teacher", self.teacher)
         self.teacher_network().load_state_dict(fresh.state_dict())
         self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]  # momentum, where there is any
-        self._schedulers.restart(self._all_schedulers())
-
-    def _all_schedulers(self) -> list[Any]:
-        schedulers = self.lr_schedulers()
-        return [] if schedulers is None else schedulers if isinstance(schedulers, list) else [schedulers]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Take one GSAM step on a batch of (images, labels)."""
         images, labels = batch
         network, gsam = self.teacher_network(), self.optimizers(use_pl_optimizer=False)
         assert isinstance(gsam, GSAM)
-        if self.step == 0 and self.data is None:
+        if self.global_step == 0 and self.data is None:
             refuse_dropout(network, images)
-        where = (self.rounds.data_epoch(self.epoch), batch_idx, 0 if self.independent_ranks else self.global_rank)
-        images = self.augment(images, make_generator(self.hparams["seed"], "dsa", *where))
+        epoch, rank = self.rounds.data_epoch(self.current_epoch), 0 if self.independent_ranks else self.global_rank
+        images = self.augment(images, self.generator("dsa", epoch, batch_idx, rank))
         first: dict[str, Tensor] = {}
 
         def closure() -> Tensor:
@@ -335,9 +336,8 @@ class FlatTeacher(PhaseModule):
         self.log("teacher/val_accuracy", self.val_accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
-        """Step a subclass's schedulers; end the fit after the last teacher."""
+        """End the fit after the last teacher."""
         if self.epoch_complete:
-            self._schedulers.step(self._all_schedulers())
             self.trainer.should_stop = self.trainer.should_stop or self.current_epoch + 1 >= self.planned_epochs()
 
     def trajectory_metadata(self) -> dict[str, Any]:
@@ -351,6 +351,6 @@ class FlatTeacher(PhaseModule):
             "batch_size": None if data is None else data.batch_size,
             "augmentation": self.augment.describe(),
             "network": self.fresh.describe(),
-            "seed": derive_seed(self.hparams["seed"], "teacher", self.teacher),
+            "seed": derive_seed(self.seed, "teacher", self.teacher),
             "versions": versions(),
         }

@@ -2,36 +2,85 @@
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.core.arguments import matching_rules, not_plain, plain
-from ftd_lightning.core.labels import InnerLabels, StoreTeachers
-from ftd_lightning.core.networks import Network, student_networks
+from ftd_lightning.contracts import Images
+from ftd_lightning.core.arguments import matching_rules
+from ftd_lightning.core.labels import RecordedTeachers, StudentLabels
+from ftd_lightning.core.networks import FreshNetworks, Network, student_networks
 from ftd_lightning.core.resume import refuse_changes
 from ftd_lightning.data.loaders import SegmentBatch, SegmentLoader
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
-from ftd_lightning.functional.matching import Match, chunked_permutations, match
+from ftd_lightning.functional.matching import Match, match
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll
-from ftd_lightning.modules.distillation import Init, choose_images, start_window
-from ftd_lightning.modules.inner_loop import StudentDistillation
-from ftd_lightning.rules.base import MatchingRule, having, label_rule, only_one
+from ftd_lightning.modules.distillation import Distillation, Init
+from ftd_lightning.modules.inner_loop import InnerLoop
+from ftd_lightning.rules.base import MatchingRule, having, only_one
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    from ftd_lightning.contracts import Images
+    from ftd_lightning.rules.base import Teachers
 
 
-class TrajectoryMatching(StudentDistillation):
+def start_window(rules: Sequence[MatchingRule], max_start_epoch: int) -> Callable[[int], range]:
+    """Return the start epochs of an iteration as a function of its number.
+
+    Raises:
+        InputError: where the first iteration has none, or some outside {0 .. max_start_epoch - 1}.
+    """
+    rule = only_one(rules, "start_epochs")
+    everything = range(max_start_epoch)
+    if rule is None:
+        return lambda iteration: everything
+
+    def epochs(iteration: int) -> range:
+        found = rule.start_epochs(iteration, max_start_epoch)
+        if found is None:
+            return everything
+        if not found or not all(end in everything for end in (found[0], found[-1])):
+            raise InputError(
+                f"{rule}: iteration {iteration} has start epochs {found.start} to {found.stop - 1}, but "
+                f"max_start_epoch={max_start_epoch} allows 0 to {max_start_epoch - 1}"
+            )
+        return found
+
+    epochs(0)
+    return epochs
+
+
+def choose_images(rule: MatchingRule, real: Images, ipc: int, seed: int, teachers: Teachers) -> Images:
+    """Take ipc real images of each class, class by class, as a rule chooses them.
+
+    Raises:
+        InputError: where a class has fewer than ipc images, or the rule says so.
+    """
+    members = []
+    for label in real.labels.unique().tolist():
+        of_class = (real.labels == label).nonzero()[:, 0]
+        if len(of_class) < ipc:
+            raise InputError(f"class {label} has {len(of_class)} images, ipc={ipc} are needed")
+        order = torch.randperm(len(of_class), generator=make_generator(seed, "initial images", label))
+        members.append(of_class[order.to(of_class.device)])
+    chosen = rule.initial_images([real.images[index] for index in members], ipc, teachers)
+    if chosen is None:
+        chosen = [torch.arange(ipc)] * len(members)
+    picked = [index[choice.to(index.device)] for index, choice in zip(members, chosen, strict=True)]
+    if any(len(index.unique()) != ipc for index in picked):
+        raise InputError(f"{rule}: initial_images has to choose ipc={ipc} different images of each class")
+    return real.take(torch.cat(picked))
+
+
+class TrajectoryMatching(Distillation):
     """Learns a synthetic set whose training trajectory follows the teachers'.
 
     FTD and MTT differ in the teachers alone, so this serves both. One SGD with two parameter groups, one global step
@@ -74,6 +123,8 @@ class TrajectoryMatching(StudentDistillation):
             that were not recorded.
     """
 
+    accepts_module = True
+
     def __init__(
         self,
         trajectories: str,
@@ -99,39 +150,52 @@ class TrajectoryMatching(StudentDistillation):
         rules: list[MatchingRule] | list[dict[str, Any]] | None = None,
     ) -> None:
         check_bounds(TrajectoryMatching, locals())
-        super().__init__()
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
-        self.augment = Augmentation.of(augment)
-        self.rules = matching_rules(rules or [])
+        super().__init__(
+            network=network,
+            network_options=network_options,
+            ipc=ipc,
+            init=init,
+            augment=Augmentation.of(augment),
+            iterations_per_epoch=iterations_per_epoch,
+            seed=seed,
+            real=real,
+            lr_images=lr_images,
+            step_size=float(step_size_init),
+            lr_step_size=lr_step_size,
+            momentum=momentum,
+            rules=matching_rules(rules or []),
+        )
+        self.save_arguments(locals(), trajectories=str(trajectories), augment=self.augment, rules=self.rules)
         if init == "noise" and (chooses := only_one(self.rules, "initial_images")):
             raise InputError(f"init='noise' leaves {type(chooses).__name__} no image to choose: give init='real'")
-        trajectories, network_options = str(trajectories), plain(network_options)
-        augment, rules = plain(self.augment), plain(self.rules)
-        self.save_hyperparameters(ignore=not_plain(network))
-        self._architecture = network
-        self.keep_real(real)
-        self._teachers: dict[str, Any] = {}
+        self._teachers: dict[str, Any] = {}  # the set's description of them
 
     @cached_property
     def store(self) -> TrajectoryStore:
         """The teachers, opened at the first use: a module loaded from a checkpoint works without them."""
         return TrajectoryStore(self.hparams["trajectories"])
 
+    def make_networks(self) -> FreshNetworks:
+        """Open the store, check that it fits, and return the builder of the teachers' networks."""
+        if self._loaded_shapes:
+            return super().make_networks()
+        shape = None if self.data is None else self.data.shape
+        fresh = student_networks(self.store, *self._network_arguments, shape)
+        self._teachers = self.store.set_metadata()
+        self.data = self.data or self.store.description()
+        self.iteration_loader()  # refuses segments beyond the record before anything else is done
+        return fresh
+
     def build(self) -> None:
-        """Open the store, check that it fits, and make the initial synthetic set."""
-        options, shape = self.hparams["network_options"], None if self.data is None else self.data.shape
-        if not self._loaded_shapes:
-            self.fresh = student_networks(self.store, self._architecture, options, shape)
-            self._teachers = self.store.set_metadata()
-            self.data = self.data or self.store.description()
-            self.iteration_loader()  # refuses segments beyond the record before anything else is done
-        else:
-            self.fresh = self.own_networks(self._architecture, options)
-        self.make_student()
-        self.make_images()
-        self.inner_labels = self._make_labels()
-        learned = self.hparams["lr_step_size"] > 0
-        self.step_size = nn.Parameter(torch.tensor(float(self.hparams["step_size_init"])), requires_grad=learned)
+        """Make the student, the initial synthetic set and its labels."""
+        hparams = self.hparams
+        student = self.fresh.architecture()
+        self.inner_loop = InnerLoop(student, hparams["syn_steps"], hparams["syn_batch"], hparams["compile"])
+        super().build()
+        self.soft_labels = self.student_labels(
+            lambda: self._recorded_teachers(self.real_images()).answers(self.images.detach())
+        )
 
     def configure_model(self) -> None:
         """Build for the trainer's data, which have to be the teachers'."""
@@ -145,28 +209,18 @@ class TrajectoryMatching(StudentDistillation):
             self.store,
             expert_epochs=self.hparams["expert_epochs"],
             max_start_epoch=self.hparams["max_start_epoch"],
-            length=self.hparams["iterations_per_epoch"],
-            seed=self.hparams["seed"],
+            length=self.iterations_per_epoch,
+            seed=self.seed,
             rank=self.global_rank,
             segments=self.hparams["segments_per_step"],
             window=start_window(self.rules, self.hparams["max_start_epoch"]),
         )
-        loader.load_state_dict({"iteration": self.step})  # loaders may be built again in every epoch
+        loader.load_state_dict({"iteration": self.global_step})  # loaders may be built again in every epoch
         return loader
 
-    def configure_optimizers(self) -> torch.optim.SGD:
-        """Give images, step size and learned labels a parameter group each."""
-        groups = [
-            {"params": [self.images], "lr": self.hparams["lr_images"]},
-            {"params": [self.step_size], "lr": self.hparams["lr_step_size"]},
-        ]
-        groups += [] if self.inner_labels is None else self.inner_labels.group()
-        return torch.optim.SGD(groups, momentum=self.hparams["momentum"])
-
-    def on_fit_start(self) -> None:
-        """Decide on compiling too."""
-        super().on_fit_start()
-        self._compile = self.choose_inner_compile(self.hparams["segments_per_step"])
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the student to the device."""
+        self.inner_loop.to(self.device, self.images.dtype)
 
     def training_step(self, batch: list[SegmentBatch], batch_idx: int) -> Tensor:
         """Average the matching losses of this rank's segments."""
@@ -179,18 +233,16 @@ class TrajectoryMatching(StudentDistillation):
         self.log("matching/start_epoch", torch.full((), start_epoch, device=self.device), batch_size=1)
         if having(self.rules, "distance"):
             self.log("matching/steps", sum(found.steps for found in matches) / len(matches), batch_size=1)
-        return self.logged(loss)
+        return self.log_loss(loss)
 
     def _match(self, segment: SegmentBatch) -> Match:
         """Match one segment."""
         iteration, slot = segment["iteration"], segment["slot"]
-        if iteration != self.step:
-            raise RuntimeError(f"segment {iteration} came at step {self.step}: the run could not be reproduced")
-        seed, size = self.hparams["seed"], self.hparams["syn_batch"]
-        order, student = make_generator(seed, "batches", iteration, slot), self.student
-        labels = self.labels
-        if self.inner_labels is not None:
-            labels = self.inner_labels.of_segment(student, segment["target"], self.images.detach())
+        if iteration != self.global_step:
+            raise RuntimeError(f"segment {iteration} came at step {self.global_step}: the run could not be reproduced")
+        student, labels = self.inner_loop.network, self.labels
+        if isinstance(self.soft_labels, StudentLabels):
+            labels = self.soft_labels.of_segment(student, segment["target"], self.images.detach())
         return match(
             student,
             segment["start"],
@@ -198,35 +250,24 @@ class TrajectoryMatching(StudentDistillation):
             self.images,
             labels,
             self.step_size,
-            batches=chunked_permutations(len(self.images), self.hparams["syn_steps"], order, batch_size=size),
+            batches=self.inner_loop.batches(len(self.images), self.generator("batches", iteration, slot)),
             augment=self.augment or None,
-            seed=derive_seed(seed, "dsa", iteration, slot),
+            seed=derive_seed(self.seed, "dsa", iteration, slot),
             unroll=self.hparams["unroll"],
             rules=self.rules,
-            compile=self._compile,
+            compile=self.inner_loop.compile,
         )
 
-    def _make_labels(self) -> InnerLabels | None:
-        """Make what a label rule learns or keeps; without one, labels are the images' classes."""
-        rule = label_rule(self.rules)
-        if rule is None:
-            return None
-        if self._loaded_shapes:
-            return InnerLabels.empty(rule, self._loaded_shapes, "inner_labels.")
-        classes = self.data.shape.num_classes if self.data else int(self.labels.max()) + 1
-        answers = partial(self._store_teachers(self.real_images()).answers, self.images.detach())
-        return InnerLabels.start(rule, self.labels, classes, answers)
-
-    def _store_teachers(self, real: Images) -> StoreTeachers:
+    def _recorded_teachers(self, real: Images) -> RecordedTeachers:
         device = self.trainer.strategy.root_device if self.attached else self.device
-        return StoreTeachers(self.store, self.fresh.architecture().to(device), real.images)
+        return RecordedTeachers(self.store, self.fresh.architecture().to(device), real.images)
 
-    def first_images(self, real: Images, ipc: int, seed: int) -> Images:
+    def first_images(self, real: Images) -> Images:
         """Choose the real images to start from, at random or as a rule does."""
         rule = only_one(self.rules, "initial_images")
         if rule is None:
-            return super().first_images(real, ipc, seed)
-        return choose_images(rule, real, ipc, seed, self._store_teachers(real))
+            return super().first_images(real)
+        return choose_images(rule, real, self.ipc, self.seed, self._recorded_teachers(real))
 
     @property
     def method(self) -> str:
@@ -234,23 +275,23 @@ class TrajectoryMatching(StudentDistillation):
         return "+".join([self._teachers["method"], *(rule.name for rule in self.rules)])
 
     def settings(self) -> dict[str, Any]:
-        """Leave out where the teachers lay: no property of the set, it would make equal sets unequal files."""
-        settings = {**super().settings(), "rules": plain(self.rules)}
+        """Omit the teachers' path, which would make identical sets differ; count the segments of all ranks."""
+        settings = super().settings()
         settings.pop("trajectories")
         if self.attached:
-            settings["segments_per_step"] *= self.trainer.world_size  # that of one process which learns the same
+            settings["segments_per_step"] *= self.trainer.world_size
         return settings
 
-    def set_metadata(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Describe the teachers."""
         return {key: self._teachers[key] for key in ("dataset", "network", "teachers")}
 
     def extra_state(self) -> dict[str, Any]:
-        """Keep what the set tells of its teachers."""
+        """Add the set's description of its teachers."""
         return {**super().extra_state(), "teachers": self._teachers}
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
-        """Take it over where the store was not opened; refuse a store with other teachers."""
+        """Restore the teachers' description where no store is open; refuse a store with other teachers."""
         super().restore(state, checkpoint)
         self._teachers = self._teachers or state["teachers"]
         refuse_changes(state["teachers"], self._teachers, prefix="trajectories: ")
