@@ -254,28 +254,11 @@ class TestOwnTeachers:
         assert TrajectoryStore(path).lengths == [3]
 
 
-def test_one_trainer_fits_all_three_phases_in_turn(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_epochs=-1)
-    trainer.fit(small_teacher(), datamodule=small_data())
-    store = TrajectoryStore(tmp_path / "trajectories")
-    assert len(store) == 2
-    trainer.fit_loop.max_epochs = trainer.current_epoch + 3
-    trainer.fit(small_matching(tmp_path / "trajectories"), datamodule=small_data())
-    synthetic = SyntheticSet.load(tmp_path / "set.safetensors")
-    assert synthetic.metadata["iterations"] == 15
-    trainer.fit_loop.max_epochs = trainer.current_epoch + 4
-    module, data = SyntheticEvaluation(**NET, networks=1), small_data(synthetic=str(tmp_path / "set.safetensors"))
-    trainer.fit(module, datamodule=data)
-    trainer.test(module, datamodule=data, verbose=False)
-    assert module.results["epochs"] == 4
-    assert len(TrajectoryStore(tmp_path / "trajectories")) == 2
-
-    alone = tmp_path / "alone"
-    make_trainer(alone, max_epochs=-1).fit(small_teacher(), datamodule=small_data())
-    for number in range(2):
-        assert torch.equal(TrajectoryStore(alone / "trajectories").trajectory(number), store.trajectory(number))
-    make_trainer(alone, max_epochs=3).fit(small_matching(alone / "trajectories"), datamodule=small_data())
-    assert torch.equal(SyntheticSet.load(alone / "set.safetensors").images, synthetic.images)
+def test_a_trainer_fits_one_module(tmp_path: Path, trajectories: Path, refused) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(small_matching(trajectories), datamodule=small_data())
+    with refused("this Trainer has fitted a module already", "make a new Trainer", "ckpt_path"):
+        trainer.fit(DistributionMatching(**RIVAL), datamodule=small_data())
 
 
 def test_the_user_s_callbacks_stay(tmp_path: Path) -> None:

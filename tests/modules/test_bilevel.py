@@ -37,7 +37,7 @@ def distil(folder, *, steps=4, trainer=None, **options) -> BilevelDistillation:
 def learned(module):
     state = module.trainer.optimizers[0].state.values()
     moments = [value for entry in state for key, value in sorted(entry.items())]
-    return [value.detach().clone() for value in (module.images, module.step_size, module.set_labels(), *moments)]
+    return [value.detach().clone() for value in (module.images, module.step_size, module.exported_labels(), *moments)]
 
 
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
@@ -81,15 +81,6 @@ class NoGradient(torch.nn.Module):
 def test_a_network_without_gradient_ends_the_run(tmp_path, refused):
     with refused("the images' gradient was exactly zero 10 iterations in a row", "the last one 9", "no_grad"):
         distil(tmp_path, steps=12, network=NoGradient, network_options=None)
-
-
-def test_a_checkpoint_of_version_02_is_refused(tmp_path, refused):
-    distil(tmp_path, steps=1).trainer.save_checkpoint(tmp_path / "last.ckpt")
-    old = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    old["state_dict"]["gradient_average"] = old["state_dict"].pop("gradient_averages")[0]
-    torch.save(old, tmp_path / "last.ckpt")
-    with refused("the checkpoint is of version 0.2", "begin this fit anew"):
-        BilevelDistillation.load_from_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_methods_are_named_by_their_settings():
@@ -144,9 +135,9 @@ def test_dd_has_a_mini_batch_and_a_step_size_for_each_step(tmp_path):
 
 def test_windows_lie_anywhere_in_the_run():
     module = bilevel(window=2, syn_steps=5)
-    places = {module._place(iteration, 0) for iteration in range(60)}
+    places = {module.draw_window(iteration, 0) for iteration in range(60)}
     assert places == {(2, 0), (3, 1), (4, 2), (5, 3)}
-    assert bilevel(syn_steps=5)._place(3, 0) == (5, 0)
+    assert bilevel(syn_steps=5).draw_window(3, 0) == (5, 0)
 
 
 def test_a_fixed_network_is_the_same_in_every_iteration(tmp_path):
@@ -184,12 +175,15 @@ def test_a_spike_in_the_gradient_of_images_or_labels_is_clipped_whatever_the_ste
 
     class Spiked(BilevelDistillation):
         def on_before_optimizer_step(self, optimizer):
-            if self.step == 3:
+            if self.global_step == 3:
                 self.images.grad *= 100
-                self.inner_labels.logits.grad *= 50
+                self.soft_labels.logits.grad *= 50
+            super().on_before_optimizer_step(optimizer)
+
+        def configure_gradient_clipping(self, *args, **options):
             learned = {name: value.grad for name, value in self.learned().items() if value.grad is not None}
             before = {name: float(gradient.norm()) for name, gradient in learned.items()}
-            super().on_before_optimizer_step(optimizer)
+            super().configure_gradient_clipping(*args, **options)
             norms.append({name: (norm, float(learned[name].norm())) for name, norm in before.items()})
 
     norms = []

@@ -12,6 +12,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files import Standardization
 from ftd_lightning.models import ConvNet
 from ftd_lightning.modules import DistributionMatching, GradientMatching
+from ftd_lightning.modules.class_matching import summed, train_on_set
 
 METHODS = [DistributionMatching, GradientMatching]
 # Lightning's, of a fit without held-out images.
@@ -37,9 +38,9 @@ def module(tmp_path_factory):
 def test_losses_are_summed_with_the_gradient_of_their_sum(module) -> None:
     def losses():
         for label in range(10):
-            yield (module.synthetic_of(label) * (label + 1)).square().sum()
+            yield (module.batches.synthetic(label) * (label + 1)).square().sum()
 
-    total = module.summed(losses())
+    total = summed(module.images, losses())
     gradient = torch.autograd.grad(3 * total, module.images)[0]
     joint = sum(losses())
     torch.testing.assert_close(total, joint, rtol=1e-6, atol=0)
@@ -52,17 +53,17 @@ def test_one_class_has_a_graph_at_a_time(module) -> None:
     def losses():
         for label in range(3):
             assert not [loss for loss in alive if loss() is not None]
-            loss = module.synthetic_of(label).sum()
+            loss = module.batches.synthetic(label).sum()
             alive.append(weakref.ref(loss))
             yield loss
             del loss
 
-    module.summed(losses())
+    summed(module.images, losses())
     assert len(alive) == 3
 
 
 def drawn(module, *keys, **options) -> list[torch.Tensor]:
-    return list(module.real_images_by_class(*keys, **options))
+    return list(module.batches.real(*keys, **options))
 
 
 def test_real_images_are_of_the_class_and_drawn_without_replacement(module) -> None:
@@ -88,24 +89,24 @@ def test_ranks_draw_images_of_their_own_unless_told_otherwise(module, monkeypatc
 
 def test_images_that_are_augmented_together_are_augmented_alike(module) -> None:
     one, many = module.images[:1].detach(), module.images[:1].detach().expand(7, -1, -1, -1)
-    shown = [(module.siamese(one, label, 1), module.siamese(many, label, 1)) for label in range(4)]
+    shown = [(module.batches.siamese(one, label, 1), module.batches.siamese(many, label, 1)) for label in range(4)]
     for a, b in shown:
         torch.testing.assert_close(a.expand_as(b), b)
     assert not torch.equal(shown[0][0], shown[1][0]), "every class has a draw of its own"
-    assert not torch.equal(shown[0][0], module.siamese(one, 0, 2)), "and every iteration"
+    assert not torch.equal(shown[0][0], module.batches.siamese(one, 0, 2)), "and every iteration"
 
 
 def test_networks_differ_by_their_keys_alone(module) -> None:
-    a, b, c = (nn.utils.parameters_to_vector(module.fresh_network(key).parameters()) for key in (0, 0, 1))
+    a, b, c = (nn.utils.parameters_to_vector(module.fresh_network("network", key).parameters()) for key in (0, 0, 1))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
 
 def test_training_on_the_set_is_plain_sgd_on_the_present_images(tmp_path) -> None:
     module = fitted(tmp_path, ipc=2, augment="", lr_network=0.3)
-    network, reference = module.fresh_network("x"), module.fresh_network("x")
+    network, reference = module.fresh_network("network", "x"), module.fresh_network("network", "x")
     module.images.grad = None
-    module.train_on_set(network, 3, "x")
+    train_on_set(module, network, 0.3, 3, "x")
     assert module.images.grad is None
     for _ in range(3):
         loss = nn.functional.cross_entropy(reference(module.images.detach()), module.labels)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from ftd_lightning.functional import make_generator
 from ftd_lightning.functional.augment import STRATEGY
 from ftd_lightning.models import ConvNet
-from ftd_lightning.modules import FeatureAlignment
+from ftd_lightning.modules import FeatureAlignment, feature_alignment
 from ftd_lightning.modules.feature_alignment import Watcher
 
 # Lightning's word on real images without held-out ones.
@@ -119,6 +119,18 @@ def test_real_images_as_synthetic_ones_are_aligned_under_any_augmentation(norm, 
         assert module.losses(module._network[0], 0)[0] > 1e-3
 
 
+@pytest.fixture(autouse=True)
+def trainings(monkeypatch):
+    """Record on the module what its network was trained for."""
+    real = feature_alignment.train_on_set
+
+    def train_on_set(module, network, lr, epochs, *keys):
+        real(module, network, lr, epochs, *keys)
+        module.trained = [*getattr(module, "trained", []), keys]
+
+    monkeypatch.setattr(feature_alignment, "train_on_set", train_on_set)
+
+
 class Planted(FeatureAlignment):
     """Accuracies that are made up, and a record of what was done."""
 
@@ -127,10 +139,6 @@ class Planted(FeatureAlignment):
 
     def query_accuracy(self, *keys):
         return self.outer[self.round_steps - 1] if len(keys) == 1 else self.inner[keys[-1] - 1]
-
-    def train_on_set(self, network, epochs, *keys):
-        super().train_on_set(network, epochs, *keys)
-        self.trained = [*getattr(self, "trained", []), keys]
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -189,7 +197,7 @@ def test_a_run_that_was_done_goes_on_to_more_rounds(per_epoch, ended_by, tmp_pat
     whole = align(tmp_path, kind=Counted, steps=100, rounds=4, **options)
     assert whole.rounds == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert further.images.equal(whole.images)
-    assert whole.set_metadata()["rounds"] == further.set_metadata()["rounds"] == 4
+    assert whole.describe()["rounds"] == further.describe()["rounds"] == 4
 
 
 @pytest.mark.parametrize(("steps", "rounds"), [(2, 0), (4, 1), (100, 2)])

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ftd_lightning import SyntheticSet
 from ftd_lightning.callbacks import SyntheticSetWriter
-from ftd_lightning.modules import GradientMatching
+from ftd_lightning.modules import GradientMatching, gradient_matching
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
@@ -107,10 +107,10 @@ def test_dsa_augments_both_sides_of_a_class_by_one_draw(tmp_path, doubles) -> No
     distil(tmp_path, callbacks=[plain], **settings)
     network = module.fresh.build(0, "network", 0)
     loss = 0.0
-    for c, real in enumerate(module.real_images_by_class(0)):
+    for c, real in enumerate(module.batches.real(0)):
         gradients = []
         for batch in (module.initial_images.double().view(10, 2, 1, 8, 8)[c], real):
-            shown = module.siamese(batch, c, 0)
+            shown = module.batches.siamese(batch, c, 0)
             answer = torch.full((len(batch),), c)
             gradients.append(torch.autograd.grad(cross_entropy(network(shown), answer), list(network.parameters())))
         loss = loss + written_out(*gradients)
@@ -156,14 +156,14 @@ def test_the_network_is_trained_on_images_that_are_augmented_one_by_one(tmp_path
 
 def test_a_loop_trains_its_network_one_time_less_than_it_updates_images(tmp_path, monkeypatch) -> None:
     trained, networks = [], []
-    real = GradientMatching.train_on_set
+    real = gradient_matching.train_on_set
 
-    def train_on_set(self, network, epochs, *keys):
+    def train_on_set(module, network, lr, epochs, *keys):
         trained.append((*keys, epochs))
         networks.append(network)
-        real(self, network, epochs, *keys)
+        real(module, network, lr, epochs, *keys)
 
-    monkeypatch.setattr(GradientMatching, "train_on_set", train_on_set)
+    monkeypatch.setattr(gradient_matching, "train_on_set", train_on_set)
     distil(tmp_path, steps=7, outer_loops=3, inner_epochs=4)
     assert trained == [(1, 4), (2, 4), (4, 4), (5, 4)]
     assert networks[0] is networks[1] is not networks[2]

@@ -12,8 +12,7 @@ from torch import nn
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
 from ftd_lightning.functional import centred_targets, nngp_kernel, ntk_kernel
-from ftd_lightning.modules import FeatureRegression, KernelInducingPoints
-from ftd_lightning.modules import kernel_inducing_points as kernel_accuracy
+from ftd_lightning.modules import FeatureRegression, KernelInducingPoints, kernel_accuracy, ridge_distillation
 
 DEFAULTS = {
     KernelInducingPoints: {"batch_target": 64, "iterations_per_epoch": 5, "learn_labels": True, "lr_labels": 0.01},
@@ -27,6 +26,7 @@ DEFAULTS = {
     },
 }
 METHODS = list(DEFAULTS)
+PROTOCOLS = dict(zip(METHODS, ("kernel regression", "ridge regression on the pool's features"), strict=True))
 
 
 class Losses(Callback):
@@ -141,7 +141,7 @@ def test_it_learns(tmp_path, method) -> None:
     seen = Losses()
     module = fit(tmp_path, method, steps=60, callbacks=[seen])
     assert sum(seen.losses[-10:]) < 0.8 * sum(seen.losses[:10])
-    learned = module.synthetic_set().metadata["scores"][f"{module.regression}, test images"]["mean"]
+    learned = module.synthetic_set().metadata["scores"][f"{PROTOCOLS[method]}, test images"]["mean"]
     test = module.source.part("test")
     with torch.no_grad():
         assert learned == pytest.approx(float(module.own_accuracies(test).mean()))
@@ -186,7 +186,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, method) -> None:
 
     class Poison(Callback):
         def on_train_start(self, trainer, pl_module) -> None:
-            pl_module._images[:] = torch.inf
+            pl_module._real.images[:] = torch.inf
 
     module = fit(tmp_path, method, steps=2, real=(images, labels), init="noise", callbacks=[Poison()])
     assert module.skipped_steps == 2
@@ -206,7 +206,7 @@ def test_the_set_says_what_made_it(tmp_path, method, learn_labels) -> None:
     assert metadata["method"] == ("kip" if kip else "frepo")
     assert metadata["kernel"]["name"] == ("ntk" if kip else "features")
     assert metadata["kernel"]["reg"] == 1e-6
-    assert set(metadata["scores"]) == {f"{module.regression}, {p} images" for p in ("test", "held-out training")}
+    assert set(metadata["scores"]) == {f"{PROTOCOLS[method]}, {p} images" for p in ("test", "held-out training")}
     if learn_labels:
         assert (metadata["label_kind"], metadata["labels_made"]) == ("target", "learned")
         assert torch.equal(written.labels, module.targets.detach())
@@ -223,12 +223,12 @@ def test_its_own_accuracy_is_measured_when_it_is_due(tmp_path, monkeypatch, limi
     measured, solved, solve = [], [], torch.linalg.solve_ex
 
     def own_accuracies(self, real):
-        measured.append(self.step)
+        measured.append(self.global_step)
         with monkeypatch.context() as patch:
             patch.setattr(torch.linalg, "solve_ex", lambda *args: solved.append(0) or solve(*args))
             return KernelInducingPoints.own_accuracies(self, real)
 
-    monkeypatch.setitem(kernel_accuracy.__globals__, "BATCH", 8)
+    monkeypatch.setattr(ridge_distillation, "BATCH", 8)
     method = type("Counting", (KernelInducingPoints,), {"own_accuracies": own_accuracies})
     monkeypatch.setitem(DEFAULTS, method, DEFAULTS[KernelInducingPoints])
     fit(tmp_path, method, steps=13, trainer=limits, measure_every=measure_every)

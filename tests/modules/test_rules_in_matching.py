@@ -7,7 +7,7 @@ import torch
 from fits import distil, make_trainer, record, small_data, small_matching
 
 from ftd_lightning import SyntheticSet, TrajectoryMatching, TrajectoryStore
-from ftd_lightning.core.labels import StoreTeachers
+from ftd_lightning.core.labels import RecordedTeachers
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.rules import (
     ClosestStep,
@@ -49,7 +49,7 @@ def teachers(tmp_path_factory):
 
 def learned(module):
     """All that an iteration may change, momenta included."""
-    tensors = [module.images, module.step_size, module.set_labels()]
+    tensors = [module.images, module.step_size, module.exported_labels()]
     optimizer = module.trainer.optimizers[0]
     tensors += [state["momentum_buffer"] for state in optimizer.state.values() if "momentum_buffer" in state]
     return [tensor.detach().clone() for tensor in tensors]
@@ -89,25 +89,25 @@ def test_learned_labels_move_with_their_own_rate_and_momentum(tmp_path, teachers
     group = next(g for g in module.trainer.optimizers[0].param_groups if g["params"][0].ndim == 2)
     assert (group["lr"], group["momentum"]) == (3.0, 0.7)
     still = distil(tmp_path / "still", teachers, steps=2, rules=[LearnedLabels(lr=1e-9)])
-    assert not torch.allclose(module.set_labels(), still.set_labels(), atol=1e-4)
-    torch.testing.assert_close(module.set_labels().sum(1), torch.ones(10))
+    assert not torch.allclose(module.exported_labels(), still.exported_labels(), atol=1e-4)
+    torch.testing.assert_close(module.exported_labels().sum(1), torch.ones(10))
 
 
 def test_learned_labels_start_from_the_teachers_that_are_right(tmp_path, teachers):
     module = distil(tmp_path, teachers, steps=0, rules=[LearnedLabels(lr=1.0)])
     store, images, labels = TrajectoryStore(teachers), module.images.detach(), module.labels
     network = module.fresh.architecture()
-    answers = list(StoreTeachers(store, network, images).answers(images))
+    answers = list(RecordedTeachers(store, network, images).answers(images))
     for index, label in enumerate(labels.tolist()):
         right = [given[index] for given in answers if int(given[index].argmax()) == label]
         wanted = torch.stack(right or [given[index] for given in answers]).mean(0)
-        torch.testing.assert_close(module.inner_labels.logits[index].detach(), wanted)
+        torch.testing.assert_close(module.soft_labels.logits[index].detach(), wanted)
 
 
 def test_correct_images_are_classified_correctly(tmp_path, teachers):
     module = distil(tmp_path, teachers, steps=0, ipc=2, rules=[CorrectImages()])
     answers = list(
-        StoreTeachers(TrajectoryStore(teachers), module.fresh.architecture(), module.images).answers(
+        RecordedTeachers(TrajectoryStore(teachers), module.fresh.architecture(), module.images).answers(
             module.images.detach()
         )
     )
@@ -125,7 +125,7 @@ def test_teacher_labels_are_what_the_target_says_of_the_images_before_the_step(t
 
     load_flat(network, segment["target"])
     wanted = torch.softmax(network.eval()(first.images.detach()), 1)
-    torch.testing.assert_close(module.set_labels(), wanted)
+    torch.testing.assert_close(module.exported_labels(), wanted)
     assert not torch.allclose(wanted, torch.nn.functional.one_hot(first.labels, 10).float(), atol=1e-2)
 
 

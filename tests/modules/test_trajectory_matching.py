@@ -205,13 +205,11 @@ def test_batchnorm_teachers_can_be_matched(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_fit_learns_the_same_and_says_how_long_compiling_took(tmp_path, trajectories, caplog) -> None:
+def test_a_compiled_fit_learns_the_same(tmp_path, trajectories) -> None:
     eager = distil(tmp_path, trajectories, steps=3, augment="crop_scale")
-    with caplog.at_level("INFO"):
-        compiled = distil(tmp_path, trajectories, steps=3, augment="crop_scale", compile=True)
+    compiled = distil(tmp_path, trajectories, steps=3, augment="crop_scale", compile=True)
     torch.testing.assert_close(compiled.images, eager.images, rtol=1e-3, atol=1e-4)
     assert not torch.equal(compiled.images, eager.images), "nothing was compiled"
-    assert "compiling the inner step took" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
