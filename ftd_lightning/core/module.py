@@ -258,10 +258,16 @@ class BaseModule(LightningModule):
         return []
 
     def configure_model(self) -> None:
-        """Build for the trainer's data; nothing without a trainer, or where everything has been built."""
+        """Build for the trainer's data; nothing without a trainer, or where everything has been built.
+
+        Raises:
+            InputError: for a Trainer whose counters are those of another fit.
+        """
         self._resumed = False
         if not self.attached:
             return
+        if self.trainer.state.fn == "fit" and self.global_step > 0 and not self.trainer.ckpt_path:
+            raise InputError("this Trainer has fitted a module already: make a new Trainer, or resume with ckpt_path")
         if self.source is not None:
             self.data = self.source.description()
         if not (self.trainer.ckpt_path and self.data is None):  # else the checkpoint says what it was built for
@@ -327,13 +333,11 @@ class BaseModule(LightningModule):
             raise InputError(f"the checkpoint is not one of a {type(self).__name__}: it has no {error}") from error
 
     def on_fit_start(self) -> None:
-        """Refuse a used Trainer, and settings that change the result.
+        """Refuse settings that change the result.
 
         Raises:
-            InputError: for either.
+            InputError: for such settings.
         """
-        if self.global_step > 0 and not self._resumed:
-            raise InputError("this Trainer has fitted a module already: make a new Trainer, or resume with ckpt_path")
         refuse_settings(self.trainer, self.augment)
         self._has_weights = True
 

@@ -75,7 +75,7 @@ class BilevelDistillation(Distillation):
     - **BPTT**: ``schedule="shuffled"``, all steps are differentiated.
     - **RaT-BPTT** (Feng et al., ICLR 2024): ``window`` steps are, at a random place of all; ``InnerAdam``; ``clip=2``.
 
-    One Adam over images, step size and labels, one global step per iteration; see ``StudentDistillation`` for the rest.
+    One Adam over images, step size and labels, one global step per iteration; see ``Distillation`` for the rest.
     Under DDP every rank trains networks of its own and the gradient is averaged: W ranks with s networks per step learn
     what one process with W * s learns.
 

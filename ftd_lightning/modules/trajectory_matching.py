@@ -85,7 +85,7 @@ class TrajectoryMatching(Distillation):
 
     FTD and MTT differ in the teachers alone, so this serves both. One SGD with two parameter groups, one global step
     per iteration; the number of iterations is the trainer's ``max_steps``. What it does with steps that are not finite,
-    and with a step size below 0, and its attributes, are described in ``Distillation`` and ``StudentDistillation``.
+    and with a step size below 0, and its attributes, are described in ``Distillation``.
 
     Under DDP every rank matches segments of its own and the gradient is averaged: W ranks with s segments per step
     learn what one process with W * s learns.

