@@ -40,6 +40,7 @@ class SyntheticSetWriter(Callback):
         check_bounds(SyntheticSetWriter, locals())
         self.every_n_epochs = every_n_epochs
         self.path = None if path is None else Path(path).expanduser()
+        self._training = False
 
     def _file(self, trainer: Trainer) -> Path:
         return self.path or run_folder(trainer) / "set.safetensors"
@@ -69,6 +70,14 @@ class SyntheticSetWriter(Callback):
         if trainer.is_global_zero and isinstance(module, LearnsSet) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             module.synthetic_set().save(self._file(trainer))
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget earlier fits of the trainer."""
+        self._training = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember that there is a set to write when the run fails."""
+        self._training = True
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the current set where it is due."""
         if is_due(trainer, self.every_n_epochs, times=1):
@@ -82,7 +91,7 @@ class SyntheticSetWriter(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the last good set before the run ends; nothing where it failed before training began."""
-        if trainer.global_step > 0:
+        if self._training and trainer.global_step > 0:
             try:
                 self._write(trainer, pl_module)
             except InputError as error:  # values that are not finite; the run's own error is the one to tell
