@@ -51,7 +51,7 @@ from ftd_lightning.studies.distill import distill_source
 from ftd_lightning.studies.distill_datasets import distill
 from ftd_lightning.studies.label import label
 from ftd_lightning.studies.nas import SearchSettings
-from ftd_lightning.studies.rank import RankData, RankSettings
+from ftd_lightning.studies.rank import RankSettings
 from ftd_lightning.studies.reproduce import reproduce
 from ftd_lightning.studies.trajectory_error import trajectory_error
 
@@ -92,7 +92,6 @@ OWNERS = {
     GSAM: {"params": [nn.Parameter(torch.ones(1))], "base_optimizer": torch.optim.SGD},
     SearchSettings: {"out": "nas"},
     RankSettings: {},
-    RankData: {},
 }
 COMMANDS = [compare, distill, distill_source, label, reproduce, trajectory_error, import_set]
 # Public, but made by the library of numbers that are checked or measured, or checked against more than a range.

@@ -28,7 +28,7 @@ from ftd_lightning.functional import InnerSGD
 from ftd_lightning.modules import BilevelDistillation
 from ftd_lightning.rules import RobustStart
 from ftd_lightning.studies.label import label_random_images
-from ftd_lightning.studies.rank import RankData, RankSettings, prepare
+from ftd_lightning.studies.rank import RankSettings, prepare
 from ftd_lightning.studies.trajectory_error import measure_trajectory_error, trajectory_error
 
 CANARY = """
@@ -115,7 +115,7 @@ SET_READERS = {
     "load": lambda file: SyntheticSet.load(file).training_labels(),
     "evaluation": lambda file: small_data(synthetic=str(file)).setup(),
     "export": lambda file: export(file, Path("exported")),
-    "rank": lambda file: prepare([str(file)], RankSettings(out="ranked"), RankData(max_per_class=14)),
+    "rank": lambda file: prepare([str(file)], RankSettings(out="ranked"), {"max_per_class": 14}),
     "trajectory-error": lambda file: trajectory_error(file, Path("store"), output=Path("curve")),
 }
 
@@ -272,7 +272,7 @@ def test_a_network_of_ones_own_is_passed_by_whoever_runs_the_command(here, refus
         assert kind.load_from_checkpoint(path, network=OWN).hparams["network"] == OWN
     with refused("not of this library: give --network"):
         SET_READERS["rank"]("set.safetensors")
-    prepare(["set.safetensors"], RankSettings(out="ranked", network=OWN), RankData(max_per_class=14))
+    prepare(["set.safetensors"], RankSettings(out="ranked", network=OWN), {"max_per_class": 14})
     with refused("not of this library: pass it to measure_trajectory_error"):
         trajectory_error(Path("set.safetensors"), Path("own"), output=Path("curve"))
     synthetic, store = SyntheticSet.load("set.safetensors"), TrajectoryStore("own")

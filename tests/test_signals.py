@@ -66,7 +66,7 @@ def test_a_fit_leaves_a_checkpoint_of_the_step_it_was_ended_at(number, tmp_path:
 @pytest.mark.slow
 def test_a_search_that_is_ended_continues(tmp_path: Path, command) -> None:
     process = command.start(*NAS, cwd=tmp_path)
-    process.wait_for(lambda: list(tmp_path.rglob("nas.json")))
+    process.wait_for(lambda: list(tmp_path.rglob("evaluations")))
     process.send_signal(signal.SIGTERM)
     done = process.wait(60)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (143, "ftd: terminated: the same command continues")
