@@ -124,7 +124,7 @@ def label_random_images(
     store, teacher = TrajectoryStore(options["trajectories"]), options["teacher"]
     check_compatible(store, data.describe())
     module.data = data.description()
-    module.build()
+    architecture = module.make_networks()
     hparams, images = module.hparams, chosen.images.to(device)
     protocol = EvaluationProtocol(
         epochs=epochs,
@@ -136,10 +136,10 @@ def label_random_images(
     )
 
     def fresh() -> list[nn.Module]:
-        return [module.fresh.build(hparams["seed"], "label epoch", index).to(device) for index in range(networks)]
+        return [architecture.build(hparams["seed"], "label epoch", index).to(device) for index in range(networks)]
 
     # A teacher's network that is not of this library has to be the evaluation's.
-    own = () if store.metadata["network"]["name"] in NETWORKS else (module.fresh.network, module.fresh.options)
+    own = () if store.metadata["network"]["name"] in NETWORKS else (architecture.network, architecture.options)
     network = student_networks(store, *own).architecture()
     labels = {
         epoch: teacher_labels(
