@@ -45,4 +45,4 @@ def main(overrides: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    as_program(lambda: main(sys.argv[1:]), resume="the same command continues")
+    as_program(lambda: main(sys.argv[1:]))

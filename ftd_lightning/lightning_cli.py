@@ -7,6 +7,7 @@ import inspect
 import re
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -30,7 +31,6 @@ from ftd_lightning.callbacks.checkpoint_io import FitCheckpoint
 from ftd_lightning.contracts import LearnsSet, data_source
 from ftd_lightning.core.module import BaseModule, run_folder
 from ftd_lightning.core.results import summary
-from ftd_lightning.core.resume import read_checkpoint
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.files.safetensors_io import replacing
 from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation
@@ -45,27 +45,6 @@ def _with_defaults(configured: Any, defaults: Mapping[type, Any]) -> list[Any]:
     parts = list(configured) if isinstance(configured, (list, tuple)) else [] if configured is None else [configured]
     missing = [part for kind, part in defaults.items() if not any(isinstance(own, kind) for own in parts)]
     return [*parts, *missing]
-
-
-def check_checkpoint(path: str, model: str | None = None) -> None:
-    """Refuse a file that is not a checkpoint of the module, before anything is begun.
-
-    Args:
-        path: the value of ``--ckpt_path``. The file of "last", and remote ones, are checked when the fit reads them.
-        model: class path of the module that it is for.
-
-    Raises:
-        InputError: for a file that is missing, broken, or something else. No code in it is run.
-    """
-    if path.startswith(("http://", "https://")):
-        raise InputError(f"{path}: download the checkpoint first: read from there, it could run code")
-    if path == "last" or "://" in path:
-        return
-    if path in ("best", "hpc") or path.startswith("registry"):
-        raise InputError(f"ckpt_path {path}: name the file, or last")
-    recorded = str(read_checkpoint(path, mmap=True).get("hyper_parameters", {}).get("_class_path", model))
-    if model is not None and recorded.rpartition(".")[2] != model.rpartition(".")[2]:
-        raise InputError(f"{path}: is a checkpoint of {recorded}, the model here is {model}")
 
 
 class Parser(LightningArgumentParser):
@@ -87,16 +66,17 @@ class FTDCLI(LightningCLI):
     """LightningCLI with this library's defaults; everything else is as in Lightning's documentation."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Expand "~" in paths; check values on which Lightning would fail with a traceback."""
+        """Expand "~" in paths; read checkpoints without running code in them."""
         super().parse_arguments(parser, args)
         self.config = with_home(self.config)
-        config = self.config.get(self.config.get("subcommand") or "") or self.config
-        seed = config.get("seed_everything")
-        if type(seed) is int and not 0 <= seed < 2**32:
-            raise InputError(f"seed_everything={seed} must be from 0 to {2**32 - 1}")
-        if config.get("ckpt_path"):
-            model = config.get("model")
-            check_checkpoint(str(config["ckpt_path"]), model.get("class_path") if model else None)
+        config = self.config.get(self.config.get("subcommand") or "") or {}
+        if config.get("weights_only") is None:  # Lightning's default would run code of a remote checkpoint
+            config["weights_only"] = True
+        path = str(config.get("ckpt_path") or "last")
+        if path in ("best", "hpc") or path.startswith("registry"):
+            raise InputError(f"ckpt_path {path}: name the file, or last")
+        if path != "last" and "://" not in path and not Path(path).is_file():
+            raise InputError(f"{path}: no such checkpoint")
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user gave it: Lightning would import the class paths that a file names."""
@@ -171,43 +151,27 @@ class FTDCLI(LightningCLI):
             print(f"ftd: warning: {summary(failed, total)}", file=sys.stderr)
 
 
-def run(args: ArgsType = None) -> FTDCLI:
+def run(args: list[str] | None = None, *, start: bool = True) -> FTDCLI:
     """Run one of LightningCLI's verbs and return the CLI object, with its trainer, model and datamodule.
 
     Args:
         args: what follows ``ftd``; None takes it from the process.
+        start: False builds the three and runs nothing; ``args`` then has no verb.
 
     Raises:
         InputError: for a mistake that the user can mend.
         DivergenceError: if a run diverged.
     """
-    return _command_line(args, run=True)
-
-
-def configured(args: list[str]) -> FTDCLI:
-    """Build trainer, model and datamodule of a config, and run nothing.
-
-    Args:
-        args: what follows a verb: ``--config NAME`` and other options.
-
-    Raises:
-        InputError: for a mistake that the user can mend.
-    """
-    return _command_line(args, run=False)
-
-
-def _command_line(args: ArgsType, *, run: bool) -> FTDCLI:
     # Lightning 2.6 under torch 2.13 and newer; nothing that a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     # Lightning warns when it is given arguments, in which names of configs have become files.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     defaults: dict[str, Any] = {"num_sanity_val_steps": 0, "log_every_n_steps": 10}
-    if args is None or isinstance(args, list):
-        args, config = with_config_files(sys.argv[1:] if args is None else args)
-        if config is not None:
-            folder, name = run_folder_of(config)
-            board = {"save_dir": str(folder), "name": name, "version": "", "default_hp_metric": False}
-            defaults["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": board}
+    args, config = with_config_files(sys.argv[1:] if args is None else args)
+    if config is not None:
+        folder, name = run_folder_of(config)
+        board = {"save_dir": str(folder), "name": name, "version": "", "default_hp_metric": False}
+        defaults["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": board}
     return FTDCLI(
         LightningModule,
         LightningDataModule,
@@ -220,5 +184,5 @@ def _command_line(args: ArgsType, *, run: bool) -> FTDCLI:
         save_config_kwargs={"overwrite": True},
         trainer_defaults=defaults,
         args=args,
-        run=run,
+        run=start,
     )

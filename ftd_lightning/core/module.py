@@ -284,6 +284,7 @@ class BaseModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what it takes to build the module again."""
         checkpoint[KEY] = {
+            "module": type(self).__name__,
             "data": None if self.data is None else _plain_data(self.data),
             "network": self.fresh.describe(),
             "settings": as_json(self.settings()),
@@ -309,6 +310,8 @@ class BaseModule(LightningModule):
         if "settings" not in state:
             raise InputError("the checkpoint was not saved by this version of ftd_lightning; begin this fit anew")
         if self.attached:
+            if state["module"] != type(self).__name__:
+                raise InputError(f"is a checkpoint of a {state['module']}, the model here is a {type(self).__name__}")
             refuse_changes(state["settings"], self.settings(), free=(*HARMLESS, *LIMITS))
             fits = self.trainer.state.fn == "fit"
             if fits:

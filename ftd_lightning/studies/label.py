@@ -29,7 +29,7 @@ from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.files.schema import per_cent
 from ftd_lightning.files.trajectory_store import check_compatible
 from ftd_lightning.functional.seeding import derive_seed
-from ftd_lightning.lightning_cli import configured
+from ftd_lightning.lightning_cli import run
 from ftd_lightning.models import NETWORKS
 from ftd_lightning.modules import SyntheticEvaluation
 
@@ -188,7 +188,7 @@ def label(
     """
     if out.exists() and SyntheticSet.read_metadata(out).get("labels_made") != "teacher":
         raise InputError(f"{out}: is there already, and is another set; name another file")
-    cli = configured(["--config", str(config), *overrides, *LAST_OPTIONS])
+    cli = run(["--config", str(config), *overrides, *LAST_OPTIONS], start=False)
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     if not isinstance(module, SyntheticEvaluation) or not isinstance(data, DistillationDataModule):
         raise InputError(f"{config}: is not a config of a SyntheticEvaluation with a DistillationDataModule")
