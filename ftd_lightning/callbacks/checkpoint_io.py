@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a local checkpoint beside its place and renames it there; reads no checkpoint that would run code.
+    """Writes a local checkpoint beside its place and renames it; reads no checkpoint that would run code.
 
-    Lightning's own goes through the system's temporary folder, which often is another file system: moving a file from
-    there copies it, and a kill in the middle leaves a torn ``last.ckpt``.
+    Lightning's own goes through the system's temporary folder, often another file system: moving a file from there
+    copies it, and a kill in the middle leaves a torn ``last.ckpt``.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint, however the fit came by its path; ``weights_only=False`` runs the code in it.
+        """Read a checkpoint; ``weights_only=False`` runs the code in it.
 
         Raises:
             InputError: for a local file that is missing, broken or something else, and a place that needs a package.

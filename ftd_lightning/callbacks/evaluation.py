@@ -74,7 +74,7 @@ class EvaluateSynthetic(Callback):
     Attributes:
         history: the contents of ``evaluations.json``: measurements, each ``{"iteration": int, "images": "raw" | "ema",
             "part": "held_out" | "test", "mean": float, "std": float, "n": int}``.
-        best_accuracy: the highest mean val accuracy that has chosen a set, in [0, 1].
+        best_accuracy: mean val accuracy of the best set, in [0, 1]; -1 before the first.
     """
 
     def __init__(

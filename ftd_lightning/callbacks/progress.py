@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,7 @@ if TYPE_CHECKING:
 
 
 class FitProgress(ProgressBar):
-    """Counts batches from the first to the last of the fit, where Lightning's bars restart with every epoch.
-
-    Teachers have thousands of short epochs: what one wants to know is when all of them are done.
+    """Counts the batches of the whole fit, where Lightning's bars restart with every epoch.
 
     Args:
         refresh_seconds: how often metrics are written into the bar.
@@ -85,40 +82,26 @@ class FitProgress(ProgressBar):
 
 
 FILE = "peak_memory.json"
-MIB = 1 << 20
-
-
-def process_peak() -> float:
-    """Give the most memory that this process has held so far, in MiB, shared libraries included.
-
-    Example:
-        >>> process_peak() > 10
-        True
-    """
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
-    import resource  # what is left of Unix; on Linux it would count the memory of the process that started this one
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak) / (MIB if sys.platform == "darwin" else 1024)
 
 
 class PeakMemory(Callback):
-    """Writes ``peak_memory.json`` beside the logs: {"process": MiB} and on a GPU {"device": MiB of tensors}.
+    """Writes the first rank's memory to ``peak_memory.json``: {"process": MiB} and on a GPU {"device": MiB of tensors}.
 
-    The first rank's, over all runs of a fit that was resumed.
+    The file lies beside the logs and holds the highest values of all runs of a resumed fit. Shared libraries count. It
+    has no "process" where the system does not tell (on Linux it does).
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note it; a kill loses an epoch's at most."""
+        """Update the file."""
         if not trainer.is_global_zero:
             return
-        file = run_folder(trainer) / FILE
-        peaks = {"process": process_peak()}
+        file, peaks = run_folder(trainer) / FILE, {}
+        with suppress(OSError, StopIteration, ValueError):
+            lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+            peaks["process"] = int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
         if pl_module.device.type == "cuda":
-            peaks["device"] = torch.cuda.max_memory_allocated(pl_module.device) / MIB
-        before = {key: value for key, value in read_json(file).items() if isinstance(value, (int, float))}
+            peaks["device"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**20
+        before = read_json(file)
         highest = {key: round(max(value, before.get(key, 0.0)), 1) for key, value in peaks.items()}
         if highest != before:
             write_json(file, highest, indent=None)

@@ -81,11 +81,7 @@ class SyntheticEMA(Callback):
         return ((1 - decay) / -torch.expm1(self.updates.clamp(min=1) * log)).clamp(max=1)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to begin in the middle of a distillation.
-
-        Raises:
-            InputError: for a checkpoint without an average.
-        """
+        """Refuse a checkpoint without an average: it cannot begin in the middle of a distillation."""
         if isinstance(pl_module, LearnsSet) and self.state_key not in checkpoint["callbacks"]:
             raise InputError("SyntheticEMA: the checkpoint has no average, which begins with the fit; leave it out")
 
@@ -95,11 +91,7 @@ class SyntheticEMA(Callback):
         return {**self.settings, "average": self.average, **numbers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the average.
-
-        Raises:
-            InputError: for a state of other settings.
-        """
+        """Continue the average; refuse a state of other settings."""
         refuse_changes(state_dict, self.settings, prefix="SyntheticEMA.")
         self.average, self.updates = state_dict["average"], torch.tensor(state_dict["updates"])
         self.initial_weight = torch.tensor(state_dict["initial_weight"])

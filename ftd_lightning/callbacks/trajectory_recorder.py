@@ -42,10 +42,6 @@ class Trajectory(Sequence["Tensor"]):
     """The weights of a teacher after each epoch, (P,) each, read from disk one at a time.
 
     Epochs without a snapshot are read from the teacher's own file: it was recorded, and its fit then continued.
-
-    Args:
-        files: of the snapshots 0, 1, ...
-        recorded: the teacher's file, which may be missing.
     """
 
     def __init__(self, files: Sequence[Path], recorded: Path) -> None:
@@ -71,11 +67,7 @@ class Trajectory(Sequence["Tensor"]):
 
 
 class Snapshots:
-    """Writes and reads snapshots of unfinished teachers, a small file per epoch, and hands out numbers for teachers.
-
-    Args:
-        store: folder of the store; snapshots lie in its folder ``.unfinished``.
-    """
+    """Snapshots of unfinished teachers, a small file per epoch in ``.unfinished`` of a store, and their numbers."""
 
     def __init__(self, store: Path) -> None:
         self.store = store
@@ -101,9 +93,9 @@ class Snapshots:
 
     def write(self, teacher: int, epoch: int, network: nn.Module, accuracy: float | None = None) -> None:
         """Write a network's weights after an epoch, 0 for its initialisation, with the accuracy measured then."""
-        # flatten_parameters copies: a view of live weights would make all epochs equal on a CPU run.
+        # flatten_parameters copies: a view of live weights would make all epochs equal on a CPU run. The accuracy is
+        # not part of a checkpoint, because Lightning saves the callbacks' state of the first rank only.
         weights = {SNAPSHOT: flatten_parameters(network)}
-        # The accuracy travels with it, because Lightning saves the callbacks' state of the first rank alone.
         write_tensors(self._file(teacher, epoch), weights, kind=SNAPSHOT, metadata={"accuracy": accuracy})
 
     def read(self, teacher: int, epochs: int) -> Trajectory:
@@ -154,9 +146,9 @@ class TrajectoryRecorder(Callback):
         self._path = None if path is None else Path(path).expanduser()
         self.keep_going = keep_going
         self.data = data
-        self._token = uuid.uuid4().hex  # of this recorder's unnamed data; part of checkpoints
+        self._token = uuid.uuid4().hex  # names this recorder's unnamed data; part of checkpoints
         self._claimed: int | None = None
-        self._first_epoch = 0  # of the trainer, where the claimed teacher begins
+        self._first_epoch = 0  # the trainer's epoch in which the claimed teacher begins
         self._open: tuple[int, int] | None = None  # an unfinished teacher, and the epochs it has had
         self._resumed = False
         self._unchecked: DataSource | None = None  # describes batches, the first of which has not been compared yet
@@ -227,23 +219,23 @@ class TrajectoryRecorder(Callback):
         return described or (None if source is None else source.description())
 
     def _metadata(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Return what the store records of the current teacher."""
+        """Return the metadata of the current teacher."""
         description = self._description(trainer, module)
-        name = self.data if isinstance(self.data, str) else None
-        data = {"dataset": {"unnamed": self._token} if name is None else {"name": name}, "transform": None}
-        data = data if description is None else description.metadata()
-        if isinstance(module, TrainsTeachers):
-            own = module.trajectory_metadata()
+        if description is not None:
+            data = description.metadata()
         else:
-            optimizers = [type(optimizer).__name__ for optimizer in trainer.optimizers]
-            own = {
-                "method": FOREIGN,
-                "network": describe_network(self._network(module)),
-                "module": f"{type(module).__module__}.{type(module).__qualname__}",
-                "optimizer": ", ".join(optimizers),
-                "versions": versions(),
-            }
-        return {**data, **{key: value for key, value in own.items() if key not in data}}
+            named = {"name": self.data} if isinstance(self.data, str) else {"unnamed": self._token}
+            data = {"dataset": named, "transform": None}
+        if isinstance(module, TrainsTeachers):
+            return {**module.trajectory_metadata(), **data}
+        return {
+            "method": FOREIGN,
+            "network": describe_network(self._network(module)),
+            "module": f"{type(module).__module__}.{type(module).__qualname__}",
+            "optimizer": ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers),
+            "versions": versions(),
+            **data,
+        }
 
     @staticmethod
     def _network(module: LightningModule) -> nn.Module:
@@ -281,21 +273,19 @@ class TrajectoryRecorder(Callback):
         """Record the epoch, and the teacher after its last one."""
         if not self._active:
             return
-        # Not only where something is recorded: what is computed here may be a mean over ranks.
-        metrics = trainer.callback_metrics
+        metrics = trainer.callback_metrics  # on every rank, because metrics may be means over ranks
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
         teacher, epoch, epochs, records = self._teacher(trainer, pl_module)
         if not records:
             return
-        # Metrics stay until they are measured again: those of another epoch, or teacher, are not this one's.
+        # Metrics stay until they are measured again: a value of another epoch, or teacher, is not this one's.
         every = trainer.check_val_every_n_epoch
         due = every is not None and (trainer.current_epoch + 1) % every == 0
         name = "val" if trainer.enable_validation else "train"
         value = metrics.get(f"teacher/{name}_accuracy") if due or name == "train" else None
-        self._snapshots.write(
-            teacher, epoch + 1, self._network(pl_module), accuracy=None if value is None else round(float(value), 6)
-        )
+        accuracy = None if value is None else round(float(value), 6)
+        self._snapshots.write(teacher, epoch + 1, self._network(pl_module), accuracy)
         self._open = (teacher, epoch + 1)
         if epoch + 1 == epochs:
             self._finish(trainer, pl_module)
@@ -338,21 +328,20 @@ class TrajectoryRecorder(Callback):
             rank_zero_info(f"wrote {self.path}: {count} teacher{'s' * (count > 1)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the teacher of a foreign module that was killed after its last epoch: no training ends here."""
+        """Write the teacher of a foreign module that was killed after its last epoch, where no training ends."""
         if self._active and self._open is not None and not isinstance(pl_module, TrainsTeachers):
             self._finish(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let a foreign module's fit resume exactly too: an epoch that was cut short is completed."""
+        """Let a foreign module's fit resume exactly too."""
         mend_progress(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep which teacher is being recorded."""
-        open_ = None if self._open is None else list(self._open)
-        return {"claimed": self._claimed, "first_epoch": self._first_epoch, "open": open_, "token": self._token}
+        own = {"claimed": self._claimed, "first_epoch": self._first_epoch}
+        return {**own, "open": self._open, "token": self._token}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the same teacher."""
         self._claimed, self._first_epoch = state_dict["claimed"], state_dict["first_epoch"]
-        self._open = None if state_dict["open"] is None else tuple(state_dict["open"])
-        self._token, self._resumed = state_dict["token"], True
+        self._open, self._token, self._resumed = state_dict["open"], state_dict["token"], True

@@ -89,9 +89,6 @@ class EvaluationProtocol:
         momentum: of SGD.
         weight_decay: of SGD.
         augment: of every batch, drawn for each network.
-
-    Raises:
-        InputError: for numbers out of range.
     """
 
     epochs: int = 1000
@@ -123,7 +120,7 @@ class EvaluationProtocol:
 
 
 def learned_lr(training: TrainingSet | None) -> float:
-    """Return the mean step size that a set was learned with; where there is none, say so and return 0.01."""
+    """Return the mean learned step size of a set; where it has none, say so and return 0.01."""
     if training is None or training.step_size is None:
         rank_zero_info(f"the training images have no learned step size: using lr={DEFAULT_LR}")
         return DEFAULT_LR
@@ -142,7 +139,7 @@ def accuracies(networks: Iterable[nn.Module], images: Tensor, labels: Tensor, *,
 
     Args:
         networks: put into evaluation mode; images are cast to the type of their weights.
-        images: (N, C, H, W), on the networks' device, or in host memory, from where they go there batch by batch.
+        images: (N, C, H, W), on the networks' device, or in host memory, from where they are copied batch by batch.
         labels: (N,) int64.
         batch_size: images per forward pass.
     """
@@ -184,10 +181,10 @@ def train_fresh_networks(
         labels: (N,) classes or (N, K) probabilities.
         protocol: epochs, learning rate, batches, augmentation.
         seed: decides batches and augmentation.
-        progress: label of a progress bar; None shows no bar.
+        progress: label of a progress bar; None for no bar.
         compile: torch.compile for forward and backward passes; see ``functional.compiling``.
-        indices: numbers of the networks, by which their augmentation is drawn; None counts from 0.
-        losses: computes the losses, to share what it has compiled with other calls; None makes one.
+        indices: numbers of the networks, which decide their augmentation; None counts from 0.
+        losses: of the networks, shared with other calls because it holds compiled functions; None makes one.
     """
     order = BatchOrder(len(labels), protocol.batch_size, shuffle=True, seed=seed)
     loader = TensorLoader(images, labels, order)

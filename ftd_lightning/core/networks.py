@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def refuse_dropout(network: nn.Module, images: Tensor) -> None:
-    """Refuse a network with dropout, in whatever form, before hours are spent on its teachers.
+    """Refuse a network with dropout in any form before its teachers are trained.
 
     Args:
         network: in training mode.
@@ -29,9 +29,6 @@ def refuse_dropout(network: nn.Module, images: Tensor) -> None:
 
     Raises:
         InputError: for such a network.
-
-    Example:
-        >>> refuse_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), torch.ones(1, 2))
     """
     require_function(network, flatten_parameters(network), images, torch.arange(len(images)))
 
@@ -99,11 +96,7 @@ class FreshNetworks:
 
 
 def refuse_object(network: Network | None) -> None:
-    """Refuse a module where several fresh networks are needed.
-
-    Raises:
-        InputError: asking for the function that builds it.
-    """
+    """Raise an InputError for a module where several fresh networks are needed."""
     if isinstance(network, nn.Module):
         raise InputError(
             f"network is one {type(network).__name__} object, but several fresh networks are needed: give the function "
@@ -133,18 +126,15 @@ def student_networks(
     if network is None:
         network, options = recorded_network(recorded, store.path, "pass it as network")
     fresh = FreshNetworks(network, options, store.shape or shape)
-    described = fresh.describe()
-    if not same_network(recorded, described):
-        theirs, ours = (f"{one['name']}({_listed(one.get('options', {}))})" for one in (recorded, described))
+    both = (recorded, fresh.describe())
+    if not same_network(*both):
+        listed = (", ".join(f"{key}={value}" for key, value in one.get("options", {}).items()) for one in both)
+        theirs, ours = (f"{one['name']}({each})" for one, each in zip(both, listed, strict=True))
         raise InputError(
             f"{store.path}: its teachers are {theirs}, which has other parameters than {ours}; change network and "
             "network_options or record other teachers"
         )
     return fresh
-
-
-def _listed(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
 def right_answers(logits: Tensor, labels: Tensor) -> Tensor:

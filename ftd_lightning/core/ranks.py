@@ -29,8 +29,8 @@ KEYS = ("state_dict", "optimizer_states")
 def own_share(total: int, *, rank: int, world_size: int) -> list[int]:
     """Deal the numbers 0, 1, .. out to ranks in turn, equally many to each.
 
-    Convention: numbers of ``total`` and above fill up the last round. A rank that got one works on it like the others,
-    so that all take the same steps, and its result is not used.
+    Convention: numbers of ``total`` and above fill up the last round, so that all ranks take the same steps. Their
+    results are not used.
 
     Example:
         >>> [own_share(3, rank=rank, world_size=2) for rank in range(2)]
@@ -49,11 +49,11 @@ def all_ranks(value: Any) -> list[Any]:
 
 
 def from_all_ranks(own: list[T], total: int) -> list[T]:
-    """Collect on every rank what ``own_share`` dealt out: one value per network, in the networks' order.
+    """Collect one value per network on every rank, in the networks' order.
 
     Args:
-        own: a value for each network of this rank, including those that only fill up its share.
-        total: how many networks count.
+        own: a value for each number that ``own_share`` dealt out to this rank.
+        total: number of networks; values beyond it are left out.
     """
     ranks = all_ranks(own)
     return [ranks[index % len(ranks)][index // len(ranks)] for index in range(total)]
@@ -83,20 +83,18 @@ def average_over_ranks(trainer: Trainer, gradients: list[Tensor]) -> None:
 
 
 def refuse_split_loaders(trainer: Trainer, *, or_else: str) -> None:
-    """Refuse loaders of which each rank gets a part, as Lightning makes them of any DataLoader under DDP.
+    """Refuse loaders that give each rank a part of the images, as Lightning makes them of any DataLoader under DDP.
 
     Args:
         trainer: of a fit whose loaders are set up.
-        or_else: the other thing to do, for the message.
+        or_else: the other remedy, for the message.
 
     Raises:
         InputError: for a training or validation loader with a sampler over several ranks.
     """
     for loader in CombinedLoader([trainer.train_dataloader, trainer.val_dataloaders]).flattened:
-        for sampler in (
-            getattr(loader, "sampler", None),
-            getattr(getattr(loader, "batch_sampler", None), "sampler", None),
-        ):
+        for owner in (loader, getattr(loader, "batch_sampler", None)):
+            sampler = getattr(owner, "sampler", None)
             if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
                 raise InputError(
                     f"a {type(loader).__name__} splits its images over {sampler.num_replicas} processes, but each of "

@@ -29,7 +29,7 @@ class Fit(NamedTuple):
         loss: mean cross entropy.
         accuracy: share of images that it classifies correctly, in [0, 1].
         guessing: accuracy of always naming the most frequent class.
-        images: how many.
+        images: number of images.
     """
 
     loss: float
@@ -39,9 +39,7 @@ class Fit(NamedTuple):
 
 
 def failure(fit: Fit) -> str | None:
-    """Say why a network is not to be trusted; None where it is.
-
-    Its loss is not finite, or its training accuracy lies within two standard errors of guessing.
+    """Say why a network failed: its loss is not finite, or its accuracy within two standard errors of guessing.
 
     Example:
         >>> failure(Fit(0.1, 1.0, 0.1, 10)), failure(Fit(float("nan"), 0.1, 0.1, 10))
@@ -51,7 +49,7 @@ def failure(fit: Fit) -> str | None:
     """
     if not math.isfinite(fit.loss):
         return "its loss is not finite"
-    # Two standard errors leave no room for 1, which is not guessing, where there are few images.
+    # With few images two standard errors may reach 1, which is not guessing.
     most = min(fit.guessing + 2 * math.sqrt(fit.guessing * (1 - fit.guessing) / fit.images), math.nextafter(1, 0))
     if fit.guessing < 1 and fit.accuracy <= most:
         return f"its training accuracy, {100 * fit.accuracy:.1f} %, is that of guessing"
@@ -68,29 +66,23 @@ def fits(networks: Sequence[nn.Module], batches: Iterable[tuple[Tensor, Tensor]]
         device: where to compute.
     """
     losses, right = (torch.zeros(len(networks), dtype=torch.float64, device=device) for _ in range(2))
-    frequencies: Tensor | None = None
+    seen = []
     for images, labels in batches:
         images, labels = images.to(device), labels.to(device)
-        classes = labels.argmax(1) if labels.ndim == 2 else labels
+        classes, targets = (labels.argmax(1), labels.float()) if labels.ndim == 2 else (labels, labels)
+        seen.append(classes)
         for index, network in enumerate(networks):
-            network.eval()
-            weight = next(network.parameters(), images)
+            weight = next(network.eval().parameters(), images)
             logits = network(images.to(weight.dtype)).float()
-            targets = labels.float() if labels.ndim == 2 else labels
             losses[index] += cross_entropy(logits, targets, reduction="sum")
             right[index] += (logits.argmax(1) == classes).sum()
-            if frequencies is None:
-                frequencies = torch.zeros(logits.shape[1], device=device, dtype=torch.int64)
-        if frequencies is not None:
-            frequencies += classes.bincount(minlength=len(frequencies))
-    count = 0 if frequencies is None else int(frequencies.sum())
-    if frequencies is None or not count:
+    if not seen:
         return []
+    frequencies = torch.cat(seen).bincount()
+    count = int(frequencies.sum())
     guessing = int(frequencies.max()) / count
-    return [
-        Fit(loss / count, correct / count, guessing, count)
-        for loss, correct in zip(losses.tolist(), right.tolist(), strict=True)
-    ]
+    each = zip(losses.tolist(), right.tolist(), strict=True)
+    return [Fit(loss / count, correct / count, guessing, count) for loss, correct in each]
 
 
 def summary(failed: Mapping[str, str], total: int) -> str:
@@ -108,10 +100,10 @@ def check_learning(trainer: Trainer, networks: Iterable[nn.Module], device: torc
     """Find the networks of all ranks that did not learn their training images, and warn of them.
 
     Args:
-        trainer: whose training batches they were; where it has none, those of its datamodule. Nothing is found without.
+        trainer: with the training batches, or else with a datamodule that has them; without either nothing is found.
         networks: of this rank, as ``ranks.own_share`` deals them out.
-        device: where they are.
-        total: how many networks count.
+        device: of the networks.
+        total: number of networks of all ranks.
 
     Returns:
         The number of each such network, and why.
@@ -129,12 +121,10 @@ def check_learning(trainer: Trainer, networks: Iterable[nn.Module], device: torc
 
 
 def held_out_seen(of_set: Any, here: Any) -> bool:
-    """Tell whether a set was distilled from images that this data source holds out.
-
-    Both hold out a share of the same training images by a seed; other shares or seeds hold out other images.
+    """Tell whether a set was distilled from images that this data source holds out: by another share or seed.
 
     Args:
-        of_set: ``metadata["dataset"]`` of the set; anything else than a mapping is unknown data.
+        of_set: ``metadata["dataset"]`` of the set; anything but a mapping is unknown data.
         here: the description of the data source.
 
     Example:
@@ -151,15 +141,15 @@ def held_out_seen(of_set: Any, here: Any) -> bool:
 
 
 def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str, Any]:
-    """Summarise the test accuracy of other iterates than the last: chosen on held-out images, and best on test.
+    """Summarise the test accuracy of other iterates than the last.
 
     Args:
         history: measurements during training, each with accuracies "held_out" and "test" of every network.
         last: test accuracy of every network after the last epoch, (n,).
 
     Returns:
-        "chosen_on_held_out", which is honest, and "best_on_test", which is chosen on what it is measured on and thus
-        only an upper bound. Empty without a history.
+        "chosen_on_held_out", and "best_on_test", which is chosen on the images that measure it: an upper bound. Empty
+        without a history.
 
     Example:
         >>> history = [{"held_out": [0.9], "test": [0.6]}, {"held_out": [0.8], "test": [0.7]}]
