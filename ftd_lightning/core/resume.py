@@ -22,19 +22,6 @@ if TYPE_CHECKING:
 
 
 Counts = dict[str, Any]
-# Types of the entries that Lightning writes; "state_dict" and the version are in every checkpoint.
-KINDS: dict[str, type] = {
-    "pytorch-lightning_version": str,
-    "state_dict": dict,
-    "epoch": int,
-    "global_step": int,
-    "loops": dict,
-    "callbacks": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
-    "hyper_parameters": dict,
-    "datamodule_hyper_parameters": dict,
-}
 
 
 def read_checkpoint(source: str | Path | IO[bytes], **options: Any) -> dict[str, Any]:
@@ -59,10 +46,6 @@ def read_checkpoint(source: str | Path | IO[bytes], **options: Any) -> dict[str,
         ) from error
     if not isinstance(content, dict) or not {"pytorch-lightning_version", "state_dict"} <= content.keys():
         raise InputError(f"{source}: is not a checkpoint of Lightning")
-    for key, kind in KINDS.items():
-        if not isinstance(value := content.get(key, kind()), kind):
-            found, wanted = type(value).__name__, kind.__name__
-            raise InputError(f"{source}: is a broken checkpoint: {key} is a {found}, not a {wanted}")
     return content
 
 
@@ -70,10 +53,10 @@ def refuse_own_network(source: str | Path | IO[bytes]) -> None:
     """Refuse a checkpoint whose hyper-parameters name a network that is not of this library.
 
     Args:
-        source: as for :func:`read_checkpoint`; an open file is read again afterwards.
+        source: as for :func:`read_checkpoint`; an open file is put back to its beginning.
 
     Raises:
-        InputError: for another file too.
+        InputError: for such a network, or no checkpoint.
     """
     local = isinstance(source, (str, Path))
     hparams = read_checkpoint(source, mmap=local).get("hyper_parameters", {})
@@ -166,7 +149,7 @@ def refuse_changes(
     """Refuse values that differ from a checkpoint's, compared as JSON gives them back; keys of one side only pass.
 
     Args:
-        before: values of the fit that made the checkpoint.
+        before: values of the checkpoint.
         now: values of the fit that resumes from it.
         free: keys that may change.
         prefix: of the keys in the message.
