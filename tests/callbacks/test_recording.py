@@ -23,7 +23,9 @@ def test_files_go_beside_the_logs_by_default(tmp_path: Path, trajectories: Path,
 
 def test_a_set_is_copied_only_to_be_written_or_measured(tmp_path: Path, trajectories: Path, monkeypatch) -> None:
     copied, original = [], TrajectoryMatching.synthetic_set
-    monkeypatch.setattr(TrajectoryMatching, "synthetic_set", lambda self: copied.append(self.step) or original(self))
+    monkeypatch.setattr(
+        TrajectoryMatching, "synthetic_set", lambda self: copied.append(self.global_step) or original(self)
+    )
     measuring = EvaluateSynthetic(3, networks=1, epochs=1, keep_best=False)
     distil(tmp_path, trajectories, steps=25, callbacks=[SyntheticSetWriter(every_n_epochs=2), measuring])
     assert copied == [10, 15, 20, 25, 25]
