@@ -22,7 +22,7 @@ from ftd_lightning.functional.seeding import derive_seed
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from ftd_lightning.contracts import LearnedSet, Part
+    from ftd_lightning.contracts import Part, TrainingSet
 
 
 def is_last_epoch(trainer: Trainer) -> bool:
@@ -168,7 +168,7 @@ class EvaluateSynthetic(Callback):
             best.save(run_folder(trainer) / "best.safetensors")
 
     def _measure(
-        self, trainer: Trainer, module: LearnsSet, synthetic: LearnedSet, name: str, images: torch.Tensor
+        self, trainer: Trainer, module: LearnsSet, synthetic: TrainingSet, name: str, images: torch.Tensor
     ) -> dict[Part, torch.Tensor]:
         device = trainer.strategy.root_device
         assert self._real is not None
@@ -185,7 +185,7 @@ class EvaluateSynthetic(Callback):
             networks,
             images.detach().clone(),
             synthetic.training_labels().to(device),
-            EvaluationProtocol(epochs=self.epochs, lr=lr, augment=module.augmentation()),
+            EvaluationProtocol(epochs=self.epochs, lr=lr, augment=module.augment),
             seed=derive_seed(*keys),
             progress=f"evaluation of {name} images" if shown else None,
             indices=own,

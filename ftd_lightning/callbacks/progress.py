@@ -11,8 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
-from ftd_lightning.contracts import ReportsProgress
-from ftd_lightning.core.module import run_folder
+from ftd_lightning.core.module import BaseModule, run_folder
 from ftd_lightning.files.safetensors_io import read_json, write_json
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class FitProgress(ProgressBar):
         """Open the bar where a resumed run left it."""
         per_epoch = trainer.num_training_batches
         limits = []
-        if isinstance(pl_module, ReportsProgress) and (planned := pl_module.planned_epochs()) is not None:
+        if isinstance(pl_module, BaseModule) and (planned := pl_module.planned_epochs()) is not None:
             limits.append(planned * per_epoch)
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
             limits.append(trainer.max_epochs * per_epoch)
@@ -65,7 +64,7 @@ class FitProgress(ProgressBar):
     ) -> None:
         """Move on by one; refresh the text only when the bar is drawn, because metrics cost a wait for the device."""
         if self._bar is not None and self._bar.update():
-            if isinstance(pl_module, ReportsProgress):
+            if isinstance(pl_module, BaseModule):
                 self._bar.set_description_str(pl_module.progress_label(), refresh=False)
             metrics = self.get_metrics(trainer, pl_module)
             metrics.pop("v_num", None)

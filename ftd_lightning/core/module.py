@@ -48,19 +48,15 @@ STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict
 
 
 def deciding_settings(trainer: Trainer) -> dict[str, Any]:
-    """Return the settings of a trainer that change a fit's numbers; a resumed fit has those of its checkpoint."""
+    """Return the settings of a trainer that change a fit's numbers, and that a resumed fit must keep."""
     return {"precision": trainer.precision, "gradient_clip_val": trainer.gradient_clip_val}
 
 
 def refuse_settings(trainer: Trainer, augment: Augmentation) -> None:
-    """Refuse settings under which a fit would not compute what it says.
-
-    Args:
-        trainer: of the fit.
-        augment: of the fit's images.
+    """Refuse settings that would change a fit's result.
 
     Raises:
-        InputError: naming the setting and what to use instead.
+        InputError: with the setting and its replacement.
     """
     if trainer.precision not in PRECISIONS:
         raise InputError(f"trainer.precision={trainer.precision} is not supported: use {' or '.join(PRECISIONS)}")
@@ -199,11 +195,9 @@ class BaseModule(LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls,
         checkpoint_path: str | Path | IO[bytes],
-        map_location: Any = None,
-        hparams_file: str | Path | None = None,
-        strict: bool | None = None,
+        *arguments: Any,
         weights_only: bool = True,
-        **kwargs: Any,
+        **options: Any,
     ) -> Self:
         """Load a module from a checkpoint; the arguments are Lightning's, but ``weights_only`` is true.
 
@@ -212,11 +206,19 @@ class BaseModule(LightningModule):
         Raises:
             InputError: for another file, or a network that is not of this library and has to be passed as ``network``.
         """
-        if weights_only and "network" not in kwargs:
+        if weights_only and "network" not in options:
             refuse_own_network(checkpoint_path)
-        options: dict[str, Any] = {"hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
         # Without an instantiator of the command line, which would import the class paths that the file names.
-        return super().load_from_checkpoint(checkpoint_path, map_location, **options, _instantiator=None, **kwargs)
+        options |= {"weights_only": weights_only, "_instantiator": None}
+        return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
+
+    def progress_label(self) -> str:
+        """Return a few words for the progress bar."""
+        return type(self).__name__
+
+    def planned_epochs(self) -> int | None:
+        """Return the epoch after which the module ends the fit by itself; None where it does not."""
+        return None
 
     @property
     def attached(self) -> bool:
@@ -268,12 +270,13 @@ class BaseModule(LightningModule):
             return
         if self.trainer.state.fn == "fit" and self.global_step > 0 and not self.trainer.ckpt_path:
             raise InputError("this Trainer has fitted a module already: make a new Trainer, or resume with ckpt_path")
-        if self.source is not None:
-            self.data = self.source.description()
-        if not (self.trainer.ckpt_path and self.data is None):  # else the checkpoint says what it was built for
-            self._build_once()
+        data = self.data if self.source is None else self.source.description()
+        if not (self.trainer.ckpt_path and data is None):  # else the checkpoint says what it was built for
+            self.build_for(data)
 
-    def _build_once(self) -> None:
+    def build_for(self, data: DataDescription | None) -> None:
+        """Build for such data, unless everything has been built."""
+        self.data = data
         if not self._built:
             # Not on the trainer's device, as Lightning's context would have it: other numbers would be drawn there.
             with torch.device("cpu"):
@@ -320,10 +323,9 @@ class BaseModule(LightningModule):
                 now = {"data": _plain_data(self.data), "set": self._training_set()}
                 options = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
                 refuse_other_data(state, now, options, self.trainer)  # type: ignore[arg-type]
-        if self.data is None and state["data"] is not None:
-            self.data = _loaded_data(state["data"])
         self._recorded_network = state["network"]
-        self._build_once()
+        loaded = None if state["data"] is None else _loaded_data(state["data"])
+        self.build_for(loaded if self.data is None else self.data)
         if not same_network(state["network"], self.fresh.describe()):
             raise InputError(
                 f"the checkpoint's network is {state['network']['name']}, not {self.fresh.describe()['name']} as asked "
@@ -405,15 +407,13 @@ TOLERANCE = 0.6  # pixels in [0, 1] have a standard deviation of at most 0.5, st
 
 
 def refuse_other_batch(batch: Any, described: DataSource) -> None:
-    """Refuse a batch whose images contradict their description.
+    """Refuse a training batch whose images have another shape than described, or another mean and deviation.
 
-    The images have to have the described shape (C, H, W). Their pixels have to have nearly the mean and the standard
-    deviation of the described training images: the deviations may differ by a factor below 1/0.6, the means by less
-    than 0.6 deviations. This tells images in [0, 1], or in [0, 255], from standardised ones. Pixels of fewer than 8
-    images, and batches without an image tensor, are not checked.
+    The deviations may differ by a factor below 1/0.6, the means by less than 0.6 deviations. This tells images in
+    [0, 1], or in [0, 255], from standardised ones. Pixels of fewer than 8 images are not checked.
 
     Args:
-        batch: of a training loader: a tensor (N, C, H, W), or a list or mapping with one.
+        batch: a tensor (N, C, H, W), or a list or mapping with one; others are not checked.
         described: the source of the description.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Optimizer steps that are not to be, undone where the tensors lie: the host never waits to learn of them."""
+"""Skip bad optimizer steps on the device, without synchronising."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ class StepGuard:
     known on the device alone, so it is a choice between two tensors, not a branch of the program.
 
     Attributes:
-        skipped: number of steps that were not finite, an int64 scalar on the device.
-        in_a_row: number of them since the last finite one, likewise.
-        gated: number of finite steps that were not accepted, likewise.
-        gated_in_a_row: number of them since the last other one, likewise.
-        still_in_a_row: number of steps with a gradient of zero since the last other one, on the device; not in
-            checkpoints.
-        gates: whether something else than that decides on steps.
+        skipped: number of steps that were not finite; like all counts, an int64 scalar on the device.
+        in_a_row: skipped steps since the last finite one.
+        gated: number of finite steps that were not accepted.
+        gated_in_a_row: gated steps since the last other one.
+        still_in_a_row: steps with a gradient of zero since the last other one; not in checkpoints.
+        gates: whether rules decide on steps.
         applied: whether the present step is made, a bool scalar on the device.
     """
 
@@ -53,7 +52,7 @@ class StepGuard:
         still: Tensor | None = None,
         reduce: Callable[[Tensor], Tensor] = lambda flag: flag,
     ) -> None:
-        """Judge a step, and remember what it is going to change.
+        """Judge a step, and copy the tensors that it changes.
 
         Args:
             optimizer: about to step.
@@ -74,12 +73,12 @@ class StepGuard:
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer) -> None:
-        """Undo the step where it is not to be, and count."""
+        """Undo a step that is not applied, and count."""
         for tensor, before in self._before:
             tensor.copy_(torch.where(self.applied, tensor, before))
         known = {id(tensor) for tensor, _ in self._before}
         for state in optimizer.state.values():
-            # Momentum that this step made: as if there had been none yet.
+            # Momentum that this step created.
             for value in state.values():
                 if isinstance(value, torch.Tensor) and id(value) not in known:
                     value.copy_(torch.where(self.applied, value, torch.zeros_like(value)))
@@ -95,7 +94,7 @@ class StepGuard:
         """Stop a run that only diverges, or learns nothing; waits for the device.
 
         Args:
-            iteration: the last one, for the message.
+            iteration: the last one.
 
         Raises:
             DivergenceError: after ``MAX_SKIPPED`` skipped or ``MAX_GATED`` gated steps in a row.
@@ -122,6 +121,5 @@ class StepGuard:
         return int(self.skipped), int(self.in_a_row), int(self.gated), int(self.gated_in_a_row)
 
     def load(self, state: Sequence[int]) -> None:
-        """Take them up again; a checkpoint of an earlier version counts no gated steps."""
-        counts = (*state, 0, 0)[:4]
-        self.skipped, self.in_a_row, self.gated, self.gated_in_a_row = (torch.tensor(count) for count in counts)
+        """Restore the counts of a checkpoint."""
+        self.skipped, self.in_a_row, self.gated, self.gated_in_a_row = (torch.tensor(count) for count in state)

@@ -56,13 +56,10 @@ class Distillation(BaseModule):
     stays a plain parameter, so that a paper's learning rate for it keeps its meaning.
 
     Args:
-        network: as for ``BaseModule``.
-        network_options: likewise.
+        network, network_options, augment, seed: as for ``BaseModule``.
         ipc: synthetic images per class.
         init: "real" starts from random real images of each class, "noise" from a standard normal.
-        augment: of the images.
         iterations_per_epoch: iterations that make a Lightning epoch.
-        seed: of all random numbers.
         real: images (N, C, H, W) and labels (N,); None takes the datamodule's training images.
         lr_images: learning rate of the pixels; 0 learns none.
         step_size: initial learning rate that networks are to be trained with on the set; a scalar, or one per step.
@@ -177,11 +174,6 @@ class Distillation(BaseModule):
         """Number of skipped steps; waits for the device."""
         return int(self._guard.skipped)
 
-    @property
-    def skipped_in_a_row(self) -> int:
-        """Number of skipped steps since the last good one; waits for the device."""
-        return int(self._guard.in_a_row)
-
     def step_was_applied(self) -> Tensor:
         """Return whether the last step moved the images, a bool scalar on the device."""
         return self._guard.applied
@@ -198,21 +190,9 @@ class Distillation(BaseModule):
         """Add measured accuracies to the current set's metadata."""
         self.scores |= scores
 
-    def augmentation(self) -> Augmentation:
-        """Return the augmentation that the set is trained with."""
-        return self.augment
-
     def evaluation_network(self, *seed: int | str) -> nn.Module:
         """Build a fresh network of the architecture that the set is made for."""
         return self.fresh.build(*seed)
-
-    def progress_label(self) -> str:
-        """Return "distillation"."""
-        return "distillation"
-
-    def planned_epochs(self) -> int | None:
-        """Return None: the trainer's limits end the fit."""
-        return None
 
     def exported_labels(self) -> Tensor:
         """Return the labels of the set as it is: (N,) classes, or (N, K)."""
@@ -277,12 +257,12 @@ class Distillation(BaseModule):
         return Images(real.images.to(place), real.labels.to(place))
 
     def draw_real(self, real: Images, count: int, *keys: int | str) -> Images:
-        """Draw ``count`` real images of all classes without replacement (all, if there are fewer).
+        """Draw ``count`` real images without replacement (all, if there are fewer); equal keys give equal images.
 
         Args:
             real: from :meth:`real_on_device`.
             count: of images.
-            keys: of the draw; equal keys give equal images.
+            keys: of the draw.
 
         Returns:
             Images (n, C, H, W) in the trainer's precision and classes (n,), on the device.

@@ -98,13 +98,6 @@ class SyntheticEvaluation(BaseModule):
         """Give each process all images; see ``contracts.PlansBatches``."""
         return BatchPlan(0, 1, epoch=lambda epoch: epoch, validates=False)
 
-    def progress_label(self) -> str:
-        """Name what is done."""
-        return "evaluation"
-
-    def planned_epochs(self) -> None:
-        """Leave the end of the fit to the trainer's limits."""
-
     def build(self) -> None:
         """Build this rank's networks; without a trainer, those of all ranks."""
         count = self.hparams["networks"]

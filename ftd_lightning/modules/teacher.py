@@ -65,23 +65,14 @@ class TeacherRounds(NamedTuple):
         return epoch % self.epochs
 
     def data_epoch(self, epoch: int) -> int:
-        """Return the number that decides on batches and augmentation, one for each teacher and epoch of it.
+        """Return the number that seeds batches and augmentation, one for each teacher and epoch of it.
 
-        It does not depend on how many epochs a teacher has: a longer one begins with the shorter one.
-
-        Example:
-            >>> [TeacherRounds(epochs, rank=1).data_epoch(2) == LONGEST + 2 for epochs in (3, 50)]
-            [True, True]
+        It does not depend on a teacher's number of epochs, so that a longer one begins with the shorter one.
         """
         return self.teacher(epoch) * LONGEST + self.teacher_epoch(epoch)
 
     def length(self, teachers: int) -> int:
-        """Return how many epochs of the fit a number of teachers takes.
-
-        Example:
-            >>> TeacherRounds(2, world_size=2).length(3)
-            4
-        """
+        """Return how many epochs of the fit a number of teachers takes."""
         return len(own_share(teachers, rank=0, world_size=self.world_size)) * self.epochs
 
 
@@ -91,12 +82,8 @@ Parallel = Literal["teachers", "data"]
 def refuse_callbacks(trainer: Trainer, *, several: bool) -> None:
     """Refuse callbacks that treat the teachers of a fit, trained one after the other, as one network.
 
-    Args:
-        trainer: of the fit.
-        several: whether a process trains several teachers.
-
     Raises:
-        InputError: for an EarlyStopping on a metric of single teachers, or a StochasticWeightAveraging.
+        InputError: for StochasticWeightAveraging, and for ``several`` teachers EarlyStopping on a teacher's metric.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging):

@@ -171,7 +171,7 @@ def test_what_decides_no_result_may_change(fits: Fits, checkpoints) -> None:
     same = fits.resume(checkpoints["matching"], "matching")
     moved = {"compile": False, "data": small_data(on_device="no", batch_size=7, download=False)}
     assert torch.equal(fits.resume(checkpoints["matching"], "matching", **moved).images, same.images)
-    assert fits.resume(checkpoints["teacher"], "teacher", teachers=3).epoch == 12
+    assert fits.resume(checkpoints["teacher"], "teacher", teachers=3).current_epoch == 12
 
 
 def test_the_rhythm_of_files_may_change(fits: Fits, checkpoints) -> None:

@@ -62,5 +62,5 @@ def test_ten_gradients_of_zero_in_a_row_end_the_run(refused) -> None:
 
 def test_counts_go_through_a_checkpoint() -> None:
     guard = StepGuard()
-    guard.load((7, 2))
+    guard.load((7, 2, 0, 0))
     assert guard.state() == (7, 2, 0, 0)
