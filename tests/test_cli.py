@@ -250,8 +250,11 @@ def test_configs_are_found_by_name_and_merged_in_order(here: Path, capsys) -> No
 
 def test_configs_lists_prints_and_copies(here: Path, capsys) -> None:
     cli.main(["configs"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert sorted(listed) == sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*.yaml"))
+    cli.main(["configs", "cifar10/", "datm_ipc"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.yaml"))
+    assert listed == [f"cifar10/distill_datm_ipc{ipc}" for ipc in (1, 10, 50, 500, 1000)]
     cli.main(["configs", "digits/teacher_mtt"])
     text = capsys.readouterr().out
     assert text == (CONFIGS / "digits" / "teacher_mtt.yaml").read_text()
@@ -262,7 +265,7 @@ def test_configs_lists_prints_and_copies(here: Path, capsys) -> None:
     Path("latin.yaml").write_bytes("# é\n".encode("latin-1"))
     code, line = refusal_of_ours(capsys, "configs", "latin.yaml")
     assert (code, "is not UTF-8" in line) == (1, True)
-    code, line = refusal_of_ours(capsys, "configs", "digits/teacher_mt")
+    code, line = refusal_of_ours(capsys, "configs", "digits/teacher_mtx")
     assert (code, line.partition("; ")[2][:32]) == (1, "did you mean digits/teacher_mtt,")
 
 

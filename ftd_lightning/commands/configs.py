@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from ftd_lightning.command_line import parse_command
 from ftd_lightning.errors import InputError
 from ftd_lightning.shipped_configs import find_config, read_config, shipped_names
 
+KINDS = ("teacher", "distill", "evaluate")  # in this order; others follow
+
 
 def _title(name: str) -> str:
     """Return the first comment of a config, without the command that follows it."""
@@ -17,24 +20,52 @@ def _title(name: str) -> str:
     return first.partition(": ftd ")[0]
 
 
-def configs(*, name: str | None = None, to: Path | None = None) -> None:
-    """List the configs that ship with ftd_lightning, print one (ftd configs NAME), or copy one to change it.
+def _order(name: str) -> tuple[str, int, list[str | int]]:
+    """Return the sort key of a config: data set, kind, then its name with numbers as numbers."""
+    data, _, rest = name.partition("/")
+    kind = rest.partition("_")[0]
+    parts = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", rest)]
+    return data, KINDS.index(kind) if kind in KINDS else len(KINDS), parts
+
+
+def matching(words: Sequence[str]) -> dict[str, str]:
+    """Return names and titles of the shipped configs that hold all words, by data set and kind.
+
+    Example:
+        >>> list(matching(["cifar10/", "DATM", "ipc10"]))
+        ['cifar10/distill_datm_ipc10', 'cifar10/distill_datm_ipc1000']
+    """
+    titles = {name: _title(name) for name in sorted(shipped_names(), key=_order)}
+    return {
+        name: title
+        for name, title in titles.items()
+        if all(word.lower() in f"{name} {title}".lower() for word in words)
+    }
+
+
+def configs(words: Sequence[str] = (), *, to: Path | None = None) -> None:
+    """List the configs that ship with ftd_lightning, print one, or copy one to change it.
 
     Args:
-        name: of a config, e.g. cifar10/distill_ftd_ipc10, which needs no --name before it; all are listed without.
-        to: write it to this file, which must not exist.
+        words: the name of a config, e.g. cifar10/distill_ftd_ipc10, to print it; or parts of names and titles, e.g.
+            cifar10 datm, to list those that hold all of them; all are listed without.
+        to: write the config to this file, which must not exist.
 
     Raises:
         InputError: for a config that is not there, or a file that is.
     """
-    if name is None:
-        if to is not None:
-            raise InputError("--to copies one config: name it")
-        width = max(map(len, shipped_names()))
-        for shipped in shipped_names():
-            print(f"{shipped:<{width}}  {_title(shipped)}")
+    found = matching(words)
+    if to is None and found and not (len(words) == 1 and words[0] in found):
+        width, before = max(map(len, found)), None
+        for name, title in found.items():
+            if before not in (None, name.partition("/")[0]):
+                print()
+            before = name.partition("/")[0]
+            print(f"{name:<{width}}  {title}")
         return
-    file = find_config(name)
+    if len(words) != 1:
+        raise InputError(f"{' '.join(words) or '--to'}: name one config; ftd configs lists those that ship")
+    file = find_config(words[0])
     read_config(file)  # refuses what is not UTF-8
     text = file.read_text(encoding="utf-8")
     if to is None:
@@ -49,5 +80,4 @@ def configs(*, name: str | None = None, to: Path | None = None) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd configs``."""
-    named = arguments[:1] and not arguments[0].startswith("-")  # the parser takes no positional that may be missing
-    configs(**parse_command(configs, "configs", ["--name", *arguments] if named else arguments))
+    configs(**parse_command(configs, "configs", arguments))

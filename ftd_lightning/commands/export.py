@@ -1,4 +1,4 @@
-"""``ftd export --format tensors``: the three files that ``ddranking`` and other public code read."""
+"""``ftd export``: a set as pictures in class folders with a card, or as the tensors that ``ddranking`` reads."""
 
 from __future__ import annotations
 
@@ -15,21 +15,17 @@ from PIL import Image
 
 from ftd_lightning.callbacks.tensorboard import picture_grid
 from ftd_lightning.command_line import parse_command
-from ftd_lightning.commands.info import Description, describe_set
+from ftd_lightning.commands.info import describe_set
 from ftd_lightning.data.coresets import BASELINES
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import new_folder
-from ftd_lightning.files.schema import is_number, label_kind
+from ftd_lightning.files.schema import label_kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-
-
-FILES = ("images.pt", "labels.pt", "lr.pt", "README.txt")
-DEFAULT_EPS = 0.1  # of ``ftd import``
 
 
 def as_logits(probabilities: Tensor) -> Tensor:
@@ -39,14 +35,6 @@ def as_logits(probabilities: Tensor) -> Tensor:
 
     Args:
         probabilities: (N, K) float32, each row of sum 1.
-
-    Returns:
-        (N, K) float32, finite.
-
-    Example:
-        >>> logits = as_logits(torch.tensor([[0.25, 0.75, 0.0]]))
-        >>> torch.allclose(logits.softmax(1), torch.tensor([[0.25, 0.75, 0.0]]), atol=1e-7)
-        True
     """
     return probabilities.clamp_min(torch.finfo(torch.float32).tiny).double().log().float()
 
@@ -55,29 +43,24 @@ def class_major_order(synthetic: SyntheticSet, where: object) -> tuple[Tensor, i
     """Find the order in which the images of class 0 come first, then those of class 1, and so on.
 
     An image's class is its label, or the most probable one. Where the most probable ones are not equally many, images
-    stay where they are if the set was made class by class: by a distillation of ipc images per class, or by a selection
-    of real images.
-
-    Args:
-        synthetic: the set.
-        where: names it in an error.
+    keep their order if the set was made class by class: by a distillation, or by a selection of real images.
 
     Returns:
         Indices (N,) int64, and the number of images of each class.
 
     Raises:
-        InputError: for classes of different size.
+        InputError: for classes of different size, naming ``where``.
     """
     labels, metadata = synthetic.labels, synthetic.metadata
-    classes = labels if labels.ndim == 1 else labels.argmax(1)
-    count = labels.shape[1] if labels.ndim == 2 else max(len(synthetic.class_names), int(labels.max()) + 1)
+    soft = labels.ndim == 2
+    classes = labels.argmax(1) if soft else labels
+    count = labels.shape[1] if soft else max(len(synthetic.class_names), int(labels.max()) + 1)
     counts = classes.bincount(minlength=count)
     if bool((counts == counts[0]).all()):
         return classes.argsort(stable=True), int(counts[0])
-    ipc, rest = divmod(len(labels), count)
-    settings = metadata.get("settings", {})
-    by_class = settings.get("ipc") == ipc or metadata.get("method") in BASELINES[:-1]
-    if labels.ndim == 2 and by_class and not rest:
+    ipc = len(labels) // count
+    by_class = metadata.get("settings", {}).get("ipc") == ipc or metadata.get("method") in BASELINES[:-1]
+    if soft and by_class and len(labels) == ipc * count:
         return torch.arange(len(labels)), ipc
     raise InputError(
         f"{where}: has {int(counts.min())} to {int(counts.max())} images per class; readers of these tensors count on "
@@ -85,58 +68,47 @@ def class_major_order(synthetic: SyntheticSet, where: object) -> tuple[Tensor, i
     )
 
 
-def _normalisation(description: dict[str, Any]) -> tuple[str, str]:
-    """Say how images were normalised, and the option of ``ftd import`` for it."""
-    if description.get("kind") == "zca":
-        eps = description["eps"]
-        option = "--whitened" + (f" --zca-eps {eps}" if eps != DEFAULT_EPS else "")
-        return f"whitened (ZCA, eps {eps})", option
-    if description.get("kind") == "standardization":
-        return f"standardised (mean {description['mean']}, std {description['std']})", "--standardized"
-    return f"normalised by {description.get('kind')}", "--standardized"
+TENSORS_README = """\
+Synthetic images distilled from {name}: {classes} classes, {ipc} of each, in the order of the classes.
+
+images.pt  {shape} float32, as networks see them: {normalised}.
+           Normalise them no further; test images have to be normalised in the same way.
+labels.pt  {labels}
+lr.pt      float32 scalar: the learning rate to train with, {rate:.6g}{mean}.
+
+For ddranking:
+- ipc {ipc}; image_tensor: images.pt; {kind}_labels: labels.pt; syn_lr: lr.pt
+- use_zca {zca}{soft}
+
+For ftd_lightning:
+ftd import images.pt labels.pt set.safetensors --dataset {name} {option} --step-size lr.pt
+"""
 
 
 def readme(synthetic: SyntheticSet, ipc: int) -> str:
-    """Write what a reader of the three tensors has to set.
-
-    Args:
-        synthetic: the set that was written.
-        ipc: images of each class.
-    """
-    description, count = synthetic.transform.describe(), len(synthetic.images)
-    normalised, option = _normalisation(description)
-    zca, soft = description.get("kind") == "zca", synthetic.labels.ndim == 2
-    dataset = synthetic.metadata.get("dataset", {})
-    name = dataset.get("name", "DATASET") if isinstance(dataset, dict) else str(dataset)
+    """Write the README.txt of the three tensors: what they are, and what their reader has to set."""
+    described, count = synthetic.transform.describe(), len(synthetic.images)
+    zca, soft = described.get("kind") == "zca", synthetic.labels.ndim == 2
+    normalised, option = f"standardised (mean {described.get('mean')}, std {described.get('std')})", "--standardized"
+    if zca:
+        normalised, option = f"whitened (ZCA, eps {described['eps']})", f"--whitened --zca-eps {described['eps']}"
+    dataset = synthetic.metadata.get("dataset", "DATASET")
     several = synthetic.step_size is not None and synthetic.step_size.numel() > 1
-    rate = f"{synthetic.learning_rate:.6g}{', the mean of several' if several else ''}"
-    options = f"--dataset {name} {option}{' --logits' if soft else ''} --step-size lr.pt"
-    shape = f"({', '.join(map(str, synthetic.images.shape))})"
-    lines = [
-        f"Synthetic images distilled from {name}: {count // ipc} classes, {ipc} of each, in the order of the classes.",
-        "",
-        f"images.pt  {shape} float32, as networks see them: {normalised}.",
-        "           Normalise them no further; test images have to be normalised in the same way.",
-    ]
-    if soft:
-        lines += [
-            f"labels.pt  ({count}, {count // ipc}) float32: logits, the logarithms of probabilities.",
-            "           Their softmax at temperature 1 is the labels; at any other it is not.",
-        ]
-    else:
-        lines += [f"labels.pt  ({count},) int64: classes."]
-    lines += [
-        f"lr.pt      float32 scalar: the learning rate to train with, {rate}.",
-        "",
-        "For ddranking:",
-        f"- ipc {ipc}; image_tensor: images.pt; {'soft' if soft else 'hard'}_labels: labels.pt; syn_lr: lr.pt",
-        f"- use_zca {str(zca).lower()}"
-        + (": it whitens the test images by a whitening of its own, fitted anew" if zca else ""),
-    ]
-    if soft:
-        lines += ["- soft_label_mode S, soft_label_criterion sce, temperature 1 (its default is another)"]
-    lines += ["", "For ftd_lightning:", f"ftd import images.pt labels.pt set.safetensors {options}"]
-    return "\n".join(lines) + "\n"
+    logits = f"({count}, {count // ipc}) float32: logits, whose softmax at temperature 1 is the labels."
+    return TENSORS_README.format(
+        name=dataset.get("name", "DATASET") if isinstance(dataset, dict) else dataset,
+        classes=count // ipc,
+        ipc=ipc,
+        shape=tuple(synthetic.images.shape),
+        normalised=normalised,
+        labels=logits if soft else f"({count},) int64: classes.",
+        rate=synthetic.learning_rate,
+        mean=", the mean of several" if several else "",
+        kind="soft" if soft else "hard",
+        zca="true: it fits a whitening of the test images anew" if zca else "false",
+        soft="\n- soft_label_mode S, soft_label_criterion sce, temperature 1 (its default is another)" if soft else "",
+        option=option + (" --logits" if soft else ""),
+    )
 
 
 def export_tensors(path: Path, folder: Path, *, ema: bool = False) -> int:
@@ -144,31 +116,18 @@ def export_tensors(path: Path, folder: Path, *, ema: bool = False) -> int:
 
     Images (N, C, H, W) float32 are as networks see them, class by class, equally many of each. Labels are logits (N, K)
     float32, see :func:`as_logits`, or classes (N,) int64. The step size is a float32 scalar; of several, their mean,
-    as evaluations take it.
-
-    Args:
-        path: a synthetic set, e.g. set.safetensors.
-        folder: a new or empty folder; it appears whole or not at all.
-        ema: the averaged images instead of the last ones.
-
-    Returns:
-        The number of images.
-
-    Raises:
-        InputError: for a broken set, one without averaged images if these are asked for, one without a step size, with
-            labels that are no probabilities, or with classes of different size; or a folder that is not empty.
+    as evaluations take it. Arguments and result are those of :func:`export`.
     """
     synthetic = SyntheticSet.load(path)
     images, labels, step_size = synthetic.chosen(ema=ema), synthetic.labels, synthetic.learning_rate
-    if not is_number(step_size):
+    if step_size is None:
         raise InputError(f"{path}: has no step size, which lr.pt holds; export it as pictures")
     if label_kind(labels, synthetic.metadata) == "target":
-        raise InputError(f"{path}: its labels are targets of a loss of their own, no probabilities to be written")
+        raise InputError(f"{path}: its labels are targets of a regression, not probabilities, which labels.pt holds")
     order, ipc = class_major_order(synthetic, path)
-    written = labels if labels.ndim == 1 else as_logits(labels)
     with new_folder(folder) as part:
         torch.save(images[order].contiguous(), part / "images.pt")
-        torch.save(written[order].contiguous(), part / "labels.pt")
+        torch.save((labels if labels.ndim == 1 else as_logits(labels))[order].contiguous(), part / "labels.pt")
         torch.save(torch.tensor(step_size), part / "lr.pt")
         (part / "README.txt").write_text(readme(synthetic, ipc), encoding="utf-8")
     return len(images)
@@ -178,10 +137,6 @@ def export_tensors(path: Path, folder: Path, *, ema: bool = False) -> int:
 SPLITS = re.compile(
     r"(?<![a-z])(training|train|validation|valid|val|dev|testing|test|evaluation|eval)(?![a-z])", re.IGNORECASE
 )
-PREVIEW = (
-    "The 8-bit PNGs are a preview, rounded and clipped to what a picture can hold; the tensors in `set.safetensors` "
-    "are the truth: train and compare on those."
-)
 
 
 def folder_names(class_names: Sequence[str]) -> list[str]:
@@ -190,9 +145,6 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     Letters lose their accents, and anything but an ASCII letter, digit, dot or dash becomes "_". Where the names would
     not be distinct or not sort in label order, all are prefixed with the label, so that ImageFolder numbers them by
     label.
-
-    Args:
-        class_names: K names, in label order.
 
     Example:
         >>> folder_names(["ant", "bee/wasp"]), folder_names(["wasp", "Käfer"])
@@ -218,10 +170,41 @@ def write_png(picture: Tensor, path: Path) -> None:
     Image.fromarray(array.contiguous().numpy()).save(path, format="PNG")
 
 
-def _front_matter(synthetic: SyntheticSet, class_names: Sequence[str]) -> list[str]:
-    """Return the card's header, as Hugging Face reads it: what the files are, and the columns of metadata.jsonl."""
-    count = len(synthetic.images)
-    size = "n<1K" if count < 1000 else "1K<n<10K" if count < 10_000 else "10K<n<100K"
+CARD = """\
+---
+{header}---
+
+# Synthetic images distilled from {dataset}
+
+{count} images of {classes} classes{averaged}.
+The 8-bit PNGs are a preview, rounded and clipped to what a picture can hold;
+the tensors in `set.safetensors` are the truth: train and compare on those.
+
+![One column per class](grid.png)
+
+## Scores
+
+{scores}
+
+## Settings
+
+| | |
+|---|---|
+{rows}
+
+All settings: `ftd info --json set.safetensors`.
+
+## Reading it
+
+The tensors: `ftd_lightning.SyntheticSet.load("set.safetensors")`, with `.dataset({ema})`, `.step_size` and `.transform`
+for real images. The preview: `torchvision.datasets.ImageFolder(".")` or `datasets.load_dataset(".", split="train")`.
+`metadata.jsonl` lists each picture's label, class and index into the tensors.
+"""
+
+
+def card(path: Path, synthetic: SyntheticSet, class_names: Sequence[str], present: set[int], *, ema: bool) -> str:
+    """Write the card of a set of pictures: header for Hugging Face, scores, settings, how to read it."""
+    count, soft = len(synthetic.images), synthetic.labels.ndim == 2
     # ClassLabel refuses two classes of one name; their folders differ.
     names = class_names if len(set(class_names)) == len(class_names) else folder_names(class_names)
     features: list[dict[str, Any]] = [
@@ -229,94 +212,43 @@ def _front_matter(synthetic: SyntheticSet, class_names: Sequence[str]) -> list[s
         {"name": "label", "dtype": {"class_label": {"names": {str(i): name for i, name in enumerate(names)}}}},
         {"name": "class", "dtype": "string"},
         {"name": "index", "dtype": "int64"},
+        *([{"name": "probabilities", "sequence": "float64"}] if soft else []),
     ]
-    if synthetic.labels.ndim == 2:
-        features.append({"name": "probabilities", "sequence": "float64"})
+    # load_dataset takes the features of image folders from the config alone. Without its list of files, a class called
+    # "train" would be read alone, and the grid taken for an image.
+    files = [{"split": "train", "path": ["metadata.jsonl", "*/*.png"]}]
     header = {
         "license": "unknown",
         "task_categories": ["image-classification"],
-        "size_categories": [size],
+        "size_categories": ["n<1K" if count < 1000 else "1K<n<10K" if count < 10_000 else "10K<n<100K"],
         "tags": ["dataset-distillation", "synthetic"],
         "dataset_info": {"features": features},
-        # Without this, only a class called "train" would be read, and the grid taken for an image without a label.
-        # load_dataset takes the features of image folders from here alone.
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": "train", "path": ["metadata.jsonl", "*/*.png"]}],
-                "features": features,
-            }
-        ],
+        "configs": [{"config_name": "default", "data_files": files, "features": features}],
     }
-    return ["---", *yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=1000).splitlines(), "---", ""]
-
-
-def card(synthetic: SyntheticSet, description: Description, class_names: Sequence[str], *, ema: bool) -> str:
-    """Write the card: what the set is, a picture of it, its recorded scores, how to read it."""
-
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("<", "&lt;")
-
-    def code(*lines: str) -> list[str]:
-        return ["```python", *lines, "```", ""]
-
-    rows = dict(description.rows)
-    scores = [f"{name}: {cell(rows.pop(name))}" for name in ("scores", "chosen on") if name in rows]
-    present = set((synthetic.labels if synthetic.labels.ndim == 1 else synthetic.labels.argmax(1)).tolist())
-    lines = _front_matter(synthetic, class_names)
-    lines += [f"# Synthetic images distilled from {cell(rows['data set'].split(' (')[0])}", ""]
-    learned = ", moving averages of the learned ones" if ema else ""
-    lines += [f"{len(synthetic.images)} images of {len(class_names)} classes{learned}. {PREVIEW}", ""]
-    lines += ["![One column per class](grid.png)", "", "## Scores", ""]
-    lines += [*(f"- {score}" for score in scores), ""] if scores else ["None are recorded in this set.", ""]
-    lines += ["## Settings", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {cell(text)} |" for name, text in rows.items()]
-    lines += ["", "All settings: `ftd info --json set.safetensors`.", "", "## Reading it", "", "The tensors:", ""]
-    lines += code(
-        "from ftd_lightning import SyntheticSet",
-        "",
-        'synthetic = SyntheticSet.load("set.safetensors")',
-        f"dataset = synthetic.dataset({'ema=True' if ema else ''})  # what networks see, and labels",
-        "synthetic.step_size, synthetic.transform  # learning rate; transform for real images",
+    rows = {name: text.replace("|", "\\|").replace("<", "&lt;") for name, text in describe_set(path).rows}
+    scores = [f"- {name}: {rows.pop(name)}" for name in ("scores", "chosen on") if name in rows]
+    text = CARD.format(
+        header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=1000),
+        dataset=rows["data set"].split(" (")[0],
+        count=count,
+        classes=len(class_names),
+        averaged=", moving averages of the learned ones" if ema else "",
+        scores="\n".join(scores) or "None are recorded in this set.",
+        rows="\n".join(f"| {name} | {text} |" for name, text in rows.items()),
+        ema="ema=True" if ema else "",
     )
-    lines += ["The preview:", ""]
-    lines += code(
-        "from torchvision.datasets import ImageFolder",
-        "",
-        'ImageFolder(".")',
-        "",
-        "from datasets import load_dataset",
-        "",
-        'load_dataset(".", split="train")',
-    )
-    lines += ["`metadata.jsonl` lists each picture's label, class and index into the tensors."]
     if present != set(range(len(class_names))):
-        lines += [
-            "Some classes have no images. ImageFolder numbers folders, so only `metadata.jsonl` has the right labels."
-        ]
-    if synthetic.labels.ndim == 2:
-        lines += [
-            "Labels are soft: a picture is in the folder of its most probable class; `probabilities` lists them all."
-        ]
-    return "\n".join(lines) + "\n"
+        text += (
+            "Some classes have no images. ImageFolder numbers folders, so only `metadata.jsonl` has the right labels.\n"
+        )
+    if soft:
+        text += "A picture is in the folder of its most probable class; `probabilities` lists its soft label.\n"
+    return text
 
 
 def export_pictures(path: Path, folder: Path, *, ema: bool = False) -> int:
-    """Write a set's images as PNGs; see :func:`export`.
-
-    Args:
-        path: a synthetic set, e.g. set.safetensors.
-        folder: a new or empty folder; it appears whole or not at all.
-        ema: the averaged images instead of the last ones.
-
-    Returns:
-        The number of pictures.
-
-    Raises:
-        InputError: for a broken set, one without averaged images if these are asked for, images that a PNG cannot
-            hold, or a folder that is not empty.
-    """
-    description, synthetic = describe_set(path), SyntheticSet.load(path)
+    """Write a set's images as PNGs; arguments and result are those of :func:`export`."""
+    synthetic = SyntheticSet.load(path)
     pictures, labels = synthetic.pictures(ema=ema), synthetic.training_labels()
     if pictures.shape[1] not in (1, 3):
         raise InputError(f"{path}: images have {pictures.shape[1]} channels, but a PNG holds 1 or 3")
@@ -338,7 +270,8 @@ def export_pictures(path: Path, folder: Path, *, ema: bool = False) -> int:
             lines.append(line | ({"probabilities": labels[index].tolist()} if labels.ndim == 2 else {}))
         (part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         write_png(picture_grid(pictures, labels, class_names=class_names), part / "grid.png")
-        (part / "README.md").write_text(card(synthetic, description, class_names, ema=ema), encoding="utf-8")
+        text = card(path, synthetic, class_names, set(classes), ema=ema)
+        (part / "README.md").write_text(text, encoding="utf-8")
         shutil.copyfile(path, part / "set.safetensors")
     return len(classes)
 
@@ -369,6 +302,6 @@ def main(arguments: Sequence[str]) -> None:
     parsed = parse_command(export, "export", arguments)
     count = export(**parsed)
     if parsed["format"] == "tensors":
-        print(f"{parsed['folder']}: {count} images, {', '.join(FILES)}")
+        print(f"{parsed['folder']}: {count} images, images.pt, labels.pt, lr.pt, README.txt")
     else:
         print(f"{parsed['folder']}: {count} pictures, metadata.jsonl, grid.png, README.md, set.safetensors")

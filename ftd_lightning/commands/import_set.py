@@ -1,4 +1,4 @@
-"""Tensors from files of other programs, read without running code that such a file may contain."""
+"""``ftd import``: a set from files of other programs, read without running code that such a file may contain."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ftd_lightning.files.safetensors_io import versions
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Soft = Literal["probabilities", "logits", "targets"]
 
 
 def _read_safetensors(path: Path) -> Tensor:
@@ -39,11 +40,10 @@ def _read_numpy(path: Path) -> Tensor:
     try:
         with path.open("rb") as file:
             array = np.load(file, allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("an archive of several arrays")
         # torch has no arrays of the other byte order.
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-    except (ValueError, TypeError, EOFError, OSError, MemoryError) as error:
+    # An archive of several arrays has neither dtype nor astype.
+    except (AttributeError, ValueError, TypeError, EOFError, OSError, MemoryError) as error:
         raise InputError(f"{path}: not one plain array of numbers that numpy.save wrote") from error
 
 
@@ -84,9 +84,6 @@ def read_tensor(path: Path) -> Tensor:
     return tensor.detach().contiguous()
 
 
-Soft = Literal["probabilities", "logits", "targets"]
-
-
 def read_images(path: Path, shape: tuple[int, int, int], *, pictures: bool) -> Tensor:
     """Read images.
 
@@ -110,8 +107,8 @@ def read_images(path: Path, shape: tuple[int, int, int], *, pictures: bool) -> T
     low, high = (float(value) for value in torch.aminmax(images))
     if pictures and not 0 <= low <= high <= 1:
         raise InputError(
-            f"{path}: values run from {low:.4g} to {high:.4g}, so these are no pictures in [0, 1]; "
-            "were they --standardized or --whitened?"
+            f"{path}: values run from {low:.4g} to {high:.4g}, pictures are in [0, 1]; were they --standardized or "
+            "--whitened?"
         )
     return images
 
@@ -133,23 +130,17 @@ def read_labels(path: Path, count: int, num_classes: int, *, soft: Soft = "proba
         InputError: for another number, shape, type or range.
     """
     labels = read_tensor(path)
-    if labels.ndim not in (1, 2) or len(labels) != count:
-        raise InputError(f"{path}: has shape {tuple(labels.shape)}, labels of {count} images are needed")
-    if labels.ndim == 1:
-        if labels.dtype not in INTEGERS:
-            raise InputError(
-                f"{path}: holds {labels.dtype}, classes are integers and soft labels have {num_classes} columns"
-            )
+    if labels.ndim == 1 and len(labels) == count and labels.dtype in INTEGERS:
+        if soft != "probabilities":
+            raise InputError(f"{path}: holds classes, --{soft} is for soft labels")
         low, high = (int(value) for value in torch.aminmax(labels))
         if low < 0 or high >= num_classes:
             raise InputError(f"{path}: labels run from {low} to {high}, classes from 0 to {num_classes - 1}")
-        if soft != "probabilities":
-            raise InputError(f"{path}: holds classes, --{soft} is for soft labels")
         return labels.long()
-    if labels.shape[1] != num_classes or labels.dtype not in FLOATS:
+    if labels.shape != (count, num_classes) or labels.dtype not in FLOATS:
         raise InputError(
-            f"{path}: soft labels are floats of shape ({count}, {num_classes}), these are {labels.dtype} of "
-            f"{tuple(labels.shape)}"
+            f"{path}: holds {labels.dtype} {tuple(labels.shape)}; labels of {count} images are classes, integers "
+            f"({count},), or soft labels, floats ({count}, {num_classes})"
         )
     labels = labels.float().softmax(1) if soft == "logits" else labels.float()
     if soft == "targets":
@@ -178,52 +169,31 @@ def in_order_of(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> 
         tensor([1, 0, 0])
     """
     if sorted(names) != sorted(wanted):
-        odd = sorted({*names} - {*wanted}) or sorted({*wanted} - {*names}) or ["one that occurs twice"]
+        odd = sorted({*names} - {*wanted}) or ["one that is missing or occurs twice"]
         raise InputError(f"--class-names must list the data set's {len(wanted)} names once each; check {odd[0]!r}")
     place = torch.tensor([list(wanted).index(name) for name in names])
     return place[labels] if labels.ndim == 1 else labels[:, place.argsort()]
 
 
-def read_step_size(text: str | None) -> Tensor | None:
+def read_step_size(text: str) -> Tensor | None:
     """Read the step size from the command line: a number, a file of one number, or "none".
 
     Raises:
-        InputError: where it is missing, or not a number above 0.
+        InputError: for anything but a number above 0.
     """
-    if text is None:
-        raise InputError(
-            "such files do not record the step size that their images were learned with: pass --step-size (a number, "
-            "or a file of one), or --step-size none"
-        )
     if text.lower() == "none":
         return None
-    try:
-        value = float(text)
-    except ValueError:
-        if not Path(text).is_file():
-            raise InputError(f"--step-size {text}: neither a number, nor a file, nor none") from None
+    if Path(text).is_file():
         tensor = read_tensor(Path(text))
-        if tensor.numel() != 1:
-            raise InputError(f"{text}: has shape {tuple(tensor.shape)}, a step size is one number") from None
-        value = float(tensor)
+        value = float(tensor) if tensor.numel() == 1 else math.nan
+    else:
+        try:
+            value = float(text)
+        except ValueError:
+            raise InputError(f"--step-size {text}: neither a number, nor a file, nor none") from None
     if not (math.isfinite(value) and value > 0):
-        raise InputError(f"--step-size {text}: must be a finite number above 0")
+        raise InputError(f"--step-size {text}: must be one finite number above 0")
     return torch.tensor(value)
-
-
-def _preprocessing(**flags: bool) -> str:
-    """Return the one flag that is set.
-
-    Raises:
-        InputError: for none or several.
-    """
-    named = [name for name, is_set in flags.items() if is_set]
-    if len(named) != 1:
-        raise InputError(
-            f"{'such files do not record the preprocessing of their images' if not named else 'pass one of these'}: "
-            "--whitened (by the data set's ZCA), --standardized (by its mean and std) or --pictures (in [0, 1])"
-        )
-    return named[0]
 
 
 def import_set(
@@ -265,10 +235,19 @@ def import_set(
     Raises:
         InputError: for anything that does not fit; nothing is written then.
     """
+    if step_size is None:
+        raise InputError(
+            "such files do not record the step size that their images were learned with: pass --step-size (a number, "
+            "or a file of one), or --step-size none"
+        )
     learned_step_size = read_step_size(step_size)
-    read_as = _preprocessing(whitened=whitened, standardized=standardized, pictures=pictures)
-    if not zca_eps > 0:
-        raise InputError(f"--zca-eps {zca_eps}: must be above 0")
+    flags = {"whitened": whitened, "standardized": standardized, "pictures": pictures}
+    read_as = [name for name, given in flags.items() if given]
+    if len(read_as) != 1:
+        raise InputError(
+            "such files do not record the preprocessing of their images: pass one of --whitened (by the data set's "
+            "ZCA), --standardized (by its mean and std) and --pictures (in [0, 1])"
+        )
     if out.exists():
         raise InputError(f"{out}: is there already; name another file")
     data = DistillationDataModule(dataset, root=str(root), val_fraction=0, zca=whitened, zca_eps=zca_eps)
@@ -283,7 +262,7 @@ def import_set(
         data.setup()
     elif pictures:
         values = data.transform.apply(values)
-    source = {"images": images.name, "labels": labels.name, "read_as": read_as}
+    source = {"images": images.name, "labels": labels.name, "read_as": read_as[0]}
     synthetic = SyntheticSet(
         values,
         targets,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Description(NamedTuple):
-    """What an artefact is.
+    """What a file or a folder holds.
 
     Attributes:
         kind: e.g. "synthetic set".
@@ -54,17 +54,17 @@ def _named(value: Any) -> str:
     """Format a data set or a network: its name, and what else is known in brackets."""
     if not isinstance(value, dict):
         return phrase(value)
-    hidden = ("name", "shapes", "parameters")
+    hidden = ("name", "shapes", "parameters", "options")
     rest = {key: item for key, item in value.items() if key not in hidden and item not in (None, {}, "")}
-    options = rest.pop("options", {})
-    return phrase(value.get("name")) + (f" ({phrase({**options, **rest})})" if rest or options else "")
+    rest = {**value.get("options", {}), **rest}
+    return phrase(value.get("name")) + (f" ({phrase(rest)})" if rest else "")
 
 
 def _transform(description: Mapping[str, Any] | None) -> str:
     if description is None:
         return "unknown: the images came from a datamodule that does not describe it"
     if description.get("kind") == "zca":
-        return f"ZCA whitening, eps {phrase(description['eps'])}; its inverse is in the set"
+        return f"ZCA whitening, eps {phrase(description['eps'])}"
     if description.get("kind") == "standardization":
         return f"standardised, mean {phrase(description['mean'])}, std {phrase(description['std'])}"
     return phrase(dict(description))
@@ -74,28 +74,25 @@ def _scores(scores: Any) -> str:
     """Format scores; accuracies in per cent."""
     if not isinstance(scores, dict):
         return phrase(scores)
-    parts = []
-    for name, score in scores.items():
-        if isinstance(score, dict) and {"mean", "std", "n"} <= set(score):
-            parts.append(f"{name} {per_cent(score)} % ({score['n']} networks)")
-        else:
-            parts.append(f"{name} {phrase(score)}")
-    return "; ".join(parts)
+    return "; ".join(
+        f"{name} {per_cent(score)} % ({score['n']} networks)"
+        if isinstance(score, dict) and {"mean", "std", "n"} <= set(score)
+        else f"{name} {phrase(score)}"
+        for name, score in scores.items()
+    )
 
 
-def _stored(metadata: Mapping[str, Any], *keys: str) -> list[tuple[str, str]]:
+FORMATS = {"network": _named, "dataset": _named, "transform": _transform, "scores": _scores, "chosen_on": _scores}
+
+
+def _recorded(metadata: Mapping[str, Any], *keys: str) -> list[tuple[str, str]]:
     """Return a row for each key that is recorded."""
-    formats = {"network": _named, "scores": _scores, "chosen_on": _scores}
-    return [(key.replace("_", " "), formats.get(key, phrase)(metadata[key])) for key in keys if key in metadata]
-
-
-def _labels(synthetic: SyntheticSet) -> str:
-    """Describe labels: how they were made, what they are, and which teacher gave them."""
-    if (kind := label_kind(synthetic.labels, synthetic.metadata)) == "class":
-        return synthetic.label_description
-    by = synthetic.metadata.get("label_teacher", {})
-    teacher = f": teacher {by['teacher']} after epoch {by['epoch']}" if {"teacher", "epoch"} <= by.keys() else ""
-    return f"{synthetic.label_description}, {'probabilities' if kind == 'probability' else 'targets'}{teacher}"
+    named = {"dataset": "data set"}
+    return [
+        (named.get(key, key.replace("_", " ")), FORMATS.get(key, phrase)(metadata[key]))
+        for key in keys
+        if key in metadata
+    ]
 
 
 def describe_set(path: Path) -> Description:
@@ -107,68 +104,66 @@ def describe_set(path: Path) -> Description:
     synthetic = SyntheticSet.load(path)
     images, labels, names = synthetic.images, synthetic.labels, synthetic.class_names
     metadata = {**synthetic.metadata, "class_names": names, "transform": synthetic.transform.describe()}
-    soft = labels.ndim == 2
-    counts = (labels.argmax(1) if soft else labels).bincount(minlength=len(names)).tolist()
-    step_size, ema = synthetic.learning_rate, synthetic.ema_images is not None
-    per_class = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    low, high = (float(value) for value in torch.aminmax(images))
+    counts = (labels.argmax(1) if labels.ndim == 2 else labels).bincount(minlength=len(names)).tolist()
     stored, trained_on = synthetic.image_counts
-    counted = "" if stored == trained_on else f"; {stored} stored, {trained_on} trained on"
+    low, high = (float(value) for value in torch.aminmax(images))
     facts = {
         "images": list(images.shape),
         "labels": synthetic.label_description,
         "images_stored": stored,
         "images_trained_on": trained_on,
         "per_class": counts,
-        "step_size": step_size,
-        "ema": ema,
+        "step_size": synthetic.learning_rate,
+        "ema": synthetic.ema_images is not None,
         "values": {"min": low, "max": high, "mean": float(images.mean()), "std": float(images.std(correction=0))},
         "metadata": metadata,
     }
-    averages = f"{'with' if ema else 'no'} EMA images"
-    if ema and "ema_initial_weight" in metadata:
-        averages += f", which hold {100 * metadata['ema_initial_weight']:.0f} % of the initial ones"
     method = phrase(metadata.get("method", "unknown"))
     if "iterations" in metadata:
-        method += f", {metadata['iterations']} iterations"
-        method += f", {metadata['skipped_steps']} skipped" if metadata.get("skipped_steps") else ""
-    shape = " x ".join(map(str, images.shape[1:]))
+        skipped = f", {metadata['skipped_steps']} skipped" if metadata.get("skipped_steps") else ""
+        method += f", {metadata['iterations']} iterations{skipped}"
+    per_class = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    count = f"{len(images)} of {' x '.join(map(str, images.shape[1:]))}, {per_class} per class"
+    count += "" if stored == trained_on else f"; {stored} stored, {trained_on} trained on"
+    count += f"; {'no' if synthetic.ema_images is None else 'with'} EMA images"
+    if synthetic.ema_images is not None and "ema_initial_weight" in metadata:
+        count += f", which hold {100 * metadata['ema_initial_weight']:.0f} % of the initial ones"
+    made, kind = synthetic.label_description, label_kind(labels, metadata)
+    made += {"class": "", "probability": ", probabilities", "target": ", targets"}[kind]
+    if "label_teacher" in metadata:
+        by = metadata["label_teacher"]
+        made += f": teacher {by.get('teacher')} after epoch {by.get('epoch')}"
     rows = [
         ("method", method),
         ("data set", _named(metadata.get("dataset", "unknown"))),
-        ("images", f"{len(images)} of {shape}, {per_class} per class{counted}; {averages}"),
+        ("images", count),
         ("values", f"{low:.4g} to {high:.4g}, as networks see them"),
         ("classes", f"{len(counts)}: {phrase(', '.join(map(str, names[:10])))}{', ...' if len(names) > 10 else ''}"),
-        ("labels", _labels(synthetic)),
-        ("step size", "none: evaluation needs a learning rate" if step_size is None else phrase(step_size)),
-        ("transform", _transform(metadata.get("transform"))),
+        ("labels", made),
+        ("step size", phrase(synthetic.learning_rate or "none: evaluation needs a learning rate")),
+        *_recorded(metadata, "transform", "network", "augmentation", "teachers", "imported", "scores", "chosen_on"),
+        *_recorded(metadata, "versions"),
     ]
-    rows += _stored(metadata, "network", "augmentation", "teachers", "imported", "scores", "chosen_on", "versions")
     return Description("synthetic set", rows, facts)
 
 
-def _training(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Describe how teachers were trained."""
+def _training(metadata: Mapping[str, Any], accuracies: Sequence[float]) -> list[tuple[str, str]]:
+    """Describe how teachers were trained, and the accuracies of those that were measured after the last epoch."""
     settings = {key: metadata[key] for key in ("lr", "momentum", "weight_decay", "batch_size") if key in metadata}
     flatness = {key: metadata[key] for key in ("rho", "alpha", "adaptive") if key in metadata}
     rows = [("optimizer", f"{phrase(metadata.get('optimizer', 'unknown'))}, {phrase(settings)}".rstrip(", "))]
     rows += [("flatness", phrase(flatness))] if flatness else []
-    rows += [("data set", _named(metadata.get("dataset", "unknown")))]
-    rows += [("transform", _transform(metadata.get("transform")).replace("; its inverse is in the set", ""))]
-    rows += [("network", _named(metadata.get("network", "unknown")))]
-    return [*rows, *_stored(metadata, "augmentation")]
+    rows += _recorded({"transform": None, **metadata}, "dataset", "transform", "network", "augmentation")
+    if accuracies:
+        mean, span = sum(accuracies) / len(accuracies), f"{100 * min(accuracies):.1f} to {100 * max(accuracies):.1f}"
+        several = f" ({span})" if len(accuracies) > 1 else ""
+        rows.append(("accuracy", f"{100 * mean:.1f} %{several} after the last epoch"))
+    return rows
 
 
-def _last(accuracies: Sequence[float | None]) -> list[float]:
-    """Return the last accuracy; an empty list where none was measured."""
-    return [accuracies[-1]] if accuracies and accuracies[-1] is not None else []
-
-
-def _accuracy_row(last: Sequence[float]) -> list[tuple[str, str]]:
-    if not last:
-        return []
-    span = f" ({100 * min(last):.1f} to {100 * max(last):.1f})" if len(last) > 1 else ""
-    return [("accuracy", f"{100 * sum(last) / len(last):.1f} %{span} after the last epoch")]
+def _last(metadata: Mapping[str, Any]) -> list[float]:
+    """Return the accuracy after the last epoch; an empty list where none was measured."""
+    return [value for value in metadata.get("accuracies", [])[-1:] if value is not None]
 
 
 def describe_store(path: Path) -> Description:
@@ -179,7 +174,6 @@ def describe_store(path: Path) -> Description:
     """
     store = TrajectoryStore(path)
     each = [store.teacher_metadata(index) for index in range(len(store))]
-    last = [value for one in each for value in _last(one.get("accuracies", []))]
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     lengths = f"{store.epochs} to {max(store.lengths)}" if max(store.lengths) > store.epochs else str(store.epochs)
     kinds = {dumps(one.get("versions"), sort_keys=True) for one in each}
@@ -193,13 +187,10 @@ def describe_store(path: Path) -> Description:
     }
     rows = [
         ("teachers", f"{len(store)} of {lengths} epochs, {store.num_parameters:,} weights each"),
-        *_training(store.metadata),
-        *_accuracy_row(last),
+        *_training(store.metadata, [value for one in each for value in _last(one)]),
         ("on disk", f"{size / 2**20:,.1f} MiB"),
-        *(
-            _stored(each[0], "versions")
-            if len(kinds) == 1
-            else [("versions", f"{len(kinds)} different ones; see --json")]
+        *_recorded(
+            each[0] if len(kinds) == 1 else {"versions": f"{len(kinds)} different ones; see --json"}, "versions"
         ),
     ]
     return Description("trajectory store", rows, facts)
@@ -208,14 +199,12 @@ def describe_store(path: Path) -> Description:
 def describe_teacher(path: Path) -> Description:
     """Describe one teacher's file."""
     file = TensorFile(path, kind=trajectory_store.KIND)
-    epochs, metadata = check_teacher(file), file.metadata
-    weights = file.layout(epoch_name(0))[1][0]
+    epochs, metadata, weights = check_teacher(file), file.metadata, file.layout(epoch_name(0))[1][0]
     rows = [
         ("teacher", f"number {metadata.get('teacher')}, seed {metadata.get('seed')}"),
         ("epochs", f"{epochs}, {weights:,} weights"),
-        *_training(metadata),
-        *_accuracy_row(_last(metadata.get("accuracies", []))),
-        *_stored(metadata, "versions"),
+        *_training(metadata, _last(metadata)),
+        *_recorded(metadata, "versions"),
     ]
     return Description("teacher", rows, {"parameters": weights, "metadata": metadata})
 
@@ -223,28 +212,21 @@ def describe_teacher(path: Path) -> Description:
 def describe_whitening(path: Path) -> Description:
     """Describe a cached whitening."""
     whitening = Whitening.load(path)
-    values = whitening.mean.numel()
-    rows = [
-        ("transform", f"ZCA whitening, eps {phrase(whitening.eps)}, {values} values per image"),
-        ("fitted on", f"images of fingerprint {whitening.fitted_on}"),
-    ]
-    return Description("whitening", rows, {"values": values, "metadata": {"transform": whitening.describe()}})
+    values, described = whitening.mean.numel(), whitening.describe()
+    rows = [("transform", f"{_transform(described)}, {values} values per image")]
+    rows += [("fitted on", f"images of fingerprint {whitening.fitted_on}")]
+    return Description("whitening", rows, {"values": values, "metadata": {"transform": described}})
 
 
 def describe_store_data(path: Path) -> Description:
-    """Describe what a store keeps of the images that its teachers were trained on."""
+    """Describe the images that the teachers of a store were trained on."""
     data = load_store_data(path)
     metadata = {**data.metadata(), "class_names": data.class_names, "shape": data.shape._asdict()}
-    rows = [
-        ("data set", _named(metadata["dataset"])),
-        ("images", phrase(metadata["shape"])),
-        ("classes", phrase(", ".join(data.class_names))),
-        ("transform", _transform(metadata["transform"])),
-    ]
-    return Description("trajectory data", rows, {"metadata": metadata})
+    rows = [("images", phrase(metadata["shape"])), ("classes", phrase(", ".join(data.class_names)))]
+    return Description("trajectory data", rows + _recorded(metadata, "dataset", "transform"), {"metadata": metadata})
 
 
-FILES = {
+KINDS = {
     synthetic_set.KIND: describe_set,
     trajectory_store.KIND: describe_teacher,
     trajectory_store.DATA_KIND: describe_store_data,
@@ -253,10 +235,7 @@ FILES = {
 
 
 def describe(path: Path) -> Description:
-    """Describe a file or a folder.
-
-    Args:
-        path: a synthetic set, a trajectory store, one teacher's file, or a whitening.
+    """Describe a synthetic set, a trajectory store, one teacher's file, or a whitening.
 
     Raises:
         InputError: for a file that is missing, broken, or none of these.
@@ -268,9 +247,9 @@ def describe(path: Path) -> Description:
     kind = TensorFile(path).kind
     if kind is None:
         raise InputError(f"{path}: a safetensors file of another program; ftd import may be able to read it")
-    if kind not in FILES:
+    if kind not in KINDS:
         raise InputError(f"{path}: is a {kind.replace('_', ' ')}; info knows sets, stores, teachers and whitenings")
-    return FILES[kind](path)
+    return KINDS[kind](path)
 
 
 def info(path: Path, *, json: bool = False) -> None:
@@ -280,15 +259,14 @@ def info(path: Path, *, json: bool = False) -> None:
         path: its file, or the folder of a store.
         json: print everything that is known, as JSON.
     """
-    description = describe(path)
+    kind, rows, facts = describe(path)
     if json:
-        kind = description.kind.replace(" ", "_")
-        facts = {"path": str(path), "kind": kind, **description.facts}
-        print(dumps(without_nan(facts), indent=2, ensure_ascii=False))
+        everything = {"path": str(path), "kind": kind.replace(" ", "_"), **facts}
+        print(dumps(without_nan(everything), indent=2, ensure_ascii=False))
         return
-    print(f"{path}: {description.kind}")
-    width = max(len(name) for name, _ in description.rows)
-    for name, text in description.rows:
+    print(f"{path}: {kind}")
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
         print(f"  {name:<{width}}  {text}")
 
 

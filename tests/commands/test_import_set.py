@@ -172,10 +172,10 @@ def test_what_such_sets_do_not_say_is_asked_for(here: Path, capsys) -> None:
     for word in ("--whitened", "--standardized", "--pictures"):
         assert word in line
     for value in ("0", "-1", "nan", "inf"):
-        assert "above 0" in refusal(capsys, *FILES, "--standardized", "--step-size", value)
+        assert "number above 0" in refusal(capsys, *FILES, "--standardized", "--step-size", value)
     assert "above 0" in refusal(capsys, *WORDS, "--zca-eps", "0")
     assert "neither a number" in refusal(capsys, *FILES, "--standardized", "--step-size", "much")
-    assert "one number" in refusal(capsys, *FILES, "--standardized", "--step-size", "labels.pt")
+    assert "must be one finite number" in refusal(capsys, *FILES, "--standardized", "--step-size", "labels.pt")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_tensors_that_do_not_fit_are_one_line(here: Path, capsys, name: str, ten
 
 def test_pictures_out_of_range_are_refused(here: Path, capsys) -> None:
     line = refusal(capsys, *FILES, "--step-size", "0.01", "--pictures")
-    assert "no pictures in [0, 1]" in line
+    assert "pictures are in [0, 1]" in line
 
 
 class Malicious:
