@@ -59,7 +59,7 @@ def test_pictures_of_the_initial_images_are_the_originals(job: Path, cifar_root:
     """Whitening undone: the inverse error, on the transform that travelled with the set."""
     synthetic = SyntheticSet.load(job / "set.safetensors")
     plain = DistillationDataModule(dataset="cifar10", root=str(cifar_root), download=False)
-    train, _ = plain.spec.load()
+    train = plain.spec.load()["train"]
     originals = unit_range(train.pictures[:64])
     whitened = synthetic.transform.apply(originals)
     assert (whitened - originals).abs().mean() > 0.1, "the transform does something"

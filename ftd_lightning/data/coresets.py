@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ftd_lightning.data.sources import sample_per_class
+from ftd_lightning.data.splits import sample_per_class
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.functional.distribution_matching import embed

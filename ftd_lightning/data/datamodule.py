@@ -1,11 +1,11 @@
-"""The real images of a data set: split into parts, and transformed when they are first asked for."""
+"""The DataModule of all phases: real images, split, transformed when they are first asked for, and their loaders."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -23,69 +23,60 @@ from ftd_lightning.contracts import (
     PlansBatches,
 )
 from ftd_lightning.data.coresets import BASELINES, random_real_images, teacher_coreset
-from ftd_lightning.data.datasets import check_name, get_dataset
+from ftd_lightning.data.datasets import DATASETS, check_name
 from ftd_lightning.data.decoding import cached_whitening
 from ftd_lightning.data.folder import folder_labels, take_folder_census
-from ftd_lightning.data.in_memory import OwnDataModule, read_datasets
+from ftd_lightning.data.in_memory import read_datamodule, read_datasets
 from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on, host_loader
 from ftd_lightning.data.sources import OWN_IMAGES, ImageDataset, Request, unit_range
-from ftd_lightning.data.splits import hold_out, limit_per_class
+from ftd_lightning.data.splits import split
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.schema import check_labels, check_tensor
 from ftd_lightning.files.synthetic_set import SyntheticSet
 from ftd_lightning.files.transforms import Standardization
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
     from ftd_lightning.contracts import Part
-    from ftd_lightning.data.sources import Census
+    from ftd_lightning.data.folder import Census
 
 
-PARTS: tuple[Part, ...] = ("train", "val", "test")
 CHUNK = 5000  # images transformed at a time: bounds the memory of whitening
 
 
 class RealImages:
-    """The parts of a data set.
+    """The parts of a data set, each transformed when it is first asked for.
 
     Args:
         spec: the data set, which is read.
-        val_fraction: share of every class's training images that is held out, unless the data set says which are.
-        max_per_class: keep at most so many images of each class in each part; None keeps all.
-        seed: decides which.
+        split_options: see :func:`~ftd_lightning.data.splits.split`.
     """
 
-    def __init__(self, spec: ImageDataset, *, val_fraction: float, max_per_class: int | None, seed: int) -> None:
-        train, test = spec.load()
-        _refuse_constant(train.pictures)
-        whole = {"train": train, "test": test, **({} if spec.held_out is None else {"val": spec.held_out()})}
-        labels = {name: part.labels for name, part in whole.items()}
-        chosen = choose(labels, val_fraction=val_fraction, max_per_class=max_per_class, seed=seed)
-        # Whole parts, which may be mapped from files, and the indices of what is used of them.
-        self._parts = {name: (whole[source], index) for name, (source, index) in chosen.items()}
-        self._done = spec.transform
+    def __init__(self, spec: ImageDataset, **split_options: Any) -> None:
+        parts = spec.load()
+        if not any(bool((some != some[..., :1, :1]).any()) for some in parts["train"].pictures.split(100)):
+            raise InputError("every training image is of a single colour: check the images, and how they are read")
+        chosen = split({name: part.labels for name, part in parts.items()}, **split_options)
+        # Whole parts, which may be mapped from files, and the indices of the images that are used.
+        self._parts = {name: (parts[source], index) for name, (source, index) in chosen.items()}
+        self._applied = spec.transform
         self._images: dict[Part, Images] = {}
 
     def labels(self, name: Part) -> Tensor:
         """Return the labels of a part, (N,) int64; no image is transformed for it."""
-        pictures, index = self._parts[name]
-        return pictures.labels[index]
+        part, index = self._parts[name]
+        return part.labels[index]
 
     def pictures(self, name: Part) -> Tensor:
         """Return the pictures of a part, (N, C, H, W)."""
-        pictures, index = self._parts[name]
-        return pictures.pictures[index]
+        part, index = self._parts[name]
+        return part.pictures[index]
 
     def images(self, name: Part, transform: ImageTransform) -> Images:
-        """Return the images of a part; later calls return the same tensors.
-
-        Args:
-            name: the part.
-            transform: the same in every call.
-        """
+        """Return the images of a part; later calls, with the same transform, return the same tensors."""
         if name not in self._images:
             (pictures, labels), index = self._parts[name]
             images = torch.empty(len(index), *pictures.shape[1:])  # filled chunk by chunk: torch.cat would take twice
@@ -96,38 +87,11 @@ class RealImages:
         return self._images[name]
 
     def _transformed(self, pictures: Tensor, transform: ImageTransform) -> Tensor:
-        if self._done is None:
+        if self._applied is None:
             return transform.apply(unit_range(pictures))
         # They are images already; a set may have another transform, though.
-        same = self._done.describe() == transform.describe()
-        return pictures if same else transform.apply(self._done.invert(pictures))
-
-
-def choose(
-    labels: Mapping[str, Tensor], *, val_fraction: float, max_per_class: int | None, seed: int
-) -> dict[Part, tuple[str, Tensor]]:
-    """Choose which images are trained on, held out and tested on.
-
-    Args:
-        labels: of "train", "test" and, where images are given as held out, "val".
-        val_fraction: as for :class:`RealImages`.
-        max_per_class: as for :class:`RealImages`.
-        seed: as for :class:`RealImages`.
-
-    Returns:
-        By part, the key of ``labels`` that its images come from, and their indices there, ascending.
-    """
-    kept = {name: limit_per_class(of, max_per_class, seed) for name, of in labels.items()}
-    if "val" in labels:
-        return {name: (name, kept[name]) for name in PARTS}
-    used, left = hold_out(labels["train"][kept["train"]], val_fraction, seed)
-    train = kept["train"]
-    return {"train": ("train", train[used]), "val": ("train", train[left]), "test": ("test", kept["test"])}
-
-
-def _refuse_constant(pictures: Tensor) -> None:
-    if not any(bool((some != some[..., :1, :1]).any()) for some in pictures.split(100)):
-        raise InputError("every training image is of a single colour: check the images, and how they are read")
+        same = self._applied.describe() == transform.describe()
+        return pictures if same else transform.apply(self._applied.invert(pictures))
 
 
 def given_images(real: Sequence[Tensor]) -> Images:
@@ -147,151 +111,6 @@ def given_images(real: Sequence[Tensor]) -> Images:
     return Images(images, labels)
 
 
-class ImageDataModule(LightningDataModule):
-    """The part of :class:`~ftd_lightning.data.datamodule.DistillationDataModule` that knows the real images.
-
-    It finds, describes, reads and splits them, and transforms each part when it is first asked for. What to read is in
-    the hyper-parameters that the constructor of the subclass saves.
-
-    Args:
-        root: folder of the data set's files.
-    """
-
-    def __init__(self, root: str | Path) -> None:
-        super().__init__()
-        self.root: Path | None = Path(root).expanduser()
-        self._own: OwnDataModule | None = None
-        self._real: RealImages | None = None
-        self._transform: ImageTransform | None = None
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, *arguments: Any, weights_only: bool = True, **options: Any
-    ) -> Self:
-        """Make the datamodule of a fit again, as Lightning does, but import nothing that the file names."""
-        options |= {"weights_only": weights_only, "_instantiator": None}
-        return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
-
-    def take(self, images: ImageDataset | OwnDataModule) -> None:
-        """Read a data set that is given as an object instead of the one that is named."""
-        self.hparams["dataset"], self.root = OWN_IMAGES, None
-        if isinstance(images, OwnDataModule):
-            self._own = images
-        else:
-            self.spec = images
-
-    @cached_property
-    def spec(self) -> ImageDataset:
-        """The description of the data set; see the class."""
-        hparams = self.hparams
-        if self._own is not None:
-            spec, hparams["batch_size"] = self._own.read(self.trainer)
-            return spec
-        return get_dataset(hparams["dataset"], self._request)
-
-    @property
-    def _request(self) -> Request:
-        keys = ("download", "image_size", "test_fraction", "cache_dir")
-        return Request(cast("Path", self.root), **{key: self.hparams[key] for key in keys})
-
-    @cached_property
-    def census(self) -> Census | None:
-        """Counts over the files of a "folder", by their headers, without decoding; None for other data sets."""
-        if "spec" in self.__dict__:
-            return self.spec.census
-        return take_folder_census(self._request) if self.hparams["dataset"] == "folder" else None
-
-    @cached_property
-    def _folder_labels(self) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-        return folder_labels(self._request)
-
-    def count(self, name: Part) -> list[int]:
-        """Count the images of each class in a part, in label order; those of a "folder" are not decoded for it."""
-        if self._real is None and self.hparams["dataset"] == "folder":
-            names, labels = self._folder_labels
-            source, index = choose(labels, **self._split_options)[name]
-            return labels[source][index].bincount(minlength=len(names)).tolist()
-        return self._read().labels(name).bincount(minlength=self.num_classes).tolist()
-
-    @property
-    def transform(self) -> ImageTransform:
-        """The image transform; before ``setup``, that of images which are not whitened."""
-        return self._transform or self.spec.transform or Standardization(self.spec.mean, self.spec.std)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.spec.class_names)
-
-    @property
-    def in_channels(self) -> int:
-        """Number of channels."""
-        return self.spec.in_channels
-
-    @property
-    def image_size(self) -> int:
-        """Height and width in pixels."""
-        return self.spec.image_size
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes, in label order."""
-        return list(self.spec.class_names)
-
-    @cached_property
-    def _dataset(self) -> dict[str, Any]:
-        return {"name": self.hparams["dataset"], **self._split_options, **self.spec.describe()}
-
-    def description(self) -> DataDescription:
-        """Describe the training images; see ``contracts.DataSource``."""
-        shape = ImageShape(self.in_channels, self.num_classes, self.image_size)
-        dataset = dict(self._dataset)
-        return DataDescription(shape, self.class_names, self.transform, dataset, self.hparams["batch_size"])
-
-    def describe(self) -> dict[str, Any]:
-        """Name the training images and their transform; equal descriptions mean equal images."""
-        return self.description().metadata()
-
-    def part(self, name: Part) -> Images:
-        """Return the images of a part, transformed at first use: "train", "val" (possibly none) or "test"."""
-        self.setup("fit")
-        return self._part(name)
-
-    @property
-    def train(self) -> Images:
-        """The training images that are not held out."""
-        return self.part("train")
-
-    @property
-    def val(self) -> Images:
-        """The held-out images."""
-        return self.part("val")
-
-    @property
-    def test(self) -> Images:
-        """The test images."""
-        return self.part("test")
-
-    def _read(self) -> RealImages:
-        if self._real is None:
-            self._real = RealImages(self.spec, **self._split_options)
-        return self._real
-
-    @property
-    def _split_options(self) -> dict[str, Any]:
-        return {key: self.hparams[key] for key in ("val_fraction", "max_per_class", "seed")}
-
-    def _fit_whitening(self) -> None:
-        if self._transform is None:
-            name, eps = self.hparams["dataset"], self.hparams["zca_eps"]
-            self._transform = cached_whitening(
-                self._read().pictures("train"), name, eps=eps, cache_dir=self.hparams["cache_dir"]
-            )
-
-    def _part(self, name: Part) -> Images:
-        return self._read().images(name, self.transform)
-
-
 class NoLoaders(CombinedLoader):
     """The combination of no loaders, on which Lightning skips validation; of an empty list it warns."""
 
@@ -305,17 +124,17 @@ class NoLoaders(CombinedLoader):
 
     @flattened.setter
     def flattened(self, flattened: list[Any]) -> None:
-        """Ignore Lightning, which sets what it has read."""
+        """Ignore Lightning, which sets the loaders that it has read."""
 
     def __len__(self) -> int:
         return 0
 
 
-class DistillationDataModule(ImageDataModule):
+class DistillationDataModule(LightningDataModule):
     """Images of one data set, transformed and held as tensors on the training device.
 
-    What it trains on depends on the module that is fitted: one that has its own batches (a distillation) gets those;
-    with ``synthetic`` given, others get its images, else the real training images. It is a ``contracts.DataSource``.
+    The module that is fitted decides what is trained on: one that has its own batches (a distillation) gets those; with
+    ``synthetic`` given, others get its images, else the real training images. It is a ``contracts.DataSource``.
 
     Args:
         dataset: a name of the table in ``ftd_lightning.data.datasets``. Images that are given as objects are for
@@ -333,7 +152,7 @@ class DistillationDataModule(ImageDataModule):
             transform, which the test images then go through.
         ema: use the averaged images of the file.
         ipc: images per class of "random", "herding" and "k-center".
-        download: fetch what is missing.
+        download: fetch missing files.
         on_device: "auto" puts images on the GPU where they take at most half of its free memory; "no" or False reads
             them from host memory through a DataLoader; "yes" or True insists.
         num_workers: of that DataLoader.
@@ -346,10 +165,10 @@ class DistillationDataModule(ImageDataModule):
         cache_dir: folder of decoded images and whitenings; None: ``ftd_lightning`` in the user's cache folder.
 
     Attributes:
-        spec: the description of the data set. That of "tiny-imagenet" and "folder" is found in their files, and that of
-            another datamodule in its images, at its first use: it and what follows from it (``num_classes``,
-            ``in_channels``, ``image_size``, ``class_names``) need ``prepare_data``, or do its downloading and decoding.
-        synthetic_set: what ``synthetic`` named, after ``setup``, or None.
+        spec: the description of the data set. "tiny-imagenet" and "folder" are described by their files, another
+            datamodule by its images, at first use: it and what follows from it (``num_classes``, ``in_channels``,
+            ``image_size``, ``class_names``) need ``prepare_data``, or do its downloading and decoding.
+        synthetic_set: the set that ``synthetic`` named, after ``setup``, or None.
         census: counts over the files of a "folder", by their headers; None for other data sets.
     """
 
@@ -376,11 +195,16 @@ class DistillationDataModule(ImageDataModule):
         cache_dir: str | None = None,
     ) -> None:
         check_bounds(DistillationDataModule, locals())
-        super().__init__(root)
-        check_name(dataset)
+        super().__init__()
+        if dataset not in DATASETS:
+            check_name(dataset)
         # Not to the logger: Lightning refuses names that module and datamodule share with different values.
         self.save_hyperparameters(logger=False)
+        self.root: Path | None = Path(root).expanduser()
         self.synthetic_set: SyntheticSet | None = None
+        self._wrapped: partial[tuple[ImageDataset, int]] | None = None  # reads another datamodule
+        self._real: RealImages | None = None
+        self._transform: ImageTransform | None = None
         self._ready = False
 
     @classmethod
@@ -393,7 +217,7 @@ class DistillationDataModule(ImageDataModule):
         class_names: Sequence[str] | None = None,
         transform: ImageTransform | None = None,
         **options: Any,
-    ) -> DistillationDataModule:
+    ) -> Self:
         """Read torch datasets of (image, label), or pairs of tensors (images, labels), into memory.
 
         Images are pictures: Pillow images, uint8, floats in [0, 1], or uint16, which is divided by its largest value.
@@ -404,7 +228,7 @@ class DistillationDataModule(ImageDataModule):
             test: likewise.
             val: the images that are held out; None: the share ``val_fraction`` of ``train`` is.
             class_names: in label order; None: ``train.classes``, or numbers.
-            transform: for images that are normalised already: how they were. They are taken as they are.
+            transform: of images that are normalised already, which are taken as they are.
             options: arguments of the constructor, but those that say where files are.
 
         Raises:
@@ -417,8 +241,9 @@ class DistillationDataModule(ImageDataModule):
         if transform is not None and options.get("zca"):
             raise InputError("zca=True whitens pictures: leave out transform=, which is for images normalised already")
         data = cls(**options)
-        options = {"class_names": class_names, "image_size": data.hparams["image_size"], "transform": transform}
-        data.take(read_datasets(train, test, val, **options))
+        data.hparams["dataset"], data.root = OWN_IMAGES, None
+        size = data.hparams["image_size"]
+        data.spec = read_datasets(train, test, val, class_names=class_names, image_size=size, transform=transform)
         return data
 
     @classmethod
@@ -429,7 +254,7 @@ class DistillationDataModule(ImageDataModule):
         class_names: Sequence[str] | None = None,
         transform: ImageTransform | None = None,
         synthetic: str | None = None,
-    ) -> DistillationDataModule:
+    ) -> Self:
         """Read the loaders of another LightningDataModule into memory, once, and serve every phase from there.
 
         Its ``prepare_data`` and ``setup`` are called by ours. Images are pictures, as for :meth:`from_datasets`. The
@@ -440,18 +265,132 @@ class DistillationDataModule(ImageDataModule):
         Args:
             datamodule: its loaders yield (images, labels); the batch size is that of its training loader.
             class_names: in label order; None: those of its training dataset, or numbers.
-            transform: for images that are normalised already: how they were.
+            transform: of images that are normalised already.
             synthetic: as in the constructor.
         """
         data = cls(val_fraction=0.0, synthetic=synthetic)
-        data.take(OwnDataModule(datamodule, class_names, transform))
+        data.hparams["dataset"], data.root = OWN_IMAGES, None
+        data._wrapped = partial(read_datamodule, datamodule, class_names=class_names, transform=transform)
         data.prepare_data_per_node = datamodule.prepare_data_per_node
         return data
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, *arguments: Any, weights_only: bool = True, **options: Any
+    ) -> Self:
+        """Make the datamodule of a fit again, as Lightning does, but import nothing that the file names."""
+        options |= {"weights_only": weights_only, "_instantiator": None}
+        return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
+
+    # The data set
+
+    @property
+    def _request(self) -> Request:
+        keys = ("download", "image_size", "test_fraction", "cache_dir")
+        return Request(self.root or Path(), **{key: self.hparams[key] for key in keys})
+
+    @property
+    def _split_options(self) -> dict[str, Any]:
+        return {key: self.hparams[key] for key in ("val_fraction", "max_per_class", "seed")}
+
+    @cached_property
+    def spec(self) -> ImageDataset:
+        """The description of the data set; see the class."""
+        if self._wrapped is not None:
+            spec, self.hparams["batch_size"] = self._wrapped(self.trainer)
+            return spec
+        return DATASETS[self.hparams["dataset"]](self._request)
+
+    @cached_property
+    def census(self) -> Census | None:
+        """Counts over the files of a "folder", by their headers, without decoding; None for other data sets."""
+        return take_folder_census(self._request) if self.hparams["dataset"] == "folder" else None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.spec.class_names)
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels."""
+        return self.spec.in_channels
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.spec.image_size
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in label order."""
+        return list(self.spec.class_names)
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The image transform; before ``setup``, of images that are not whitened."""
+        return self._transform or self.spec.transform or Standardization(self.spec.mean, self.spec.std)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        return {"name": self.hparams["dataset"], **self._split_options, **self.spec.fingerprint()}
+
+    def description(self) -> DataDescription:
+        """Describe the training images; see ``contracts.DataSource``."""
+        shape = ImageShape(self.in_channels, self.num_classes, self.image_size)
+        dataset, batch_size = dict(self._fingerprint), self.hparams["batch_size"]
+        return DataDescription(shape, self.class_names, self.transform, dataset, batch_size)
+
+    def describe(self) -> dict[str, Any]:
+        """Return ``description().metadata()``: equal values mean equal images."""
+        return self.description().metadata()
+
+    # Its images
+
+    def _read(self) -> RealImages:
+        if self._real is None:
+            self._real = RealImages(self.spec, **self._split_options)
+        return self._real
+
+    @cached_property
+    def _folder_labels(self) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+        return folder_labels(self._request)
+
+    def count(self, name: Part) -> list[int]:
+        """Count the images of each class in a part, in label order; those of a "folder" are not decoded for it."""
+        if self._real is None and self.hparams["dataset"] == "folder":
+            names, labels = self._folder_labels
+            source, index = split(labels, **self._split_options)[name]
+            return labels[source][index].bincount(minlength=len(names)).tolist()
+        return self._read().labels(name).bincount(minlength=self.num_classes).tolist()
+
+    def _part(self, name: Part) -> Images:
+        return self._read().images(name, self.transform)
+
+    def part(self, name: Part) -> Images:
+        """Return the images of a part, transformed at first use: "train", "val" (possibly none) or "test"."""
+        self.setup("fit")
+        return self._part(name)
+
+    @property
+    def train(self) -> Images:
+        """The training images that are not held out."""
+        return self.part("train")
+
+    @property
+    def val(self) -> Images:
+        """The held-out images."""
+        return self.part("val")
+
+    @property
+    def test(self) -> Images:
+        """The test images."""
+        return self.part("test")
+
     def prepare_data(self) -> None:
         """Download or decode the data set and fit the whitening, once per node; all are cached."""
-        if self._own is not None:
-            self._own.prepare()
+        if self._wrapped is not None:
+            self._wrapped.args[0].prepare_data()
             return
         self._read()
         if self.hparams["zca"] and not self._set_file():
@@ -467,13 +406,21 @@ class DistillationDataModule(ImageDataModule):
         if loaded is not None:
             self._check_fits(loaded, Path(str(file)))
             self._transform = loaded.transform
-            held = loaded.metadata.get("ema_initial_weight", 0.0)
-            if self.hparams["ema"] and held > 0.05:
-                rank_zero_info(f"{file}: its averaged images still hold {100 * held:.0f} % of the initial ones")
+            initial = loaded.metadata.get("ema_initial_weight", 0.0)
+            if self.hparams["ema"] and initial > 0.05:
+                rank_zero_info(f"{file}: its averaged images still hold {100 * initial:.0f} % of the initial ones")
         elif self.hparams["zca"]:
             self._fit_whitening()
         self.synthetic_set = loaded or self._baseline()
         self._ready = True
+
+    def _fit_whitening(self) -> None:
+        if self._transform is None:
+            eps, cache_dir = self.hparams["zca_eps"], self.hparams["cache_dir"]
+            pictures = partial(self._read().pictures, "train")
+            self._transform = cached_whitening(pictures, self._fingerprint, eps=eps, cache_dir=cache_dir)
+
+    # A set in the place of the training images
 
     def training_set(self) -> SyntheticSet | None:
         """Return the set that takes the place of the training images, or None."""
@@ -489,14 +436,13 @@ class DistillationDataModule(ImageDataModule):
         kind, ipc, seed = (self.hparams[key] for key in ("synthetic", "ipc", "seed"))
         if kind is None:
             return None
-        metadata = {"method": kind, **self.describe()}
-        if kind in ("random", "real"):
-            real = random_real_images(self._part("train"), ipc, seed) if kind == "random" else self._part("train")
-        else:
+        real, described = self._part("train"), self.describe()
+        metadata = {"method": kind, **described}
+        if kind == "random":
+            real = random_real_images(real, ipc, seed)
+        elif kind != "real":
             by = {key: self.hparams[key] for key in ("trajectories", "teacher")}
-            real, metadata["chosen_by"] = teacher_coreset(
-                self._part("train"), kind, ipc, described=self.describe(), **by
-            )
+            real, metadata["chosen_by"] = teacher_coreset(real, kind, ipc, described=described, **by)
         return SyntheticSet(*real, class_names=self.class_names, transform=self.transform, metadata=metadata)
 
     def _check_fits(self, synthetic: SyntheticSet, file: Path) -> None:
@@ -511,27 +457,29 @@ class DistillationDataModule(ImageDataModule):
                 "set data.dataset to the set's own (and data.image_size, where it was resized)"
             )
 
+    # Loaders
+
     def _module(self) -> object:
         return self.trainer.lightning_module if self.trainer is not None else None
 
     def _loader(self, images: Images, *, shuffle: bool) -> Iterable[Any]:
-        trainer, module = self.trainer, self._module()
-        device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
-        plan = BatchPlan(*((trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)), _same_epoch)
-        if isinstance(module, PlansBatches):
-            plan = module.batch_plan()
+        trainer, module, hparams = self.trainer, self._module(), self.hparams
+        device, ranks = torch.device("cpu"), (0, 1)
+        if trainer is not None:
+            device, ranks = trainer.strategy.root_device, (trainer.global_rank, trainer.world_size)
+        plan = module.batch_plan() if isinstance(module, PlansBatches) else BatchPlan(*ranks, _same_epoch)
         order = BatchOrder(
             len(images.labels),
-            self.hparams["batch_size"],
+            hparams["batch_size"],
             shuffle=shuffle,
-            seed=self.hparams["seed"],
+            seed=hparams["seed"],
             rank=plan.rank,
             world_size=plan.world_size,
             epoch_map=plan.epoch,
         )
-        place = self.hparams["on_device"]
+        place = hparams["on_device"]
         if place in ("no", False) or (place == "auto" and not fits_on(device, images.images)):
-            return host_loader(images.images.cpu(), images.labels.cpu(), order, num_workers=self.hparams["num_workers"])
+            return host_loader(images.images.cpu(), images.labels.cpu(), order, num_workers=hparams["num_workers"])
         return TensorLoader(images.images.to(device), images.labels.to(device), order)
 
     def train_dataloader(self) -> Iterable[Any]:

@@ -6,18 +6,20 @@ import hashlib
 import os
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from ftd_lightning.data.decoding import (
     SIDEWAYS,
     DecodedImages,
+    LabelledFiles,
     cache_file,
     in_parallel,
     is_deep,
@@ -25,7 +27,7 @@ from ftd_lightning.data.decoding import (
     opened,
     turn_of,
 )
-from ftd_lightning.data.sources import Census, ImageDataset, Part, Request
+from ftd_lightning.data.sources import ImageDataset, Request, resizing
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,17 +37,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-SHOWN_ENDINGS = 5
-OTHER = "other file"
-
-
 @contextmanager
-def told_what_is_unreadable() -> Iterator[None]:
-    """Turn what the operating system refuses to read into an InputError that names the path."""
+def os_errors_as_input_errors() -> Iterator[None]:
+    """Turn an OSError into an InputError that names the path."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); mend that, or remove it") from error
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); fix that, or remove it") from error
 
 
 @cache
@@ -53,56 +51,42 @@ def _announce(line: str) -> None:
     rank_zero_info(line)
 
 
-def _refuse(link: Path, problem: str) -> NoReturn:
-    raise InputError(f"{link}: a link that leads {problem}; put the files themselves there, or remove the link")
-
-
 class ImageTree:
-    """The images below one folder, where every folder is read once.
+    """The images below one folder.
 
-    Links are followed within the tree. A link out of it, up in it, or to a folder that is read anyway is refused: it
-    would add images under labels that are not theirs, or test images to the training part. ``root`` itself may be one.
+    Hidden files are skipped. Links to files are read as files; links to folders are not followed.
 
-    Args:
-        root: no link leads out of it.
+    Attributes:
+        root: the folder.
+        skipped: number of other files that were skipped, by their endings.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._real = Path(os.path.realpath(root))
-        self._read: dict[Path, Path] = {}  # folders, without links: the paths by which they were reached
-        self._skipped: dict[str, str] = {}  # paths: what they are, in words
+        self.skipped: Counter[str] = Counter()
 
     def images(self, folder: Path) -> list[Path]:
-        """List the images in a folder and the folders below it, sorted.
+        """List the images in a folder and the folders below it, sorted."""
 
-        Raises:
-            InputError: for a link that leads elsewhere, or what cannot be read, naming the path.
-        """
+        def fail(error: OSError) -> None:
+            raise error
+
         found: list[Path] = []
-        remaining = [folder]
-        with told_what_is_unreadable():
-            while remaining:
-                here = remaining.pop()
-                self._enter(here)
-                with os.scandir(here) as entries:
-                    for entry in sorted(entries, key=lambda entry: entry.name):
-                        kind = _skipped_as(entry)
-                        if kind:
-                            self._skipped[entry.path] = kind
-                        elif entry.is_dir():
-                            remaining.append(here / entry.name)
-                        else:
-                            if entry.is_symlink():
-                                self._inside(here / entry.name)
-                            found.append(here / entry.name)
+        for here, folders, files in os.walk(folder, onerror=fail):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            self.skipped["linked folder"] += sum(Path(here, name).is_symlink() for name in folders)
+            for name in files:
+                if has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith("."):
+                    found.append(Path(here, name))
+                elif not name.startswith("."):
+                    self.skipped[Path(name).suffix or "no ending"] += 1
         return sorted(found)
 
-    def part(self, folders: Sequence[Path]) -> Part:
+    def part(self, folders: Sequence[Path]) -> LabelledFiles:
         """List the images of classes, each in a folder of its own, in label order.
 
         Raises:
-            InputError: for a class that is missing or has no images, or as for :meth:`images`.
+            InputError: for a class that is missing or has no images.
         """
         files: list[Path] = []
         labels: list[int] = []
@@ -115,56 +99,12 @@ class ImageTree:
                 raise InputError(f"{folder}: holds no images ({endings}); add some, or remove the folder")
             files += images
             labels += [label] * len(images)
-        return Part(files, labels)
+        return LabelledFiles(files, labels)
 
-    def tell_what_is_skipped(self) -> None:
-        """Log what was skipped, counted by kind; a line that was logged before is not repeated."""
-        counts = Counter(self._skipped.values())
-        if counts:
-            endings = sorted({Path(path).suffix or "none" for path, kind in self._skipped.items() if kind == OTHER})
-            more = [*endings[:SHOWN_ENDINGS], "..."] if len(endings) > SHOWN_ENDINGS else endings
-            kinds = [f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in sorted(counts.items())]
-            told = f" (endings: {', '.join(more)})" if more else ""
-            _announce(f"{self.root}: skipped {', '.join(kinds)}{told}")
-
-    def _enter(self, folder: Path) -> None:
-        """Refuse a folder reached by a link which leads out of the tree, up in it, or to what is read anyway."""
-        real = self._inside(folder)
-        if folder.is_symlink() and Path(os.path.realpath(folder.parent)).is_relative_to(real):
-            _refuse(folder, f"up to {real}, which contains it")
-        before = self._read.setdefault(real, folder)
-        if before != folder:
-            link, other = (folder, before) if self._is_linked(folder) else (before, folder)
-            _refuse(self._link(link), f"to images that are also read from {other}")
-
-    def _inside(self, path: Path) -> Path:
-        """Return where a path leads, without links; refuse what is outside."""
-        real = Path(os.path.realpath(path))
-        if not real.is_relative_to(self._real):
-            _refuse(self._link(path), f"out of {self.root}, to {real}")
-        return real
-
-    def _is_linked(self, path: Path) -> bool:
-        return self._link(path).is_symlink()
-
-    def _link(self, path: Path) -> Path:
-        """Find the link by which a path leads elsewhere: the first one on the way from the root."""
-        between = [place for place in (path, *path.parents) if place.is_relative_to(self.root) and place != self.root]
-        return next((place for place in reversed(between) if place.is_symlink()), path)
-
-
-def _skipped_as(entry: os.DirEntry[str]) -> str | None:
-    """Say as what an entry of a folder is skipped; None for images and folders."""
-    is_folder = entry.is_dir()
-    if entry.name.startswith("."):
-        return "hidden folder" if is_folder else "hidden file"
-    if is_folder:
-        return None
-    if entry.name.lower().endswith(".gif"):
-        return "GIF"
-    # Opening a pipe would wait for ever; a link that leads nowhere is kept, to be refused.
-    is_special = not entry.is_file() and Path(entry.path).exists()
-    return OTHER if is_special or not entry.name.lower().endswith(IMG_EXTENSIONS) else None
+    def log_skipped(self) -> None:
+        """Log the number of skipped files; a line that was logged before is not repeated."""
+        if counts := ", ".join(f"{count} {ending}" for ending, count in sorted(self.skipped.items()) if count):
+            _announce(f"{self.root}: skipped {counts}")
 
 
 PARTS = ("train", "val", "test")  # folders of parts under root; where there are none, the folders there are classes
@@ -183,39 +123,39 @@ def _class_folders(folder: Path) -> list[Path]:
     return classes
 
 
-def _split(part: Part, folders: Sequence[Path], fraction: float) -> tuple[Part, Part]:
+def _split(part: LabelledFiles, folders: Sequence[Path], fraction: float) -> dict[str, LabelledFiles]:
     """Cut off the test part, the same share of every class, at least one image.
 
     A hash of each file's name decides which ones, not a seed: the test images of one run must not be among the training
     images of another. A new image moves at most one other of its class into the test part or out of it.
     """
-    train, test = Part([], []), Part([], [])
+    parts = {"train": LabelledFiles([], []), "test": LabelledFiles([], [])}
     for label, folder in enumerate(folders):
         files = [file for file, of in zip(part.files, part.labels, strict=True) if of == label]
         if len(files) < 2:
             raise InputError(f"{folder}: holds one image, one to train and one to test are needed at least")
         count = min(max(round(fraction * len(files)), 1), len(files) - 1)
-        chosen = set(sorted(files, key=partial(_drawn, folder.parent))[:count])
+        chosen = set(sorted(files, key=partial(_name_hash, folder.parent))[:count])
         for file in files:
-            to = test if file in chosen else train
+            to = parts["test" if file in chosen else "train"]
             to.files.append(file)
             to.labels.append(label)
-    return train, test
+    return parts
 
 
-def _drawn(root: Path, file: Path) -> bytes:
+def _name_hash(root: Path, file: Path) -> bytes:
     return hashlib.blake2b(os.fsencode(file.relative_to(root).as_posix())).digest()
 
 
-def _parts(root: Path, fraction: float) -> tuple[tuple[str, ...], dict[str, Part]]:
+def _find_parts(request: Request) -> tuple[tuple[str, ...], dict[str, LabelledFiles]]:
     """The names of the classes, and the parts: "train", "test" and, if all three have folders, "val"."""
-    tree = ImageTree(root)
+    root, tree = request.root, ImageTree(request.root)
     there = [name for name in PARTS if (root / name).is_dir()]
     if not there:
         classes = _class_folders(root)
-        train, test = _split(tree.part(classes), classes, fraction)
-        tree.tell_what_is_skipped()
-        return tuple(path.name for path in classes), {"train": train, "test": test}
+        parts = _split(tree.part(classes), classes, request.test_fraction)
+        tree.log_skipped()
+        return tuple(path.name for path in classes), parts
     if len(there) == 1 or "train" not in there:
         missing = "no val/ or test/" if there == ["train"] else "no train/"
         raise InputError(
@@ -229,7 +169,7 @@ def _parts(root: Path, fraction: float) -> tuple[tuple[str, ...], dict[str, Part
             if path.name not in names:
                 raise InputError(f"{root / other / path.name}: no such folder, but there is {path}")
     parts = {name: tree.part(classes) for name, classes in folders.items()}
-    tree.tell_what_is_skipped()
+    tree.log_skipped()
     if "test" not in parts:
         parts["test"] = parts.pop("val")
     return tuple(path.name for path in folders["train"]), parts
@@ -257,61 +197,121 @@ def _read_header(image: ImageFile.ImageFile) -> _Header:
     return _Header(size, mode, turn is not None, image.has_transparency_data, bits, is_grey(image))
 
 
-def _census(names: Sequence[str], parts: Mapping[str, Part]) -> Census:
-    """Look at the headers of all files, in parallel; the training part decides channels and size."""
-    files = [file for part in parts.values() for file in part.files]
+@dataclass(frozen=True)
+class Census:
+    """Counts over all image files of a folder, by their headers.
 
-    def look(i: int) -> _Header | InputError:
-        try:
-            return opened(files[i], _read_header)
-        except InputError as error:
-            return error
+    Attributes:
+        files: number of files, unreadable ones included.
+        sizes: files by (width, height) in pixels, as they are shown: after turning.
+        modes: files by Pillow mode, such as "RGB", "L" or "I;16"; "RGB;16" and the like where 8 of 16 bits are read.
+        turned: files whose EXIF orientation is applied.
+        transparent: files with an alpha channel or a transparent colour, which are composited on white.
+        bits: bits per value of the deepest file, 8 or 16.
+        classes: files of each class, by name, in label order.
+        unreadable: files that are not readable images.
+        channels: 1 if all training images are grey, else 3.
+        size: default height and width in pixels: the shorter side of the most common size of the training images, so
+            that no detail is made up.
+    """
 
-    looks = in_parallel(look, len(files), "looking at images")
-    headers = [header for header in looks if isinstance(header, _Header)]
-    train = [header for header in looks[: len(parts["train"].files)] if isinstance(header, _Header)]
-    if not train:
-        raise next(error for error in looks if isinstance(error, InputError))
-    sizes = Counter(header.size for header in train)
-    counts = Counter(label for part in parts.values() for label in part.labels)
-    most = max(sizes.values())
-    return Census(
-        files=len(files),
-        sizes=Counter(header.size for header in headers),
-        modes=Counter(header.mode for header in headers),
-        turned=sum(header.turned for header in headers),
-        transparent=sum(header.transparent for header in headers),
-        bits=max(header.bits for header in headers),
-        classes={name: counts[label] for label, name in enumerate(names)},
-        unreadable=len(files) - len(headers),
-        channels=1 if all(header.grey for header in train) else 3,
-        size=min(min(size) for size, count in sizes.items() if count == most),
-    )
+    files: int
+    sizes: Mapping[tuple[int, int], int]
+    modes: Mapping[str, int]
+    turned: int
+    transparent: int
+    bits: int
+    classes: Mapping[str, int]
+    unreadable: int
+    channels: int
+    size: int
+
+    @classmethod
+    def take(cls, names: Sequence[str], parts: Mapping[str, LabelledFiles]) -> Census:
+        """Look at the headers of all files, in parallel; the training part decides channels and size."""
+        files = [file for part in parts.values() for file in part.files]
+
+        def look(i: int) -> _Header | InputError:
+            try:
+                return opened(files[i], _read_header)
+            except InputError as error:
+                return error
+
+        looks = in_parallel(look, len(files), "looking at images")
+        headers = [header for header in looks if isinstance(header, _Header)]
+        train = [header for header in looks[: len(parts["train"].files)] if isinstance(header, _Header)]
+        if not train:
+            raise next(error for error in looks if isinstance(error, InputError))
+        sizes = Counter(header.size for header in train)
+        counts = Counter(label for part in parts.values() for label in part.labels)
+        return cls(
+            files=len(files),
+            sizes=Counter(header.size for header in headers),
+            modes=Counter(header.mode for header in headers),
+            turned=sum(header.turned for header in headers),
+            transparent=sum(header.transparent for header in headers),
+            bits=max(header.bits for header in headers),
+            classes={name: counts[label] for label, name in enumerate(names)},
+            unreadable=len(files) - len(headers),
+            channels=1 if all(header.grey for header in train) else 3,
+            size=min(min(size) for size, count in sizes.items() if count == max(sizes.values())),
+        )
+
+    def lines(self) -> list[str]:
+        """Describe the files in one line, and in a second one how they are changed, if they are.
+
+        Example:
+            >>> sizes, classes = {(64, 48): 3, (32, 32): 2}, {"cat": 4, "dog": 1}
+            >>> first, second = Census(5, sizes, {"RGB": 4, "L": 1}, 2, 1, 8, classes, 0, 3, 48).lines()
+            >>> first
+            '5 images of 32 x 32 to 64 x 48 px in colour; 2 classes of 1 (dog) to 4 (cat)'
+            >>> second
+            '2 are turned upright by EXIF orientation; 1 is transparent, composited on white'
+        """
+        ends = [f"{width} x {height}" for width, height in sorted(self.sizes, key=lambda size: size[0] * size[1])]
+        size = " to ".join(dict.fromkeys([ends[0], ends[-1]])) if ends else "unknown size"
+        few, many = (pick(self.classes, key=lambda name: self.classes[name]) for pick in (min, max))
+        least, most = self.classes[few], self.classes[many]
+        each = f"{most} each" if least == most else f"{least} ({few}) to {most} ({many})"
+        depth = "" if self.bits <= 8 else f", up to {self.bits} bits per value"
+        colour = "in grey" if self.channels == 1 else "in colour"
+        first = f"{self.files:,} images of {size} px {colour}{depth}; {len(self.classes)} classes of {each}"
+        changes = {
+            "turned upright by EXIF orientation": self.turned,
+            "transparent, composited on white": self.transparent,
+            "read with 8 of their 16 bits": sum(
+                count for mode, count in self.modes.items() if mode.endswith(";16") and mode != "I;16"
+            ),
+            "unreadable": self.unreadable,
+        }
+        second = [f"{count:,} {'is' if count == 1 else 'are'} {change}" for change, count in changes.items() if count]
+        return [first, "; ".join(second)] if second else [first]
+
+    def resizing(self, size: int) -> str | None:
+        """Say how resizing to squares of a height and width in pixels changes the images; None where it does not."""
+        return resizing(self.sizes, size)
 
 
 def take_folder_census(request: Request) -> Census:
     """Look at the headers of all images of a folder; see :func:`find_folder`."""
-    return _census(*_names_and_parts(request))
+    with os_errors_as_input_errors():
+        return Census.take(*_find_parts(request))
 
 
 def folder_labels(request: Request) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """List the images of a folder without opening them: the names of its classes, and the labels of each part."""
-    names, parts = _names_and_parts(request)
+    with os_errors_as_input_errors():
+        names, parts = _find_parts(request)
     return names, {name: torch.tensor(part.labels) for name, part in parts.items()}
 
 
-def _names_and_parts(request: Request) -> tuple[tuple[str, ...], dict[str, Part]]:
-    with told_what_is_unreadable():
-        return _parts(request.root, request.test_fraction)
-
-
-def _form(names: Sequence[str], parts: Mapping[str, Part], image_size: int | None) -> dict[str, Any]:
-    census = _census(names, parts)
+def _form(names: Sequence[str], parts: Mapping[str, LabelledFiles], image_size: int | None) -> dict[str, Any]:
+    census = Census.take(names, parts)
     size = image_size or census.size
-    if told := census.resizing(size):
-        rank_zero_info(told)
-    form = {"channels": census.channels, "size": size, "deep": any(mode.startswith("I;16") for mode in census.modes)}
-    return {**form, "native_size": census.size, "census": census.as_json()}
+    if change := census.resizing(size):
+        rank_zero_info(change)
+    deep = any(mode.startswith("I;16") for mode in census.modes)
+    return {"channels": census.channels, "size": size, "deep": deep, "native_size": census.size}
 
 
 def find_folder(request: Request) -> ImageDataset:
@@ -323,37 +323,33 @@ def find_folder(request: Request) -> ImageDataset:
       a share of the others is held out.
 
     All parts have the same classes: the folders in alphabetical order, with any folders below. There is one channel if
-    all training images are grey, else three; the size is the most common one of the training images (of its sides the
-    shorter) if none is asked for; mean and std are those of all pixels of the training images. Images of 16 bits per
-    value are divided by their largest value, the "maximum" of descriptions. Descriptions contain all of this, a
-    fingerprint of the decoded images, and another of the held-out images of ``val/``. GIFs, hidden files and files that
-    are not images are skipped and counted.
+    all training images are grey, else three; the default size is the most common one of the training images (of its
+    sides the shorter); mean and std are measured on all pixels of the training images. Images of 16 bits per value are
+    divided by their largest value, the "maximum" of fingerprints, which hold all of this and hashes of the decoded
+    images. GIFs and files that are not images are skipped and counted.
 
     Raises:
-        InputError: for another layout, a class that a part lacks or has no images of, an unreadable image, or a link
-            that leads elsewhere (see :class:`~ftd_lightning.data.folder.ImageTree`), naming the folder or file.
+        InputError: for another layout, a class that a part lacks or has no images of, or an unreadable image, naming
+            the folder or file.
     """
-    root = request.root
-    names, parts = _names_and_parts(request)
-    path = cache_file(request.cache_dir, "folder", request.image_size or "native", root, parts)
-    form, sizes = partial(_form, names, parts, request.image_size), ("in_channels", "image_size", "native_size")
-    decoded = DecodedImages(path, parts["train"], parts["test"], form, sizes, parts.get("val"))
+    with os_errors_as_input_errors():
+        names, parts = _find_parts(request)
+    path = cache_file(request.cache_dir, "folder", request.image_size or "native", request.root, parts)
+    decoded = DecodedImages(path, parts, partial(_form, names, parts, request.image_size))
     metadata = decoded.metadata()
-    # Told only where it was used, so that whoever reads a description can ask for the same images.
-    split = {} if (root / "train").is_dir() else {"test_fraction": request.test_fraction}
-    shape = {key: metadata[key] for key in ("in_channels", "image_size")}
+    # Only where it was used, so that whoever reads a description can ask for the same images.
+    split = {} if (request.root / "train").is_dir() else {"test_fraction": request.test_fraction}
     # As of images that are given as objects: which share was asked for says nothing then.
-    given = {"val_fraction": None, "held_out": metadata["held_out"]} if "val" in parts else {}
-    deep = {"maximum": metadata["maximum"]} if "maximum" in metadata else {}
-    contents = {"class_names": list(names), "fingerprint": metadata["fingerprint"], **shape, **split, **given, **deep}
+    given = {"val_fraction": None} if "val" in parts else {}
+    recorded = ("fingerprint", "held_out", "maximum", "in_channels", "image_size")
+    contents = {"class_names": list(names), **{key: metadata[key] for key in recorded if key in metadata}}
     return ImageDataset(
         class_names=names,
+        in_channels=metadata["in_channels"],
+        image_size=metadata["image_size"],
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
         load=decoded.load,
         native_size=metadata["native_size"],
-        identify=partial(dict, contents),
-        held_out=decoded.load_held_out if "val" in parts else None,
-        census=Census.from_json(metadata["census"]),
-        **shape,
+        contents=partial(dict, {**contents, **split, **given}),
     )

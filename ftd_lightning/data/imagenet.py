@@ -13,122 +13,83 @@ from urllib.error import URLError
 from torchvision.datasets.utils import check_integrity, download_url
 from tqdm.auto import tqdm
 
-from ftd_lightning.data.decoding import DecodedImages, cache_file
-from ftd_lightning.data.folder import ImageTree, told_what_is_unreadable
-from ftd_lightning.data.sources import IMAGENET_MEAN, IMAGENET_STD, ImageDataset, Part, Parts, Request
+from ftd_lightning.data.decoding import DecodedImages, LabelledFiles, cache_file
+from ftd_lightning.data.folder import ImageTree, os_errors_as_input_errors
+from ftd_lightning.data.sources import ImageDataset, Request
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ftd_lightning.data.sources import Parts
 
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pictures in [0, 1]
 IMAGE_SIZE = 128
 
 # In label order: WordNet id and name. This is the original split of ILSVRC 2012, not that of the smaller releases.
 SUBSETS: dict[str, dict[str, str]] = {
-    "imagenette": {
-        "n01440764": "tench",
-        "n02102040": "english_springer",
-        "n02979186": "cassette_player",
-        "n03000684": "chain_saw",
-        "n03028079": "church",
-        "n03394916": "french_horn",
-        "n03417042": "garbage_truck",
-        "n03425413": "gas_pump",
-        "n03445777": "golf_ball",
-        "n03888257": "parachute",
-    },
-    "imagewoof": {
-        "n02096294": "australian_terrier",
-        "n02093754": "border_terrier",
-        "n02111889": "samoyed",
-        "n02088364": "beagle",
-        "n02086240": "shih-tzu",
-        "n02089973": "english_foxhound",
-        "n02087394": "rhodesian_ridgeback",
-        "n02115641": "dingo",
-        "n02099601": "golden_retriever",
-        "n02105641": "old_english_sheepdog",
-    },
-    "imagefruit": {
-        "n07753275": "pineapple",
-        "n07753592": "banana",
-        "n07745940": "strawberry",
-        "n07747607": "orange",
-        "n07749582": "lemon",
-        "n07768694": "pomegranate",
-        "n07753113": "fig",
-        "n07720875": "bell_pepper",
-        "n07718472": "cucumber",
-        "n07742313": "granny_smith",
-    },
-    "imagemeow": {
-        "n02123045": "tabby",
-        "n02123159": "tiger_cat",
-        "n02123394": "persian",
-        "n02123597": "siamese",
-        "n02124075": "egyptian",
-        "n02129165": "lion",
-        "n02129604": "tiger",
-        "n02128925": "jaguar",
-        "n02128757": "snow_leopard",
-        "n02127052": "lynx",
-    },
-    "imagesquawk": {
-        "n01806143": "peacock",
-        "n02007558": "flamingo",
-        "n01818515": "macaw",
-        "n02051845": "pelican",
-        "n02056570": "king_penguin",
-        "n01614925": "bald_eagle",
-        "n01843383": "toucan",
-        "n01518878": "ostrich",
-        "n01860187": "black_swan",
-        "n01819313": "cockatoo",
-    },
-    "imageyellow": {
-        "n02206856": "bee",
-        "n12057211": "yellow_ladys_slipper",
-        "n07753592": "banana",
-        "n07749582": "lemon",
-        "n12144580": "corn",
-        "n04146614": "school_bus",
-        "n03530642": "honeycomb",
-        "n02129165": "lion",
-        "n01773157": "garden_spider",
-        "n01531178": "goldfinch",
-    },
+    subset: dict(pair.split(":") for pair in classes.split())
+    for subset, classes in {
+        "imagenette": """
+            n01440764:tench n02102040:english_springer n02979186:cassette_player n03000684:chain_saw n03028079:church
+            n03394916:french_horn n03417042:garbage_truck n03425413:gas_pump n03445777:golf_ball n03888257:parachute
+        """,
+        "imagewoof": """
+            n02096294:australian_terrier n02093754:border_terrier n02111889:samoyed n02088364:beagle
+            n02086240:shih-tzu n02089973:english_foxhound n02087394:rhodesian_ridgeback n02115641:dingo
+            n02099601:golden_retriever n02105641:old_english_sheepdog
+        """,
+        "imagefruit": """
+            n07753275:pineapple n07753592:banana n07745940:strawberry n07747607:orange n07749582:lemon
+            n07768694:pomegranate n07753113:fig n07720875:bell_pepper n07718472:cucumber n07742313:granny_smith
+        """,
+        "imagemeow": """
+            n02123045:tabby n02123159:tiger_cat n02123394:persian n02123597:siamese n02124075:egyptian n02129165:lion
+            n02129604:tiger n02128925:jaguar n02128757:snow_leopard n02127052:lynx
+        """,
+        "imagesquawk": """
+            n01806143:peacock n02007558:flamingo n01818515:macaw n02051845:pelican n02056570:king_penguin
+            n01614925:bald_eagle n01843383:toucan n01518878:ostrich n01860187:black_swan n01819313:cockatoo
+        """,
+        "imageyellow": """
+            n02206856:bee n12057211:yellow_ladys_slipper n07753592:banana n07749582:lemon n12144580:corn
+            n04146614:school_bus n03530642:honeycomb n02129165:lion n01773157:garden_spider n01531178:goldfinch
+        """,
+    }.items()
 }
 
 
 def _decoded(name: str, size: int, request: Request) -> DecodedImages:
-    root = request.root
-    with told_what_is_unreadable():
-        tree, wnids = root / "imagenet" if (root / "imagenet").is_dir() else root, list(SUBSETS[name])
-        missing = [f"{part}/{wnid}" for part in ("train", "val") for wnid in wnids if not (tree / part / wnid).is_dir()]
+    root, wnids = request.root, SUBSETS[name]
+    tree = root / "imagenet" if (root / "imagenet").is_dir() else root
+    folders = {part: [tree / folder / wnid for wnid in wnids] for part, folder in (("train", "train"), ("test", "val"))}
+    missing = [path for paths in folders.values() for path in paths if not path.is_dir()]
     if missing:
         raise InputError(
             f"{root}: the images of {name} are missing ({len(missing)} of {2 * len(wnids)} folders, the first is "
-            f"{missing[0]}) and cannot be downloaded; put ILSVRC 2012 as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG "
-            f"into {root / 'imagenet'}, or set data.root to the folder that contains both"
+            f"{missing[0].relative_to(tree)}) and cannot be downloaded; put ILSVRC 2012 as train/<wnid>/*.JPEG and "
+            f"val/<wnid>/*.JPEG into {root / 'imagenet'}, or set data.root to the folder that contains both"
         )
     images = ImageTree(tree)
-    train, test = (images.part([tree / part / wnid for wnid in wnids]) for part in ("train", "val"))
-    images.tell_what_is_skipped()
-    path = cache_file(request.cache_dir, name, size, tree, {"train": train, "test": test})
-    return DecodedImages(path, train, test, partial(dict, channels=3, size=size))
+    with os_errors_as_input_errors():
+        parts = {part: images.part(paths) for part, paths in folders.items()}
+    images.log_skipped()
+    return DecodedImages(
+        cache_file(request.cache_dir, name, size, tree, parts), parts, partial(dict, channels=3, size=size)
+    )
 
 
 def _load(name: str, size: int, request: Request) -> Parts:
     return _decoded(name, size, request).load()
 
 
-def _identify(name: str, size: int, request: Request) -> dict[str, Any]:
-    return {"fingerprint": _decoded(name, size, request).metadata()["fingerprint"]}
+def _contents(name: str, size: int, request: Request) -> dict[str, Any]:
+    return _decoded(name, size, request).contents()
 
 
 def find_subset(name: str, request: Request) -> ImageDataset:
-    """Describe a subset without looking at files; ``load`` and ``identify`` decode them.
+    """Describe a subset without looking at files; ``load`` and ``contents`` decode them.
 
     Images are squashed to 128 x 128 pixels, or to the size that is asked for; val/ is the test part. Grey files become
     RGB. ``train/<wnid>`` and ``val/<wnid>`` are read under ``root/imagenet``, or under root; where folders are missing,
@@ -139,8 +100,8 @@ def find_subset(name: str, request: Request) -> ImageDataset:
         ('pineapple', 'banana')
     """
     size, names = request.image_size or IMAGE_SIZE, tuple(SUBSETS[name].values())
-    load, identify = partial(_load, name, size, request), partial(_identify, name, size, request)
-    return ImageDataset(names, 3, size, IMAGENET_MEAN, IMAGENET_STD, load, native_size=IMAGE_SIZE, identify=identify)
+    load, contents = partial(_load, name, size, request), partial(_contents, name, size, request)
+    return ImageDataset(names, 3, size, MEAN, STD, load, native_size=IMAGE_SIZE, contents=contents)
 
 
 NAME = "tiny-imagenet-200"
@@ -176,7 +137,7 @@ def _lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is no text in UTF-8; take it from the official archive") from error
+        raise InputError(f"{file}: is not text in UTF-8; take it from the official archive") from error
 
 
 def _class_names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
@@ -193,44 +154,37 @@ def _class_names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
 
 def _wnids(folder: Path) -> list[str]:
     """The classes in label order: that of wnids.txt if it names the folders of train/, else theirs, sorted."""
-    train = folder / "train"
+    train, file = folder / "train", folder / "wnids.txt"
     there = sorted(path.name for path in train.iterdir() if path.is_dir()) if train.is_dir() else []
     if not there:
         raise InputError(f"{train}: no folders of classes here; the layout of the official archive is needed")
-    file = folder / "wnids.txt"
     listed = " ".join(_lines(file)).split() if file.is_file() else []
     return listed if sorted(listed) == there else there
 
 
-def _test_part(folder: Path, tree: ImageTree, wnids: list[str]) -> Part:
+def _test_part(folder: Path, tree: ImageTree, wnids: list[str]) -> LabelledFiles:
     """The images of val/, which lie in one folder, by the labels of val_annotations.txt."""
     annotations = folder / "val" / "val_annotations.txt"
     if not annotations.is_file():
         raise InputError(f"{annotations}: no such file; the layout of the official archive is needed")
     labels = {wnid: label for label, wnid in enumerate(wnids)}
-    part, images = Part([], []), folder / "val" / "images"
+    part, images = LabelledFiles([], []), folder / "val" / "images"
     there = set(tree.images(images))
     for number, line in enumerate(_lines(annotations), start=1):
         name, wnid = (*line.split("\t"), "", "")[:2]
         if wnid not in labels:
             raise InputError(f"{annotations}, line {number}: class {wnid!r} has no folder in train/")
-        file = images / name
-        if file not in there:
-            raise InputError(f"{file}: no such image, but line {number} of {annotations.name} names it")
-        part.files.append(file)
+        if images / name not in there:  # nor is any path that leads elsewhere
+            raise InputError(f"{images / name}: no such image, but line {number} of {annotations.name} names it")
+        part.files.append(images / name)
         part.labels.append(labels[wnid])
-    for wnid in wnids:
-        if labels[wnid] not in part.labels:
-            raise InputError(f"{annotations}: names no image of the class {wnid}, which has a folder in train/")
+    if lacking := set(labels.values()).difference(part.labels):
+        raise InputError(f"{annotations}: names no image of the class {wnids[min(lacking)]}, which is in train/")
     return part
 
 
-def _identify_tiny(decoded: DecodedImages) -> dict[str, Any]:
-    return {"fingerprint": decoded.metadata()["fingerprint"]}
-
-
 def find_tiny_imagenet(request: Request) -> ImageDataset:
-    """Describe Tiny ImageNet by the folder ``tiny-imagenet-200`` under root; ``load`` and ``identify`` decode it.
+    """Describe Tiny ImageNet by the folder ``tiny-imagenet-200`` under root; ``load`` and ``contents`` decode it.
 
     Every class of ``train/`` is one, be it 200 or a part of them; ``val/`` is the test part.
 
@@ -246,22 +200,13 @@ def find_tiny_imagenet(request: Request) -> ImageDataset:
             )
         request.root.mkdir(parents=True, exist_ok=True)
         _download(folder)
-    with told_what_is_unreadable():
-        wnids, size = _wnids(folder), request.image_size or TINY_SIZE
+    size = request.image_size or TINY_SIZE
+    with os_errors_as_input_errors():
+        wnids = _wnids(folder)
         names = _class_names(folder, wnids)
-        # What is skipped is not told: the archive has a text file beside the images of every class.
-        tree = ImageTree(folder)
+        tree = ImageTree(folder)  # skipped files are not logged: the archive has a text file for every class
         train = tree.part([folder / "train" / wnid for wnid in wnids])
-        test = _test_part(folder, tree, wnids)
-    path = cache_file(request.cache_dir, "tiny-imagenet", size, folder, {"train": train, "test": test})
-    decoded = DecodedImages(path, train, test, partial(dict, channels=3, size=size))
-    return ImageDataset(
-        class_names=names,
-        in_channels=3,
-        image_size=size,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        load=decoded.load,
-        native_size=TINY_SIZE,
-        identify=partial(_identify_tiny, decoded),
-    )
+        parts = {"train": train, "test": _test_part(folder, tree, wnids)}
+    path = cache_file(request.cache_dir, "tiny-imagenet", size, folder, parts)
+    decoded = DecodedImages(path, parts, partial(dict, channels=3, size=size))
+    return ImageDataset(names, 3, size, MEAN, STD, decoded.load, native_size=TINY_SIZE, contents=decoded.contents)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -52,17 +51,13 @@ def write_images_file(dataset: ImageDataset, folder: Path) -> Path:
         folder: is made.
 
     Returns:
-        The file: ``train_images`` (N, C, H, W) uint8 or float32 in [0, 1], ``train_labels`` (N,) int64, likewise of
-        "test" and, where there are held-out ones, of "val"; its metadata has "class_names" and, of pictures that were
-        of 16 bits, the "maximum" that they were divided by.
+        The file; docs/formats.md says what it holds.
     """
-    train, test = dataset.load()
-    parts = {"train": train, "test": test, **({} if dataset.held_out is None else {"val": dataset.held_out()})}
     tensors: dict[str, Tensor] = {}
-    for name, (pictures, labels) in parts.items():
+    for name, (pictures, labels) in dataset.load().items():
         tensors |= {f"{name}_images": pictures, f"{name}_labels": labels}
     path = folder / FILE
-    maximum = {key: value for key, value in dataset.identify().items() if key == "maximum"}
+    maximum = {key: value for key, value in dataset.contents().items() if key == "maximum"}
     write_tensors(path, tensors, kind=KIND, metadata={"class_names": list(dataset.class_names), **maximum})
     return path
 
@@ -78,24 +73,13 @@ def find_images_file(request: Request) -> ImageDataset:
     names = file.metadata.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: class_names are not a list of names; write it again")
-    parts: dict[str, Pictures] = {}
-    for part in ("train", "test", "val"):
-        wanted = {f"{part}_images", f"{part}_labels"}
-        if not wanted <= file.names:
-            if part == "val":
-                continue
-            raise InputError(f"{path}: holds no {' and '.join(sorted(wanted - file.names))}; write it again")
-        pair = (file[f"{part}_images"], file[f"{part}_labels"])
-        parts[part] = read_images(pair, f"{path}: {part}", transform=None)
-    described = describe_images(
-        parts["train"],
-        parts["test"],
-        parts.get("val"),
-        class_names=names,
-        transform=None,
-        maximum=file.metadata.get("maximum"),
-    )
-    return described.at(request.image_size)
+    parts = {
+        name: read_images((file[f"{name}_images"], file[f"{name}_labels"]), f"{path}: {name}", transform=None)
+        for name in ("train", "test", "val")
+        if name != "val" or "val_images" in file.names
+    }
+    maximum = file.metadata.get("maximum")
+    return describe_images(parts, class_names=names, transform=None, maximum=maximum).at(request.image_size)
 
 
 READ_TWICE = 4  # items that are read a second time, to notice random augmentation
@@ -112,10 +96,10 @@ def read_images(data: Any, part: str, *, image_size: int | None = None, transfor
             pair of tensors, images (N, C, H, W) or (N, H, W) and labels (N,).
         part: "train", "val" or "test", for messages.
         image_size: height and width to resize to; None: all images must have one size.
-        transform: what the images have gone through already; None: they are pictures.
+        transform: of images that are normalised already; None: they are pictures.
 
     Raises:
-        InputError: for anything else, for images that are no pictures, and for wrong labels.
+        InputError: for anything else, for images that are not pictures, and for wrong labels.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
         return joined([as_batch(data[0], data[1], part)], part, image_size=image_size, transform=transform)
@@ -142,13 +126,10 @@ def read_datasets(
     transform: ImageTransform | None = None,
 ) -> ImageDataset:
     """Read all parts and describe them; see :func:`read_images` and :func:`describe_images`."""
-    parts = {
-        part: read_images(data, part, image_size=image_size, transform=transform)
-        for part, data in (("train", train), ("test", test), ("val", val))
-        if data is not None
-    }
+    given = {"train": train, "test": test, **({} if val is None else {"val": val})}
+    parts = {name: read_images(data, name, image_size=image_size, transform=transform) for name, data in given.items()}
     names = class_names or classes_of(train, parts["train"].labels)
-    return describe_images(parts["train"], parts["test"], parts.get("val"), class_names=names, transform=transform)
+    return describe_images(parts, class_names=names, transform=transform)
 
 
 def classes_of(dataset: Any, labels: Tensor) -> Sequence[str] | None:
@@ -197,6 +178,7 @@ def _as_labels(labels: Any, part: str) -> Tensor:
 
 
 def _as_item(item: Any, part: str) -> Batch:
+    """Turn an item of a dataset into a batch of one."""
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise InputError(f"{part}: items must be pairs (image, label), not {type(item).__name__}")
     image, label = item
@@ -231,34 +213,32 @@ def joined(
         batches: as from :func:`as_batch`.
         part: for messages.
         image_size: height and width to resize to.
-        transform: what the images have gone through already.
+        transform: of images that are normalised already.
 
     Raises:
-        InputError: for images of several sizes without ``image_size``, and for what are no pictures.
+        InputError: for images of several sizes without ``image_size``, and for images that are not pictures.
     """
-    given, pictures = Counter[tuple[int, int]](), []
-    for images, of in batches:
+    given, pictures, labels = Counter[tuple[int, int]](), list[Tensor](), list[Tensor]()
+    for images, some in batches:
         given[images.shape[3], images.shape[2]] += len(images)
-        pictures.append((_resize(_checked(images, part, transform), image_size), of))
-    if not any(len(labels) for _, labels in pictures):
+        pictures.append(_resize(_checked(images, part, transform), image_size))
+        labels.append(some)
+    if not any(map(len, labels)):
         raise InputError(f"{part}: contains no images")
-    shapes = Counter(tuple(images.shape[1:]) for images, _ in pictures)
-    sizes, channels = {shape[1:] for shape in shapes}, {shape[0] for shape in shapes}
+    sizes, channels = {images.shape[2:] for images in pictures}, {images.shape[1] for images in pictures}
     if len(sizes) > 1 or any(height != width for height, width in sizes):
-        some = ", ".join(f"{height} x {width}" for height, width in sorted(sizes)[:3])
-        raise InputError(f"{part}: images must be square and of one size, not {some}; image_size= resizes them")
+        some_sizes = ", ".join(f"{height} x {width}" for height, width in sorted(sizes)[:3])
+        raise InputError(f"{part}: images must be square and of one size, not {some_sizes}; image_size= resizes them")
     if len(channels) > 1 and channels != {1, 3}:
         raise InputError(f"{part}: images have {', '.join(map(str, sorted(channels)))} channels; all need the same")
-    if len({images.dtype for images, _ in pictures}) > 1:
+    if len({images.dtype for images in pictures}) > 1:
         raise InputError(f"{part}: images are of several types, such as uint8 and floats; {EXPECTED}")
-    if image_size is not None and (told := resizing(given, image_size)):
-        rank_zero_info(f"{part}: {told}")
-    (size,), count = sizes, sum(len(labels) for _, labels in pictures)
-    out, done = torch.empty(count, max(channels), *size, dtype=pictures[0][0].dtype), 0
-    for images, _ in pictures:
-        out[done : done + len(images)] = images  # grey ones are repeated in every channel
-        done += len(images)
-    return Pictures(out if transform else _as_bytes(out), torch.cat([labels for _, labels in pictures]))
+    if image_size is not None and (change := resizing(given, image_size)):
+        rank_zero_info(f"{part}: {change}")
+    out = torch.empty(sum(map(len, labels)), max(channels), *sizes.pop(), dtype=pictures[0].dtype)
+    for to, images in zip(out.split([len(some) for some in labels]), pictures, strict=True):
+        to.copy_(images)  # grey ones are repeated in every channel
+    return Pictures(out if transform else _as_bytes(out), torch.cat(labels))
 
 
 def _resize(images: Tensor, size: int | None) -> Tensor:
@@ -293,37 +273,27 @@ def _as_bytes(pictures: Tensor) -> Tensor:
 
 
 def describe_images(
-    train: Pictures,
-    test: Pictures,
-    val: Pictures | None,
-    *,
-    class_names: Sequence[str] | None,
-    transform: ImageTransform | None,
-    maximum: int | None = None,
+    parts: Parts, *, class_names: Sequence[str] | None, transform: ImageTransform | None, maximum: int | None = None
 ) -> ImageDataset:
     """Describe images in memory; their contents identify them.
 
-    Those of uint16 are divided by their largest value, the "maximum" of the description.
+    Those of uint16 are divided by their largest value, the "maximum" of the fingerprint.
 
     Args:
-        train: as from :func:`read_images`.
-        test: likewise.
-        val: those that are held out; None: a share of the training images is.
+        parts: "train", "test" and, where images are given as held out, "val"; as from :func:`read_images`.
         class_names: K names; None numbers the classes.
-        transform: what the images have gone through already.
+        transform: of images that are normalised already.
         maximum: divisor that has been applied to images of 16 bits; None: there was none.
 
     Raises:
         InputError: for labels other than 0 .. K-1, a class without a training image, or parts of different shapes.
     """
-    parts = {"train": train, "test": test, **({} if val is None else {"val": val})}
     deep = [int(part.pictures.int().max()) for part in parts.values() if part.pictures.dtype == torch.uint16]
     if deep:
         maximum = max(1, *deep)  # all of them may be black
         parts = {name: _scaled(part, maximum) for name, part in parts.items()}
-        train, test, val = parts["train"], parts["test"], parts.get("val")
-    names = _class_names(train.labels, class_names)
-    shape = tuple(train.pictures.shape[1:])
+    train = parts["train"]
+    names, shape = _class_names(train.labels, class_names), tuple(train.pictures.shape[1:])
     for part, (pictures, labels) in parts.items():
         if tuple(pictures.shape[1:]) != shape:
             raise InputError(f"{part}: images are {tuple(pictures.shape[1:])}, those of train {shape}; see image_size=")
@@ -335,8 +305,8 @@ def describe_images(
     for label, count in enumerate(train.labels.bincount(minlength=len(names)).tolist()):
         if not count:
             raise InputError(f"train: class {label} ({names[label]}) has no image; number the classes without gaps")
-    identity: dict[str, Any] = {**fingerprints(train, test, val), **({} if val is None else {"val_fraction": None})}
-    identity |= {} if maximum is None else {"maximum": maximum}
+    contents: dict[str, Any] = {**fingerprints(parts), **({"val_fraction": None} if "val" in parts else {})}
+    contents |= {} if maximum is None else {"maximum": maximum}
     moments = {"mean": [0.0] * shape[0], "std": [1.0] * shape[0]} if transform else measure(train.pictures)
     return ImageDataset(
         class_names=names,
@@ -344,9 +314,8 @@ def describe_images(
         image_size=shape[1],
         mean=tuple(moments["mean"]),
         std=tuple(moments["std"]),
-        load=partial(_both, train, test),
-        identify=partial(dict, identity),
-        held_out=None if val is None else partial(_given, val),
+        load=partial(dict, parts),
+        contents=partial(dict, contents),
         transform=transform,
     )
 
@@ -356,14 +325,6 @@ def _scaled(part: Pictures, maximum: int) -> Pictures:
     return Pictures(_as_bytes(part.pictures.float() / maximum), part.labels) if deep else part
 
 
-def _given(val: Pictures) -> Pictures:
-    return val
-
-
-def _both(train: Pictures, test: Pictures) -> Parts:
-    return train, test
-
-
 def _class_names(labels: Tensor, names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
         return tuple(map(str, range(int(labels.max()) + 1)))
@@ -371,64 +332,59 @@ def _class_names(labels: Tensor, names: Sequence[str] | None) -> tuple[str, ...]
     return tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in names)
 
 
-@dataclass(frozen=True)
-class OwnDataModule:
-    """Another LightningDataModule, whose images are to be read.
+def read_datamodule(
+    datamodule: LightningDataModule,
+    trainer: Trainer | None,
+    *,
+    class_names: Sequence[str] | None = None,
+    transform: ImageTransform | None = None,
+) -> tuple[ImageDataset, int]:
+    """Set another LightningDataModule up and read all its images; also return its batch size.
 
-    Attributes:
+    Args:
         datamodule: its loaders yield (images, labels).
+        trainer: that fits or tests with it, if there is one.
         class_names: K names; None: those of its training dataset's ``classes``, or numbers.
-        transform: what its images have gone through; None: they are pictures.
+        transform: of images that are normalised already; None: they are pictures.
+
+    Raises:
+        InputError: where it has no training or test loader, and for images that :func:`as_batch` and
+            :func:`describe_images` refuse.
     """
+    datamodule.trainer = trainer
+    for stage in ("fit", "test"):
+        datamodule.setup(stage)
+    loaders = {part: _loader(datamodule, part) for part in ("train", "test", "val")}
+    for part in ("train", "test"):
+        if loaders[part] is None:
+            raise InputError(f"{type(datamodule).__name__} has no {part}_dataloader, which is needed")
+    read = {part: _read(loader, part, transform) for part, loader in loaders.items() if loader is not None}
+    parts = {part: pictures for part, (pictures, _) in read.items()}
+    names = class_names or classes_of(getattr(loaders["train"], "dataset", None), parts["train"].labels)
+    return describe_images(parts, class_names=names, transform=transform), read["train"][1]
 
-    datamodule: LightningDataModule
-    class_names: Sequence[str] | None = None
-    transform: ImageTransform | None = None
 
-    def prepare(self) -> None:
-        """Call its ``prepare_data``."""
-        self.datamodule.prepare_data()
+def _loader(datamodule: LightningDataModule, part: str) -> Any:
+    if not is_overridden(f"{part}_dataloader", datamodule):
+        return None
+    found = getattr(datamodule, f"{part}_dataloader")()
+    loaders = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list) else [found]
+    if len(loaders) > 1:
+        raise InputError(f"{type(datamodule).__name__}.{part}_dataloader returns {len(loaders)} loaders, not one")
+    return loaders[0] if loaders else None
 
-    def read(self, trainer: Trainer | None) -> tuple[ImageDataset, int]:
-        """Set it up and read all its images; also return its batch size.
 
-        Raises:
-            InputError: where it has no training or test loader, and for what :func:`as_batch` and
-                :func:`describe_images` refuse.
-        """
-        self.datamodule.trainer = trainer
-        for stage in ("fit", "test"):
-            self.datamodule.setup(stage)
-        loaders = {part: self._loader(part) for part in ("train", "val", "test")}
-        for part in ("train", "test"):
-            if loaders[part] is None:
-                raise InputError(f"{type(self.datamodule).__name__} has no {part}_dataloader, which is needed")
-        (train, batch_size), (test, _) = (self._read(loaders[part], part) for part in ("train", "test"))
-        val = None if loaders["val"] is None else self._read(loaders["val"], "val")[0]
-        names = self.class_names or classes_of(getattr(loaders["train"], "dataset", None), train.labels)
-        return describe_images(train, test, val, class_names=names, transform=self.transform), batch_size
-
-    def _loader(self, part: str) -> Any:
-        if not is_overridden(f"{part}_dataloader", self.datamodule):
-            return None
-        found = getattr(self.datamodule, f"{part}_dataloader")()
-        loaders = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list) else [found]
-        if len(loaders) > 1:
-            raise InputError(
-                f"{type(self.datamodule).__name__}.{part}_dataloader returns {len(loaders)} loaders, not one"
-            )
-        return loaders[0] if loaders else None
-
-    def _read(self, loader: Any, part: str) -> tuple[Pictures, int]:
-        ordered = _in_order(loader, part)
-        if ordered is not None:
-            some = range(min(READ_TWICE, len(ordered.dataset)))  # type: ignore[arg-type]
-            first, again = (_as_batches([ordered.collate_fn([ordered.dataset[i] for i in some])], part) for _ in "12")
-            warn_of_random(first, again, part)
-        bar = tqdm(ordered or loader, desc=f"reading {part} images", unit="batch", leave=False, delay=1)
-        batches = list(_as_batches(bar, part))
-        size = getattr(loader, "batch_size", None) or (len(batches[0][1]) if batches else 1)
-        return joined(batches, part, transform=self.transform), size
+def _read(loader: Any, part: str, transform: ImageTransform | None) -> tuple[Pictures, int]:
+    """Read all images of a loader; also return its batch size."""
+    ordered = _in_order(loader, part)
+    if ordered is not None:
+        some = range(min(READ_TWICE, len(ordered.dataset)))  # type: ignore[arg-type]
+        first, again = (_as_batches([ordered.collate_fn([ordered.dataset[i] for i in some])], part) for _ in "12")
+        warn_of_random(first, again, part)
+    bar = tqdm(ordered or loader, desc=f"reading {part} images", unit="batch", leave=False, delay=1)
+    batches = list(_as_batches(bar, part))
+    size = getattr(loader, "batch_size", None) or (len(batches[0][1]) if batches else 1)
+    return joined(batches, part, transform=transform), size
 
 
 def _as_batches(batches: Iterable[Any], part: str) -> Iterator[Batch]:
@@ -441,11 +397,7 @@ def _as_batches(batches: Iterable[Any], part: str) -> Iterator[Batch]:
 def _in_order(loader: Any, part: str) -> DataLoader[Any] | None:
     """Return a loader of the same images in the dataset's order, each once; None without a map-style dataset."""
     # Without a batch_sampler the dataset's items are batches.
-    if (
-        not isinstance(loader, DataLoader)
-        or isinstance(loader.dataset, IterableDataset)
-        or loader.batch_sampler is None
-    ):
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or not loader.batch_sampler:
         return None
     sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     order: Sequence[int] = range(len(loader.dataset))  # type: ignore[arg-type]

@@ -1,21 +1,54 @@
-"""Splits of the training images."""
+"""Splits of images by their labels alone."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ftd_lightning.data.sources import sample_per_class
+from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ftd_lightning.contracts import Part
+
+
+def sample_per_class(labels: Tensor, count: int | float, generator: torch.Generator) -> Tensor:
+    """Draw the same number of images, or the same share, of every class.
+
+    Args:
+        labels: (N,) int64.
+        count: images of each class (int), or their share in [0, 1) (float).
+        generator: decides which.
+
+    Returns:
+        Indices, class by class.
+
+    Raises:
+        InputError: if a class has fewer images.
+
+    Example:
+        >>> labels = torch.tensor([0, 1, 0, 1, 1])
+        >>> labels[sample_per_class(labels, 2, torch.Generator())]
+        tensor([0, 0, 1, 1])
+    """
+    chosen = []
+    for label in range(int(labels.max()) + 1):
+        members = (labels == label).nonzero().squeeze(1)
+        wanted = round(count * len(members)) if isinstance(count, float) else count
+        if wanted > len(members):
+            raise InputError(
+                f"{wanted} images per class are asked for, but class {label} has {len(members)}: lower ipc"
+            )
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:wanted]])
+    return torch.cat(chosen)
 
 
 def limit_per_class(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     """Choose at most ``limit`` images per class at random; None keeps all.
-
-    Args:
-        labels: (N,) int64.
-        limit: images per class, >= 1; classes that have fewer keep all of theirs.
-        seed: decides which.
 
     Returns:
         Indices, ascending.
@@ -33,12 +66,7 @@ def limit_per_class(labels: Tensor, limit: int | None, seed: int) -> Tensor:
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split images into those used and those held out, the same share of every class.
-
-    Args:
-        labels: (N,) int64.
-        fraction: share that is held out, in [0, 1).
-        seed: decides which.
+    """Split images into those used and those held out, the same share in [0, 1) of every class.
 
     Returns:
         Indices of the images used and of those held out, both ascending.
@@ -51,3 +79,25 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     is_held_out = torch.zeros(len(labels), dtype=torch.bool)
     is_held_out[sample_per_class(labels, float(fraction), make_generator(seed, "held out"))] = True
     return (~is_held_out).nonzero().squeeze(1), is_held_out.nonzero().squeeze(1)
+
+
+def split(
+    labels: Mapping[str, Tensor], *, val_fraction: float, max_per_class: int | None, seed: int
+) -> dict[Part, tuple[str, Tensor]]:
+    """Choose which images are trained on, held out and tested on.
+
+    Args:
+        labels: of "train", "test" and, where images are given as held out, "val".
+        val_fraction: share of every class's training images that is held out, unless "val" is given.
+        max_per_class: keep at most so many images of each class in each part; None keeps all.
+        seed: decides which.
+
+    Returns:
+        By part, the key of ``labels`` that its images come from, and their indices there, ascending.
+    """
+    kept = {name: limit_per_class(part, max_per_class, seed) for name, part in labels.items()}
+    train, test = kept["train"], kept["test"]
+    if "val" in labels:
+        return {"train": ("train", train), "val": ("val", kept["val"]), "test": ("test", test)}
+    used, held_out = hold_out(labels["train"][train], val_fraction, seed)
+    return {"train": ("train", train[used]), "val": ("train", train[held_out]), "test": ("test", test)}

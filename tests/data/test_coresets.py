@@ -1,12 +1,20 @@
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from ftd_lightning.contracts import Images
-from ftd_lightning.data.coresets import coreset, estimate_running_statistics, teacher_coreset, teacher_network
+from ftd_lightning.data import get_dataset
+from ftd_lightning.data.coresets import (
+    candidate_epochs,
+    coreset,
+    estimate_running_statistics,
+    teacher_coreset,
+    teacher_labels,
+    teacher_network,
+)
 from ftd_lightning.files import TrajectoryStore, write_teacher
 from ftd_lightning.functional import flatten_parameters
 from ftd_lightning.functional.seeding import make_generator, seeded
+from ftd_lightning.functional.unroll import load_flat
 from ftd_lightning.models import build_network
 
 SHAPE = {"in_channels": 1, "num_classes": 10, "image_size": 8}
@@ -15,9 +23,7 @@ DATASET = {"dataset": {"name": "digits", "seed": 0}}
 
 def digits(per_class=14):
     """Standardised digits, sorted by class, as the images of a folder per class are."""
-    found = load_digits()
-    labels = torch.tensor(found.target)
-    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1)
+    images, labels = get_dataset("digits").load()["train"]
     index = torch.cat([(labels == label).nonzero().squeeze(1)[:per_class] for label in range(10)])
     return Images((images[index] - images.mean()) / images.std(), labels[index])
 
@@ -60,8 +66,8 @@ def teacher_features(trajectories, images, teacher):
         return torch.nn.Sequential(*list(network)[:-1])(images)
 
 
-@pytest.mark.parametrize("teacher", [0, 1])
-def test_herding_takes_the_images_nearest_to_the_teacher_s_class_means(trajectories, teacher):
+def test_herding_takes_the_images_nearest_to_the_teacher_s_class_means(trajectories):
+    teacher = 1
     chosen, how = choose(trajectories, "herding", teacher=teacher)
     assert chosen.labels.tolist() == [label for label in range(10) for _ in range(2)]
     for label in range(10):
@@ -83,13 +89,6 @@ def test_k_center_takes_the_image_farthest_from_the_first(trajectories):
     first = (features - features.mean(0)).norm(dim=1).argmin()
     second = (features - features[first]).norm(dim=1).argmax()
     assert torch.equal(chosen.images[6:8], members[[int(first), int(second)]])
-
-
-def test_a_teacher_is_the_network_after_its_last_epoch(trajectories):
-    store = TrajectoryStore(trajectories)
-    network = teacher_network(store, 1)
-    assert torch.equal(flatten_parameters(network), store.trajectory(1)[-1])
-    assert not network.training
 
 
 def test_choices_are_made_within_each_class():
@@ -182,3 +181,42 @@ def test_networks_without_batch_norm_are_left_as_they_are(trajectories):
     estimate_running_statistics(network, digits().images)
     assert not calls
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+# Labels of a teacher
+
+
+def test_labels_are_the_probabilities_of_that_teacher_after_that_epoch(trajectories, refused):
+    store, images, labels = TrajectoryStore(trajectories), digits().images[:12], []
+    network = build_network("convnet", **SHAPE, width=4, depth=1)
+    for teacher, epoch in ((0, 1), (1, 0), (1, 1), (1, 2)):
+        load_flat(network, store.trajectory(teacher)[epoch])
+        with torch.no_grad():
+            wanted = torch.softmax(network.eval()(images), dim=1)
+        labels.append(teacher_labels(store, images, teacher=teacher, epoch=epoch))
+        assert (labels[-1].dtype, labels[-1].shape, labels[-1].requires_grad) == (torch.float32, (12, 10), False)
+        assert torch.allclose(labels[-1], wanted, atol=1e-6)
+    assert not torch.allclose(labels[0], labels[2], atol=1e-3)
+    for epoch in (-1, 3):
+        with refused(f"epoch {epoch} is asked for, 0 to 2 are recorded"):
+            teacher_labels(store, images, epoch=epoch)
+    with refused("teacher 2 is asked for"):
+        teacher_labels(store, images, teacher=2, epoch=1)
+
+
+def test_labels_of_a_teacher_with_batch_norm_depend_on_the_given_statistics(batch_norm_trajectories):
+    store, images = TrajectoryStore(batch_norm_trajectories[0]), digits().images
+    network = teacher_network(store, 0, 1)
+    estimate_running_statistics(network, images)
+    with torch.no_grad():
+        wanted = network(images[:12]).softmax(1)
+    assert torch.allclose(teacher_labels(store, images[:12], epoch=1, statistics=images), wanted, atol=1e-6)
+    assert not torch.allclose(teacher_labels(store, images[:12], epoch=1), wanted, atol=1e-3)
+
+
+def test_candidates_are_few_and_reach_from_the_first_to_the_last_epoch():
+    for epochs in (1, 2, 8, 9, 30, 100, 1000):
+        found = candidate_epochs(epochs)
+        assert (found[0], found[-1]) == (1, epochs)
+        assert found == sorted(set(found))
+        assert min(epochs, 7) <= len(found) <= 8

@@ -1,6 +1,5 @@
 import os
-import threading
-import time
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +7,21 @@ import torch
 from PIL import ExifTags, Image
 from torchvision.transforms.v2.functional import resize
 
-from ftd_lightning.data.decoding import in_parallel, pixels, read_picture
+from ftd_lightning.data.decoding import (
+    DecodedImages,
+    LabelledFiles,
+    cache_file,
+    cache_folder,
+    cached_whitening,
+    decode,
+    pixels,
+)
+from ftd_lightning.files.transforms import Whitening
+
+
+def read(path, *, channels=3, size=6):
+    with Image.open(path) as image:
+        return pixels(image, channels=channels, size=(size, size))
 
 
 def saved(path, array, mode=None):
@@ -21,15 +34,11 @@ def noise(*shape, high=256, dtype=np.uint8):
     return np.random.default_rng(0).integers(0, high, shape, dtype=dtype)
 
 
-def test_pixels_are_those_of_the_file_where_the_size_fits(tmp_path):
+def test_pixels_are_kept_or_resized_as_torchvision_does(tmp_path):
     array = noise(6, 6, 3)
-    found, _ = read_picture(saved(tmp_path / "a.png", array), channels=3, size=6)
-    assert np.array_equal(found, array.transpose(2, 0, 1))
-
-
-def test_resizing_is_that_of_torchvision_and_squashes(tmp_path):
+    assert np.array_equal(read(saved(tmp_path / "a.png", array)), array.transpose(2, 0, 1))
     array = noise(20, 30, 3)
-    found, _ = read_picture(saved(tmp_path / "a.png", array), channels=3, size=8)
+    found = read(saved(tmp_path / "a.png", array), size=8)
     wanted = resize(torch.from_numpy(array).permute(2, 0, 1), [8, 8], antialias=True)
     assert found.shape == (3, 8, 8)
     assert (torch.from_numpy(found).int() - wanted.int()).abs().max() <= 1
@@ -38,7 +47,7 @@ def test_resizing_is_that_of_torchvision_and_squashes(tmp_path):
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "RGBA", "P"])
 def test_every_mode_becomes_rgb_or_grey(tmp_path, mode):
     path = saved(tmp_path / "a.png", noise(6, 6, 3), mode)
-    rgb, grey = (read_picture(path, channels=channels, size=6)[0] for channels in (3, 1))
+    rgb, grey = (read(path, channels=channels) for channels in (3, 1))
     assert (rgb.shape, grey.shape) == ((3, 6, 6), (1, 6, 6))
     if mode in ("L", "LA", "1"):
         assert np.array_equal(rgb, grey.repeat(3, axis=0))
@@ -47,16 +56,13 @@ def test_every_mode_becomes_rgb_or_grey(tmp_path, mode):
 @pytest.mark.parametrize("ending", ["png", "tiff"])
 def test_sixteen_bits_are_the_values_of_the_file(tmp_path, ending):
     array = noise(6, 6, high=4096, dtype=np.uint16)
-    array[0, 0] = 4095
-    found, largest = read_picture(saved(tmp_path / f"a.{ending}", array), channels=3, size=6)
-    assert largest == 4095
-    assert all(np.array_equal(channel, array) for channel in found)
-    smaller, largest = read_picture(tmp_path / f"a.{ending}", channels=1, size=3)
-    assert (smaller.dtype, largest) == (np.uint16, 4095)
+    assert all(np.array_equal(channel, array) for channel in read(saved(tmp_path / f"a.{ending}", array)))
+    smaller = read(tmp_path / f"a.{ending}", channels=1, size=3)
+    assert smaller.dtype == np.uint16
     assert abs(smaller.mean() - array.mean()) < 100
 
 
-# What a viewer shows of four pixels that are stored as 1 2 / 3 4, by EXIF orientation.
+# Four pixels that are stored as 1 2 / 3 4, as a viewer shows them by EXIF orientation.
 UPRIGHT = {
     1: [[1, 2], [3, 4]],
     2: [[2, 1], [4, 3]],
@@ -76,13 +82,9 @@ def test_images_are_turned_by_their_exif_orientation(tmp_path, ending, dtype):
         exif[ExifTags.Base.Orientation] = value
         path = tmp_path / f"{value}.{ending}"
         Image.fromarray(np.array(UPRIGHT[1], dtype=dtype)).save(path, exif=exif)
-        found, _ = read_picture(path, channels=1, size=2)
-        assert found[0].tolist() == wanted, value
-
-
-def test_unreadable_exif_leaves_the_image_as_it_is(tmp_path):
+        assert read(path, channels=1, size=2)[0].tolist() == wanted, value
     Image.fromarray(noise(2, 2)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00no tags")
-    assert read_picture(tmp_path / "a.jpg", channels=1, size=2)[0].shape == (1, 2, 2)
+    assert read(tmp_path / "a.jpg", channels=1, size=2).shape == (1, 2, 2)
 
 
 def test_transparency_is_white(tmp_path):
@@ -96,48 +98,154 @@ def test_transparency_is_white(tmp_path):
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 255, 0])
     palette.putpixel((1, 0), 1)
-    palette.save(path, transparency=b"\x00\xff")
-    with Image.open(path) as shown:
-        assert pixels(shown, channels=3)[:, 0].T.tolist() == [[255, 255, 255], [0, 255, 0]]
-    palette.convert("RGB").save(path, transparency=(255, 0, 0))
-    with Image.open(path) as shown:
-        assert pixels(shown, channels=3)[:, 0].T.tolist() == [[255, 255, 255], [0, 255, 0]]
+    for image, transparency in ((palette, b"\x00\xff"), (palette.convert("RGB"), (255, 0, 0))):
+        image.save(path, transparency=transparency)
+        with Image.open(path) as shown:
+            assert pixels(shown, channels=3)[:, 0].T.tolist() == [[255, 255, 255], [0, 255, 0]]
 
 
-@pytest.mark.parametrize("kind", ["text", "truncated", "empty", "float"])
-def test_unreadable_image_is_refused_by_name(tmp_path, refused, kind):
+def test_unreadable_images_are_refused_by_name(tmp_path, refused):
     path = saved(tmp_path / "a.png", noise(50, 50, 3))
-    content = {"text": b"no image\nat all", "truncated": path.read_bytes()[:1000], "empty": b""}
-    if kind == "float":
-        Image.fromarray(np.zeros((5, 5), dtype=np.float32)).save(path := tmp_path / "a.tiff")
-    else:
-        path.write_bytes(content[kind])
-    with refused(path, "readable image"):
-        read_picture(path, channels=3, size=6)
+    deep = tmp_path / "a.tiff"
+    Image.fromarray(np.zeros((5, 5), dtype=np.float32)).save(deep)
+    for file, content in ((path, b"no image\nat all"), (path, path.read_bytes()[:1000]), (path, b""), (deep, None)):
+        if content is not None:
+            file.write_bytes(content)
+        with refused(file, "readable image"):
+            decode({"train": LabelledFiles([file], [0])}, channels=3, size=6, deep=False)
 
 
-def test_work_is_shared_among_threads_and_stays_in_order(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    names = set()
-
-    def work(i):
-        names.add(threading.current_thread().name)
-        time.sleep(0.001)
-        return i
-
-    assert in_parallel(work, 200, "test") == list(range(200))
-    assert len(names) > 1
+# The cache of decoded images
 
 
-def test_a_failure_stops_what_has_not_begun():
-    begun = []
+@pytest.fixture
+def decoded(tmp_path, image_folder):
+    """Give decoded images whose cache is filled."""
+    root = image_folder(tmp_path / "images", ["a", "b"], count=3)
+    train = LabelledFiles(sorted(root.glob("*/*.png")), [0] * 3 + [1] * 3)
+    parts = {"train": train, "test": LabelledFiles(train.files[:2], train.labels[:2])}
+    found = DecodedImages(tmp_path / "c" / "x.safetensors", parts, lambda: {"channels": 3, "size": 12, "extra": 1})
+    found.load()
+    return found
 
-    def work(i):
-        begun.append(i)
-        if i == 3:
-            raise KeyboardInterrupt
-        time.sleep(0.001)
 
-    with pytest.raises(KeyboardInterrupt):
-        in_parallel(work, 10_000, "test")
-    assert len(begun) < 5000
+def test_cache_holds_all_parts_and_their_statistics(decoded):
+    parts, metadata = decoded.load(), decoded.metadata()
+    train, test = parts["train"], parts["test"]
+    assert (train.pictures.shape, train.pictures.dtype) == ((6, 3, 12, 12), torch.uint8)
+    assert train.labels.tolist() == [0] * 3 + [1] * 3
+    assert torch.equal(test.pictures, train.pictures[:2])
+    assert (metadata["in_channels"], metadata["image_size"], metadata["extra"]) == (3, 12, 1)
+    values = train.pictures.double().div(255).transpose(0, 1).flatten(1)
+    assert torch.allclose(torch.tensor(metadata["mean"], dtype=torch.float64), values.mean(1), atol=1e-6)
+    assert torch.allclose(torch.tensor(metadata["std"], dtype=torch.float64), values.std(1, correction=0), atol=1e-6)
+
+
+def test_interrupted_work_leaves_nothing(decoded, monkeypatch):
+    decoded.path.unlink()
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    for place in ("ftd_lightning.data.decoding.pixels", "os.fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                decoded.load()
+        assert not list(decoded.path.parent.iterdir())
+
+
+def test_cache_is_named_by_all_that_it_depends_on(tmp_path, decoded, refused):
+    train, empty = decoded.parts["train"], LabelledFiles([], [])
+
+    def name(size=12, **changed):
+        return cache_file(tmp_path, "x", size, tmp_path / "images", {**decoded.parts, **changed})
+
+    names = {name(), name(), name(16), name(test=empty), name(train=LabelledFiles(train.files, train.labels[::-1]))}
+    os.utime(train.files[0], ns=(1, 1))
+    names.add(name())
+    train.files[0].write_bytes(train.files[0].read_bytes() + b" ")
+    os.utime(train.files[0], ns=(1, 1))
+    names.add(name())
+    assert len(names) == 6
+    assert {path.parent for path in names} == {tmp_path / "decoded"}
+    train.files[0].unlink()
+    with refused(train.files[0]):
+        name()
+
+
+def flipped(content, place):
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+DAMAGES = {
+    "truncated": lambda content: content[:-1],
+    "foreign": lambda _: b"no safetensors file" * 100,
+    "a bit of the values": lambda content: flipped(content, len(content) - 1000),
+    "a bit of the metadata": lambda content: flipped(content, content.index(b"0.") + 3),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_cache_is_made_again_with_a_word(decoded, damage):
+    content = decoded.path.read_bytes()
+    decoded.path.write_bytes(DAMAGES[damage](content))
+    with pytest.warns(UserWarning, match="decoded again") as warned:
+        parts = decoded.load()
+    assert [str(warning.message).startswith(f"{decoded.path}: ") for warning in warned] == [True]
+    assert parts["train"].labels.tolist() == [0] * 3 + [1] * 3
+    assert decoded.path.read_bytes() == content
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoded.load()
+
+
+def test_caches_that_cannot_be_made_are_refused(decoded, tmp_path, refused):
+    huge = DecodedImages(tmp_path / "y", decoded.parts, lambda: {"channels": 3, "size": 10_000_000})
+    with refused("data.image_size", "GiB"):
+        huge.load()
+    decoded.path.unlink()
+    decoded.path.mkdir()
+    with refused(decoded.path, "cannot be written", "data.cache_dir"):
+        decoded.load()
+    (tmp_path / "file").write_text("a file in the place of the folder")
+    with refused(tmp_path / "file", "data.cache_dir"):
+        DecodedImages(tmp_path / "file" / "x.safetensors", decoded.parts, decoded.form).load()
+
+
+def test_caches_lie_in_the_users_cache_or_the_given_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder(None) == tmp_path / "xdg" / "ftd_lightning"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder(None) == tmp_path / ".cache" / "ftd_lightning"
+    assert cache_folder("~/there") == tmp_path / "there"
+
+
+# The cache of whitenings
+
+
+def test_damaged_whitening_is_fitted_again_with_a_word(tmp_path):
+    pictures = torch.rand(30, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def whitening():
+        return cached_whitening(lambda: pictures, {"name": "some images"}, eps=0.1, cache_dir=tmp_path)
+
+    before = whitening()
+    (file,) = (tmp_path / "whitening").iterdir()
+    assert " " not in file.name
+    content = file.read_bytes()
+    for damaged in (content[:-1], b"text" * 50, flipped(content, len(content) - 10)):
+        file.unlink()  # it is mapped
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="fitted again") as warned:
+            assert torch.equal(whitening().inverse, before.inverse)
+        assert [str(warning.message).startswith(f"{file}: ") for warning in warned] == [True]
+        assert file.read_bytes() == content
+
+
+def test_whitening_beyond_the_memory_is_refused_before_it_is_begun(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(Whitening, "fit", lambda *args, **options: pytest.fail("begun"))
+    images = torch.zeros(12, 3, 250, 250, dtype=torch.uint8)
+    with refused("zca", "data.image_size", "187,500 x 187,500 (140,625,000,000 bytes)", "GiB"):
+        cached_whitening(lambda: images, {"name": "some images"}, eps=0.1, cache_dir=tmp_path)

@@ -1,12 +1,16 @@
+import os
 import pickle
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
 
-from ftd_lightning.data import DistillationDataModule, decoding
+from ftd_lightning.data import DistillationDataModule, decoding, folder
+from ftd_lightning.data.folder import ImageTree
 from ftd_lightning.data.imagenet import SUBSETS
 
 CLASSES = ["ant", "bee", "cow"]
@@ -22,9 +26,9 @@ def ready(root, **options):
 @pytest.fixture
 def both(tmp_path, image_folder):
     """Give a folder with train/ and val/, 12 px."""
-    image_folder(tmp_path / "train", CLASSES, count=5)
-    image_folder(tmp_path / "val", CLASSES, count=2, seed=1)
-    return tmp_path
+    image_folder(tmp_path / "root" / "train", CLASSES, count=5)
+    image_folder(tmp_path / "root" / "val", CLASSES, count=2, seed=1)
+    return tmp_path / "root"
 
 
 @pytest.fixture
@@ -33,85 +37,153 @@ def flat(tmp_path, image_folder):
     return image_folder(tmp_path, CLASSES, count=10)
 
 
+@pytest.fixture
+def logged(monkeypatch):
+    """Give the lines that are logged."""
+    lines = []
+    folder._announce.cache_clear()
+    monkeypatch.setattr(folder, "rank_zero_info", lines.append)
+    return lines
+
+
 def keys(images, data):
     pictures = data.transform.invert(images.images).mul(255).round().to(torch.uint8)
     return [picture.numpy().tobytes() for picture in pictures]
 
 
-def test_everything_is_found_from_the_data(both):
-    data = ready(both)
+def key(file):
+    with Image.open(file) as image:
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).tobytes()
+
+
+# Files
+
+
+def test_images_below_a_class_are_found_in_order_and_other_files_are_counted(tmp_path, image_folder, refused, logged):
+    image_folder(tmp_path, ["a"], count=2)
+    image_folder(tmp_path / "a", ["deep"], count=1, ending="JPEG")
+    image_folder(tmp_path / "a", [".hidden"], count=1)
+    for other in ("Thumbs.db", "._a_1.png", ".DS_Store", "notes.txt", "README", "moving.gif"):
+        (tmp_path / "a" / other).write_text("x")
+    image_folder(tmp_path, ["b"], count=1)
+    (tmp_path / "b" / "linked.png").symlink_to("../a/a_0.png")  # a link to a file is a file
+    (tmp_path / "b" / "up").symlink_to("..")  # a link to a folder is not followed
+    tree = ImageTree(tmp_path)
+    part = tree.part([tmp_path / "a", tmp_path / "b"])
+    assert [file.name for file in part.files] == ["a_0.png", "a_1.png", "deep_0.JPEG", "b_0.png", "linked.png"]
+    assert part.labels == [0, 0, 0, 1, 1]
+    for _ in range(2):
+        tree.log_skipped()
+    assert logged == [f"{tmp_path}: skipped 1 .db, 1 .gif, 1 .txt, 1 linked folder, 1 no ending"]
+    (tmp_path / "none").mkdir()
+    for name in ("none", "absent"):
+        with refused(tmp_path / name):
+            tree.part([tmp_path / "a", tmp_path / name])
+
+
+def test_files_and_folders_that_cannot_be_read_are_refused_by_name(both, refused, monkeypatch):
+    (both / "train" / "bee" / "more.png").symlink_to("gone.png")
+    with refused(both / "train" / "bee" / "more.png", "cannot be read"):
+        ready(both)
+    real, closed = os.scandir, str(both / "val" / "bee")
+
+    def scandir(path):  # whoever runs the tests may be allowed to read everything
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with refused(f"{closed}: cannot be read (Permission denied)"):
+        ready(both)
+
+
+def test_wrong_layouts_are_refused(tmp_path, image_folder, refused):
+    def check(name, *words):
+        with refused(tmp_path / name, *words):
+            ready(tmp_path / name.partition("/")[0])
+
+    check("nowhere")
+    image_folder(tmp_path / "loose", ["."])  # images, but no class
+    check("loose", "0 folders", "train/<class>/")
+    image_folder(tmp_path / "a" / "train", CLASSES)
+    check("a", "train/ but no val/ or test/", "data.test_fraction")
+    image_folder(tmp_path / "a" / "val", CLASSES[:2])
+    check("a/val/cow", "no such folder")
+    image_folder(tmp_path / "a" / "val", [*CLASSES, "dog"])
+    check("a/train/dog", "no such folder")
+    (tmp_path / "a" / "train" / "dog").mkdir()
+    check("a/train/dog", "no images")
+    image_folder(tmp_path / "b" / "val", CLASSES)
+    image_folder(tmp_path / "b" / "test", CLASSES)
+    check("b", "val/ and test/ but no train/", "data.test_fraction")
+    image_folder(tmp_path / "c", CLASSES, count=1)
+    check("c/ant", "one image")
+
+
+# Parts
+
+
+def test_everything_is_found_from_the_data(both, monkeypatch):
+    monkeypatch.chdir(both.parent)
+    data = ready("root")  # relative, as the command line's default is
     assert (data.class_names, data.in_channels, data.image_size) == (CLASSES, 3, 12)
     assert data.train.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert data.test.labels.tolist() == [0] * 2 + [1] * 2 + [2] * 2
     assert data.train.images.mean((0, 2, 3)).abs().max() < 1e-4
     assert (data.train.images.std((0, 2, 3)) - 1).abs().max() < 1e-3
-    with Image.open(both / "train" / "bee" / "bee_3.png") as image:
-        assert keys(data.train, data)[8] == np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).tobytes()
+    assert keys(data.train, data)[8] == key(both / "train" / "bee" / "bee_3.png")
+    assert torch.equal(pickle.loads(pickle.dumps(data.spec)).load()["test"].labels, data.test.labels)
 
 
-def test_properties_and_pickling_before_setup(both):
-    data = DistillationDataModule(dataset="folder", root=str(both))
-    assert data.num_classes == 3
-    assert pickle.loads(pickle.dumps(data.spec)).class_names == data.spec.class_names
-
-
-def test_description_says_what_was_found_and_copies_share_it(both, tmp_path_factory):
+def test_description_holds_the_findings_and_copies_share_it(both, tmp_path):
     data = ready(both)
     dataset = data.describe()["dataset"]
     assert (dataset["class_names"], dataset["in_channels"], dataset["image_size"]) == (CLASSES, 3, 12)
-    copied = tmp_path_factory.mktemp("copy")
-    for part in ("train", "val"):  # with other times of change
-        shutil.copytree(both / part, copied / part, copy_function=shutil.copyfile)
-    assert ready(copied).describe() == data.describe()
+    assert "test_fraction" not in dataset
+    copied = shutil.copytree(both, tmp_path / "copy", copy_function=shutil.copyfile)  # with other times of change
+    for same in (ready(copied), ready(both, test_fraction=0.5), ready(both, image_size=12)):
+        assert same.describe() == data.describe()
     (copied / "train" / "ant" / "ant_0.png").unlink()
     assert ready(copied).describe()["dataset"]["fingerprint"] != dataset["fingerprint"]
-    assert "test_fraction" not in dataset
-    assert ready(both, test_fraction=0.5).describe() == data.describe()
-    assert ready(both, image_size=12).describe() == data.describe()
     assert ready(both, image_size=8).describe()["dataset"]["image_size"] == 8
 
 
-@pytest.mark.parametrize(("fraction", "each"), [(0.2, 2), (0.5, 5), (0.01, 1), (0.9, 9)])
+@pytest.mark.parametrize(("fraction", "each"), [(0.2, 2), (0.01, 1), (0.9, 9)])
 def test_one_folder_is_split_by_class_and_fraction(flat, fraction, each):
     data = ready(flat, test_fraction=fraction)
     assert data.test.labels.bincount().tolist() == [each] * 3
     assert data.train.labels.bincount().tolist() == [10 - each] * 3
-    train, test = keys(data.train, data), keys(data.test, data)
-    assert len({*train, *test}) == 30
+    assert len({*keys(data.train, data), *keys(data.test, data)}) == 30
     assert data.describe()["dataset"]["test_fraction"] == fraction
 
 
-def test_split_is_the_same_for_every_seed_and_root(flat, tmp_path_factory):
+def test_names_of_files_decide_the_split_and_one_more_image_moves_one_other_at_most(flat, tmp_path):
     data = ready(flat)
-    assert keys(ready(flat, seed=1).test, data) == keys(data.test, data)
-    other = shutil.copytree(flat, tmp_path_factory.mktemp("copy") / "images")
-    assert keys(ready(other).test, data) == keys(data.test, data)
-    # Drawn, not the first or the last ones of each class.
     train, test = keys(data.train, data), keys(data.test, data)
-    in_order = [np.asarray(Image.open(file)).transpose(2, 0, 1).tobytes() for file in sorted(flat.glob("???/*.png"))]
-    assert sorted(in_order) == sorted(train + test)
-    places = [in_order.index(key) % 10 for key in test]
-    assert not set(places) <= {0, 1}
-    assert not set(places) <= {8, 9}
+    assert keys(ready(flat, seed=1).test, data) == test
+    other = shutil.copytree(flat, tmp_path / "copy" / "images")
+    assert keys(ready(other).test, data) == test
+    in_order = [key(file) for file in sorted(flat.glob("???/*.png"))]
+    places = {in_order.index(one) % 10 for one in test}
+    assert not places <= {0, 1}  # not the first or the last ones of each class
+    assert not places <= {8, 9}
+    with Image.open(other / "bee" / "bee_0.png") as image:
+        image.transpose(Image.Transpose.ROTATE_180).save(other / "bee" / "aaa.png")
+    after = ready(other)
+    assert len(set(test) - set(keys(after.test, after))) <= 1
+    assert set(train) <= set(keys(after.train, after))
 
 
-def test_of_three_folders_val_is_held_out(both, image_folder):
-    of_two = ready(both)
+def test_of_three_folders_val_is_held_out_and_identifies_the_data(both, image_folder):
+    of_two = ready(both, val_fraction=0.2)
+    assert of_two.val.labels.tolist() == [0, 1, 2]
+    assert of_two.describe()["dataset"]["val_fraction"] == 0.2
     image_folder(both / "test", CLASSES, count=3, seed=2)
     data = ready(both, val_fraction=0.5, max_per_class=4)
-    assert torch.equal(ready(both).train.images, of_two.train.images)
     assert [len(part.labels) for part in (data.train, data.val, data.test)] == [12, 6, 9]
     assert keys(data.val, data) == keys(of_two.test, of_two)
-    assert data.val.labels.tolist() == [0] * 2 + [1] * 2 + [2] * 2
-    with Image.open(both / "test" / "bee" / "bee_2.png") as image:
-        assert keys(data.test, data)[5] == np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).tobytes()
+    assert keys(data.test, data)[5] == key(both / "test" / "bee" / "bee_2.png")
     assert [len(labels) for _, labels in data.val_dataloader()] == [6]
-    assert torch.equal(pickle.loads(pickle.dumps(data.spec)).held_out().labels, data.val.labels)
-
-
-def test_held_out_images_identify_the_data(both, image_folder):
-    assert ready(both).describe()["dataset"]["val_fraction"] == 0
-    image_folder(both / "test", CLASSES, count=3, seed=2)
     dataset = ready(both).describe()["dataset"]
     assert dataset["val_fraction"] is None
     assert ready(both, val_fraction=0.2).describe()["dataset"] == dataset
@@ -121,87 +193,29 @@ def test_held_out_images_identify_the_data(both, image_folder):
     assert {**changed, "held_out": dataset["held_out"]} == dataset
 
 
-def test_the_other_of_two_folders_is_the_test_part(both):
-    as_val = ready(both, val_fraction=0.2)
-    (both / "val").rename(both / "test")
-    as_test = ready(both, val_fraction=0.2)
-    assert as_test.describe() == as_val.describe()
-    assert torch.equal(as_test.test.images, as_val.test.images)
-    assert as_test.val.labels.tolist() == [0, 1, 2]
-
-
-def test_one_more_image_moves_one_other_at_most(flat, image_folder):
-    before = ready(flat)
-    train, test = keys(before.train, before), keys(before.test, before)
-    with Image.open(flat / "bee" / "bee_0.png") as image:
-        image.transpose(Image.Transpose.ROTATE_180).save(flat / "bee" / "aaa.png")
-    after = ready(flat)
-    moved = set(test) - set(keys(after.test, after))
-    assert len(moved) <= 1, "the new one may take the place of one, in its class"
-    assert len(set(train) - set(keys(after.train, after))) == 0
-
-
-def test_grey_only_if_all_are_grey(both, image_folder):
+def test_grey_only_if_all_are_grey_and_the_most_common_size(both, image_folder):
     image_folder(both / "train", CLASSES[:1], count=1, mode="L")
     assert ready(both).in_channels == 3
+    image_folder(both / "train", CLASSES, count=3, size=(20, 16))
+    data = ready(both)
+    assert data.train.images.shape == (15, 3, 16, 16)
+    assert ready(both, image_size=8).train.images.shape == (15, 3, 8, 8)
     for part in ("train", "val"):
         image_folder(both / part, CLASSES, count=5, mode="L")
     data = ready(both)
-    assert data.in_channels == 1
-    assert data.train.images.shape == (15, 1, 12, 12)
-    assert len(data.spec.mean) == 1
+    assert (data.train.images.shape, len(data.spec.mean)) == ((15, 1, 12, 12), 1)
 
 
-def test_most_common_size_is_taken_and_squashed(both, image_folder):
-    image_folder(both / "train", CLASSES, count=3, size=(20, 16))
-    data = ready(both)
-    assert data.image_size == 16
-    assert data.train.images.shape == (15, 3, 16, 16)
-    small = ready(both, image_size=8)
-    assert small.train.images.shape == (15, 3, 8, 8)
+# Decoding
 
 
-@pytest.mark.parametrize("parts", ["two", "three"])
-def test_later_runs_map_the_cache_and_a_changed_file_is_read(both, image_folder, monkeypatch, parts):
-    if parts == "three":
-        image_folder(both / "test", CLASSES, count=3, seed=2)
-    first = ready(both)
-    with monkeypatch.context() as patch:
-        patch.setattr(decoding, "read_picture", lambda *args, **options: pytest.fail("decoded again"))
-        again = ready(both)
-        assert torch.equal(again.train.images, first.train.images)
-        assert torch.equal(again.val.images, first.val.images)
-    image_folder(both / "train", ["cow"], count=1, seed=9)
-    assert not torch.equal(ready(both).train.images, first.train.images)
-
-
-def test_unreadable_image_is_refused_and_nothing_written(both, image_folder, refused):
-    image_folder(both / "test", CLASSES, count=3, seed=2)
-    for part, name in (("train", "bee_1.png"), ("val", "bee_1.png"), ("test", "bee_1.png")):
-        file = both / part / "bee" / name
-        content = file.read_bytes()
-        file.write_bytes(content[:60])
-        with refused(file, "readable image"):
-            ready(both)
-        file.write_bytes(content)
-    for name in ("bee_0.png", "bee_1.png", "bee_2.png"):
-        (both / "test" / "bee" / name).write_bytes(b"text")
-    with refused(both / "test" / "bee" / "bee_0.png", "2 more files are unreadable"):
-        ready(both)
-    assert DistillationDataModule("folder", root=str(both)).census.unreadable == 3
-
-
-def test_a_census_says_what_the_files_are_before_they_are_decoded(both, image_folder, monkeypatch):
-    from ftd_lightning.data import folder
-
+def test_a_census_counts_the_files_before_they_are_decoded(both, logged, monkeypatch):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (20, 10)).save(both / "train" / "ant" / "turned.jpg", exif=exif)
     Image.new("RGBA", (12, 12)).save(both / "val" / "bee" / "clear.png")
-    said = []
-    monkeypatch.setattr(folder, "rank_zero_info", said.append)
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "read_picture", lambda *args, **options: pytest.fail("decoded"))
+        patch.setattr(decoding, "decode", lambda *args, **options: pytest.fail("decoded"))
         data = DistillationDataModule("folder", root=str(both), val_fraction=0.4)
         census = data.census
         assert [data.count(part) for part in ("train", "val", "test")] == [[4, 3, 3], [2, 2, 2], [2, 3, 2]]
@@ -213,10 +227,8 @@ def test_a_census_says_what_the_files_are_before_they_are_decoded(both, image_fo
         "1 is turned upright by EXIF orientation; 1 is transparent, composited on white",
     ]
     for _ in range(2):
-        again = ready(both)
-        assert again.census == census
-        assert again.count("train") == [6, 5, 5]
-    assert said == [
+        assert ready(both).count("train") == [6, 5, 5]
+    assert logged == [
         "images become 12 x 12 px: 1 of 23 are enlarged; 1 of 23 are squashed, aspect ratio changed by up to 2.00"
     ]
 
@@ -230,7 +242,7 @@ def test_twelve_bits_keep_their_levels(both, mixed):
             for file in (both / part / name).glob("*_[1-9].png") if not mixed else ():
                 file.unlink()
     data = ready(both)
-    (pictures, _), _ = data.spec.load()
+    pictures = data.spec.load()["train"].pictures
     deep = pictures[[0, 5, 10]] if mixed else pictures
     assert (data.in_channels, data.census.bits, pictures.dtype) == (3 if mixed else 1, 16, torch.float32)
     assert [len(picture.unique()) for picture in deep] == [144] * 3
@@ -242,53 +254,69 @@ def test_twelve_bits_keep_their_levels(both, mixed):
             assert torch.equal(pictures[1].mul(255).round().byte(), torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
-def test_blank_images_are_refused_before_anything_is_trained(both, refused):
+def test_blank_and_unreadable_images_are_refused_and_nothing_is_written(both, image_folder, refused, tmp_path):
+    image_folder(both / "test", CLASSES, count=3, seed=2)
+    for part in ("train", "val", "test"):
+        file = both / part / "bee" / "bee_1.png"
+        content = file.read_bytes()
+        file.write_bytes(content[:60])
+        with refused(file, "readable image"):
+            ready(both, cache_dir=str(tmp_path / "cache"))
+        file.write_bytes(content)
+    assert not list(tmp_path.glob("cache/decoded/*"))
+    for name in ("bee_0.png", "bee_1.png", "bee_2.png"):
+        (both / "test" / "bee" / name).write_bytes(b"text")
+    with refused(both / "test" / "bee" / "bee_0.png", "2 more files are unreadable"):
+        ready(both)
+    assert DistillationDataModule("folder", root=str(both)).census.unreadable == 3
     for file in both.rglob("*.png"):
         Image.new("RGB", (12, 12), (len(file.name) % 7,) * 3).save(file)
     with refused("every training image is of a single colour"):
         DistillationDataModule("folder", root=str(both)).prepare_data()
 
 
-def test_wrong_layouts_are_refused(tmp_path, image_folder, refused):
-    with refused(tmp_path / "nowhere"):
-        ready(tmp_path / "nowhere")
-    with refused(tmp_path, "train/<class>/"):
-        ready(tmp_path)
-    image_folder(tmp_path / "loose", ["."])  # images, but no class
-    with refused(tmp_path / "loose", "0 folders"):
-        ready(tmp_path / "loose")
-    image_folder(tmp_path / "a" / "train", CLASSES)
-    with refused(tmp_path / "a", "train/ but no val/ or test/", "data.test_fraction"):
-        ready(tmp_path / "a")
-    image_folder(tmp_path / "c" / "val", CLASSES)
-    with refused(tmp_path / "c", "val/ but no train/", "data.test_fraction"):
-        ready(tmp_path / "c")
-    image_folder(tmp_path / "c" / "test", CLASSES)
-    with refused(tmp_path / "c", "val/ and test/ but no train/", "data.test_fraction"):
-        ready(tmp_path / "c")
-    image_folder(tmp_path / "c" / "train", [*CLASSES, "dog"])
-    image_folder(tmp_path / "c" / "val", ["dog"])
-    with refused(tmp_path / "c" / "test" / "dog", "no such folder"):
-        ready(tmp_path / "c")
-    image_folder(tmp_path / "a" / "val", CLASSES[:2])
-    with refused(tmp_path / "a" / "val" / "cow", "no such folder"):
-        ready(tmp_path / "a")
-    image_folder(tmp_path / "a" / "val", [*CLASSES, "dog"])
-    with refused(tmp_path / "a" / "train" / "dog", "no such folder"):
-        ready(tmp_path / "a")
-    (tmp_path / "a" / "train" / "dog").mkdir()
-    with refused(tmp_path / "a" / "train" / "dog", "no images"):
-        ready(tmp_path / "a")
-    image_folder(tmp_path / "b", CLASSES, count=1)
-    with refused(tmp_path / "b" / "ant", "one image"):
-        ready(tmp_path / "b")
+def test_caches_lie_in_the_given_folder_and_home_is_known_in_every_path(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    image_folder(tmp_path / "images", ["a", "b"], count=6, size=(6, 6))
+    ready("~/images", zca=True, cache_dir="~/given", synthetic="random").synthetic_set.save("~/set.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "images", "set.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "given").iterdir()) == ["decoded", "whitening"]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["a", "b"]
+    again = ready("~/images", cache_dir="~/given", synthetic="~/set.safetensors")
+    assert len(again.synthetic_set.images) == 2
+    assert not Path("~").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"test_fraction": 0.0}, {"test_fraction": 1.0}, {"image_size": 0}])
-def test_arguments_out_of_range_are_refused(refused, wrong):
-    (name, value) = next(iter(wrong.items()))
-    with refused(f"{name}={value}"):
-        DistillationDataModule(dataset="folder", **wrong)
+def test_later_runs_map_the_cache_and_a_changed_file_is_read(both, image_folder, monkeypatch):
+    image_folder(both / "test", CLASSES, count=3, seed=2)
+    first = ready(both)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "decode", lambda *args, **options: pytest.fail("decoded again"))
+        again = ready(both)
+        for part in ("train", "val", "test"):
+            assert torch.equal(again.part(part).images, first.part(part).images)
+    image_folder(both / "train", ["cow"], count=1, seed=9)
+    assert not torch.equal(ready(both).train.images, first.train.images)
+
+
+def test_a_picture_crosses_few_files_on_its_way_to_a_batch(both, tmp_path):
+    """From disk to the first batch, whitened: whoever follows it reads ten files."""
+    crossed, package = set(), str(Path(folder.__file__).parents[1])
+
+    def note(frame, event, arg):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            crossed.add(frame.f_code.co_filename.removeprefix(package))
+
+    data = DistillationDataModule("folder", root=str(both), zca=True, cache_dir=str(tmp_path / "cache"))
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        data.prepare_data()
+        data.setup()
+        next(iter(data.train_dataloader()))
+    finally:
+        sys.setprofile(before)
+    assert len(crossed) <= 10, crossed
 
 
 def test_teachers_distillation_and_evaluation_on_ones_own_images(imagenet_root, tmp_path, run_phases):
@@ -302,5 +330,4 @@ def test_teachers_distillation_and_evaluation_on_ones_own_images(imagenet_root, 
     assert store.metadata["dataset"]["class_names"] == list(SUBSETS["imagenette"])[:3]
     assert store.metadata["dataset"]["image_size"] == store.metadata["network"]["image_size"] == 32
     assert synthetic.images.shape == (3, 3, 32, 32)
-    # "At most": of 50 images 20 are there to test, 10 are kept.
-    assert all((accuracy * 30) % 1 < 1e-3 or (accuracy * 30) % 1 > 1 - 1e-3 for accuracy in accuracies)
+    assert all(0 <= accuracy < 1 for accuracy in accuracies)

@@ -1,76 +1,54 @@
+"""Subsets of ImageNet, and Tiny ImageNet: small trees in their layouts, and the real images where they are."""
+
+import shutil
+import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.error import URLError
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets.utils import calculate_md5
 
-from ftd_lightning.data import DistillationDataModule, get_dataset
+from ftd_lightning.data import DistillationDataModule, imagenet
 from ftd_lightning.data.imagenet import SUBSETS
 
-# ILSVRC class index, WordNet id and name, in label order.
-TABLE = {
-    "imagenette": (
-        "0:n01440764 tench, 217:n02102040 english_springer, 482:n02979186 cassette_player, "
-        "491:n03000684 chain_saw, 497:n03028079 church, 566:n03394916 french_horn, "
-        "569:n03417042 garbage_truck, 571:n03425413 gas_pump, 574:n03445777 golf_ball, "
-        "701:n03888257 parachute"
-    ),
-    "imagewoof": (
-        "193:n02096294 australian_terrier, 182:n02093754 border_terrier, 258:n02111889 samoyed, "
-        "162:n02088364 beagle, 155:n02086240 shih-tzu, 167:n02089973 english_foxhound, "
-        "159:n02087394 rhodesian_ridgeback, 273:n02115641 dingo, 207:n02099601 golden_retriever, "
-        "229:n02105641 old_english_sheepdog"
-    ),
-    "imagefruit": (
-        "953:n07753275 pineapple, 954:n07753592 banana, 949:n07745940 strawberry, "
-        "950:n07747607 orange, 951:n07749582 lemon, 957:n07768694 pomegranate, "
-        "952:n07753113 fig, 945:n07720875 bell_pepper, 943:n07718472 cucumber, "
-        "948:n07742313 granny_smith"
-    ),
-    "imagemeow": (
-        "281:n02123045 tabby, 282:n02123159 tiger_cat, 283:n02123394 persian, "
-        "284:n02123597 siamese, 285:n02124075 egyptian, 291:n02129165 lion, "
-        "292:n02129604 tiger, 290:n02128925 jaguar, 289:n02128757 snow_leopard, "
-        "287:n02127052 lynx"
-    ),
-    "imagesquawk": (
-        "84:n01806143 peacock, 130:n02007558 flamingo, 88:n01818515 macaw, "
-        "144:n02051845 pelican, 145:n02056570 king_penguin, 22:n01614925 bald_eagle, "
-        "96:n01843383 toucan, 9:n01518878 ostrich, 100:n01860187 black_swan, "
-        "89:n01819313 cockatoo"
-    ),
-    "imageyellow": (
-        "309:n02206856 bee, 986:n12057211 yellow_ladys_slipper, 954:n07753592 banana, "
-        "951:n07749582 lemon, 987:n12144580 corn, 779:n04146614 school_bus, "
-        "599:n03530642 honeycomb, 291:n02129165 lion, 72:n01773157 garden_spider, "
-        "11:n01531178 goldfinch"
-    ),
+# ILSVRC class indices, in label order.
+INDICES = {
+    "imagenette": [0, 217, 482, 491, 497, 566, 569, 571, 574, 701],
+    "imagewoof": [193, 182, 258, 162, 155, 167, 159, 273, 207, 229],
+    "imagefruit": [953, 954, 949, 950, 951, 957, 952, 945, 943, 948],
+    "imagemeow": [281, 282, 283, 284, 285, 291, 292, 290, 289, 287],
+    "imagesquawk": [84, 130, 88, 144, 145, 22, 96, 9, 100, 89],
+    "imageyellow": [309, 986, 954, 951, 987, 779, 599, 291, 72, 11],
 }
 
 
 def ready(root, name="imagenette", **options):
-    data = DistillationDataModule(**{"dataset": name, "root": str(root), **options})
+    data = DistillationDataModule(**{"dataset": name, "root": str(root), "download": False, **options})
     data.prepare_data()
     data.setup()
     return data
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_classes_and_their_order(name):
-    listed = [entry.split(":")[1].split() for entry in TABLE[name].split(", ")]
-    assert [[wnid, title] for wnid, title in SUBSETS[name].items()] == listed
-    assert len(listed) == 10
-    data = DistillationDataModule(dataset=name, root="nowhere")
-    assert data.class_names == [title for _, title in listed]
-    assert (data.num_classes, data.in_channels, data.image_size) == (10, 3, 128)
-    spec = get_dataset(name)
-    assert (spec.mean, spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-def test_indices_and_ids_agree_among_subsets():
-    pairs = {tuple(entry.split()[0].split(":")) for line in TABLE.values() for entry in line.split(", ")}
-    assert set(TABLE) == set(SUBSETS)
-    assert len({index for index, _ in pairs}) == len({wnid for _, wnid in pairs}) == len(pairs)
-    assert [w for _, w in sorted(pairs, key=lambda pair: int(pair[0]))] == sorted(w for _, w in pairs)
+def test_classes_and_their_order():
+    """Indices count the classes of ILSVRC in the order of their WordNet ids."""
+    wnids = {}
+    for name, indices in INDICES.items():
+        wnids |= dict(zip(indices, SUBSETS[name], strict=True))
+        data = DistillationDataModule(dataset=name, root="nowhere")
+        assert data.class_names == list(SUBSETS[name].values())
+        assert (data.num_classes, data.in_channels, data.image_size) == (10, 3, 128)
+        assert (data.spec.mean, data.spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert set(INDICES) == set(SUBSETS)
+    assert [wnids[index] for index in sorted(wnids)] == sorted(wnids.values())
+    assert [SUBSETS[name][wnid] for name, wnid in (("imagenette", "n03888257"), ("imagewoof", "n02086240"))] == [
+        "parachute",
+        "shih-tzu",
+    ]
 
 
 @pytest.mark.parametrize("below", ["imagenet", ""])
@@ -135,17 +113,11 @@ def test_another_size_is_decoded_from_the_files(imagenet_root, user_cache):
     assert small.train.images.shape[1:] == (3, 32, 32)
     assert "image_size" not in data.describe()["dataset"]
     assert small.describe()["dataset"]["image_size"] == 32
+    assert data.describe()["dataset"]["fingerprint"] == "e6813cb3a2e12aaaf41efa968c3cd9bd"  # as of version 0.1
     means = [module.transform.invert(module.test.images).mean((1, 2, 3)) for module in (data, small)]
     assert torch.allclose(*means, atol=0.01), "the same pictures"
     names = sorted(path.name.rsplit("_", 1)[0] for path in (user_cache / "decoded").iterdir())
     assert {"imagenette_128", "imagenette_32"} <= set(names)
-
-
-def test_descriptions_contain_the_fingerprint_of_the_images(imagenet_root, tmp_path):
-    # The value that version 0.1 wrote beside the decoded images; asked for before anything is decoded.
-    data = DistillationDataModule("imagenette", root=str(imagenet_root), cache_dir=str(tmp_path))
-    assert data.describe()["dataset"]["fingerprint"] == "e6813cb3a2e12aaaf41efa968c3cd9bd"
-    assert ready(imagenet_root, cache_dir=str(tmp_path)).describe() == data.describe()
 
 
 def test_teachers_distillation_and_evaluation(imagenet_root, tmp_path, run_phases):
@@ -153,4 +125,193 @@ def test_teachers_distillation_and_evaluation(imagenet_root, tmp_path, run_phase
     assert store.metadata["network"]["image_size"] == 128
     assert synthetic.images.shape == (10, 3, 128, 128)
     assert synthetic.class_names[0] == "tench"
+    assert all(0 <= accuracy < 1 for accuracy in accuracies)
+
+
+# Tiny ImageNet
+
+TINY = "tiny-imagenet"
+WNIDS = ["n02", "n03", "n01"]  # not in alphabetical order, nor are the official ones
+
+
+@pytest.fixture
+def small(tmp_path, image_folder):
+    """Give a folder with three classes in the official layout, 64 px."""
+    root = tmp_path / "root"
+    folder = root / imagenet.NAME
+    image_folder(folder / "train", WNIDS, size=(64, 64), ending="JPEG", inner="images")
+    image_folder(folder / "val", ["images"], count=6, size=(64, 64), ending="JPEG", seed=1)
+    for i in range(6):
+        (folder / "val" / "images" / f"images_{i}.JPEG").rename(folder / "val" / "images" / f"val_{i}.JPEG")
+    lines = [f"val_{i}.JPEG\t{WNIDS[(i + 1) % 3]}\t0\t0\t62\t62\n" for i in range(6)]
+    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
+    (folder / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
+    words = "n02\tEgyptian cat\nn01\tcrane, bird\nn03\tcrane\nn09\tnever, there\n"
+    (folder / "words.txt").write_text(words)
+    return root
+
+
+def test_labels_follow_wnids_txt_and_val_its_annotations(small):
+    data = ready(small, TINY, val_fraction=0.0)
+    # Two classes share their first word: the ids tell them apart.
+    assert data.class_names == ["Egyptian_cat", "crane_n03", "crane_n01"]
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.test.labels.tolist() == [1, 2, 0, 1, 2, 0]
+    pictures = data.transform.invert(data.train.images).mul(255).round()
+    with Image.open(small / imagenet.NAME / "train" / "n01" / "images" / "n01_2.JPEG") as image:
+        assert np.array_equal(pictures[10].permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+@pytest.mark.parametrize("listed", [None, "n01\nn02\n", "n01\nn02\nn03\nn04\n"])
+def test_without_a_list_that_fits_classes_are_sorted(small, listed):
+    file = small / imagenet.NAME / "wnids.txt"
+    file.unlink() if listed is None else file.write_text(listed)
+    (small / imagenet.NAME / "words.txt").unlink()
+    assert ready(small, TINY).class_names == sorted(WNIDS)
+
+
+def test_wrong_layouts_are_refused(small, refused):
+    folder = small / imagenet.NAME
+    annotations = folder / "val" / "val_annotations.txt"
+    lines = annotations.read_text()
+    annotations.write_text(lines + "val_7.JPEG\tn01\n")
+    with refused("val_7.JPEG", "line 7"):
+        ready(small, TINY)
+    annotations.write_text(lines + "val_0.JPEG\tn99\n")
+    with refused(annotations, "line 7", "n99"):
+        ready(small, TINY)
+    annotations.write_text(lines.splitlines()[0])
+    with refused(annotations, "n02"):
+        ready(small, TINY)
+    annotations.unlink()
+    with refused(annotations):
+        ready(small, TINY)
+    annotations.write_text(lines)
+    shutil.rmtree(folder / "train" / "n01" / "images")
+    with refused(folder / "train" / "n01"):
+        ready(small, TINY)
+    shutil.rmtree(folder / "train")
+    with refused(folder / "train"):
+        ready(small, TINY)
+
+
+def test_absent_folder_is_refused_where_it_may_not_be_downloaded(tmp_path, refused):
+    data = DistillationDataModule(dataset=TINY, root=str(tmp_path), download=False)
+    for stage in (data.prepare_data, data.setup, lambda: data.num_classes):
+        with refused("Tiny ImageNet", tmp_path, "data.download"):
+            stage()
+    assert not list(tmp_path.iterdir())
+
+
+# The download, of a small archive from a server on this machine
+
+
+class Silent(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def archive(small, tmp_path, monkeypatch):
+    """Put the small set's archive where the download looks for it; give its path."""
+    path = tmp_path / "server" / f"{imagenet.NAME}.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as file:
+        for member in sorted(small.rglob("*")):
+            file.write(member, member.relative_to(small))
+    monkeypatch.setattr(imagenet, "MD5", calculate_md5(path))
+    monkeypatch.setenv("no_proxy", "*")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=path.parent)) as server:
+        monkeypatch.setattr(imagenet, "URL", f"http://127.0.0.1:{server.server_port}/{path.name}")
+        thread = Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield path
+        server.shutdown()
+        thread.join()
+
+
+def test_download_gives_the_same_images_and_leaves_the_folder_alone(small, archive, tmp_path):
+    there, fetched = ready(small, TINY), ready(tmp_path / "new", TINY, download=True)
+    assert torch.equal(there.train.images, fetched.train.images)
+    assert torch.equal(there.test.labels, fetched.test.labels)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [imagenet.NAME]
+
+
+def test_archive_that_lies_in_root_is_unpacked(small, archive, tmp_path, monkeypatch):
+    (tmp_path / "new").mkdir()
+    shutil.copy(archive, tmp_path / "new")
+    monkeypatch.setattr(imagenet, "download_url", lambda *args: pytest.fail("downloaded"))
+    assert ready(tmp_path / "new", TINY, download=True).num_classes == 3
+
+
+def test_archive_with_another_checksum_is_refused(archive, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(imagenet, "MD5", "0" * 32)
+    with refused("Tiny ImageNet", "corrupted", tmp_path / "new"):
+        ready(tmp_path / "new", TINY, download=True)
+    assert not (tmp_path / "new" / imagenet.NAME).exists()
+
+
+def test_no_network_is_refused(tmp_path, monkeypatch, refused):
+    def no_network(*args):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(imagenet, "download_url", no_network)
+    with refused("Tiny ImageNet", "network", tmp_path / "new"):
+        ready(tmp_path / "new", TINY, download=True)
+
+
+def test_interrupted_unpacking_is_not_taken_for_whole(archive, tmp_path, monkeypatch):
+    real, count = zipfile.ZipFile.extract, []
+
+    def interrupted(*args, **options):
+        count.append(1)
+        if len(count) == 5:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ready(tmp_path / "new", TINY, download=True)
+    assert not (tmp_path / "new" / imagenet.NAME).exists()
+    # The archive came whole: it is not fetched again.
+    archive.unlink()
+    assert ready(tmp_path / "new", TINY, download=True).test.labels.tolist() == [1, 2, 0, 1, 2, 0]
+
+
+def test_half_a_download_is_fetched_again(archive, tmp_path):
+    part = tmp_path / "new" / f".{imagenet.NAME}.part" / archive.name
+    part.parent.mkdir(parents=True)
+    part.write_bytes(archive.read_bytes()[:1000])
+    assert ready(tmp_path / "new", TINY, download=True).num_classes == 3
+
+
+# The real images
+
+
+def test_real_images(tiny_root):
+    data = ready(tiny_root, TINY, val_fraction=0.0)
+    assert (data.num_classes, data.in_channels, data.image_size) == (10, 3, 64)
+    assert data.train.images.shape == (5000, 3, 64, 64)
+    assert data.train.labels.bincount().tolist() == [500] * 10
+    assert data.test.labels.bincount().tolist() == [50] * 10
+    assert data.class_names[:3] == ["Egyptian_cat", "reel", "volleyball"]
+    # ImageNet's constants fit.
+    assert data.train.images.mean().abs() < 0.1
+    assert 1 < data.train.images.std() < 1.3
+    described = data.describe()["dataset"]
+    # The value that version 0.1 wrote beside the decoded images.
+    assert described.pop("fingerprint") == "036655acbc7b68ec55cb961cbca4930f"
+    assert described == {
+        "name": "tiny-imagenet",
+        "val_fraction": 0.0,
+        "max_per_class": None,
+        "seed": 0,
+    }
+
+
+def test_teachers_distillation_and_evaluation_on_tiny_imagenet(tiny_root, tmp_path, run_phases):
+    store, synthetic, accuracies = run_phases(tmp_path, 4, dataset=TINY, root=str(tiny_root))
+    assert store.metadata["network"]["image_size"] == 64
+    assert synthetic.images.shape == (10, 3, 64, 64)
+    assert synthetic.class_names[0] == "Egyptian_cat"
     assert all(0 <= accuracy < 1 for accuracy in accuracies)

@@ -25,9 +25,10 @@ from torch.utils.data import (
 from ftd_lightning import DistillationDataModule
 from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.contracts import DataSource
-from ftd_lightning.data import in_memory as own_datamodule
-from ftd_lightning.data import in_memory as own_images
+from ftd_lightning.data import in_memory
+from ftd_lightning.data.in_memory import read_datasets, write_images_file
 from ftd_lightning.files import Standardization, TrajectoryStore
+from ftd_lightning.files.safetensors_io import write_tensors
 from ftd_lightning.functional.seeding import make_generator
 
 FORMS = ("pillow", "uint8", "float", "numpy")
@@ -181,7 +182,7 @@ def test_sixteen_bits_are_scaled_by_the_largest_value_of_all_parts():
         return Items(levels, labels(count)), (levels, labels(count))
 
     data = [own(train, test, val_fraction=0.0) for train, test in zip(deep(30, 1000), deep(9, 250), strict=True)]
-    (train, _), (test, _) = data[0].spec.load()
+    train, test = (data[0].spec.load()[part].pictures for part in ("train", "test"))
     assert torch.equal(train.flatten(), torch.arange(30 * 36).remainder(1001) / 1000)
     assert float(test.max()) == 0.25
     assert data[0].describe() == data[1].describe()
@@ -198,44 +199,32 @@ def test_images_of_several_sizes_are_resized_or_refused(refused, monkeypatch):
     with refused("train", "5 x 6", "image_size="):
         own(train)
     said = []
-    monkeypatch.setattr(own_images, "rank_zero_info", said.append)
+    monkeypatch.setattr(in_memory, "rank_zero_info", said.append)
     data = own(train, image_size=4)
     assert said == ["train: images become 4 x 4 px: 15 of 30 are squashed, aspect ratio changed by up to 1.20"]
     assert data.train.images.shape[1:] == data.test.images.shape[1:] == (3, 4, 4)
 
 
-@pytest.mark.parametrize("scale", [255, -1, float("nan")])
-def test_images_that_are_no_pictures_are_refused(refused, scale):
-    with refused("train", "transform="):
-        own((pictures(30).float().div(255) * scale, labels(30)))
+def test_images_that_are_no_pictures_are_refused(refused):
+    for wrong in (*(pictures(30).float().div(255) * scale for scale in (255, -1, float("nan"))), pictures(30).long()):
+        with refused("train", "transform="):
+            own((wrong, labels(30)))
 
 
-def test_integers_of_another_type_are_refused(refused):
-    with refused("train", "torch.int64", "transform="):
-        own((pictures(30).long(), labels(30)))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
+def test_wrong_labels_are_refused(refused):
+    for wrong, words in (
         (labels(30) - 1, "from -1 to 1"),
         (labels(30).float(), "integers"),
         (labels(30) * 2, "class 1"),
         (labels(29), "30 integers"),
         (["ant", "bee", "cow"] * 10, "integers, not 'ant'"),
         ([None] * 30, "integers, not None"),
-    ],
-    ids=["negative", "floats", "gaps", "too few", "text", "none"],
-)
-def test_wrong_labels_are_refused(refused, wrong, words):
-    with refused("train", words):
-        own((pictures(30), wrong))
-
-
-@pytest.mark.parametrize("label", ["ant", None])
-def test_wrong_labels_of_items_are_refused(refused, label):
-    with refused("train", f"integers, not {label!r}"):
-        own([(image, label) for image in pictures(30)])
+    ):
+        with refused("train", words):
+            own((pictures(30), wrong))
+    for label in ("ant", None):
+        with refused("train", f"integers, not {label!r}"):
+            own([(image, label) for image in pictures(30)])
 
 
 def test_parts_that_do_not_belong_together_are_refused(refused):
@@ -277,25 +266,60 @@ def test_a_set_with_another_transform_decides_that_of_normalised_images(tmp_path
     assert torch.allclose(data.test.images, plain.test.images, atol=1e-5)
 
 
-def test_whitening_is_cached_where_asked_for(tmp_path):
-    data = own((pictures(90, size=4), labels(90)), (pictures(6, size=4), labels(6)), zca=True, cache_dir=str(tmp_path))
-    data.prepare_data()
-    (file,) = (tmp_path / "whitening").iterdir()
-    assert " " not in file.name
-    assert data.describe()["transform"]["kind"] == "zca"
-
-
-@pytest.mark.parametrize("name", ["own", "own images"])
-def test_the_name_alone_is_refused(refused, name):
-    with refused("from_datasets", "from_datamodule"):
-        DistillationDataModule(dataset=name)
-
-
 def test_copies_and_pickles_are_the_same_data():
     data = own((pictures(30), labels(30)))
     for other in (copy.deepcopy(data), pickle.loads(pickle.dumps(data))):
         assert other.describe() == data.describe()
         assert torch.equal(other.train.images, data.train.images)
+
+
+# One file
+
+
+@pytest.mark.parametrize("val", [False, True])
+def test_a_data_set_in_a_file_is_read_as_it_was_given(tmp_path, val):
+    train, test, held_out = ((pictures(n, size=8, seed=n), labels(n, classes=2)) for n in (8, 4, 6))
+    held_out = held_out if val else None
+    write_images_file(read_datasets(train, test, held_out, class_names=["cat", "dog"]), tmp_path)
+    for size in (None, 4):
+        options = {"val_fraction": 0.25, "image_size": size}
+        theirs = DistillationDataModule("images", root=str(tmp_path), **options)
+        ours = own(train, test, val=held_out, class_names=["cat", "dog"], **options)
+        assert theirs.class_names == ours.class_names == ["cat", "dog"]
+        for part in ("train", "val", "test"):
+            given, found = (data.transform.invert(data.part(part).images) for data in (ours, theirs))
+            assert found.shape[1:] == (3, size or 8, size or 8)
+            assert torch.allclose(given, found, atol=1e-5)
+            assert torch.equal(theirs.part(part).labels, ours.part(part).labels)
+        assert len(theirs.val.labels) == (6 if val else 2)
+        if size is None:
+            described = [data.describe() for data in (theirs, ours)]
+            assert [one["dataset"].pop("name") for one in described] == ["images", "own images"]
+            assert described[0] == described[1]
+
+
+def test_the_maximum_of_sixteen_bits_is_kept_in_the_file(tmp_path):
+    train, test = (((pictures(n).int() * 16).to(torch.uint16), labels(n)) for n in (9, 6))
+    dataset = read_datasets(train, test)
+    write_images_file(dataset, tmp_path)
+    found = DistillationDataModule("images", root=str(tmp_path)).spec
+    assert found.fingerprint() == dataset.fingerprint()
+    assert found.fingerprint()["maximum"] == max(int(part[0].int().max()) for part in (train, test))
+
+
+def test_other_files_are_refused(tmp_path, refused):
+    data, path = DistillationDataModule("images", root=str(tmp_path)), tmp_path / "images.safetensors"
+    with refused("images.safetensors: no such file"):
+        data.setup()
+    tensors, names = {"train_images": pictures(9), "train_labels": labels(9)}, ["a", "b", "c"]
+    for more, class_names, words in (
+        ({}, names, "has no tensor 'test_images'"),
+        ({}, "cat", "class_names are not a list"),
+        ({"test_images": pictures(9).int(), "test_labels": labels(9)}, names, "torch.int32"),
+    ):
+        write_tensors(path, tensors | more, kind="images", metadata={"class_names": class_names})
+        with refused(path, words):
+            data.setup()
 
 
 # Another LightningDataModule
@@ -373,7 +397,7 @@ def test_a_random_subset_is_read_sorted_and_other_loaders_as_they_come():
 @pytest.mark.parametrize("where", ["sampler", "batch_sampler"])
 def test_a_sampler_does_not_decide_what_is_read(monkeypatch, where):
     said = []
-    monkeypatch.setattr(own_datamodule, "rank_zero_info", said.append)
+    monkeypatch.setattr(in_memory, "rank_zero_info", said.append)
     weighted = WeightedRandomSampler([1.0] + [1e-3] * 30, 31)
 
     class Balanced(BatchSampler):
