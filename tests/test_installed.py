@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,11 +61,12 @@ def test_the_three_fits(ftd) -> None:
 
 
 def test_a_folder_of_pictures(ftd) -> None:
-    digits = load_digits()
+    with np.load(ROOT / "ftd_lightning" / "data" / "digits.npz") as file:
+        images, labels = file["images"], file["labels"]
     for label in range(10):
         folder = ftd.folder / "pictures" / str(label)
         folder.mkdir(parents=True)
-        for index, image in enumerate(digits.images[digits.target == label][:40]):
+        for index, image in enumerate(images[labels == label][:40]):
             Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / f"{index}.png")
     # What is planned is made shorter: how much fits into a few minutes is another on each machine.
     short = ["--teacher.model.teachers=2", "--distill.trainer.max_steps=4", "--evaluate.model.networks=2"]

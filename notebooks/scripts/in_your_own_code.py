@@ -12,14 +12,15 @@ import warnings
 
 warnings.filterwarnings("ignore")  # before the imports that warn
 
+from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.datasets import VisionDataset
 
@@ -38,9 +39,10 @@ class YourImages(VisionDataset):
 
     def __init__(self, train):
         super().__init__(root="")
-        images, targets = load_digits(return_X_y=True)
         part = slice(0, 1400) if train else slice(1400, None)
-        self.images, self.targets = (images[part].reshape(-1, 8, 8) * 15.9375).astype("uint8"), targets[part].tolist()
+        with np.load(files("ftd_lightning.data") / "digits.npz") as file:
+            images, self.targets = file["images"][part], file["labels"][part].tolist()
+        self.images = (images * 15.9375).astype("uint8")
 
     def __len__(self):
         return len(self.targets)

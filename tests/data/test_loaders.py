@@ -242,9 +242,13 @@ def test_ranks_deal_out_the_segments_of_one_process(loader):
 def test_the_next_batch_is_read_while_this_one_is_used(loader):
     segments, seen = loader(length=3), []
     read, reads = segments.read, threading.Semaphore(0)
-    segments.read = lambda iteration: (seen.append(threading.current_thread().name), reads.release(), read(iteration))[
-        2
-    ]
+
+    def noted(iteration):
+        seen.append(threading.current_thread().name)
+        reads.release()
+        return read(iteration)
+
+    segments.read = noted
     batches = iter(segments)
     next(batches)
     assert reads.acquire(timeout=30)

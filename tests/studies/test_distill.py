@@ -12,6 +12,7 @@ from PIL import Image
 import ftd_lightning
 from ftd_lightning import SyntheticSet, cli
 from ftd_lightning.data import decoding as decoded_cache
+from ftd_lightning.data import get_dataset
 from ftd_lightning.models import build_network
 from ftd_lightning.shipped_configs import read_config
 from ftd_lightning.studies import distill as command
@@ -164,13 +165,11 @@ def tiny(monkeypatch, tmp_path):
 
 
 def write_digits(folder: Path, count: int = 20) -> None:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    images, labels = get_dataset("digits").load()["train"]
     for label in range(10):
         (folder / str(label)).mkdir(parents=True)
-        for index, image in enumerate(digits.images[digits.target == label][:count]):
-            Image.fromarray((image * 255 / 16).astype(np.uint8)).save(folder / str(label) / f"{index}.png")
+        for index, image in enumerate(images[labels == label][:count]):
+            Image.fromarray((image[0] * 255).byte().numpy()).save(folder / str(label) / f"{index}.png")
 
 
 def refusal(capsys, *arguments):
@@ -273,10 +272,7 @@ def test_a_folder_becomes_a_set(tiny, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_anybodys_datasets_become_a_set(tiny, tmp_path):
-    from sklearn.datasets import load_digits
-
-    images, labels = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
-    images = images.float().view(-1, 1, 8, 8) / 16
+    images, labels = get_dataset("digits").load()["train"]
     train, test = (images[:300], labels[:300]), (images[300:400], labels[300:400])
     synthetic = ftd_lightning.distill(
         train, test, ipc=2, method="mtt", out="out", class_names=list("abcdefghij"), batch_size=16
