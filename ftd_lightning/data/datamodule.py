@@ -202,7 +202,7 @@ class DistillationDataModule(LightningDataModule):
         self.save_hyperparameters(logger=False)
         self.root: Path | None = Path(root).expanduser()
         self.synthetic_set: SyntheticSet | None = None
-        self._wrapped: partial[tuple[ImageDataset, int]] | None = None  # reads another datamodule
+        self.wrapped: partial[tuple[ImageDataset, int]] | None = None  # reads another datamodule
         self._real: RealImages | None = None
         self._transform: ImageTransform | None = None
         self._ready = False
@@ -270,7 +270,7 @@ class DistillationDataModule(LightningDataModule):
         """
         data = cls(val_fraction=0.0, synthetic=synthetic)
         data.hparams["dataset"], data.root = OWN_IMAGES, None
-        data._wrapped = partial(read_datamodule, datamodule, class_names=class_names, transform=transform)
+        data.wrapped = partial(read_datamodule, datamodule, class_names=class_names, transform=transform)
         data.prepare_data_per_node = datamodule.prepare_data_per_node
         return data
 
@@ -296,8 +296,8 @@ class DistillationDataModule(LightningDataModule):
     @cached_property
     def spec(self) -> ImageDataset:
         """The description of the data set; see the class."""
-        if self._wrapped is not None:
-            spec, self.hparams["batch_size"] = self._wrapped(self.trainer)
+        if self.wrapped is not None:
+            spec, self.hparams["batch_size"] = self.wrapped(self.trainer)
             return spec
         return DATASETS[self.hparams["dataset"]](self._request)
 
@@ -389,8 +389,8 @@ class DistillationDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download or decode the data set and fit the whitening, once per node; all are cached."""
-        if self._wrapped is not None:
-            self._wrapped.args[0].prepare_data()
+        if self.wrapped is not None:
+            self.wrapped.args[0].prepare_data()
             return
         self._read()
         if self.hparams["zca"] and not self._set_file():
