@@ -35,8 +35,8 @@ NAME_SIZE, NAME_HEIGHT = 14, 20
 def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str] = (), per_class: int = 10) -> Tensor:
     """Lay pictures out with one column per class under its name, ten columns side by side, the next ten below.
 
-    Pictures narrower than 96 pixels are enlarged by a whole factor, pixel by pixel. Three channels are red, green and
-    blue, one is grey. Of more than three the first three are shown, of two the first.
+    Pictures narrower than 96 pixels are enlarged by a whole factor. Three channels are red, green and blue, one is
+    grey. Of more than three the first three are shown, of two the first.
 
     Args:
         pictures: (N, C, H, W) in [0, 1].
@@ -73,7 +73,7 @@ def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str]
 
 
 def _printable(name: str) -> str:
-    """Reduce a name to one line of ASCII, which Pillow's font can draw: letters lose their accents."""
+    """Reduce a name to one line of ASCII, which Pillow's font can draw; letters lose their accents."""
     return " ".join(unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().split())
 
 

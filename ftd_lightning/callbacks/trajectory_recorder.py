@@ -85,10 +85,7 @@ class Snapshots:
             if not teacher_file(self.store, number).exists() and not self._file(number, 0).exists():
                 with suppress(FileExistsError):
                     claim.touch(exist_ok=False)
-                    # Another process may have finished this very teacher between the two looks.
-                    if not teacher_file(self.store, number).exists():
-                        return number
-                    claim.unlink()
+                    return number
             number += 1
 
     def write(self, teacher: int, epoch: int, network: nn.Module, accuracy: float | None = None) -> None:
@@ -124,19 +121,17 @@ class TrajectoryRecorder(Callback):
 
     With a ``FlatTeacher`` every teacher of the fit is recorded, under its number. Any other LightningModule is one
     teacher per fit: its ``network``, or all its parameters, under the next free number of the folder. Modules of this
-    library that train no teachers are left alone.
+    library that train no teachers are left alone. All processes write into one folder.
 
-    Until a teacher is done its snapshots lie one by one in ``.unfinished/``, so that neither memory nor checkpoints
-    grow with them and a resumed run finds the earlier ones. The teacher's file appears whole, at the end of its last
-    epoch. An epoch that a limit of the trainer cuts short is never recorded; epochs that are short on purpose
-    (``limit_train_batches``) are, and ``batches_per_epoch`` in the metadata says so. A teacher that an EarlyStopping
-    ends is recorded with the epochs it had. A fit whose teachers are all recorded already is refused. All processes
-    write into one folder.
+    Snapshots of unfinished teachers lie in ``.unfinished/``, so that neither memory nor checkpoints grow with them. The
+    teacher's file appears whole at the end of its last epoch, or when an EarlyStopping ends it. An epoch that a limit
+    of the trainer cuts short is not recorded; epochs that are short on purpose (``limit_train_batches``) are, with
+    ``batches_per_epoch`` in the metadata. A fit whose teachers are all recorded already is refused.
 
     Args:
         path: folder of the store; None is ``trajectories`` beside the logs.
-        keep_going: record beside teachers of the same settings that the folder contains already, as a resumed run
-            does; teachers of other settings are always refused.
+        keep_going: record beside teachers of the same settings, as a resumed run does; teachers of other settings are
+            always refused.
         data: the teachers' training data, where the trainer's datamodule does not describe them: a name, or a
             ``DistillationDataModule``, with whose images the first training batch is compared. Teachers of data that is
             neither named nor fingerprinted join no store.
@@ -179,14 +174,14 @@ class TrajectoryRecorder(Callback):
     def _count(self) -> int:
         return len(list(self.path.glob("teacher_*.safetensors")))
 
+    def _recorded(self, teacher: int) -> dict[str, Any]:
+        file = teacher_file(self.path, teacher)
+        return TensorFile(file, kind=KIND).metadata if file.exists() else {"epochs": -1}
+
     def _complete(self, module: TrainsTeachers) -> int:
         """Count the teachers of the fit that are recorded with all their epochs."""
         plan = module.teacher_progress()
-        return sum(self._recorded_epochs(teacher) >= plan.epochs for teacher in range(plan.teachers))
-
-    def _recorded_epochs(self, teacher: int) -> int:
-        file = teacher_file(self.path, teacher)
-        return int(TensorFile(file, kind=KIND).metadata["epochs"]) if file.exists() else -1
+        return sum(self._recorded(teacher)["epochs"] >= plan.epochs for teacher in range(plan.teachers))
 
     def _refuse_other_teachers(self, present: TrajectoryStore, planned: dict[str, Any]) -> None:
         different = differences(present.metadata, planned)
@@ -203,9 +198,8 @@ class TrajectoryRecorder(Callback):
     def _refuse_recorded(self, module: TrainsTeachers) -> None:
         """Refuse teachers of another seed, which would be kept instead of the new ones, and a fit of nothing new."""
         plan = module.teacher_progress()
-        file = teacher_file(self.path, plan.teacher)
-        seed = TensorFile(file, kind=KIND).metadata.get("seed") if file.exists() else None
-        if seed not in (None, module.trajectory_metadata()["seed"]):
+        if self._recorded(plan.teacher).get("seed") not in (None, module.trajectory_metadata()["seed"]):
+            file = teacher_file(self.path, plan.teacher)
             raise InputError(f"{file}: recorded with another seed; name another folder or delete this one")
         if not self._resumed and self._complete(module) == plan.teachers:
             raise InputError(
@@ -255,11 +249,7 @@ class TrajectoryRecorder(Callback):
         return self._claimed, trainer.current_epoch - self._first_epoch, None, True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Compare the first batch with its description; record the initialisation, which the module has drawn by now.
-
-        Raises:
-            InputError: for a batch of other images; see ``refuse_other_batch``.
-        """
+        """Compare the first batch with its description; record the initialisation, drawn by now."""
         if self._active and self._unchecked is not None:
             described, self._unchecked = self._unchecked, None
             refuse_other_batch(batch, described)
@@ -291,11 +281,11 @@ class TrajectoryRecorder(Callback):
             self._finish(trainer, pl_module)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
-        """Write the teacher that is open, and clear its snapshots."""
+        """Write the open teacher, and clear its snapshots."""
         assert self._open is not None
         (teacher, epochs), self._open = self._open, None
         # A run resumed from a checkpoint before the end of this teacher trains it to the same bits again.
-        if epochs > self._recorded_epochs(teacher):
+        if epochs > self._recorded(teacher)["epochs"]:
             snapshots = self._snapshots.read(teacher, epochs)
             metadata = {**self._metadata(trainer, module), "accuracies": snapshots.accuracies()}
             if trainer.limit_train_batches not in (None, 1.0):
@@ -307,7 +297,7 @@ class TrajectoryRecorder(Callback):
         self._snapshots.clear(teacher)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a teacher that ends with the fit; wait for those of all ranks; say what is recorded."""
+        """Write a teacher that ends with the fit; wait for all ranks; report the recorded teachers."""
         if not self._active:
             return
         # Lightning does not tell who asked to stop; a time limit leaves this at 0.

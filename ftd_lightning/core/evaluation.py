@@ -34,12 +34,7 @@ def on_device(images: Images, device: torch.device) -> Images:
 
 
 class PartsOnDevice:
-    """Gives the parts of a data source, copied to a device once.
-
-    Args:
-        source: of real images.
-        device: where networks are measured.
-    """
+    """The parts of a data source, copied to a device when they are first asked for."""
 
     def __init__(self, source: DataSource, device: torch.device) -> None:
         self.source = source
@@ -60,7 +55,7 @@ class PartsOnDevice:
             count: number of networks on all ranks.
 
         Returns:
-            The share of correct classifications of each of all networks, (count,) float32 on the CPU.
+            The accuracies of all networks, (count,) float32 on the CPU.
         """
         modes = [(module, module.training) for network in networks for module in network.modules()]
         parts: tuple[Part, ...] = ("val", "test")

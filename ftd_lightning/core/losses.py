@@ -36,12 +36,6 @@ def loss_and_gradients(network: nn.Module, images: Tensor, labels: Tensor, *weig
     Returns:
         The loss, a scalar; the logits (N, K); a gradient for each of the weights; every buffer as the forward pass
         leaves it.
-
-    Example:
-        >>> network = nn.Linear(2, 3, bias=False)
-        >>> loss, logits, gradient = loss_and_gradients(network, torch.ones(1, 2), torch.tensor([0]), torch.zeros(3, 2))
-        >>> round(float(loss), 4), gradient.shape
-        (1.0986, torch.Size([3, 2]))
     """
     names = [name for name, p in network.named_parameters() if p.requires_grad]
 
@@ -190,8 +184,6 @@ class IndependentLosses:
     ) -> Tensor:
         """Compute the networks' losses (n,), differentiable in their weights.
 
-        They share no weight, so the gradient of the sum is each one's own.
-
         Args:
             networks: n, in training mode.
             images: (N, C, H, W).
@@ -224,21 +216,15 @@ class IndependentLosses:
         return losses
 
     def _at_worst_point(
-        self,
-        network: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        weights: list[nn.Parameter],
-        gradients: Sequence[Tensor | None],
+        self, network: nn.Module, images: Tensor, labels: Tensor, weights: list[nn.Parameter], gradients: Sequence[Any]
     ) -> list[Tensor | None]:
         """Return the gradients at the perturbed weights for those at the weights."""
         known = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
         before = [w.detach().clone() for w in weights]
         for weight, change in zip(weights, gsam_perturbation(weights, known, rho=self.rho), strict=True):
             weight.add_(change)
-        try:
-            with frozen_running_statistics(network):
-                return list(self._run(network, images, labels, *weights)[2 : 2 + len(weights)])
-        finally:
-            for weight, value in zip(weights, before, strict=True):
-                weight.copy_(value)
+        with frozen_running_statistics(network):
+            found = self._run(network, images, labels, *weights)[2 : 2 + len(weights)]
+        for weight, value in zip(weights, before, strict=True):
+            weight.copy_(value)
+        return list(found)

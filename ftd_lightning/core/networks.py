@@ -21,15 +21,7 @@ if TYPE_CHECKING:
 
 
 def refuse_dropout(network: nn.Module, images: Tensor) -> None:
-    """Refuse a network with dropout in any form before its teachers are trained.
-
-    Args:
-        network: in training mode.
-        images: (N, C, H, W), a few that it takes.
-
-    Raises:
-        InputError: for such a network.
-    """
+    """Refuse a network in training mode with dropout in any form, tried on a few images (N, C, H, W)."""
     require_function(network, flatten_parameters(network), images, torch.arange(len(images)))
 
 
@@ -62,11 +54,7 @@ class FreshNetworks:
                 )
 
     def build(self, *seed: int | str) -> nn.Module:
-        """Build a network on the CPU; equal seeds give equal weights.
-
-        Raises:
-            InputError: for a module, of which there are no fresh copies.
-        """
+        """Build a network on the CPU; equal seeds give equal weights."""
         refuse_object(self.network)
         with seeded(*seed):
             return self._construct()
@@ -119,8 +107,7 @@ def student_networks(
         shape: of the images, where the store does not know it.
 
     Raises:
-        InputError: if the parameters' names or shapes are not those of the teachers, or for None where the teachers'
-            network is not of this library.
+        InputError: for parameters of other names or shapes, or None where the teachers' network is a user's.
     """
     recorded = store.metadata["network"]
     if network is None:

@@ -88,9 +88,6 @@ def refuse_split_loaders(trainer: Trainer, *, or_else: str) -> None:
     Args:
         trainer: of a fit whose loaders are set up.
         or_else: the other remedy, for the message.
-
-    Raises:
-        InputError: for a training or validation loader with a sampler over several ranks.
     """
     for loader in CombinedLoader([trainer.train_dataloader, trainer.val_dataloaders]).flattened:
         for owner in (loader, getattr(loader, "batch_sampler", None)):
@@ -112,8 +109,8 @@ class RankStates:
     def keep(self, module: LightningModule) -> None:
         """Save this rank's weights before DDP broadcasts rank 0's, and exclude buffers from the broadcast."""
         self.kept = {name: value.detach().clone() for name, value in module.state_dict().items()}
-        # DDP copies the first rank's buffers (running statistics) to the others before a forward pass. Its switch for
-        # single buffers has no public form; broadcast_buffers belongs to the user's strategy.
+        # DDP copies the first rank's buffers (running statistics) before a forward pass. Its switch for single buffers
+        # has no public form; broadcast_buffers belongs to the user's strategy.
         buffers = [name for name, _ in module.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)
 
@@ -149,11 +146,7 @@ class RankStates:
         return joined
 
     def load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Replace the first rank's state in a checkpoint by this rank's.
-
-        Raises:
-            InputError: for a checkpoint of another number of ranks.
-        """
+        """Replace the first rank's state in a checkpoint by this rank's; refuse another number of ranks."""
         states, world_size = checkpoint.get("ranks"), module.trainer.world_size
         if (count := len(states) if states else 1) != world_size:
             raise InputError(

@@ -42,9 +42,8 @@ def failure(fit: Fit) -> str | None:
     """Say why a network failed: its loss is not finite, or its accuracy within two standard errors of guessing.
 
     Example:
-        >>> failure(Fit(0.1, 1.0, 0.1, 10)), failure(Fit(float("nan"), 0.1, 0.1, 10))
-        (None, 'its loss is not finite')
-        >>> failure(Fit(2.3, 0.2, 0.1, 10))
+        >>> failure(Fit(loss=0.1, accuracy=1.0, guessing=0.1, images=10))
+        >>> failure(Fit(loss=2.3, accuracy=0.2, guessing=0.1, images=10))
         'its training accuracy, 20.0 %, is that of guessing'
     """
     if not math.isfinite(fit.loss):
@@ -58,12 +57,9 @@ def failure(fit: Fit) -> str | None:
 
 @torch.no_grad()
 def fits(networks: Sequence[nn.Module], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> list[Fit]:
-    """Measure how well networks fit the batches that they were trained on.
+    """Measure how well networks on a device, put into evaluation mode, fit their training batches.
 
-    Args:
-        networks: on the device; put into evaluation mode.
-        batches: images (N, C, H, W), and classes (N,) or probabilities (N, K).
-        device: where to compute.
+    A batch has images (N, C, H, W), and classes (N,) or probabilities (N, K).
     """
     losses, right = (torch.zeros(len(networks), dtype=torch.float64, device=device) for _ in range(2))
     seen = []
@@ -86,12 +82,7 @@ def fits(networks: Sequence[nn.Module], batches: Iterable[tuple[Tensor, Tensor]]
 
 
 def summary(failed: Mapping[str, str], total: int) -> str:
-    """Sum up failures in one line.
-
-    Example:
-        >>> summary({"1": "its loss is not finite"}, 5)
-        '1 of 5 networks did not learn the set, so their accuracy says nothing: network 1: its loss is not finite'
-    """
+    """Sum up the failures of so many networks in one line."""
     each = "; ".join(f"network {index}: {why}" for index, why in failed.items())
     return f"{len(failed)} of {total} networks did not learn the set, so their accuracy says nothing: {each}"
 
@@ -106,7 +97,7 @@ def check_learning(trainer: Trainer, networks: Iterable[nn.Module], device: torc
         total: number of networks of all ranks.
 
     Returns:
-        The number of each such network, and why.
+        The reason by the number of each such network.
     """
     batches, data = trainer.train_dataloader, trainer.datamodule  # type: ignore[attr-defined]
     if batches is None and data is not None:
@@ -130,8 +121,6 @@ def held_out_seen(of_set: Any, here: Any) -> bool:
     Example:
         >>> held_out_seen({"name": "a", "val_fraction": 0.0, "seed": 0}, {"name": "a", "val_fraction": 0.1, "seed": 0})
         True
-        >>> held_out_seen({"name": "a", "val_fraction": 0.1, "seed": 0}, {"name": "a", "val_fraction": 0.1, "seed": 0})
-        False
     """
     if not isinstance(of_set, dict) or not isinstance(here, dict) or not here.get("val_fraction"):
         return False
@@ -151,11 +140,6 @@ def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str
         "chosen_on_held_out", and "best_on_test", which is chosen on the images that measure it: an upper bound. Empty
         without a history.
 
-    Example:
-        >>> history = [{"held_out": [0.9], "test": [0.6]}, {"held_out": [0.8], "test": [0.7]}]
-        >>> chosen = choose_iterates(history, torch.tensor([0.5]))
-        >>> round(chosen["chosen_on_held_out"]["mean"], 3), round(chosen["best_on_test"]["mean"], 3)
-        (0.6, 0.7)
     """
     if not history:
         return {}

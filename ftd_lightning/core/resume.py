@@ -16,7 +16,7 @@ from ftd_lightning.files.trajectory_store import differences
 from ftd_lightning.models.registry import recorded_network
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator, Mapping
+    from collections.abc import Callable, Container, Iterator, Mapping
 
     from lightning.pytorch import Trainer
 
@@ -54,9 +54,6 @@ def refuse_own_network(source: str | Path | IO[bytes]) -> None:
 
     Args:
         source: as for :func:`read_checkpoint`; an open file is put back to its beginning.
-
-    Raises:
-        InputError: for such a network, or no checkpoint.
     """
     local = isinstance(source, (str, Path))
     hparams = read_checkpoint(source, mmap=local).get("hyper_parameters", {})
@@ -107,7 +104,7 @@ def mend_progress(checkpoint: dict[str, Any]) -> None:
             state["epoch_ended"] = True
 
 
-def _each(progress: Counts, change: Any) -> None:
+def _each(progress: Counts, change: Callable[[Counts], None]) -> None:
     for counts in (progress["total"], progress["current"]):
         change(counts)
 
@@ -154,9 +151,6 @@ def refuse_changes(
         free: keys that may change.
         prefix: of the keys in the message.
 
-    Raises:
-        InputError: naming each such key, with both values.
-
     Example:
         >>> refuse_changes({"lr": 30.0, "betas": (0, 1)}, {"lr": 3.0, "betas": [0, 1]})
         Traceback (most recent call last):
@@ -172,16 +166,13 @@ def refuse_changes(
 def refuse_other_data(
     before: Mapping[str, Any], now: Mapping[str, Any], options: Mapping[str, Any], trainer: Trainer
 ) -> None:
-    """Refuse to resume with other images, or with another set instead of them.
+    """Refuse to resume with other images, or with another set instead of them; see :func:`refuse_changes`.
 
     Args:
         before: "data" and "set" as the checkpoint holds them.
         now: the same of the fit that resumes.
         options: the checkpoint's hyper-parameters of the datamodule.
         trainer: of the fit that resumes.
-
-    Raises:
-        InputError: as for :func:`refuse_changes`.
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(datamodule, LightningDataModule):
@@ -190,5 +181,4 @@ def refuse_other_data(
         refuse_changes(plain_settings(options), plain_settings(datamodule.hparams), free=free, prefix="data.")
     images = [{key: (state["data"] or {}).get(key) for key in CONTENTS} for state in (before, now)]
     refuse_changes(*({key: state[key] for key in differences(*images)} for state in images), prefix="data.")
-    if "set" in before:  # version 0.2 did not record it
-        refuse_changes({"synthetic": before["set"]}, {"synthetic": now["set"]}, prefix="data.")
+    refuse_changes({"synthetic": before["set"]}, {"synthetic": now["set"]}, prefix="data.")
