@@ -32,12 +32,9 @@ def is_last_epoch(trainer: Trainer) -> bool:
 
 
 def is_due(trainer: Trainer, every_n_epochs: int | None, *, times: int) -> bool:
-    """Tell, in ``on_train_epoch_end``, whether regular work is due; the end of the fit does not count.
+    """Tell, in ``on_train_epoch_end``, whether regular work is due, whatever happens at the end of the fit.
 
-    Args:
-        trainer: of the fit.
-        every_n_epochs: how often; 0 is never, None is ``times`` times in the whole fit.
-        times: see there.
+    It is due every n epochs, never for 0, and ``times`` times in the whole fit for None.
     """
     if every_n_epochs is None:
         per_epoch, epochs = int(trainer.num_training_batches), trainer.max_epochs
@@ -98,17 +95,17 @@ class EvaluateSynthetic(Callback):
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
         self.best_accuracy = -1.0
         self.history: list[dict[str, Any]] = []
-        self._regular: list[dict[str, Any]] = []  # history without what was measured because the fit ended
+        self._regular: list[dict[str, Any]] = []  # history without the final measurement that was not due
         self._losses: IndependentLosses | None = None
         self._real: PartsOnDevice | None = None
         self._loaded = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the checkpoint of an earlier run; that of this one is loaded later."""
+        """Forget the checkpoint of an earlier run; this run's is loaded later."""
         self._loaded = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse fits that it cannot measure before anything is learned."""
+        """Refuse fits that cannot be measured before anything is learned."""
         if not isinstance(pl_module, LearnsSet) or self.every_n_epochs == 0:
             return
         source = data_source(trainer.datamodule)  # type: ignore[attr-defined]

@@ -26,66 +26,36 @@ def board(folder: Path) -> TensorBoardLogger:
     return TensorBoardLogger(folder, name="run", version="", default_hp_metric=False)
 
 
-@pytest.fixture(scope="module")
-def distillation(tmp_path_factory, trajectories):
-    """A distillation of whitened images' teachers is too long for here: standardised ones have an inverse as well."""
-    folder = tmp_path_factory.mktemp("board")
-    callbacks = [
-        SyntheticEMA(0.5),
-        EvaluateSynthetic(every_n_epochs=2, networks=2, epochs=2),
-        TensorBoardPictures(every_n_epochs=1),
-        HyperparameterReport(),
-    ]
-    trainer = {"logger": board(folder), "log_every_n_steps": 1}
-    module = distil(folder, trajectories, steps=10, callbacks=callbacks, trainer=trainer)
-    return module, read(folder / "run")
-
-
-def test_scalars_of_every_iteration(distillation) -> None:
-    _, events = distillation
-    for tag in ("matching/loss", "matching/step_size", "gradient_norm/images", "gradient_norm/step_size"):
-        values = events.Scalars(tag)
-        assert [event.step for event in values] == list(range(10)), tag
-        assert all(np.isfinite(event.value) and event.value >= 0 for event in values), tag
-    assert events.Scalars("matching/step_size")[0].value == pytest.approx(0.1, rel=0.5)
-    assert events.Scalars("evaluation/ema_val_accuracy_mean")
-
-
-def grid_of(pictures: torch.Tensor, synthetic) -> np.ndarray:
-    grid = picture_grid(pictures, synthetic.labels, class_names=synthetic.class_names)
-    return grid.permute(1, 2, 0).numpy()
-
-
-def test_pictures_are_in_real_colours(distillation) -> None:
-    module, events = distillation
-    assert [event.step for event in events.Images("synthetic/raw")] == [0, 5, 10]
-    synthetic = module.synthetic_set()
-    for tag, ema in (("synthetic/raw", False), ("synthetic/ema", True)):
-        shown = np.asarray(Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)))
-        expected = grid_of(synthetic.pictures(ema=ema), synthetic)
-        assert np.array_equal(shown, expected)
-    first = np.asarray(Image.open(io.BytesIO(events.Images("synthetic/raw")[0].encoded_image_string)))
-    start = synthetic.transform.invert(module.initial_images).clamp(0, 1)
-    assert np.array_equal(first, grid_of(start, synthetic))
-
-
-def test_histograms_of_the_values(distillation) -> None:
-    module, events = distillation
-    histogram = events.Histograms("values/raw")[-1].histogram_value
-    assert histogram.num == module.images.numel()
-    assert histogram.max == pytest.approx(float(module.images.detach().max()), rel=1e-5)
-
-
 def hparams(events: EventAccumulator) -> dict[str, object]:
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     start = HParamsPluginData.FromString(content).session_start_info
     return {key: getattr(value, value.WhichOneof("kind")) for key, value in start.hparams.items()}
 
 
-def test_hyperparameters_stand_beside_their_results(distillation) -> None:
-    _, events = distillation
-    values = hparams(events)
-    assert (values["syn_steps"], values["lr_images"]) == (3, 10)
+def test_a_distillation_shows_scalars_pictures_histograms_and_settings(tmp_path: Path, trajectories: Path) -> None:
+    measure = EvaluateSynthetic(every_n_epochs=2, networks=2, epochs=2)
+    callbacks = [SyntheticEMA(0.5), measure, TensorBoardPictures(every_n_epochs=1), HyperparameterReport()]
+    trainer = {"logger": board(tmp_path), "log_every_n_steps": 1}
+    module = distil(tmp_path, trajectories, steps=10, callbacks=callbacks, trainer=trainer)
+    events, synthetic = read(tmp_path / "run"), module.synthetic_set()
+    for tag in ("matching/loss", "matching/step_size", "gradient_norm/images", "gradient_norm/step_size"):
+        assert [event.step for event in events.Scalars(tag)] == list(range(10)), tag
+        assert all(np.isfinite(event.value) and event.value >= 0 for event in events.Scalars(tag)), tag
+    assert events.Scalars("evaluation/ema_val_accuracy_mean")
+
+    def differs(tag: str, place: int, pictures: torch.Tensor) -> bool:
+        shown = np.asarray(Image.open(io.BytesIO(events.Images(tag)[place].encoded_image_string)))
+        grid = picture_grid(pictures, synthetic.labels, class_names=synthetic.class_names)
+        return not np.array_equal(shown, grid.permute(1, 2, 0).numpy())
+
+    assert [event.step for event in events.Images("synthetic/raw")] == [0, 5, 10]
+    assert not differs("synthetic/raw", 0, synthetic.transform.invert(module.initial_images).clamp(0, 1))
+    assert not differs("synthetic/raw", -1, synthetic.pictures())
+    assert not differs("synthetic/ema", -1, synthetic.pictures(ema=True))
+    histogram = events.Histograms("values/raw")[-1].histogram_value
+    assert histogram.num == module.images.numel()
+    assert histogram.max == pytest.approx(float(module.images.detach().max()), rel=1e-5)
+    assert (hparams(events)["syn_steps"], hparams(events)["lr_images"]) == (3, 10)
     assert events.Scalars("hp/matching/loss")[-1].value == events.Scalars("matching/loss")[-1].value
 
 

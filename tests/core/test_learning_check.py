@@ -10,7 +10,7 @@ from fits import SMALL, make_trainer, small_data
 from torch import nn
 
 from ftd_lightning import SyntheticEvaluation, cli
-from ftd_lightning.core.results import Fit, failure, fits, summary
+from ftd_lightning.core.results import Fit, failure, fits
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits" / "evaluate.yaml"
 
@@ -60,7 +60,3 @@ def test_where_all_failed_the_command_fails(tmp_path: Path, monkeypatch, capsys)
     assert stop.value.code == 1
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("ftd: error: 5 of 5 networks did not learn")
     assert (tmp_path / "runs" / "digits" / "evaluate" / "evaluation.json").is_file()
-
-
-def test_a_summary_names_each() -> None:
-    assert summary({"0": "a", "3": "b"}, 5).endswith("network 0: a; network 3: b")
