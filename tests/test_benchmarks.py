@@ -9,7 +9,7 @@ from benchmarks import run
 from benchmarks.reference import sample_loader
 
 from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
-from ftd_lightning.core.networks import FreshNetworks
+from ftd_lightning.core.networks import NetworkFactory
 from ftd_lightning.data.loaders import BatchOrder, TensorLoader
 from ftd_lightning.functional import flatten_parameters, seeded
 from ftd_lightning.models import ConvNet
@@ -32,7 +32,7 @@ def batches(images, labels, epoch, batch_size=256):
 def test_teachers():
     data = run.noise(300, image_size=8)
     module = run.fit_teacher(data, [], epochs=2, compiles=False, **TINY)
-    plain = FreshNetworks("convnet", TINY, data.description().shape).build(0, "teacher", 0)
+    plain = NetworkFactory("convnet", TINY, data.description().shape).build(0, "teacher", 0)
     start = flatten_parameters(plain)
     epoch = run.plain_teacher(plain, lambda epoch: batches(*data.part("train"), epoch))
     for number in range(2):

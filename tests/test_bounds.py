@@ -18,7 +18,7 @@ from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, SyntheticSe
 from ftd_lightning.commands.import_set import import_set
 from ftd_lightning.contracts import ImageShape
 from ftd_lightning.core.evaluation import EvaluationProtocol
-from ftd_lightning.core.networks import FreshNetworks
+from ftd_lightning.core.networks import NetworkFactory
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import InnerAdam, InnerSGD
@@ -204,7 +204,7 @@ def test_numbers_of_other_kinds_are_numbers():
 @pytest.mark.parametrize(("option", "value"), [("width", -4), ("width", 0), ("depth", 10**6)])
 def test_options_of_a_named_network_are_arguments_too(option, value, refused):
     with refused(f"ConvNet: {option}={value} must be at "):
-        FreshNetworks("convnet", {option: value}, ImageShape(**SHAPE)).build(0)
+        NetworkFactory("convnet", {option: value}, ImageShape(**SHAPE)).build(0)
 
 
 def test_options_of_ones_own_images_are_checked_before_they_are_read(refused):

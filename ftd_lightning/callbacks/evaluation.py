@@ -13,7 +13,7 @@ from ftd_lightning.contracts import LearnsSet, data_source
 from ftd_lightning.core.evaluation import EvaluationProtocol, PartsOnDevice, mean_and_std, train_fresh_networks
 from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.module import run_folder
-from ftd_lightning.core.ranks import own_share
+from ftd_lightning.core.ranks import ranks_share
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import write_json
 from ftd_lightning.functional.compiling import Compile, compiles
@@ -170,7 +170,7 @@ class EvaluateSynthetic(Callback):
         device = trainer.strategy.root_device
         assert self._real is not None
         keys = (self.seed, "evaluation", module.iterations, name)
-        own = own_share(self.networks, rank=trainer.global_rank, world_size=trainer.world_size)
+        own = ranks_share(self.networks, rank=trainer.global_rank, world_size=trainer.world_size)
         networks = [module.evaluation_network(*keys, index).to(device, images.dtype) for index in own]
         if self._losses is None:  # one for all measurements, which compiles once
             self._losses = IndependentLosses(self.compile, device)

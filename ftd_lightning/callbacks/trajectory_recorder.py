@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ftd_lightning.contracts import BringsBatches, DataSource, PlansBatches, TrainsTeachers, data_source
 from ftd_lightning.core.module import refuse_other_batch, run_folder
-from ftd_lightning.core.resume import mend_progress
+from ftd_lightning.core.resume import fix_loop_progress
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, versions, write_tensors
 from ftd_lightning.files.trajectory_store import (
@@ -324,7 +324,7 @@ class TrajectoryRecorder(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a foreign module's fit resume exactly too."""
-        mend_progress(checkpoint)
+        fix_loop_progress(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep which teacher is being recorded."""

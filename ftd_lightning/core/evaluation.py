@@ -51,7 +51,7 @@ class PartsOnDevice:
         """Measure networks on held-out and on test images; a part without images is left out.
 
         Args:
-            networks: of this rank, as ``ranks.own_share`` deals them out; their modes (training, evaluation) stay.
+            networks: of this rank, as ``ranks.ranks_share`` deals them out; their modes (training, evaluation) stay.
             count: number of networks on all ranks.
 
         Returns:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ftd_lightning.contracts import DataDescription, ImageShape, Stateful, data_source
 from ftd_lightning.core.arguments import plain, plain_settings
-from ftd_lightning.core.networks import FreshNetworks, refuse_object
+from ftd_lightning.core.networks import NetworkFactory, refuse_object
 from ftd_lightning.core.resume import (
     HARMLESS,
     LIMITS,
     as_json,
-    mend_progress,
+    fix_loop_progress,
     refuse_changes,
     refuse_other_data,
     refuse_own_network,
@@ -115,7 +115,7 @@ class BaseModule(LightningModule):
     """
 
     accepts_module: ClassVar[bool] = False  # whether one module is enough as a network
-    fresh: FreshNetworks
+    fresh: NetworkFactory
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class BaseModule(LightningModule):
         left_out = {"self", "__class__", "real", *leave_out, *(["network"] if callable(values["network"]) else [])}
         self.save_hyperparameters({key: plain(value) for key, value in values.items() if key not in left_out})
 
-    def make_networks(self) -> FreshNetworks:
+    def make_networks(self) -> NetworkFactory:
         """Return the builder of networks: for this module's data, or as the checkpoint that is being loaded says.
 
         Raises:
@@ -161,7 +161,7 @@ class BaseModule(LightningModule):
         network, options = self._network_arguments
         if network is None:
             network, options = recorded_network(recorded, "checkpoint", "pass it as network")
-        return FreshNetworks(network, options, shape)
+        return NetworkFactory(network, options, shape)
 
     def build(self) -> None:
         """Build what depends on the images; ``data``, ``fresh`` and the hyper-parameters are known.
@@ -308,7 +308,7 @@ class BaseModule(LightningModule):
             InputError: for a checkpoint of another network, or of an earlier version; within a trainer also for other
                 settings than the checkpoint's, and if a fit is resumed, for other images.
         """
-        mend_progress(checkpoint)
+        fix_loop_progress(checkpoint)
         state = checkpoint.get(KEY, {})
         if "settings" not in state:
             raise InputError("the checkpoint was not saved by this version of ftd_lightning; begin this fit anew")

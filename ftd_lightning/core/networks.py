@@ -28,7 +28,7 @@ def refuse_dropout(network: nn.Module, images: Tensor) -> None:
 Network = str | nn.Module | Callable[[], nn.Module]
 
 
-class FreshNetworks:
+class NetworkFactory:
     """Builds networks of one architecture.
 
     Args:
@@ -97,12 +97,12 @@ def student_networks(
     network: Network | None = None,
     options: Mapping[str, Any] | None = None,
     shape: ImageShape | None = None,
-) -> FreshNetworks:
+) -> NetworkFactory:
     """Return the networks that the teachers of a store can be matched with.
 
     Args:
         store: the teachers.
-        network: as for :class:`FreshNetworks`; None takes the teachers' own.
+        network: as for :class:`NetworkFactory`; None takes the teachers' own.
         options: for a named network.
         shape: of the images, where the store does not know it.
 
@@ -112,7 +112,7 @@ def student_networks(
     recorded = store.metadata["network"]
     if network is None:
         network, options = recorded_network(recorded, store.path, "pass it as network")
-    fresh = FreshNetworks(network, options, store.shape or shape)
+    fresh = NetworkFactory(network, options, store.shape or shape)
     both = (recorded, fresh.describe())
     if not same_network(*both):
         listed = (", ".join(f"{key}={value}" for key, value in one.get("options", {}).items()) for one in both)

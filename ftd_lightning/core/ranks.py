@@ -26,14 +26,14 @@ T = TypeVar("T")
 KEYS = ("state_dict", "optimizer_states")
 
 
-def own_share(total: int, *, rank: int, world_size: int) -> list[int]:
+def ranks_share(total: int, *, rank: int, world_size: int) -> list[int]:
     """Deal the numbers 0, 1, .. out to ranks in turn, equally many to each.
 
     Convention: numbers of ``total`` and above fill up the last round, so that all ranks take the same steps. Their
     results are not used.
 
     Example:
-        >>> [own_share(3, rank=rank, world_size=2) for rank in range(2)]
+        >>> [ranks_share(3, rank=rank, world_size=2) for rank in range(2)]
         [[0, 2], [1, 3]]
     """
     return list(range(rank, -(-total // world_size) * world_size, world_size))
@@ -52,7 +52,7 @@ def from_all_ranks(own: list[T], total: int) -> list[T]:
     """Collect one value per network on every rank, in the networks' order.
 
     Args:
-        own: a value for each number that ``own_share`` dealt out to this rank.
+        own: a value for each number that ``ranks_share`` dealt out to this rank.
         total: number of networks; values beyond it are left out.
     """
     ranks = all_ranks(own)
@@ -106,7 +106,7 @@ class RankStates:
     def __init__(self) -> None:
         self.kept: dict[str, Any] | None = None
 
-    def keep(self, module: LightningModule) -> None:
+    def remember(self, module: LightningModule) -> None:
         """Save this rank's weights before DDP broadcasts rank 0's, and exclude buffers from the broadcast."""
         self.kept = {name: value.detach().clone() for name, value in module.state_dict().items()}
         # DDP copies the first rank's buffers (running statistics) before a forward pass. Its switch for single buffers
@@ -133,7 +133,7 @@ class RankStates:
 
         Args:
             checkpoint: of any number of ranks.
-            name: of the ModuleList whose entries ``own_share`` dealt out; other weights are the first rank's.
+            name: of the ModuleList whose entries ``ranks_share`` dealt out; other weights are the first rank's.
             count: number of its entries over all ranks.
         """
         ranks = [state["state_dict"] for state in checkpoint.get("ranks") or [checkpoint]]

@@ -92,7 +92,7 @@ def check_learning(trainer: Trainer, networks: Iterable[nn.Module], device: torc
 
     Args:
         trainer: with the training batches, or else with a datamodule that has them; without either nothing is found.
-        networks: of this rank, as ``ranks.own_share`` deals them out.
+        networks: of this rank, as ``ranks.ranks_share`` deals them out.
         device: of the networks.
         total: number of networks of all ranks.
 

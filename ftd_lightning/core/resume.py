@@ -63,7 +63,7 @@ def refuse_own_network(source: str | Path | IO[bytes]) -> None:
         source.seek(0)
 
 
-def mend_progress(checkpoint: dict[str, Any]) -> None:
+def fix_loop_progress(checkpoint: dict[str, Any]) -> None:
     """Rewrite the progress of a fit in a checkpoint, in place, so that the fit resumes exactly.
 
     A checkpoint is saved at one of four moments:

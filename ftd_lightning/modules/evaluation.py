@@ -23,7 +23,13 @@ from ftd_lightning.core.evaluation import (
 from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.module import BaseModule, run_folder
 from ftd_lightning.core.networks import Network, right_answers
-from ftd_lightning.core.ranks import RankStates, from_all_ranks, own_share, refuse_split_loaders, without_gradient_sync
+from ftd_lightning.core.ranks import (
+    RankStates,
+    from_all_ranks,
+    ranks_share,
+    refuse_split_loaders,
+    without_gradient_sync,
+)
 from ftd_lightning.core.results import check_learning, choose_iterates, held_out_seen, write_results
 from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.functional.augment import Augmentation
@@ -102,7 +108,7 @@ class SyntheticEvaluation(BaseModule):
         """Build this rank's networks; without a trainer, those of all ranks."""
         count = self.hparams["networks"]
         rank, world_size = (self.global_rank, self.trainer.world_size) if self.attached else (0, 1)
-        self.own = own_share(count, rank=rank, world_size=world_size)
+        self.own = ranks_share(count, rank=rank, world_size=world_size)
         self.counted = sum(index < count for index in self.own)
         self.networks = nn.ModuleList(self.fresh.build(self.seed, "fresh", index) for index in self.own)
         # A look for NaN would wait for the device in every step; other ranks have other networks.
@@ -117,7 +123,7 @@ class SyntheticEvaluation(BaseModule):
             training, lr = None if self.source is None else self.source.training_set(), self.hparams["lr"]
             self.lr = learned_lr(training) if lr is None else float(lr)
             if self._built and self.trainer.world_size > 1:
-                self._states.keep(self)
+                self._states.remember(self)
 
     def on_fit_start(self) -> None:
         """Restore the networks that DDP has overwritten by the first rank's."""

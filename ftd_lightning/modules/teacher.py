@@ -20,7 +20,7 @@ from ftd_lightning.contracts import BatchPlan, DataDescription, TeacherProgress
 from ftd_lightning.core.losses import CompiledPass
 from ftd_lightning.core.module import BaseModule
 from ftd_lightning.core.networks import Network, refuse_dropout, right_answers
-from ftd_lightning.core.ranks import RankStates, average_over_ranks, own_share, refuse_split_loaders
+from ftd_lightning.core.ranks import RankStates, average_over_ranks, ranks_share, refuse_split_loaders
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.functional.augment import Augmentation
@@ -73,7 +73,7 @@ class TeacherRounds(NamedTuple):
 
     def length(self, teachers: int) -> int:
         """Return how many epochs of the fit a number of teachers takes."""
-        return len(own_share(teachers, rank=0, world_size=self.world_size)) * self.epochs
+        return len(ranks_share(teachers, rank=0, world_size=self.world_size)) * self.epochs
 
 
 Parallel = Literal["teachers", "data"]
@@ -230,7 +230,7 @@ class FlatTeacher(BaseModule):
         """Build the network for the trainer's data."""
         super().configure_model()
         if self._built and self.independent_ranks and self.trainer.world_size > 1:
-            self._states.keep(self)
+            self._states.remember(self)
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a recorder where the trainer has none."""

@@ -12,7 +12,7 @@ from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import Images
 from ftd_lightning.core.arguments import matching_rules
 from ftd_lightning.core.labels import RecordedTeachers, StudentLabels
-from ftd_lightning.core.networks import FreshNetworks, Network, student_networks
+from ftd_lightning.core.networks import Network, NetworkFactory, student_networks
 from ftd_lightning.core.resume import refuse_changes
 from ftd_lightning.data.loaders import SegmentBatch, SegmentLoader
 from ftd_lightning.errors import InputError
@@ -176,7 +176,7 @@ class TrajectoryMatching(Distillation):
         """The teachers, opened at the first use: a module loaded from a checkpoint works without them."""
         return TrajectoryStore(self.hparams["trajectories"])
 
-    def make_networks(self) -> FreshNetworks:
+    def make_networks(self) -> NetworkFactory:
         """Open the store, check that it fits, and return the builder of the teachers' networks."""
         if self._loaded_shapes:
             return super().make_networks()

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import Images
 from ftd_lightning.core.evaluation import EvaluationProtocol, accuracies, mean_and_std, train_fresh_networks
-from ftd_lightning.core.networks import FreshNetworks
+from ftd_lightning.core.networks import NetworkFactory
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import fingerprint, replacing, versions, write_json
@@ -205,7 +205,7 @@ def search(settings: SearchSettings, data: DistillationDataModule) -> dict[str, 
     def measured(side: str, one: Architecture) -> dict[str, Any]:
         def make() -> dict[str, Any]:
             began = time.perf_counter()
-            fresh = FreshNetworks("convnet", one._asdict(), data.description().shape)
+            fresh = NetworkFactory("convnet", one._asdict(), data.description().shape)
             seed = (settings.seed, side, one.name)
             built = [fresh.build(*seed, index).to(device) for index in range(settings.networks)]
             # Not compiled: each architecture would be compiled anew for a few hundred steps.

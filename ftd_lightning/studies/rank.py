@@ -26,7 +26,7 @@ from ftd_lightning.core.evaluation import (
     train_fresh_networks,
 )
 from ftd_lightning.core.losses import IndependentLosses
-from ftd_lightning.core.networks import FreshNetworks
+from ftd_lightning.core.networks import NetworkFactory
 from ftd_lightning.core.results import held_out_seen
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.coresets import class_probabilities
@@ -172,7 +172,7 @@ class RankedSet:
     synthetic: SyntheticSet
     data: DistillationDataModule
     whole: Lesson
-    fresh: FreshNetworks
+    fresh: NetworkFactory
     settings: RankSettings
     augment: Augmentation
 
@@ -423,7 +423,7 @@ def agreed(named: Mapping[str, Any], option: str, same: Callable[[Any, Any], boo
     return first, chosen
 
 
-def choose_network(sets: Mapping[str, SyntheticSet], settings: RankSettings, shape: ImageShape) -> FreshNetworks:
+def choose_network(sets: Mapping[str, SyntheticSet], settings: RankSettings, shape: ImageShape) -> NetworkFactory:
     """Return the network to score by: the given one, or that of the sets.
 
     Raises:
@@ -437,7 +437,7 @@ def choose_network(sets: Mapping[str, SyntheticSet], settings: RankSettings, sha
         images = shape._asdict()
         first, chosen = agreed(named, "network", lambda a, b: same_network({**a, **images}, {**b, **images}))
         network, options = recorded_network(chosen, first, "give --network")
-    fresh = FreshNetworks(network, options, shape)
+    fresh = NetworkFactory(network, options, shape)
     fresh.architecture()  # refuses options that it does not take
     return fresh
 

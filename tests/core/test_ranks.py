@@ -7,7 +7,7 @@ from fits import make_trainer, small_teacher
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-from ftd_lightning.core.ranks import RankStates, own_share
+from ftd_lightning.core.ranks import RankStates, ranks_share
 
 IMAGES = TensorDataset(torch.zeros(6, 1, 8, 8), torch.zeros(6, dtype=torch.int64))
 
@@ -22,7 +22,7 @@ def module_of(*, rank=0, world_size=1):
 
 def test_shares_are_equal_disjoint_and_hold_all_numbers():
     for total, world_size in itertools.product((1, 3, 4), (1, 2, 3, 5)):
-        shares = [own_share(total, rank=rank, world_size=world_size) for rank in range(world_size)]
+        shares = [ranks_share(total, rank=rank, world_size=world_size) for rank in range(world_size)]
         assert len({len(share) for share in shares}) == 1
         numbers = sorted(number for share in shares for number in share)
         assert numbers == list(range(len(numbers)))
