@@ -1,13 +1,11 @@
-"""The two errors that are told in one line: what the user can put right, and a run that went astray."""
+"""The two exceptions that the command line shows in one line: user errors and diverged runs."""
 
 
 class InputError(ValueError):
-    """A mistake in the input, told in one line that names the file or value and what to do.
-
-    The command line prints it without a traceback and exits with 1; library code may catch it as a ``ValueError``.
+    """A mistake in the input, in one line that names the file or value and says what to do; ``ftd`` exits with 1.
 
     Args:
-        message: line breaks in it, of odd file names for instance, become spaces.
+        message: its line breaks, of odd file names for instance, become spaces.
     """
 
     def __init__(self, message: str) -> None:
@@ -15,4 +13,4 @@ class InputError(ValueError):
 
 
 class DivergenceError(RuntimeError):
-    """A run whose losses or gradients stopped being finite; what was good is on disk."""
+    """A run whose losses or gradients stopped being finite; earlier results are on disk."""

@@ -23,14 +23,7 @@ if TYPE_CHECKING:
 def frozen_running_statistics(network: nn.Module) -> Iterator[None]:
     """Freeze BatchNorm's running statistics inside a ``with`` block; batches are normalised as in training.
 
-    Used in the second pass of GSAM: statistics at the perturbed weights belong to no network that is ever used.
-
-    Example:
-        >>> network = nn.BatchNorm1d(2)
-        >>> with frozen_running_statistics(network):
-        ...     _ = network(torch.ones(4, 2))
-        >>> network.running_mean
-        tensor([0., 0.])
+    It is for GSAM's second pass, because no network is used at the perturbed weights.
     """
     norms = [norm for norm in batch_norms(network) if norm.track_running_stats]
     for norm in norms:
@@ -46,20 +39,18 @@ class GSAM(Optimizer):
     """Gap-guided sharpness-aware minimisation (Zhuang et al., ICLR 2022), the solver of Eq. 12-13.
 
     One step runs the closure twice: at the weights, and at the worst point of a ball of radius rho around them. The
-    weights are restored bit for bit (from copies, not by subtraction), and the base optimizer steps along
-    ``g_p - alpha * orthogonal(g, g_p)``. With rho 0 the closure runs once, and the step is that of the base optimizer;
-    alpha 0 is SAM.
+    weights are restored bit for bit, and the base optimizer steps along ``g_p - alpha * orthogonal(g, g_p)``. With rho
+    0 the closure runs once, and the base optimizer steps as usual; alpha 0 is SAM.
 
     Args:
-        params: what torch optimizers take. There is one ball for all groups: rho, alpha and adaptive are those of the
-            first group.
+        params: as for torch optimizers; one ball for all groups, with rho, alpha and adaptive of the first group.
         base_optimizer: an optimizer over the same parameters, or a callable that builds one from ``params``
             (``torch.optim.SGD``, ``functools.partial(torch.optim.SGD, lr=0.01)``).
         rho: radius of the ball, >= 0.
         alpha: weight of the orthogonal part, >= 0.
         adaptive: use the ASAM ball instead of the plain one.
-        reduce: called with the list of final gradients, to change them in place before the base optimizer steps. In
-            data-parallel training without synchronisation of either pass, average here: all ranks take the same step.
+        reduce: changes the list of final gradients in place before the base optimizer steps, such as by averaging over
+            ranks in data-parallel training that synchronises neither pass.
 
     Attributes:
         perturbed: True during the second run, so that a closure can use :func:`frozen_running_statistics` then.
@@ -111,13 +102,10 @@ class GSAM(Optimizer):
         """Take one GSAM step.
 
         Args:
-            closure: runs forward and backward and returns the loss. Gradients are zeroed before each run.
+            closure: runs forward and backward and returns the loss; required. Gradients are zeroed before each run.
 
         Returns:
             The result of the closure's first run: the loss at the weights.
-
-        Raises:
-            ValueError: without a closure.
         """
         if closure is None:
             raise ValueError("GSAM needs a closure that runs forward and backward and returns the loss")
@@ -150,14 +138,6 @@ class GSAM(Optimizer):
     @staticmethod
     def _gradients(parameters: list[Tensor]) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "base_optimizer": self.base_optimizer,
-            "reduce": self.reduce,
-            "perturbed": self.perturbed,
-        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load parameter groups and the base optimizer's state."""

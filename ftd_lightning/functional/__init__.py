@@ -31,12 +31,7 @@ from ftd_lightning.functional.matching import (
 )
 from ftd_lightning.functional.seeding import derive_seed, make_generator, seeded
 from ftd_lightning.functional.selection import herding, k_center
-from ftd_lightning.functional.trajectory_error import (
-    accumulated_error,
-    initialization_error,
-    matching_error,
-    trajectory_errors,
-)
+from ftd_lightning.functional.trajectory_error import trajectory_errors
 from ftd_lightning.functional.unroll import flatten_parameters, load_flat, roll_out, unroll
 
 __all__ = [
@@ -44,7 +39,6 @@ __all__ = [
     "InnerAdam",
     "InnerOptimizer",
     "InnerSGD",
-    "accumulated_error",
     "alignment_loss",
     "batch_norms",
     "centred_targets",
@@ -64,13 +58,11 @@ __all__ = [
     "gsam_perturbation",
     "half_squared_error",
     "herding",
-    "initialization_error",
     "k_center",
     "level_weights",
     "load_flat",
     "loss_gradients",
     "make_generator",
-    "matching_error",
     "nngp_kernel",
     "normalized_distance",
     "ntk_kernel",

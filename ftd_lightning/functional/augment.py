@@ -23,15 +23,7 @@ STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
 def parse_strategy(strategy: str) -> list[str]:
-    """Split a strategy such as "color_crop_flip" into its operations.
-
-    Raises:
-        InputError: (a ValueError) for an unknown operation.
-
-    Example:
-        >>> parse_strategy("flip_scale")
-        ['flip', 'scale']
-    """
+    """Split a strategy such as "color_crop_flip" into operations; raises InputError for an unknown one."""
     names = [name for name in strategy.split("_") if name]
     unknown = [name for name in names if name not in OPERATIONS]
     if unknown:
@@ -57,11 +49,11 @@ def dsa(
 
     Args:
         images: (N, C, H, W), standardised or whitened, any floating dtype and device.
-        generator: advanced by the draws; with a CPU generator nothing waits for a device.
+        generator: advanced by the draws; a CPU generator needs no synchronisation.
         strategy: operations joined by "_"; "" returns the images unchanged.
         mode: "single" draws one operation for the whole batch; "multiple" applies all, in the strategy's order.
-        siamese: use the same parameters for all images. Real and synthetic images of a matching step (DSA, DM, CAFE)
-            are then augmented alike by generators in the same state, however many of each there are.
+        siamese: use the same parameters for all images. Generators in the same state then augment the real and the
+            synthetic images of a matching step (DSA, DM, CAFE) alike, whatever their numbers.
         align_corners: whether scale and rotate place the corners of the coordinate system at the centres of the
             outermost pixels (MTT, FTD) or at their outer edges (False: DC, DSA, DM, CAFE).
 
@@ -73,9 +65,6 @@ def dsa(
 
     Example:
         >>> x = torch.randn(4, 3, 8, 8)
-        >>> a, b = (dsa(x, torch.Generator().manual_seed(0)) for _ in range(2))
-        >>> bool(a.equal(b))
-        True
         >>> a, b = (dsa(x[:n], torch.Generator().manual_seed(0), siamese=True) for n in (1, 4))
         >>> bool(a[0].allclose(b[0]))
         True
@@ -87,22 +76,19 @@ def dsa(
     # Below float32 the sampling grid and the draws are too coarse: bfloat16's 8 bits are half a pixel at 128 px.
     result = images.to(torch.promote_types(images.dtype, torch.float32))
     for name in names:
-        # Only options that differ from the defaults, so that an operation added to OPERATIONS need not take them.
-        options = {"siamese": True} if siamese else {}
-        if not align_corners and name in SAMPLED:
-            options["align_corners"] = False
-        result = OPERATIONS[name](result, generator, **options)
+        options = {"align_corners": align_corners} if name in SAMPLED else {}
+        result = OPERATIONS[name](result, generator, siamese=siamese, **options)
     return result.to(images.dtype)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """DSA with its settings chosen: a callable ``(images, generator) -> images``, see :func:`dsa`.
+    """DSA with chosen settings: a callable ``(images, generator) -> images``.
 
     Args:
-        strategy: operations joined by "_"; "" is no augmentation, and the only one that is false.
-        mode: "single" draws one operation per batch; "multiple" applies all.
-        align_corners: convention of scale and rotate; see :func:`dsa`.
+        strategy: as for :func:`dsa`; "" is no augmentation, and false.
+        mode: as for :func:`dsa`.
+        align_corners: as for :func:`dsa`.
 
     Raises:
         InputError: (a ValueError) for an unknown operation or mode.
@@ -132,7 +118,7 @@ class Augmentation:
 
     @classmethod
     def of(cls, value: Augmentation | Mapping[str, Any] | str, *, align_corners: bool = True) -> Augmentation:
-        """Build an augmentation from what configurations and files contain.
+        """Build an augmentation from the values of configs and files.
 
         Args:
             value: an augmentation, which is returned as it is; its fields as a mapping; or a strategy.
@@ -159,38 +145,22 @@ class Augmentation:
         return cls(**{"align_corners": align_corners, **settings})
 
     def plain(self) -> dict[str, Any]:
-        """Return all fields as plain values, from which :meth:`of` builds the same augmentation.
-
-        Example:
-            >>> Augmentation("flip").plain()
-            {'strategy': 'flip', 'mode': 'single', 'align_corners': True}
-        """
+        """Return all fields as plain values, from which :meth:`of` builds the same augmentation."""
         return asdict(self)
 
     def describe(self) -> dict[str, Any]:
-        """Return what stores and sets record: ``align_corners`` only where it is False.
-
-        Descriptions in files of version 0.1.0 lack the field, and must compare equal.
+        """Return the fields that files record: ``align_corners`` only where it is False, as in files of all versions.
 
         Example:
             >>> Augmentation("flip").describe()
             {'strategy': 'flip', 'mode': 'single'}
         """
-        settings = self.plain()
-        if self.align_corners:
-            del settings["align_corners"]
-        return settings
+        return {key: value for key, value in self.plain().items() if (key, value) != ("align_corners", True)}
 
     def deterministic_on(self, device: torch.device) -> bool:
         """Return whether the gradient in the images is deterministic on a device.
 
-        The backward pass of ``grid_sample``, with which scale and rotate sample, is not on CUDA, where
-        ``torch.use_deterministic_algorithms(True)`` makes it an error.
-
-        Example:
-            >>> cuda = torch.device("cuda")
-            >>> Augmentation().deterministic_on(cuda), Augmentation("crop_flip").deterministic_on(cuda)
-            (False, True)
+        On CUDA it is not for scale and rotate, because of the backward pass of ``grid_sample``.
         """
         return device.type != "cuda" or not any(name in SAMPLED for name in parse_strategy(self.strategy))
 
@@ -201,54 +171,37 @@ SAMPLED = ("scale", "rotate")  # the operations that sample between pixels
 
 
 def _uniform(images: Tensor, generator: torch.Generator, *shape: int, siamese: bool) -> Tensor:
-    """Draw from [0, 1), (N, *shape), or (1, *shape) if siamese.
-
-    Draws are float32 for every dtype, so that float64 checks see the augmentation that float32 runs see.
-    """
+    """Draw from [0, 1), (N, *shape), or (1, *shape) if siamese; the same numbers for every dtype."""
     u = torch.rand(1 if siamese else len(images), *shape, generator=generator, device=generator.device)
     return to_device(u, images.device, images.dtype)
 
 
 def _integers(images: Tensor, generator: torch.Generator, high: int, *, axis: int, siamese: bool) -> Tensor:
     """Draw from {0 .. high} for the vertical (0) or horizontal (1) axis, (N,), or (1,) if siamese."""
-    # One row of the two is used. Drawing just that one would leave the generator in another state, and so change the
-    # augmentations, and thereby the teachers and sets, that a seed has produced since version 0.1.0.
+    # Two rows, of which one is used: with one, seeds would give other augmentations, and so other sets, than in 0.2.
     shape = (2, 1 if siamese else len(images))
     draws = torch.randint(high + 1, shape, generator=generator, device=generator.device)
     return to_device(draws[axis], images.device)
 
 
 def flip(images: Tensor, generator: torch.Generator, *, probability: float = 0.5, siamese: bool = False) -> Tensor:
-    """Mirror each image horizontally with a probability in [0, 1].
-
-    Example:
-        >>> flip(torch.tensor([[[[1.0, 2.0]]]]), torch.Generator(), probability=1.0)
-        tensor([[[[2., 1.]]]])
-    """
+    """Mirror each image horizontally with a probability in [0, 1]."""
     u = _uniform(images, generator, 1, 1, 1, siamese=siamese)
     return torch.where(u < probability, images.flip(3), images)
 
 
 def _warp(images: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], *, align_corners: bool) -> Tensor:
-    """Sample the images at linearly mapped, centred coordinates; bilinear, with zero padding.
+    """Sample bilinearly, with zero padding, at coordinates mapped by a 2 x 2 matrix: its entries, (N,) or (1,) each."""
 
-    Args:
-        images: (N, C, H, W).
-        rows: the entries of the 2 x 2 matrix, row by row, each (N,) or (1,).
-        align_corners: as in ``torch.nn.functional.grid_sample``.
-    """
-    y, x = (_coordinates(size, images, align_corners=align_corners) for size in images.shape[2:])
+    def coordinates(size: int) -> Tensor:
+        reach = 1.0 if align_corners and size > 1 else 1.0 - 1.0 / size
+        return torch.linspace(-reach, reach, size, device=images.device, dtype=images.dtype)
+
+    y, x = (coordinates(size) for size in images.shape[2:])
     a, b, c, d = (entry[:, None, None] for entry in rows)
-    # Not affine_grid: it multiplies matrices, for which autocast and TF32 take numbers of 8 to 11 bits, and moves what
-    # is sampled by up to a pixel.
+    # Not affine_grid: autocast and TF32 round its matrix product, which moves samples by up to a pixel.
     grid = torch.stack([a * x + b * y[:, None], c * x + d * y[:, None]], dim=-1)
     return grid_sample(images, grid.expand(len(images), -1, -1, -1), align_corners=align_corners)
-
-
-def _coordinates(size: int, images: Tensor, *, align_corners: bool) -> Tensor:
-    """Place the centres of an axis's pixels between -1 and 1."""
-    reach = 1.0 if align_corners and size > 1 else 1.0 - 1.0 / size
-    return torch.linspace(-reach, reach, size, device=images.device, dtype=images.dtype)
 
 
 def scale(
@@ -259,12 +212,7 @@ def scale(
     siamese: bool = False,
     align_corners: bool = True,
 ) -> Tensor:
-    """Scale the sampling coordinates of each axis by its own factor, uniform in (1/ratio, ratio).
-
-    Example:
-        >>> scale(torch.ones(2, 1, 4, 4), torch.Generator()).shape
-        torch.Size([2, 1, 4, 4])
-    """
+    """Scale the sampling coordinates of each axis by its own factor, uniform in (1/ratio, ratio)."""
     u = _uniform(images, generator, 2, siamese=siamese)
     factors = u * (ratio - 1 / ratio) + 1 / ratio
     zero = torch.zeros_like(u[:, 0])
@@ -279,23 +227,13 @@ def rotate(
     siamese: bool = False,
     align_corners: bool = True,
 ) -> Tensor:
-    """Rotate each image by an angle uniform in (-degrees, degrees).
-
-    Example:
-        >>> rotate(torch.ones(2, 1, 4, 4), torch.Generator()).shape
-        torch.Size([2, 1, 4, 4])
-    """
+    """Rotate each image by an angle uniform in (-degrees, degrees)."""
     angle = (_uniform(images, generator, siamese=siamese) - 0.5) * (2 * math.radians(degrees))
     return _warp(images, (angle.cos(), -angle.sin(), angle.sin(), angle.cos()), align_corners=align_corners)
 
 
 def crop(images: Tensor, generator: torch.Generator, *, ratio: float = 0.125, siamese: bool = False) -> Tensor:
-    """Shift each image by whole pixels in {-s .. s} on each axis, s = int(size * ratio + 0.5).
-
-    Example:
-        >>> crop(torch.ones(2, 1, 8, 8), torch.Generator()).shape
-        torch.Size([2, 1, 8, 8])
-    """
+    """Shift each image by whole pixels in {-s .. s} on each axis, s = int(size * ratio + 0.5)."""
     count, channels, height, width = images.shape
     reach_y, reach_x = int(height * ratio + 0.5), int(width * ratio + 0.5)
     padded = pad(images, (reach_x, reach_x, reach_y, reach_y))
@@ -309,12 +247,7 @@ def crop(images: Tensor, generator: torch.Generator, *, ratio: float = 0.125, si
 
 
 def cutout(images: Tensor, generator: torch.Generator, *, ratio: float = 0.5, siamese: bool = False) -> Tensor:
-    """Set a square of side int(size * ratio + 0.5), clipped at the border, to 0; its centre is uniform.
-
-    Example:
-        >>> float(cutout(torch.ones(1, 1, 4, 4), torch.Generator(), ratio=2.0).sum())
-        0.0
-    """
+    """Set a square of side int(size * ratio + 0.5), clipped at the border, to 0; its centre is uniform."""
     inside = torch.ones(1, dtype=torch.bool, device=images.device)
     for axis in (2, 3):
         size = images.shape[axis]
@@ -339,10 +272,6 @@ def color(
     """Change brightness, then saturation (about each pixel's mean), then contrast (about the image's mean).
 
     ``x + (u - 0.5) * brightness``; ``(x - mean) * u * saturation + mean``; ``(x - mean) * (u + contrast) + mean``.
-
-    Example:
-        >>> color(torch.ones(2, 3, 4, 4), torch.Generator()).shape
-        torch.Size([2, 3, 4, 4])
     """
     images = images + (_uniform(images, generator, 1, 1, 1, siamese=siamese) - 0.5) * brightness
     mean = images.mean(dim=1, keepdim=True)

@@ -42,7 +42,7 @@ def distribution_distance(synthetic: Tensor, real: Tensor) -> Tensor:
 def _watch(
     network: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None, watch: Callable[[nn.Module], Any]
 ) -> None:
-    """Run a network with the hooks that ``watch`` registers on its modules (a handle, or None), then remove them."""
+    """Run a network under the hooks that ``watch`` registers on its modules; it returns a handle or None."""
     handles = [handle for module in network.modules() if (handle := watch(module)) is not None]
     try:
         # Without weights the network's own are used. Buffers are copies, so that running statistics do not change.
@@ -105,18 +105,12 @@ def feature_levels(network: nn.Module, images: Tensor, *, weights: Mapping[str, 
 
     Convention: levels are outputs of modules among ``ACTIVATIONS`` in the order in which they run (activations written
     as functions, as after the shortcuts of ResNet18 here, are not levels), then the input of the last ``nn.Flatten``
-    (without one: of the last ``nn.Linear``), then the embedding. Mode and statistics as for :func:`embed`.
+    (without one: of the last ``nn.Linear``), then the embedding.
 
-    Args:
-        network: as for :func:`embed`.
-        images: (N, C, H, W).
-        weights: as for :func:`embed`.
+    Arguments, mode, statistics and errors are those of :func:`embed`.
 
     Returns:
         L + 2 tensors (N, ...), differentiable in images and weights.
-
-    Raises:
-        InputError: as for :func:`embed`.
 
     Example:
         >>> import torch
@@ -152,24 +146,18 @@ def class_means(features: Tensor, *, counts: Sequence[int]) -> Tensor:
     Returns:
         (C, ...), one mean per class.
 
-    Raises:
-        ValueError: for counts that do not add up to N, or a class without features.
-
     Example:
         >>> class_means(torch.tensor([[1.0], [3.0], [5.0]]), counts=[2, 1])
         tensor([[2.],
                 [5.]])
     """
-    if min(counts) < 1 or sum(counts) != len(features):
-        raise ValueError(f"counts {list(counts)} do not split {len(features)} features into classes")
     return torch.stack([part.mean(dim=0) for part in features.split(list(counts))])
 
 
 def level_weights(levels: int) -> list[float]:
     """Return CAFE's weights of the levels: 1 for the last three, 0.1 for those before.
 
-    Convention: for the five levels of depth 3 these are those of the released script. It supports no other depth; the
-    small weight of further shallow levels is our extension.
+    Convention: the released script supports depth 3 (five levels) only; the weights of other depths are our extension.
 
     Args:
         levels: number of levels that ``feature_levels`` returned.
@@ -192,16 +180,11 @@ def alignment_loss(synthetic: Sequence[Tensor], real: Sequence[Tensor], *, weigh
     Returns:
         A scalar, differentiable in both.
 
-    Raises:
-        ValueError: for different numbers of levels or weights.
-
     Example:
         >>> zeros, ones = torch.zeros(2, 3), torch.ones(2, 3)
         >>> float(alignment_loss([zeros, zeros], [ones, 2 * ones], weights=[0.5, 1.0]))
         27.0
     """
-    if not len(synthetic) == len(real) == len(weights):
-        raise ValueError(f"{len(synthetic)} synthetic and {len(real)} real levels, but {len(weights)} weights")
     terms = [w * (r - s).square().sum() for w, s, r in zip(weights, synthetic, real, strict=True)]
     return torch.stack(terms).sum()
 
@@ -210,7 +193,7 @@ def discrimination_loss(real: Tensor, labels: Tensor, centres: Tensor) -> Tensor
     """Classify real features by their inner products with the synthetic class centres.
 
     ``sum_i CE((<real_i, centre_c>)_c, y_i)``: a sum over the real images, so its size grows with their number. CAFE
-    weights it by 0.01, which is left to the caller.
+    weights it by 0.01; the caller does that.
 
     Args:
         real: embeddings of real images, (N, D); the caller detaches them where they need no gradient.

@@ -13,29 +13,14 @@ if TYPE_CHECKING:
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Copy tensors into one vector: a dozen operations on it launch as many kernels, on each tensor ten times that.
-
-    Example:
-        >>> flatten([torch.ones(2, 2), torch.zeros(1)])
-        tensor([1., 1., 1., 1., 0.])
-    """
+    """Copy tensors into one vector, so that an operation launches one kernel and not one for each tensor."""
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Split a vector into tensors of given shapes and dtypes, in their order; the inverse of :func:`flatten`.
-
-    Example:
-        >>> unflatten(torch.arange(3.0), [torch.ones(1, 2), torch.ones(1)])
-        [tensor([[0., 1.]]), tensor([2.])]
-    """
+    """Split a vector into tensors of the shapes and dtypes of ``like``; the inverse of :func:`flatten`."""
     parts = vector.split([t.numel() for t in like])
     return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, like, strict=True)]
-
-
-def _require_one_each(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    if len(tensors) != len(gradients):
-        raise ValueError(f"{len(gradients)} gradients for {len(tensors)} tensors")
 
 
 def gsam_perturbation(
@@ -55,15 +40,11 @@ def gsam_perturbation(
     Returns:
         The perturbation, in the shapes of ``parameters``; zeros where the gradient vanishes.
 
-    Raises:
-        ValueError: for another number of gradients than of weight tensors.
-
     Example:
         >>> w, g = [torch.zeros(2)], [torch.tensor([3.0, 4.0])]
         >>> gsam_perturbation(w, g, rho=0.5)
         [tensor([0.3000, 0.4000])]
     """
-    _require_one_each(parameters, gradients)
     scaled = direction = flatten(gradients)
     if adaptive:
         size = flatten(parameters).abs()
@@ -89,9 +70,6 @@ def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Te
     Returns:
         The gradient for the base optimizer, in the same shapes.
 
-    Raises:
-        ValueError: for lists of unequal length.
-
     Example:
         >>> g, g_p = [torch.tensor([1.0, 1.0])], [torch.tensor([2.0, 0.0])]
         >>> gsam_direction(g, g_p, alpha=0.5)
@@ -99,7 +77,6 @@ def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Te
     """
     if alpha == 0:
         return list(perturbed_gradients)
-    _require_one_each(gradients, perturbed_gradients)
     g, p = flatten(gradients), flatten(perturbed_gradients)
     along = (g * p).sum() / (p * p).sum().clamp_min(torch.finfo(p.dtype).tiny)
     return unflatten(p - alpha * (g - along * p), gradients)

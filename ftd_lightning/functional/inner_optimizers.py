@@ -17,10 +17,9 @@ State = tuple["Tensor", ...]
 
 
 class InnerOptimizer:
-    """The base of inner optimizers: pure functions on flat vectors, which the unroll differentiates itself.
+    """The base of inner optimizers: frozen dataclasses with two pure functions on flat vectors.
 
-    A subclass is a frozen dataclass with both methods; the adjoint of a step follows from :meth:`step` by automatic
-    differentiation.
+    The adjoint of a step follows from :meth:`step` by automatic differentiation.
     """
 
     @property
@@ -29,11 +28,7 @@ class InnerOptimizer:
         return False
 
     def initial(self, weights: Tensor) -> State:
-        """Return the state before the first step, vectors of the weights' shape, (P,) each; possibly none.
-
-        Args:
-            weights: theta_0, (P,).
-        """
+        """Return the state before the first step at ``weights``, (P,): vectors (P,), possibly none."""
         raise NotImplementedError
 
     def step(self, weights: Tensor, gradient: Tensor, state: State, lr: Tensor, count: int) -> tuple[Tensor, State]:
@@ -117,7 +112,7 @@ class InnerAdam(InnerOptimizer):
     def __post_init__(self) -> None:
         check_bounds(InnerAdam, vars(self))
         if len(self.betas) != 2:
-            raise InputError(f"InnerAdam: betas={self.betas!r} are to be two numbers")
+            raise InputError(f"InnerAdam: betas={self.betas!r} must be two numbers")
         object.__setattr__(self, "betas", tuple(self.betas))  # a list, as from a config
 
     def initial(self, weights: Tensor) -> State:

@@ -44,11 +44,7 @@ _compiled: WeakKeyDictionary[nn.Module, dict[Any, InnerStep]] = WeakKeyDictionar
 
 
 def named_views(network: nn.Module, flat: Tensor) -> dict[str, Tensor]:
-    """Split a vector of weights into views with the names and shapes of a network's parameters.
-
-    Args:
-        network: defines names and shapes; not changed.
-        flat: (P,), in the order of ``network.parameters()``.
+    """Split a vector of weights (P,) into views with the names and shapes of a network's parameters.
 
     Raises:
         ValueError: if P is not the network's number of weights.
@@ -66,24 +62,13 @@ def named_views(network: nn.Module, flat: Tensor) -> dict[str, Tensor]:
 
 
 def student_loss(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of one mini-batch at ``weights``, (P,); a scalar.
-
-    Example:
-        >>> round(float(student_loss(nn.Linear(1, 2), torch.zeros(4), torch.ones(1, 1), torch.tensor([0]))), 3)
-        0.693
-    """
+    """Return the mean cross entropy of a mini-batch at ``weights``, (P,)."""
     return cross_entropy(student_logits(network, weights, images), labels)
 
 
 def student_logits(network: nn.Module, weights: Tensor, images: Tensor) -> Tensor:
-    """Logits (N, K) of images at ``weights``, (P,); the network's own weights and buffers are neither used nor changed.
-
-    Example:
-        >>> student_logits(nn.Linear(1, 2), torch.zeros(4), torch.ones(1, 1))
-        tensor([[0., 0.]])
-    """
-    # BatchNorm updates the running statistics that it is passed: copies, so that those of the caller's network do not
-    # change. In training mode the logits do not depend on them.
+    """Return logits (N, K) at ``weights``, (P,); the network's own weights and buffers are neither used nor changed."""
+    # Copies, because BatchNorm updates the running statistics that it is passed.
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     logits: Tensor = functional_call(network, {**named_views(network, weights), **buffers}, (images,))
     return logits
@@ -93,8 +78,7 @@ def student_logits(network: nn.Module, weights: Tensor, images: Tensor) -> Tenso
 def draws_random_numbers(network: nn.Module, images: Tensor, *, weights: Tensor | None = None) -> bool:
     """Run a network and return whether it drew from torch's global generators, as dropout and drop path do.
 
-    Convention: the network is taken in the mode it is in. Its buffers and the states of the generators, that of the CPU
-    and, for images on a GPU, that of the GPU, are left as they were.
+    Convention: the network is taken in the mode it is in; its buffers and the generators do not change.
 
     Args:
         network: any module that takes the images.
@@ -109,14 +93,14 @@ def draws_random_numbers(network: nn.Module, images: Tensor, *, weights: Tensor 
     if weights is None:
         weights = torch.cat([p.reshape(-1) for p in network.parameters()])
     gpu = images.device if images.device.type == "cuda" else None
-    before = _generator_states(gpu)
+
+    def states() -> Tensor:
+        return torch.cat([torch.get_rng_state(), *([] if gpu is None else [torch.cuda.get_rng_state(gpu)])])
+
+    before = states()
     with torch.random.fork_rng(devices=[] if gpu is None else [gpu]):
         student_logits(network, weights, images)
-        return any(not state.equal(old) for state, old in zip(_generator_states(gpu), before, strict=True))
-
-
-def _generator_states(gpu: torch.device | None) -> list[Tensor]:
-    return [torch.get_rng_state(), *([] if gpu is None else [torch.cuda.get_rng_state(gpu)])]
+        return not states().equal(before)
 
 
 def _gradient(network: nn.Module, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -189,28 +173,14 @@ def inner_step(
     device: torch.device,
     compile: Compile = "auto",  # noqa: A002
 ) -> InnerStep:
-    """Return the step of a network and its adjoint; those that earlier calls compiled are used again.
-
-    Args:
-        network: the architecture.
-        device: where the step's tensors are.
-        compile: see ``compiling.Compile``.
+    """Return the step functions of a network, to be called with gradients disabled; compiled ones are kept.
 
     Returns:
         ``forward(network, weights, images, labels, lr)`` returns the next weights, (P,);
         ``adjoint(network, weights, images, labels, lam, lr, want)`` returns ``s``, the adjoint of ``weights``, ds/dx
         and ds/dy, each None unless the pair ``want`` asks for it. ``gradient(network, weights, images, labels)``
         returns g, (P,); ``product(network, weights, images, labels, gamma, want)`` returns ``s = <g, gamma>``,
-        ds/dtheta, ds/dx and ds/dy. Call them with gradients disabled.
-
-    Raises:
-        InputError: for an unknown setting of ``compile``.
-
-    Example:
-        >>> net, zero = nn.Linear(1, 2, bias=False), torch.zeros(2)
-        >>> step = inner_step(net, device=torch.device("cpu"))
-        >>> step.forward(net, zero, torch.ones(1, 1), torch.tensor([0]), torch.tensor(1.0))
-        tensor([ 0.5000, -0.5000])
+        ds/dtheta, ds/dx and ds/dy.
     """
     if not compiles(compile, device):
         return EAGER

@@ -31,20 +31,11 @@ def nngp_kernel(x: Tensor, z: Tensor, *, depth: int, bias_variance: float = 0.0)
 
 
 def ntk_kernel(x: Tensor, z: Tensor, *, depth: int, bias_variance: float = 0.0) -> Tensor:
-    """Return the neural tangent kernel: the product of gradients in all parameters, at infinite width.
+    """Return the neural tangent kernel (N, M): the product of gradients in all parameters, at infinite width.
 
-    Its exact value has a kink where two different images become equal (as ``-|x - z|`` has); there the gradient is that
-    of the smooth part, which is the mean of the gradients from all sides, and exact on the diagonal of
-    ``ntk_kernel(x, x)``.
-
-    Args:
-        x: as for :func:`nngp_kernel`.
-        z: likewise.
-        depth: hidden layers, >= 1.
-        bias_variance: of every layer, >= 0.
-
-    Returns:
-        (N, M), differentiable in both, with finite gradients everywhere.
+    Arguments are those of :func:`nngp_kernel`. The kernel has a kink where two different images become equal (as
+    ``-|x - z|`` has); there the gradient is the mean over all sides. On the diagonal of ``ntk_kernel(x, x)`` it is
+    exact.
 
     Example:
         >>> round(float(ntk_kernel(torch.ones(1, 4), torch.ones(1, 4), depth=3)), 4)
@@ -74,10 +65,7 @@ def _root(squares: Tensor) -> Tensor:
 
 
 def _angle(cosine: Tensor) -> Tensor:
-    """Arc cosine, as a constant at its ends, where its gradient is infinite.
-
-    Rounding puts equal images on both sides of 1, and the angle between an image and itself does not change with it.
-    """
+    """Arc cosine, constant near -1 and 1, where its gradient is infinite: rounding puts equal images beside 1."""
     limit = 1 - ROUNDING * torch.finfo(cosine.dtype).eps
     inside = cosine.clamp(-limit, limit).arccos()  # clamped values have no gradient
     inside = torch.where(cosine >= limit, torch.zeros_like(inside), inside)
@@ -87,10 +75,8 @@ def _angle(cosine: Tensor) -> Tensor:
 def ridge_predictions(k_ts: Tensor, k_ss: Tensor, targets: Tensor, *, reg: float) -> Tensor:
     """Predict by kernel ridge regression: ``K_ts (K_ss + reg tr(K_ss) / N I)^-1 y``.
 
-    Conditioning: the regularisation is relative to the mean eigenvalue, so the system's condition number is at most
-    N / reg + 1, 1e8 for the usual reg of 1e-6 and 100 images. In float32 little would be left of the answer, so the
-    system is solved in float64 whatever the dtypes. A kernel that was *computed* in float32 has lost as much: compute
-    it in float64 too where reg is below 1e-5.
+    The system's condition number is at most N / reg + 1, 1e8 for the usual reg of 1e-6 and 100 images, so it is solved
+    in float64. Compute the kernels in float64 too where reg is below 1e-5.
 
     Args:
         k_ts: kernel of target and synthetic images, (M, N).
@@ -99,8 +85,7 @@ def ridge_predictions(k_ts: Tensor, k_ss: Tensor, targets: Tensor, *, reg: float
         reg: lambda, >= 0, relative to the mean of the diagonal.
 
     Returns:
-        (M, K) in the dtype of ``targets``, differentiable in the three tensors. A singular system (reg 0 and equal
-        images, or a kernel that is not finite) gives values that are not finite and no error.
+        (M, K) in the dtype of ``targets``, differentiable in the three tensors; not finite for a singular system.
 
     Example:
         >>> ridge_predictions(torch.eye(2), torch.eye(2), torch.tensor([[3.0], [6.0]]), reg=2.0)
@@ -111,22 +96,11 @@ def ridge_predictions(k_ts: Tensor, k_ss: Tensor, targets: Tensor, *, reg: float
 
 
 def ridge_weights(k_ss: Tensor, targets: Tensor, *, reg: float) -> Tensor:
-    """Solve the system of :func:`ridge_predictions`: a kernel ``K_ts`` times the result is the predictions.
-
-    Args: as for :func:`ridge_predictions`.
-
-    Returns:
-        (N, K) float64.
-
-    Example:
-        >>> ridge_weights(torch.eye(2), torch.tensor([[3.0], [6.0]]), reg=2.0)
-        tensor([[1.],
-                [2.]], dtype=torch.float64)
-    """
+    """Solve the system of :func:`ridge_predictions`: ``K_ts`` times the result, (N, K) float64, is the predictions."""
     kernel, y = k_ss.double(), targets.double()
     mean_eigenvalue = kernel.diagonal().mean()
     identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-    # solve_ex and not solve, which would wait for a GPU to raise an error, and end a run that may skip the step.
+    # Unlike solve, solve_ex does not wait for a GPU, and raises no error in a run that may skip the step.
     weights, _ = torch.linalg.solve_ex(kernel + reg * mean_eigenvalue * identity, y)
     return weights
 
@@ -160,10 +134,9 @@ def centred_targets(labels: Tensor, num_classes: int, *, scale: float = 1.0) -> 
 
 
 def target_probabilities(targets: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Make regression targets probabilities: undo scale and centring, cut at 0, and divide by the sum.
+    """Turn regression targets into probabilities: undo scale and centring, cut at 0, and divide by the sum.
 
-    Centred one-hot targets come out as the one-hot labels that they were made of, exactly; learned ones keep what they
-    say beyond the class. A row without a positive entry becomes uniform.
+    Centred one-hot targets give their one-hot labels exactly. A row without a positive entry becomes uniform.
 
     Args:
         targets: (N, K), any finite values.

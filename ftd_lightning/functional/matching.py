@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -35,15 +35,10 @@ def chunked_permutations(
     Returns:
         n int64 index tensors.
 
-    Raises:
-        ValueError: for a batch size below 1.
-
     Example:
         >>> [len(b) for b in chunked_permutations(5, 4, torch.Generator(), batch_size=2)]
         [2, 2, 1, 2]
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
     if batch_size is None or batch_size >= num_images:
         return [torch.arange(num_images)] * num_steps
 
@@ -55,23 +50,18 @@ def chunked_permutations(
 
 
 class SegmentRule(Protocol):
-    """A change of the loss of a segment; ``rules.MatchingRule`` documents these hooks."""
+    """The hooks of ``rules.MatchingRule``, described there, that change the loss of a segment."""
 
     @property
-    def name(self) -> str:
-        """Seed the rule's random draws."""
+    def name(self) -> str: ...  # noqa: D102
 
-    def begin(self, start: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the weights that the student starts from, (P,)."""
+    def begin(self, start: Tensor, target: Tensor, generator: torch.Generator) -> Tensor: ...  # noqa: D102
 
-    def distance(self, student: Tensor, target: Tensor) -> Tensor | None:
-        """Return the student's distance from the target after an inner step; None to choose no step."""
+    def distance(self, student: Tensor, target: Tensor) -> Tensor | None: ...  # noqa: D102
 
-    def compared(self, student: Tensor, noise: Tensor) -> Tensor:
-        """Return the weights that are compared with the target, (P,)."""
+    def compared(self, student: Tensor, noise: Tensor) -> Tensor: ...  # noqa: D102
 
-    def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor | None:
-        """Return the parameters that the distance is taken over, (P,) bool; None for all."""
+    def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor | None: ...  # noqa: D102
 
 
 class Match(NamedTuple):
@@ -97,7 +87,6 @@ def normalized_distance(student: Tensor, start: Tensor, target: Tensor) -> Tenso
         A scalar.
 
     Example:
-        >>> import torch
         >>> normalized_distance(torch.tensor([1.0, 0.0]), torch.zeros(2), torch.tensor([2.0, 0.0]))
         tensor(0.2500)
     """
@@ -122,7 +111,6 @@ def pruned_distance(student: Tensor, start: Tensor, target: Tensor, keep: Tensor
         A scalar, differentiable in the weights.
 
     Example:
-        >>> import torch
         >>> student, start, target = torch.tensor([1.0, 9.0]), torch.zeros(2), torch.tensor([2.0, 1.0])
         >>> pruned_distance(student, start, target, torch.tensor([True, False]))
         tensor(0.2500)
@@ -174,7 +162,6 @@ def trajectory_matching_loss(
             numbers, an unknown ``unroll`` or ``compile``, or rules that exclude each other.
 
     Example:
-        >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
         >>> start, target = torch.zeros(10), torch.ones(10)
         >>> images = torch.randn(2, 1, 2, 2, requires_grad=True)
@@ -184,8 +171,9 @@ def trajectory_matching_loss(
         >>> loss.backward(); images.grad.shape
         torch.Size([2, 1, 2, 2])
     """
-    settings = {"batches": batches, "augment": augment, "seed": seed, "unroll": unroll, "compile": compile}
-    return match(network, start, target, images, labels, step_size, rules=rules, **settings).loss  # type: ignore[arg-type]
+    options: dict[str, Any] = {"unroll": unroll, "augment": augment, "seed": seed, "compile": compile}
+    found = match(network, start, target, images, labels, step_size, batches=batches, rules=rules, **options)
+    return found.loss
 
 
 def match(
@@ -197,16 +185,12 @@ def match(
     step_size: Tensor,
     *,
     batches: Sequence[Tensor],
-    augment: Augment | None = None,
+    rules: Sequence[SegmentRule] = (),
     seed: int = 0,
     unroll: Unroll = "adjoint",
-    rules: Sequence[SegmentRule] = (),
-    compile: Compile = "auto",  # noqa: A002
+    **options: Any,
 ) -> Match:
-    """Compute what :func:`trajectory_matching_loss` does, and also say how many steps were unrolled.
-
-    Args: as for :func:`trajectory_matching_loss`.
-    """
+    """Compute :func:`trajectory_matching_loss`, with the same arguments, and count the steps that were unrolled."""
     if target.shape != start.shape:
         raise ValueError(f"the target has shape {tuple(target.shape)}, the start {tuple(start.shape)}")
     begins = [start]
@@ -219,16 +203,14 @@ def match(
             student = rule.compared(student, noise)
         return student
 
-    student = (network, begins[-1], images, labels, step_size)
+    arguments = (network, begins[-1], images, labels, step_size)
     chooses = [rule for rule in rules if rule.distance(start, target) is not None]
     if len(chooses) > 1:
         raise ValueError(f"rules: {' and '.join(rule.name for rule in chooses)} each choose the step: give one of them")
     if chooses:
-        steps = roll_out(*student, batches=batches, augment=augment, seed=seed, compile=compile)
+        steps = roll_out(*arguments, batches=batches, seed=seed, **options)
         batches = batches[: closest([chooses[0].distance(compared(weights), target) for weights in steps])]
-    end = compared(
-        unroll_student(*student, batches=batches, augment=augment, seed=seed, method=unroll, compile=compile)
-    )
+    end = compared(unroll_student(*arguments, batches=batches, seed=seed, method=unroll, **options))
     masks = [mask for rule in rules if (mask := rule.keep(end.detach(), start, target)) is not None]
     if not masks:
         return Match(normalized_distance(end, start, target), len(batches))
@@ -239,12 +221,9 @@ def match(
 
 
 def closest(distances: Sequence[Tensor | None]) -> int:
-    """Return the number, from 1, of the step of the smallest distance, the last of equal ones; the host waits for it.
-
-    Convention: a distance that is not a number is larger than any; where all are, the last step.
+    """Return the number, from 1, of the step of the smallest distance, the last of equal ones; NaN counts as infinite.
 
     Example:
-        >>> import torch
         >>> closest([torch.tensor(2.0), torch.tensor(1.0), torch.tensor(1.0), torch.tensor(float("nan"))])
         3
     """

@@ -6,7 +6,7 @@ literature uses them: class by class, on features of a network trained on the re
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ def _check(features: Tensor, count: int) -> None:
 def herding(features: Tensor, count: int) -> Tensor:
     """Choose images one by one so that the mean of those chosen stays close to the mean of all.
 
-    With mu the mean row and S the sum of the rows chosen so far, the k-th is the one not yet chosen that minimises
-    ``|| (k mu - S) - f_i ||``. Among equally good rows the first is chosen.
+    With mu the mean row and S the sum of the rows chosen so far, the k-th minimises ``|| (k mu - S) - f_i ||`` among
+    the others; of equally good rows it is the first.
 
     Args:
         features: (n, d), of one class; any floating dtype and device.
@@ -91,18 +91,14 @@ def k_center(
 
     Raises:
         InputError: for a count outside 1 to n.
-        ValueError: for an unknown ``first``, or "random" without a generator.
 
     Example:
         >>> k_center(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), 3)  # the mean is 3
         tensor([2, 3, 0])
     """
     _check(features, count)
-    if first not in get_args(First):
-        raise ValueError(f"first {first!r} is unknown: choose from {list(get_args(First))}")
     if first == "random":
-        if generator is None:
-            raise ValueError("first='random' needs a generator")
+        assert generator is not None
         index = torch.randint(len(features), (), generator=generator, device=generator.device).to(features.device)
     else:
         index = _squared_distances(features, _mean(features)).argmin()

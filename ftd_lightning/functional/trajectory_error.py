@@ -8,10 +8,9 @@ teacher's segment t (``theta*_{t,m} = theta*_{t+1,0}``) and ``theta_{t,0} .. the
     epsilon_t     = theta_{t,n} - theta*_{t,m}                                accumulated error
     epsilon_{t+1} = epsilon_t + I_t + delta_{t+1}                             Eq. 8
 
-Convention: segments count from 0, ``epsilon_0 = delta_0``, and delta and epsilon have the number of the segment at
-whose *end* they are measured: Eq. 6 writes the start of segment t as ``theta*_{t-1,m}``, which is ``theta*_{t,0}``. I_t
-is the exception: it arises in segment t + 1, which starts at ``theta*_{t,m}``. Eq. 7 has ``theta*_{t,0}`` there, the
-derivation of Eq. 8 ``theta*_{t,m}``; epsilon_t refers to the latter, and only with it does Eq. 8 hold.
+Convention: segments count from 0, and ``epsilon_0 = delta_0``. delta and epsilon carry the number of the segment at
+whose *end* they are measured; I_t arises in segment t + 1, which starts at ``theta*_{t,m}``. Eq. 7 has ``theta*_{t,0}``
+there, but Eq. 8 holds only with ``theta*_{t,m}``, which its derivation uses.
 """
 
 from __future__ import annotations
@@ -53,75 +52,15 @@ class SegmentError(NamedTuple):
     matching: Tensor
 
 
-def matching_error(advance: Advance, start: Tensor, target: Tensor, *, segment: int) -> Tensor:
-    """Measure how far a student ends from the teacher's target when both start from the same weights (Eq. 6).
-
-    Args:
-        advance: ``advance(weights, segment) -> weights``, n steps on the synthetic set; a function of its arguments
-            only, so that all students of a segment see the same random draws.
-        start: theta*_{t,0}, (P,).
-        target: theta*_{t,m}, (P,).
-        segment: t, passed to ``advance``.
-
-    Returns:
-        delta_t, (P,).
-
-    Example:
-        >>> import torch
-        >>> matching_error(lambda w, t: w + 1, torch.zeros(2), torch.tensor([1.0, 3.0]), segment=0)
-        tensor([ 0., -2.])
-    """
-    return (advance(start, segment) - start) - (target - start)
-
-
-def initialization_error(advance: Advance, start: Tensor, error: Tensor, *, segment: int) -> Tensor:
-    """Measure how a student's displacement changes because it does not start at the teacher's weights (Eq. 7).
-
-    Args:
-        advance: as for :func:`matching_error`.
-        start: theta*_{t,m}, (P,).
-        error: epsilon_t, (P,).
-        segment: t + 1, the one that starts there; passed to ``advance``.
-
-    Returns:
-        I_t, (P,); zero for a zero error.
-
-    Example:
-        >>> import torch
-        >>> initialization_error(lambda w, t: w / 2, torch.ones(1), torch.tensor([4.0]), segment=1)
-        tensor([-2.])
-    """
-    moved = start + error
-    return (advance(moved, segment) - moved) - (advance(start, segment) - start)
-
-
-def accumulated_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Subtract the teacher's weights at the end of a segment from those of the student trained since epoch 0.
-
-    Args:
-        student: theta_{t,n}, (P,), or a whole trajectory (T, P).
-        teacher: theta*_{t,m}, same shape.
-
-    Returns:
-        epsilon_t, same shape.
-
-    Example:
-        >>> import torch
-        >>> accumulated_error(torch.tensor([3.0]), torch.tensor([1.0]))
-        tensor([2.])
-    """
-    return student - teacher
-
-
 def trajectory_errors(advance: Advance, teacher: Iterable[Tensor]) -> Iterator[SegmentError]:
     """Train one student along a teacher's trajectory, and in every segment a fresh one for comparison.
 
-    Segments are read one by one and only the student is kept, so memory does not grow with the trajectory. Each segment
-    takes two runs of ``advance`` (the first one run, because both students are the same there).
+    Memory does not grow with the trajectory. Each segment takes two runs of ``advance``, the first one run.
 
     Args:
-        advance: as for :func:`matching_error`; called with segments 0, 1, ...
-        teacher: weights (P,) at the ends of segments: theta*_{0,0}, theta*_{0,m} = theta*_{1,0}, theta*_{1,m}, ...
+        advance: ``advance(weights, segment) -> weights``, n steps on the synthetic set; a function of its arguments
+            only, so that all students of a segment see the same random draws. Segments count from 0.
+        teacher: weights (P,) at the ends of segments: theta*_{0,0}, theta*_{0,m} = theta*_{1,0}, ...
 
     Yields:
         A :class:`SegmentError` per segment.
@@ -144,7 +83,7 @@ def trajectory_errors(advance: Advance, teacher: Iterable[Tensor]) -> Iterator[S
             student=student,
             fresh=fresh,
             target=target,
-            accumulated=accumulated_error(student, target),
+            accumulated=student - target,
             initialization=(student - previous) - (fresh - start),
             matching=(fresh - start) - (target - start),
         )

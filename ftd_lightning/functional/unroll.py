@@ -62,14 +62,14 @@ def step_size_of(step_size: Tensor, step: int) -> Tensor:
 
 
 def require_function(network: nn.Module, weights: Tensor, images: Tensor, index: Tensor) -> None:
-    """Refuse a network that draws random numbers; once per network and mode, on the first mini-batch."""
+    """Refuse a network that draws random numbers, once per network and mode."""
     mode = tuple(module.training for module in network.modules())
     seen = _functions.setdefault(network, set())
     if mode not in seen:
         if draws_random_numbers(network, images.detach()[index], weights=weights.detach()):
+            name = type(network).__name__
             raise InputError(
-                f"{type(network).__name__} draws random numbers (dropout, drop path): a student must be a function of "
-                "its weights; switch that off"
+                f"{name} draws random numbers (dropout, drop path): a student must be a function of its weights"
             )
         seen.add(mode)
 
@@ -143,15 +143,7 @@ class Adjoint(torch.autograd.Function):
 def _through_optimizer(
     optimizer: InnerOptimizer, count: int, before: tuple[Tensor, ...], lr: Tensor, outer: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Differentiate one optimizer step: the outer gradients in weights, gradient, step size and state before it.
-
-    Args:
-        optimizer: made the step.
-        count: number of the step, from 1.
-        before: weights, gradient and state.
-        lr: the step size, a scalar.
-        outer: the outer gradients in weights and state after the step.
-    """
+    """Pull the outer gradients in weights and state after a step back to weights, gradient, step size and state."""
     weights, gradient, lr, *state = (leaf.detach().requires_grad_() for leaf in (*before[:2], lr, *before[2:]))
     with torch.enable_grad():
         after, states = optimizer.step(weights, gradient, tuple(state), lr, count)
@@ -163,10 +155,7 @@ Unroll = Literal["adjoint", "graph"]
 
 
 def flatten_parameters(network: nn.Module) -> Tensor:
-    """Copy a network's weights into one vector.
-
-    Returns:
-        (P,), detached and sharing no memory with the network, in the order of ``network.parameters()``.
+    """Copy a network's weights into one vector (P,), detached, in the order of ``network.parameters()``.
 
     Example:
         >>> flatten_parameters(nn.Linear(2, 3)).shape
@@ -177,19 +166,10 @@ def flatten_parameters(network: nn.Module) -> Tensor:
 
 
 def load_flat(network: nn.Module, flat: Tensor) -> None:
-    """Copy a vector of weights into a network, in place; the inverse of :func:`flatten_parameters`.
-
-    Args:
-        network: receives the weights.
-        flat: (P,).
+    """Copy a vector of weights (P,) into a network, in place; the inverse of :func:`flatten_parameters`.
 
     Raises:
         ValueError: if P is not the network's number of weights.
-
-    Example:
-        >>> net = nn.Linear(2, 3)
-        >>> load_flat(net, torch.zeros(9)); bool(net.weight.eq(0).all())
-        True
     """
     with torch.no_grad():
         for parameter, value in zip(network.parameters(), named_views(network, flat).values(), strict=True):
@@ -224,22 +204,20 @@ def unroll(
         seed: decides what the generators draw.
         method: "adjoint" or "graph"; results are the same up to rounding.
         compile: whether "adjoint" compiles its steps: True, False, "auto" (on a GPU only), or "cuda_graphs" (also
-            replays CUDA graphs on a GPU). Compilation happens once per network and shape of the mini-batch; if it
-            fails, there is one warning and the steps run eagerly.
+            replays CUDA graphs on a GPU); see ``compiled``.
         optimizer: plain SGD, or one with a state: ``InnerSGD`` with momentum or weight decay, ``InnerAdam``.
-        skip: the first s of the steps run without gradient (truncation); the optimizer's state is carried over them.
+        skip: number of first steps without gradient (truncation); the optimizer's state is carried over them.
 
     Returns:
         theta_n, (P,), differentiable in images, step_size, soft labels ("adjoint": once) and, without ``skip``, start.
 
     Raises:
-        ValueError: for weights of another network, labels that do not fit the images, step sizes that do not fit the
-            batches, a ``skip`` that is no number of steps, or an unknown method or setting.
-        InputError: (a ValueError) for a network that draws random numbers: dropout, drop path. The adjoint repeats each
-            step and would draw other numbers. The first call for a network and mode runs the network once to see.
+        ValueError: for weights of another network, or labels, step sizes or a ``skip`` that do not fit.
+        InputError: (a ValueError) for a network that draws random numbers (dropout, drop path), which differ when the
+            adjoint repeats a step. The first call for a network and mode runs the network once to see.
 
-    Convention: the network is taken in the mode it is in; students are in training mode. Call it outside autocast: the
-    backward pass would not be under it, and would differentiate another function.
+    Convention: the network is taken in the mode it is in; students are in training mode. Call it outside autocast,
+    which does not cover the backward pass.
 
     Example:
         >>> net, lr = nn.Linear(1, 2, bias=False), torch.tensor(1.0)
@@ -285,16 +263,7 @@ def roll_out(
 ) -> Iterator[Tensor]:
     """Train a student as :func:`unroll` does, without gradient, and yield its weights after every step.
 
-    Args: as for :func:`unroll`.
-
-    Yields:
-        theta_1, ..., theta_n, (P,) each; nothing is kept.
-
-    Example:
-        >>> net, lr = nn.Linear(1, 2, bias=False), torch.tensor(1.0)
-        >>> batches = [torch.tensor([0])]
-        >>> list(roll_out(net, torch.zeros(2), torch.ones(1, 1), torch.tensor([0]), lr, batches=batches))
-        [tensor([ 0.5000, -0.5000])]
+    Arguments are those of :func:`unroll`; the weights theta_1, ..., theta_n are (P,) each.
     """
     student = _student(network, start, images, labels, step_size, batches, augment, seed, compile, optimizer)
     for weights, _ in _run(student, start, images, labels, step_size):

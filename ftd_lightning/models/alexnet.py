@@ -1,10 +1,10 @@
-"""AlexNet (Krizhevsky et al., 2012), as this field shrank it to small images: five convolutions, one linear layer."""
+"""AlexNet (Krizhevsky et al., 2012) for small images, as in DC: five convolutions, one linear layer."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.models.layers import NORMS, check_option, check_size
@@ -19,8 +19,8 @@ PLAN: tuple[tuple[int, int] | None, ...] = ((5, 128), None, (5, 192), None, (3, 
 class AlexNet(nn.Sequential):
     """Five times [convolution, norm, ReLU] with 2x2 max pooling after the first, second and last, then a linear layer.
 
-    Convolutions keep the size of their map, except the first one on images of one channel: there the field's AlexNet
-    has a padding of 4, which makes the map 4 px larger (28 px become 32).
+    Convolutions keep the size of their map, except the first one on images of one channel, whose padding of 4 makes the
+    map 4 px larger (28 px become 32).
 
     Args:
         in_channels: C of the images.
@@ -56,8 +56,3 @@ class AlexNet(nn.Sequential):
                 layers += [convolution, NORMS[norm](channels, size), nn.ReLU()]
                 in_channels = channels
         super().__init__(*layers, nn.Flatten(), nn.Linear(in_channels * size * size, num_classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map (N, C, H, W) to logits (N, K)."""
-        logits: Tensor = super().forward(images)
-        return logits

@@ -1,10 +1,10 @@
-"""ConvNet (Gidaris and Komodakis, 2018): the network that this field distils with."""
+"""ConvNet (Gidaris and Komodakis, 2018), the usual network of dataset distillation."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
@@ -67,12 +67,9 @@ class ConvNet(nn.Sequential):
         pooling: Pooling = "avg",
     ) -> None:
         check_bounds(ConvNet, locals())
-        for what, value, known in (
-            ("norm", norm, get_args(Norm)),
-            ("activation", activation, get_args(Activation)),
-            ("pooling", pooling, get_args(Pooling)),
-        ):
-            check_option("ConvNet", what, value, known)
+        check_option("ConvNet", "norm", norm)
+        check_option("ConvNet", "activation", activation, get_args(Activation))
+        check_option("ConvNet", "pooling", pooling, get_args(Pooling))
         if norm == "group" and width % 4:
             raise InputError(f"ConvNet's norm 'group' has 4 groups, which do not divide width {width}")
         padding = first_padding(in_channels, image_size)
@@ -85,8 +82,3 @@ class ConvNet(nn.Sequential):
             layers += [NORMS[norm](width, size), ACTIVATIONS[activation](), POOLINGS[pooling]()]
             in_channels, padding, size = width, 1, size if pooling == "none" else size // 2
         super().__init__(*layers, nn.Flatten(), nn.Linear(in_channels * size * size, num_classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map (N, C, H, W) to logits (N, K)."""
-        logits: Tensor = super().forward(images)
-        return logits

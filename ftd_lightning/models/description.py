@@ -1,4 +1,4 @@
-"""What files record of a network: enough to tell whether weights of one fit another.
+"""Descriptions of networks in files: enough to tell whether weights of one fit another.
 
 Convention: a description is plain values. A network of this library is ``{"name", "options", "in_channels",
 "num_classes", "image_size"}``; any other is ``{"name", "parameters": [[name, shape], ...]}``, with the former's keys
@@ -27,7 +27,7 @@ SHAPE = ("in_channels", "num_classes", "image_size")
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
-    """Describe a network that has no name to build it by.
+    """Describe a network by its parameters.
 
     Example:
         >>> describe_network(torch.nn.Linear(2, 3))["parameters"]
@@ -41,11 +41,10 @@ def describe_network(network: nn.Module) -> dict[str, Any]:
 def parameter_shapes(description: Mapping[str, Any]) -> Shapes:
     """Return names and shapes of a network's parameters, in the order of ``network.parameters()``.
 
-    Those of version 0.1's "shapes" come in the order of their names.
+    The "shapes" of version 0.1 are sorted by name. No network is imported.
 
     Raises:
         InputError: for values that do not describe a network, or a network of this library that cannot be built.
-            Another network is never imported.
 
     Example:
         >>> parameter_shapes(describe_network(torch.nn.Linear(2, 3)))
@@ -57,7 +56,7 @@ def parameter_shapes(description: Mapping[str, Any]) -> Shapes:
     if "shapes" in description:
         return sorted((name, tuple(shape)) for name, shape in description["shapes"].items())
     if not ours:
-        raise InputError(f"{dict(description)} does not tell a network's parameters")
+        raise InputError(f"{dict(description)} describes no network's parameters")
     name, options = recorded_network(description, "description", "describe it by its parameters")
     build = partial(build_network, name, **{key: description[key] for key in SHAPE}, **options)
     try:
@@ -69,13 +68,13 @@ def parameter_shapes(description: Mapping[str, Any]) -> Shapes:
 
 
 def same_network(a: Any, b: Any) -> bool:
-    """Tell whether the weights of one network fit the other: their parameters' names, shapes and order are the same.
+    """Return whether the weights of one network fit the other: parameters of the same names, shapes and order.
 
-    A prefix of all names, such as a LightningModule adds to its network's, makes no difference.
+    A prefix of all names, such as a LightningModule adds, makes no difference.
 
     Args:
-        a: a description, or anything else that JSON holds, which is only the same as itself.
-        b: likewise.
+        a: a description, or anything else that JSON holds, which equals only itself.
+        b: as ``a``.
 
     Example:
         >>> named = {"name": "convnet", "options": {}, "in_channels": 3, "num_classes": 10, "image_size": 32}

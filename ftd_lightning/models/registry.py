@@ -1,4 +1,4 @@
-"""The networks that have a name, and how one is built from its name or import path."""
+"""Networks by name, or by import path."""
 
 from __future__ import annotations
 
@@ -54,24 +54,15 @@ def build_network(name: str, in_channels: int, num_classes: int, image_size: int
 
 
 def recorded_network(description: Mapping[str, Any], where: object, instead: str) -> tuple[str, dict[str, Any]]:
-    """Return name and options of the network that a file describes.
-
-    A file may name the networks of this library only: no import path in a file is followed.
+    """Return name and options of a network that a file describes; import paths in files are not followed.
 
     Args:
         description: of the network; see ``models.description``.
-        where: names the file.
+        where: names the file in messages.
         instead: says how to pass another network.
 
     Raises:
-        InputError: for another network, or options that it does not take.
-
-    Example:
-        >>> recorded_network({"name": "convnet", "options": {"width": 8}}, "set.safetensors", "give --network")
-        ('convnet', {'width': 8})
-        >>> recorded_network({"name": "my.Net", "options": {}}, "set.safetensors", "give --network")
-        Traceback (most recent call last):
-        ftd_lightning.errors.InputError: set.safetensors: its network 'my.Net' is not of this library: give --network
+        InputError: for a network that is not of this library, or options that it does not take.
     """
     name, options = description.get("name"), description.get("options")
     if not isinstance(name, str) or name not in NETWORKS or not isinstance(options, dict):
@@ -86,17 +77,10 @@ def recorded_network(description: Mapping[str, Any], where: object, instead: str
 
 
 def find_network(name: str) -> Callable[..., nn.Module]:
-    """Look a network's constructor up.
-
-    Args:
-        name: a key of ``NETWORKS``, or an import path.
+    """Return a network's constructor by its name or import path.
 
     Raises:
         InputError: for an unknown name or a path that cannot be imported.
-
-    Example:
-        >>> find_network("convnet").__name__
-        'ConvNet'
     """
     if name in NETWORKS:
         return NETWORKS[name]

@@ -1,4 +1,4 @@
-"""ResNet18 (He et al., 2016) with the stem for small images, and its variant that pools where others stride."""
+"""ResNet18 (He et al., 2016) for small images, and its variant that pools instead of striding."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
 
 
 def _convolution(in_channels: int, channels: int, kernel: int, stride: int, pool: int = 1) -> nn.Sequential:
-    """Convolve without bias, then average ``pool`` x ``pool`` places.
-
-    Pooling is there as an identity too, so that weights have the same names in both variants.
-    """
+    """Convolve without bias, then average ``pool`` x ``pool`` places; an identity keeps the names of the weights."""
     return nn.Sequential(
         nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=False),
         nn.AvgPool2d(pool) if pool > 1 else nn.Identity(),
@@ -33,18 +30,13 @@ class BasicBlock(nn.Module):
     The shortcut is the identity, or a 1x1 convolution with its norm where the block changes the shape.
 
     Args:
-        in_channels: of the map that comes in.
-        channels: of the map that goes out.
-        size: height and width of the map that comes in.
+        in_channels: of the input map.
+        channels: of the output map.
+        size: height and width of the input map.
         stride: 1, or 2 to halve the map.
         norm: a key of ``NORMS``.
         average_pooling: halve by pooling instead of striding: after the first ReLU, and, in the shortcut, after the
             convolution. A stride keeps the last place of an odd map, pooling drops it.
-
-    Example:
-        >>> import torch
-        >>> BasicBlock(4, 8, 6, 2, "instance", average_pooling=True)(torch.zeros(1, 4, 6, 6)).shape
-        torch.Size([1, 8, 3, 3])
     """
 
     def __init__(
@@ -120,11 +112,6 @@ class ResNet18(nn.Sequential):
         last = size if average_pooling else 1
         layers.append(nn.Identity() if average_pooling else nn.AdaptiveAvgPool2d(1))
         super().__init__(*layers, nn.Flatten(), nn.Linear(channels * last * last, num_classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map (N, C, H, W) to logits (N, K)."""
-        logits: Tensor = super().forward(images)
-        return logits
 
 
 def resnet18_ap(in_channels: int, num_classes: int, image_size: int, norm: Norm = "instance") -> ResNet18:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.models.layers import NORMS, check_option, check_size, first_padding
@@ -19,8 +19,7 @@ STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 class VGG11(nn.Sequential):
     """Eight times [3x3 convolution, norm, ReLU] in five stages, each ending in 2x2 max pooling, then a linear layer.
 
-    The linear layer takes 512 numbers whatever the image size: the mean over the last map. Of 32 px the five poolings
-    leave one place, so that there the mean changes nothing.
+    The linear layer takes the mean over the last map, 512 numbers whatever the image size.
 
     Convention: images of one channel and 28 px (MNIST) become 32 px by a padding of 3 in the first convolution, as in
     DC and MTT. Their code pads every image of one channel so; here other sizes keep a padding of 1.
@@ -55,8 +54,3 @@ class VGG11(nn.Sequential):
             layers.append(nn.MaxPool2d(2))
             size //= 2
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map (N, C, H, W) to logits (N, K)."""
-        logits: Tensor = super().forward(images)
-        return logits
