@@ -1,12 +1,22 @@
-"""Distribution matching: the distance by hand, and the features that any network gives."""
+"""DM and CAFE: their losses number by number, and the features that any network gives."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck
-from torch.func import functional_call
 
-from ftd_lightning.functional import distribution_distance, embed, feature_levels, make_generator
+from ftd_lightning.functional import (
+    alignment_loss,
+    class_means,
+    discrimination_loss,
+    distribution_distance,
+    embed,
+    feature_levels,
+    level_weights,
+    make_generator,
+)
 from ftd_lightning.models import NETWORKS, ConvNet, build_network
 
 
@@ -26,24 +36,6 @@ def test_distance_of_equal_batches_is_zero_and_copies_do_not_count():
     assert float(distribution_distance(features, torch.cat([features, features]))) < 1e-28
     # A sum over features: a shift by 1 everywhere is worth their number.
     assert float(distribution_distance(features + 1, features)) == pytest.approx(7)
-
-
-def test_distance_gradcheck():
-    assert gradcheck(distribution_distance, (draw(3, 4).requires_grad_(), draw(5, 4, seed=1).requires_grad_()))
-
-
-def test_classes_do_not_touch_each_other():
-    net, real, images = ConvNet(1, 2, 8, width=4, depth=2).double(), draw(6, 1, 8, 8), draw(4, 1, 8, 8, seed=1)
-    images.requires_grad_()
-
-    def distance(real):
-        parts = zip(embed(net, images).split(2), embed(net, real).split(3), strict=True)
-        return sum(distribution_distance(synthetic, theirs.detach()) for synthetic, theirs in parts)
-
-    changed = torch.cat([real[:3], real[3:] + draw(3, 1, 8, 8, seed=2)])
-    one, other = (torch.autograd.grad(distance(r), images)[0] for r in (real, changed))
-    torch.testing.assert_close(one[:2], other[:2])
-    assert float((one[2:] - other[2:]).abs().max()) > 1e-6
 
 
 WIDTHS = {"alexnet": 3072, "convnet": 2048, "resnet18_ap": 512 * 4 * 4}
@@ -87,19 +79,6 @@ def test_given_weights_are_used_and_differentiated():
         assert gradients[-1] is None, "the last layer comes after the embedding"
 
 
-def test_embedding_inside_of_a_functional_transform():
-    net, images = ConvNet(1, 2, 8, width=4, depth=1).double(), draw(2, 1, 8, 8)
-    gradient = torch.func.grad(lambda x: embed(net, x).square().sum())(images)
-    leaf = images.clone().requires_grad_()
-    embed(net, leaf).square().sum().backward()
-    torch.testing.assert_close(gradient, leaf.grad)
-
-
-def test_embedding_gradcheck():
-    net = ConvNet(1, 2, 4, width=2, depth=1, activation="sigmoid").double()
-    assert gradcheck(lambda x: embed(net, x), draw(2, 1, 4, 4).requires_grad_())
-
-
 @pytest.mark.parametrize("features", [embed, feature_levels])
 def test_the_network_is_left_as_it_was(features):
     net = ConvNet(1, 2, 8, width=4, depth=2, norm="batch")
@@ -117,7 +96,7 @@ def test_a_network_without_a_linear_layer_is_refused(features, refused):
         features(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten()), torch.ones(1, 1, 4, 4))
 
 
-@pytest.mark.parametrize(("depth", "activation"), [(1, "relu"), (3, "leakyrelu"), (4, "sigmoid")])
+@pytest.mark.parametrize(("depth", "activation"), [(1, "relu"), (3, "leakyrelu")])
 def test_levels_of_a_convnet_layer_by_layer(depth, activation):
     net, x = ConvNet(3, 5, 16, width=4, depth=depth, activation=activation), draw(2, 3, 16, 16, dtype=torch.float32)
     levels, layers, expected = feature_levels(net, x), list(net), []
@@ -130,16 +109,51 @@ def test_levels_of_a_convnet_layer_by_layer(depth, activation):
     assert all(got.equal(want) for got, want in zip(levels, expected, strict=True))
 
 
-def test_levels_under_functional_call_of_a_network_that_holds_another():
-    class Holder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = ConvNet(1, 2, 8, width=4, depth=2)
+# The losses of CAFE.
 
-        def forward(self, x):
-            return feature_levels(self.net, x)[0]
 
-    holder, x = Holder(), draw(2, 1, 8, 8, dtype=torch.float32)
-    zeros = {name: torch.zeros_like(p) for name, p in holder.named_parameters()}
-    assert not functional_call(holder, zeros, (x,)).any()
-    assert holder(x).any()
+def test_class_means_against_a_loop():
+    features = draw(6, 2, 3)
+    means = class_means(features, counts=[1, 3, 2])
+    assert means.shape == (3, 2, 3)
+    for c, rows in enumerate([[0], [1, 2, 3], [4, 5]]):
+        for i in range(2):
+            for j in range(3):
+                expected = sum(float(features[n, i, j]) for n in rows) / len(rows)
+                assert float(means[c, i, j]) == pytest.approx(expected, rel=1e-12)
+    assert gradcheck(lambda f: class_means(f, counts=[1, 3, 2]), features.requires_grad_())
+
+
+def test_alignment_against_a_loop_over_levels_classes_and_entries():
+    shapes, weights = [(2, 3, 4), (2, 5)], [0.1, 2.0]
+    ours, theirs = ([draw(*s, seed=seed) for s in shapes] for seed in (0, 1))
+    expected = 0.0
+    for w, a, b in zip(weights, ours, theirs, strict=True):
+        for c in range(2):
+            entries = zip(a[c].flatten().tolist(), b[c].flatten().tolist(), strict=True)
+            expected += w * sum((q - p) ** 2 for p, q in entries)
+    assert float(alignment_loss(ours, theirs, weights=weights)) == pytest.approx(expected, rel=1e-12)
+    assert float(alignment_loss(ours, ours, weights=weights)) == 0
+
+
+def test_the_last_level_of_a_convnet_counts_twice():
+    net, real, synthetic = ConvNet(3, 2, 16, width=4), draw(6, 3, 16, 16).float(), draw(4, 3, 16, 16, seed=1).float()
+    theirs = [class_means(f, counts=[3, 3]) for f in feature_levels(net, real)]
+    ours = [class_means(f, counts=[2, 2]) for f in feature_levels(net, synthetic)]
+    weights = level_weights(len(ours))
+    assert weights == [0.1, 0.1, 1.0, 1.0, 1.0], "the released script's"
+    assert (level_weights(3), level_weights(6)) == ([1.0] * 3, [0.1] * 3 + [1.0] * 3)
+    terms = [alignment_loss([a], [b], weights=[1.0]) for a, b in zip(ours, theirs, strict=True)]
+    torch.testing.assert_close(terms[3], terms[4])
+    twice = alignment_loss(ours[:4], theirs[:4], weights=[0.1, 0.1, 1.0, 2.0])
+    torch.testing.assert_close(alignment_loss(ours, theirs, weights=weights), twice)
+
+
+def test_discrimination_against_a_loop_over_images():
+    real, centres, labels = draw(5, 3), draw(4, 3, seed=1), [0, 3, 1, 3, 2]
+    expected = 0.0
+    for f, y in zip(real.tolist(), labels, strict=True):
+        logits = [sum(p * q for p, q in zip(f, centre, strict=True)) for centre in centres.tolist()]
+        expected += math.log(sum(map(math.exp, logits))) - logits[y]
+    loss = discrimination_loss(real, torch.tensor(labels), centres)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)

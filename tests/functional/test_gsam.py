@@ -35,33 +35,19 @@ def test_direction_by_hand():
     assert [float(d) for d in gsam_direction(g, g_p, alpha=0.5)] == pytest.approx([7.25, 6.75])
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize(("seed", "rho"), [(0, 0.0), (1, 0.01), (2, 2.0)])
-def test_plain_perturbation_has_norm_rho_and_the_gradients_direction(rho, seed):
-    w, g = tensors(seed), tensors(seed + 100)
-    eps = gsam_perturbation(w, g, rho=rho)
-    assert [e.shape for e in eps] == [p.shape for p in w]
-    assert float(flat(eps).norm()) == pytest.approx(rho, rel=1e-12)
-    assert float(torch.dot(flat(eps), flat(g))) == pytest.approx(rho * float(flat(g).norm()), rel=1e-12)
-
-
-@pytest.mark.parametrize(("seed", "rho"), [(0, 0.0), (1, 0.01), (2, 2.0)])
-def test_adaptive_perturbation_lies_on_the_relative_ball_and_climbs_the_most(rho, seed):
+def test_perturbation_lies_on_the_ball_and_climbs_the_most(rho, seed, adaptive):
     w, g = flat(tensors(seed)), flat(tensors(seed + 100))
-    eps = flat(gsam_perturbation(tensors(seed), tensors(seed + 100), rho=rho, adaptive=True))
-    assert float((eps / w.abs()).norm()) == pytest.approx(rho, rel=1e-12)
-    # No other point of the ball {||eps / |w||| <= rho} climbs further to first order: rho * ||w g|| is the bound.
-    assert float(eps @ g) == pytest.approx(rho * float((w * g).norm()), rel=1e-12)
+    eps = gsam_perturbation(tensors(seed), tensors(seed + 100), rho=rho, adaptive=adaptive)
+    assert [e.shape for e in eps] == [p.shape for p in tensors(seed)]
+    eps, size = flat(eps), w.abs() if adaptive else torch.ones_like(w)
+    assert float((eps / size).norm()) == pytest.approx(rho, rel=1e-12)
+    # No other point of the ball {||eps / size|| <= rho} climbs further to first order: rho * ||size g|| is the bound.
+    assert float(eps @ g) == pytest.approx(rho * float((size * g).norm()), rel=1e-12)
 
 
-def test_adaptive_perturbation_follows_the_scale_of_the_weights():
-    """Twice the weights with half the gradient is the same function written in other units."""
-    w, g = tensors(0), tensors(1)
-    eps = gsam_perturbation(w, g, rho=0.1, adaptive=True)
-    scaled = gsam_perturbation([2 * p for p in w], [p / 2 for p in g], rho=0.1, adaptive=True)
-    torch.testing.assert_close(scaled, [2 * e for e in eps])
-
-
-@pytest.mark.parametrize(("seed", "alpha"), [(0, 0.1), (1, 1.0), (2, 3.0)])
+@pytest.mark.parametrize(("seed", "alpha"), [(0, 0.1), (1, 1.0)])
 def test_alphas_part_is_orthogonal_to_the_perturbed_gradient(alpha, seed):
     g, g_p = tensors(seed), tensors(seed + 100)
     direction = gsam_direction(g, g_p, alpha=alpha)
@@ -79,12 +65,6 @@ def test_alpha_zero_is_sam():
     assert all(d.equal(p) for d, p in zip(gsam_direction(g, g_p, alpha=0.0), g_p, strict=True))
 
 
-def test_parallel_gradients_have_no_orthogonal_part():
-    g = tensors(0)
-    g_p = [3 * p for p in g]
-    torch.testing.assert_close(gsam_direction(g, g_p, alpha=1.0), g_p)
-
-
 @pytest.mark.parametrize(("adaptive", "dtype"), [(False, torch.float32), (True, torch.float64)])
 def test_zero_gradient_gives_zeros_and_no_nan(adaptive, dtype):
     w = tensors(0, dtype=dtype)
@@ -95,28 +75,8 @@ def test_zero_gradient_gives_zeros_and_no_nan(adaptive, dtype):
     assert all(bool(d.eq(p).all()) for d, p in zip(gsam_direction(zero, w, alpha=1.0), w, strict=True))
 
 
-def test_zero_weights_stay_in_the_adaptive_ball():
-    """A weight of 0 has no room in the relative ball."""
-    w, g = [torch.tensor([0.0, 2.0])], [torch.tensor([5.0, 1.0])]
-    assert gsam_perturbation(w, g, rho=0.5, adaptive=True)[0].tolist() == pytest.approx([0.0, 1.0])
-
-
-def test_inputs_are_left_as_they_were():
-    w, g = tensors(0), tensors(1)
-    gsam_perturbation(w, g, rho=1.0, adaptive=True)
-    gsam_direction(w, g, alpha=1.0)
-    assert all(a.equal(b) for a, b in zip([*w, *g], [*tensors(0), *tensors(1)], strict=True))
-
-
-def test_lists_of_unequal_length_are_refused():
-    with pytest.raises(ValueError, match="2 gradients for 1 tensors"):
-        gsam_perturbation([torch.ones(2)], [torch.ones(2), torch.ones(1)], rho=1.0, adaptive=True)
-    with pytest.raises(ValueError, match=r"gradients for . tensors"):
-        gsam_direction([torch.ones(2)], [torch.ones(2), torch.ones(1)], alpha=1.0)
-
-
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("magnitude", [1e-35, 1e-25, 1e-18, 1e25])
+@pytest.mark.parametrize("magnitude", [1e-35, 1e25])
 def test_the_radius_does_not_depend_on_the_size_of_the_gradient(magnitude, adaptive):
     """Squares of float32 values below 1e-23 are 0: a norm that is not scaled sends the weights to 1e11."""
     weights = tensors(0, dtype=torch.float32)
@@ -124,7 +84,3 @@ def test_the_radius_does_not_depend_on_the_size_of_the_gradient(magnitude, adapt
     eps = gsam_perturbation(weights, gradients, rho=0.01, adaptive=adaptive)
     measured = [e / w.abs() if adaptive else e for e, w in zip(eps, weights, strict=True)]
     assert float(flat(measured).norm()) == pytest.approx(0.01, rel=1e-4)
-
-
-def test_no_gradient_is_no_perturbation_however_large_the_ball():
-    assert gsam_perturbation([torch.ones(2)], [torch.zeros(2)], rho=100.0)[0].tolist() == [0, 0]

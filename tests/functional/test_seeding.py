@@ -2,7 +2,6 @@
 
 import itertools
 
-import pytest
 import torch
 
 from ftd_lightning.functional import derive_seed, make_generator, seeded
@@ -39,27 +38,3 @@ def test_seeded_decides_the_block_and_leaves_the_global_generator():
         assert torch.rand(3).equal(inside)
     with seeded(1, "net"):
         assert not torch.rand(3).equal(inside)
-
-
-def test_seeded_restores_the_global_generator_after_an_error():
-    state = torch.get_rng_state()
-
-    def interrupted():
-        with seeded(0):
-            torch.rand(3)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert torch.get_rng_state().equal(state)
-
-
-def test_seeded_blocks_nest():
-    with seeded(0):
-        torch.rand(1)
-        expected = torch.rand(2)
-    with seeded(0):
-        torch.rand(1)
-        with seeded(1):
-            torch.rand(7)
-        assert torch.rand(2).equal(expected)

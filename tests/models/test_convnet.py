@@ -37,32 +37,26 @@ def test_parameter_counts_of_the_papers_networks(classes, size, depth, count):
 OPTIONS = list(itertools.product(get_args(Norm), get_args(Activation), get_args(Pooling)))
 
 
-def test_options_are_those_of_the_architecture_search():
-    assert {norm for norm, _, _ in OPTIONS} == {"none", "batch", "layer", "instance", "group"}
-    assert {activation for _, activation, _ in OPTIONS} == {"sigmoid", "relu", "leakyrelu"}
-    assert {pooling for _, _, pooling in OPTIONS} == {"none", "max", "avg"}
-
-
-@pytest.mark.parametrize(("norm", "activation", "pooling"), OPTIONS)
-def test_every_option_runs_forward_and_backward(norm, activation, pooling):
-    with seeded(0):
-        network = ConvNet(3, 5, 8, width=8, depth=2, norm=norm, activation=activation, pooling=pooling)
-    images = pictures(4, 8).requires_grad_()
-    logits = network(images)
-    assert logits.shape == (4, 5)
-    logits.square().sum().backward()
-    assert all(bool(p.grad.isfinite().all()) and p.grad.shape == p.shape for p in network.parameters())
-    assert bool((images.grad.flatten(1).norm(dim=1) > 0).all())
-
-
-def test_options_change_the_network():
-    """Two options that gave the same numbers would be one option under two names."""
-    logits = set()
+def test_every_option_runs_and_is_another_network():
+    found = set()
     for norm, activation, pooling in OPTIONS:
         with seeded(0):
             network = ConvNet(3, 5, 8, width=8, depth=2, norm=norm, activation=activation, pooling=pooling)
-        logits.add(tuple(network(pictures(4, 8)).flatten().tolist()))
-    assert len(logits) == len(OPTIONS)
+        images = pictures(4, 8).requires_grad_()
+        logits = network(images)
+        logits.square().sum().backward()
+        assert all(bool(p.grad.isfinite().all()) for p in network.parameters())
+        assert bool((images.grad.flatten(1).norm(dim=1) > 0).all())
+        found.add(tuple(logits.flatten().tolist()))
+    assert len(found) == len(OPTIONS) == 45
+
+
+@pytest.mark.parametrize(("channels", "size", "depth"), [(1, 8, 1), (3, 64, 5)])
+def test_sizes(channels, size, depth):
+    network = ConvNet(channels, 10, size, width=4, depth=depth)
+    assert network(pictures(2, size, channels)).shape == (2, 10)
+    assert [m.out_channels for m in network if isinstance(m, nn.Conv2d)] == [4] * depth
+    assert network[-1].in_features == 4 * (size // 2**depth) ** 2
 
 
 def test_instance_norm_is_torchs_affine_instance_norm():
@@ -81,45 +75,7 @@ def test_instance_norm_is_torchs_affine_instance_norm():
     torch.testing.assert_close(network(images), reference(images), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("norm", "axes"), [("instance", (2, 3)), ("layer", (1, 2, 3)), ("batch", (0, 2, 3))])
-def test_norms_normalise_over_their_axes(norm, axes):
-    network = ConvNet(3, 2, 8, width=8, depth=1, norm=norm)
-    with torch.no_grad():
-        values = network[1](network[0](10 * pictures(4, 8)))  # far above the norms' epsilon
-    mean, variance = values.mean(dim=axes), values.var(dim=axes, correction=0)
-    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-5)
-    torch.testing.assert_close(variance, torch.ones_like(variance), rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("norm", "shape"), [("batch", (8,)), ("instance", (8,)), ("group", (8,)), ("layer", (8, 8, 8))]
-)
-def test_norms_scale_and_shift_each_channel_and_layer_norm_each_place(norm, shape):
-    network = ConvNet(3, 2, 16, width=8, depth=2, norm=norm)
-    assert network[5].weight.shape == network[5].bias.shape == shape
-
-
-@pytest.mark.parametrize("size", [8, 16, 32, 64, 128])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_image_sizes(size, channels):
-    network = ConvNet(channels, 10, size, width=4)
-    assert network(pictures(2, size, channels)).shape == (2, 10)
-    assert network[-1].in_features == 4 * (size // 8) ** 2
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
-def test_depth_and_width(depth):
-    network = ConvNet(3, 10, 32, width=6, depth=depth)
-    convolutions = [m for m in network if isinstance(m, nn.Conv2d)]
-    assert [(m.in_channels, m.out_channels) for m in convolutions] == [(3, 6)] + [(6, 6)] * (depth - 1)
-    assert network(pictures(2, 32)).shape == (2, 10)
-
-
-def test_no_pooling_keeps_the_size():
-    assert ConvNet(3, 10, 9, width=4, depth=4, pooling="none")[-1].in_features == 4 * 81
-
-
-@pytest.mark.parametrize(("size", "depth"), [(28, 3), (8, 4), (33, 1)])
+@pytest.mark.parametrize(("size", "depth"), [(28, 3), (33, 1)])
 def test_size_that_pooling_does_not_divide_is_refused(size, depth):
     with pytest.raises(InputError, match=rf"depth {depth} cannot halve {size} px {depth} times: lower the depth"):
         ConvNet(3, 10, size, depth=depth)
@@ -131,25 +87,12 @@ def test_unknown_option_is_refused_with_the_known_ones(what):
         ConvNet(3, 10, 32, **{what: "swish"})
 
 
-def test_build_network_by_name():
-    network = build_network("convnet", 1, 7, 16, width=5, depth=2, norm="batch")
-    assert isinstance(network, ConvNet)
-    assert network(pictures(3, 16, 1)).shape == (3, 7)
-    assert isinstance(network[1], nn.BatchNorm2d)
-
-
-@pytest.mark.parametrize("name", ["conv", "convnett", "ConvNet"])
+@pytest.mark.parametrize("name", ["convnett", "ConvNet"])
 def test_unknown_network_is_refused_with_the_nearest_names(name, monkeypatch):
     monkeypatch.setitem(NETWORKS, "aaa", tiny_network)  # comes first by the alphabet and is near to none of these
     with pytest.raises(InputError, match=f"unknown network '{name}': did you mean 'convnet'") as caught:
         build_network(name, 3, 10, 32)
     assert "aaa" not in str(caught.value)
-
-
-def test_network_that_is_near_to_none_is_refused_with_all_names(monkeypatch):
-    monkeypatch.setitem(NETWORKS, "aaa", tiny_network)
-    with pytest.raises(InputError, match="did you mean " + " or ".join(map(repr, sorted(NETWORKS)))):
-        build_network("qqqqqqqqqq", 3, 10, 32)
 
 
 def test_build_network_by_import_path():
@@ -168,7 +111,3 @@ def test_import_path_that_leads_nowhere_is_refused(path):
 def test_options_that_the_network_does_not_take_are_refused(name):
     with pytest.raises(InputError, match=f"network '{name}': .*'colour'"):
         build_network(name, 3, 10, 32, colour="blue")
-
-
-def test_input_errors_are_value_errors():
-    assert issubclass(InputError, ValueError)

@@ -6,13 +6,11 @@ from typing import get_args
 import pytest
 import torch
 from torch import nn
-from torch.autograd import grad
 from torch.nn import functional as F  # noqa: N812
-from torch.nn.functional import cross_entropy
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional import flatten_parameters, make_generator, seeded, trajectory_matching_loss
-from ftd_lightning.models import NETWORKS, VGG11, AlexNet, ResNet18, build_network
+from ftd_lightning.functional import make_generator, seeded
+from ftd_lightning.models import NETWORKS, build_network
 from ftd_lightning.models.layers import Norm
 
 RESNETS = ["resnet18", "resnet18_ap"]
@@ -30,131 +28,33 @@ def network_of(name, channels=3, classes=10, size=32, **options):
         return build_network(name, channels, classes, size, **options)
 
 
-def test_these_are_the_networks():
-    assert list(NETWORKS) == ["convnet", *NAMES]
-    assert [type(network_of(name)) for name in NAMES] == [AlexNet, VGG11, ResNet18, ResNet18]
-
-
-def count_alexnet(channels, classes, size):
-    """Kernel area times channels in, plus a bias, times channels out; the last map has an eighth of the size."""
-    last = (size + 4) // 8 if channels == 1 else size // 8
-    convolutions = (25 * channels + 1) * 128 + (25 * 128 + 1) * 192
-    convolutions += (9 * 192 + 1) * 256 + (9 * 256 + 1) * 192 + (9 * 192 + 1) * 192
-    return convolutions + (192 * last * last + 1) * classes
-
-
-def count_vgg11(channels, classes, size):
-    first = (9 * channels + 1) * 64 + (9 * 64 + 1) * 128
-    middle = (9 * 128 + 1) * 256 + (9 * 256 + 1) * 256
-    last = (9 * 256 + 1) * 512 + 3 * (9 * 512 + 1) * 512
-    norms = 2 * (64 + 128 + 256 + 256 + 4 * 512)
-    return first + middle + last + norms + (512 + 1) * classes
-
-
-def count_resnet18(channels, classes, size, *, last=1):
-    stem = 9 * channels * 64 + 2 * 64
-    stages = 4 * 9 * 64 * 64 + 4 * 2 * 64
-    for wide in (128, 256, 512):
-        narrow = wide // 2
-        stages += 9 * narrow * wide + 3 * 9 * wide * wide + narrow * wide  # the last is the shortcut
-        stages += 5 * 2 * wide
-    return stem + stages + (512 * last * last + 1) * classes
-
-
-def count_resnet18_ap(channels, classes, size):
-    return count_resnet18(channels, classes, size, last=size // 8)
+# Of the networks of DC and MTT, by their code.
+COUNTS = {"alexnet": 1_872_202, "vgg11": 9_231_114, "resnet18": 11_173_962, "resnet18_ap": 11_250_762}
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("channels", "classes", "size"), [(3, 10, 32), (1, 10, 32), (1, 7, 60), (3, 200, 64)])
-def test_parameter_counts(name, channels, classes, size):
-    counts = dict(zip(NAMES, (count_alexnet, count_vgg11, count_resnet18, count_resnet18_ap), strict=True))
-    count = counts[name](channels, classes, size)
-    assert sum(p.numel() for p in network_of(name, channels, classes, size).parameters()) == count
-
-
-def test_parameter_counts_that_others_state_for_cifar_10():
-    assert count_vgg11(3, 10, 32) == 9_231_114
-    assert count_resnet18(3, 10, 32) == 11_173_962
-
-
-@pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", NAMES)
-def test_image_sizes_forward_and_backward(name, channels, size):
-    network = network_of(name, channels, 5, size)
-    images = pictures(1, size, channels).clone().requires_grad_()
-    logits = network(images)
-    assert logits.shape == (1, 5)
-    logits.square().sum().backward()
-    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in network.parameters())
-    assert bool(images.grad.isfinite().all())
-    assert bool(images.grad.any())
-
-
-@pytest.mark.parametrize(("channels", "size", "last"), [(3, 32, 4), (1, 32, 4), (1, 28, 4), (3, 64, 8), (3, 128, 16)])
-def test_alexnets_linear_layer_follows_the_image_size(channels, size, last):
-    network = AlexNet(channels, 10, size)
-    assert network[-1].in_features == 192 * last * last
-    padding = [module.padding for module in network if isinstance(module, nn.Conv2d)]
-    assert padding == [(4, 4) if channels == 1 else (2, 2), (2, 2), (1, 1), (1, 1), (1, 1)]
-
-
-@pytest.mark.parametrize("name", ["vgg11", "resnet18"])
-def test_linear_layer_takes_512_numbers_whatever_the_image_size(name):
-    assert {network_of(name, size=size)[-1].in_features for size in (32, 64, 128)} == {512}
-
-
-def last_map(network, images):
-    """What the network takes the mean over."""
-    return nn.Sequential(*list(network)[:-3])(images)
-
-
-def test_vgg11_of_32_px_is_unchanged_by_the_mean():
-    network = network_of("vgg11")
-    last = last_map(network, pictures(2, 32))
-    assert last.shape == (2, 512, 1, 1)
-    assert network[-1](last.flatten(1)).equal(network(pictures(2, 32)))
-
-
-def kinds(network):
-    return [type(module) for module in network.modules() if not [*module.children()]]
+def test_parameter_counts_and_the_linear_layer(name):
+    assert sum(p.numel() for p in network_of(name).parameters()) == COUNTS[name]
+    at_64 = {"alexnet": 192 * 8 * 8, "resnet18_ap": 512 * 8 * 8}
+    assert network_of(name, size=64)[-1].in_features == at_64.get(name, 512)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("norm", get_args(Norm))
 def test_every_norm_runs_forward_and_backward(name, norm):
-    network = network_of(name, norm=norm)
-    logits = network(pictures(2, 32))
+    """At a size that halving does not divide, where layer norm has to know each map."""
+    network = network_of(name, 1, size=47, norm=norm)
+    images = pictures(2, 47, 1).clone().requires_grad_()
+    logits = network(images)
     assert logits.shape == (2, 10)
     logits.square().sum().backward()
-    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in network.parameters())
+    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in [*network.parameters()])
+    assert bool(images.grad.any())
     found = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm)]
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     assert len(found) == (0 if norm == "none" else len(convolutions)), "a norm after every convolution"
     if norm in ("instance", "group"):
         assert all(m.num_groups == (m.num_channels if norm == "instance" else 4) and m.affine for m in found)
-
-
-@pytest.mark.parametrize(("name", "default"), [("alexnet", "none"), *[(name, "instance") for name in NAMES[1:]]])
-def test_default_norm(name, default):
-    default = network_of(name, norm=default)
-    assert kinds(network_of(name)) == kinds(default)
-    assert [p.shape for p in network_of(name).parameters()] == [p.shape for p in default.parameters()]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_order_of_layers_is_convolution_norm_relu(name):
-    layers = kinds(network_of(name, norm="batch"))
-    assert not [kind for kind in layers if issubclass(kind, nn.modules.dropout._DropoutNd)]
-    layers = [kind for kind in layers if kind is not nn.Identity]
-    assert layers[:3] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
-    assert [layers.count(kind) for kind in (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)] == {
-        "alexnet": [5, 5, 3, 0],
-        "vgg11": [8, 8, 5, 0],
-        "resnet18": [20, 9, 0, 0],  # a block's last ReLU comes after the sum
-        "resnet18_ap": [20, 9, 0, 6],
-    }[name]
 
 
 def convnet_by_hand(images, take):
@@ -240,45 +140,14 @@ def test_pooling_variant_by_option_is_the_one_by_name():
         build_network("resnet18_ap", 3, 10, 32, average_pooling=False)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.slow
-def test_adjoint_equals_the_full_graph(name):
-    with seeded(0, "problem"):
-        network = build_network(name, 3, 3, 32).double()
-        start = flatten_parameters(network)
-        target = start + 0.01 * torch.randn_like(start)
-    images = pictures(2, 32).double().requires_grad_()
-    lr = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
-    results = []
-    for unroll in ("adjoint", "graph"):
-        batches = [torch.tensor([0]), torch.tensor([1])]
-        loss = trajectory_matching_loss(
-            network, start, target, images, torch.tensor([0, 2]), lr, batches=batches, unroll=unroll
-        )
-        results.append([loss.detach(), *grad(loss, [images, lr])])
-    for adjoint, graph in zip(*results, strict=True):
-        assert graph.norm() > 0
-        assert (adjoint - graph).norm() < 1e-10 * graph.norm()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_training_step_lowers_the_loss(name):
-    network, images, labels = network_of(name), pictures(4, 32), torch.tensor([0, 3, 5, 9])
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
-    loss = cross_entropy(network(images), labels)
-    loss.backward()
-    optimizer.step()
-    assert cross_entropy(network(images), labels) < loss
-
-
 @pytest.mark.parametrize(
     ("name", "channels", "least", "options"),
     [
         ("alexnet", 3, 8, {}),
         ("alexnet", 1, 4, {}),
         ("vgg11", 3, 32, {}),
-        *[(name, 3, 8, {"norm": norm}) for name in RESNETS for norm in ("none", "batch", "layer", "group")],
-        ("vgg11", 1, 32, {}),
+        ("resnet18", 3, 8, {"norm": "batch"}),
+        ("resnet18_ap", 3, 8, {"norm": "batch"}),
         ("resnet18", 3, 9, {}),
         ("resnet18_ap", 3, 16, {}),
     ],
@@ -291,28 +160,6 @@ def test_size_that_is_too_small_is_refused_and_the_least_is_not(name, channels, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [33, 47])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_layer_norm_knows_the_maps_of_sizes_that_halving_does_not_divide(name, size, channels):
-    assert network_of(name, channels, 10, size, norm="layer")(pictures(1, size, channels)).shape == (1, 10)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_unknown_norm_is_refused_with_the_known_ones(name, refused):
     with refused(f"{LABELS[name]} has no norm 'swish': choose from", list(get_args(Norm))):
         build_network(name, 3, 10, 32, norm="swish")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_options_that_the_network_does_not_take_are_refused(name, refused):
-    with refused(f"network '{name}'", "'width'"):
-        build_network(name, 3, 10, 32, width=64)
-
-
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [("resnet", "resnet18"), ("ResNet18", "resnet18"), ("AlexNet", "alexnet"), ("alex", "alexnet"), ("VGG11", "vgg11")],
-)
-def test_unknown_name_offers_the_nearest(name, nearest, refused):
-    with refused(f"unknown network '{name}': did you mean '{nearest}'"):
-        build_network(name, 3, 10, 32)
