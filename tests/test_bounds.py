@@ -24,7 +24,7 @@ from ftd_lightning.studies.distill import distill_source
 from ftd_lightning.studies.distill_datasets import distill
 from ftd_lightning.studies.label import label
 from ftd_lightning.studies.nas import SearchSettings
-from ftd_lightning.studies.rank import RankData, RankSettings
+from ftd_lightning.studies.rank import RankSettings
 from ftd_lightning.studies.reproduce import reproduce
 from ftd_lightning.studies.trajectory_error import trajectory_error
 
@@ -62,9 +62,9 @@ def numbers(owner):
 def owners():
     """All classes with numbers that a user may choose."""
     names = json.loads((Path(__file__).parent / "public_names.json").read_text())
-    found = {getattr(importlib.import_module(module), name) for module, public in names.items() for name in public}
+    found = [getattr(importlib.import_module(module), name) for module, public in names.items() for name in public]
     classes = {one for one in found if inspect.isclass(one) and not typing.is_typeddict(one)}
-    classes |= {EvaluationProtocol, Loops, SearchSettings, RankData, RankSettings}
+    classes |= {EvaluationProtocol, Loops, SearchSettings, RankSettings}
     return sorted((one for one in classes if one.__name__ not in OTHERS and numbers(one)), key=lambda one: one.__name__)
 
 
