@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -12,6 +12,17 @@ from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.files.safetensors_io import KEY
 
 SMALL = {"width": 4, "depth": 1}
+
+
+class Losses(Callback):
+    """Keeps the loss and the images of every iteration."""
+
+    def __init__(self) -> None:
+        self.losses, self.images = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.images.append(pl_module.images.detach().clone())
 
 
 def make_trainer(folder: Path, **options) -> Trainer:

@@ -36,20 +36,13 @@ if TYPE_CHECKING:
 def clip_by_average(gradient: Tensor, average: Tensor, *, factor: float, decay: float = 0.9) -> None:
     """Scale a gradient down to ``factor`` times the moving average of its norm, in place and without synchronising.
 
-    As in the code of RaT-BPTT (Feng et al., ICLR 2024): the average takes in the unclipped norm first, then the
-    gradient is clipped.
+    As in the code of RaT-BPTT (Feng et al., ICLR 2024): the average is updated by the unclipped norm first.
 
     Args:
         gradient: of any shape.
         average: a scalar >= 0, updated in place; 0 before the first call. A norm that is not finite leaves it as it is.
         factor: > 0.
         decay: of the average, in [0, 1).
-
-    Example:
-        >>> gradient, average = torch.tensor([100.0]), torch.tensor(1.0)
-        >>> clip_by_average(gradient, average, factor=2.0)
-        >>> gradient, round(float(average), 2)
-        (tensor([21.8000]), 10.9)
     """
     norm = gradient.norm()
     moved = torch.where(average > 0, decay * average + (1 - decay) * norm, norm)
@@ -65,43 +58,42 @@ EVALUATION_LR = 0.01  # of SGD, for sets whose inner optimizer is another
 
 
 class BilevelDistillation(Distillation):
-    """Learns the set on which a fresh network trains best, as measured on real images, without any teacher.
+    """Learns the set on which a fresh network trains best, without teachers.
 
     In every iteration a fresh network is trained on the set for some steps, and the cross entropy of real images at its
     weights is differentiated through these steps, exactly and in the activation memory of one. By settings this is
 
-    - **DD** (Wang et al., arXiv 1811.10959): ``schedule="fixed"``, every step has a mini-batch and a learned step size
-      of its own; ``init="noise"``. With ``LearnedLabels(init="one_hot")`` it is SLDD (Sucholutsky and Schonlau, 2021).
+    - **DD** (Wang et al., arXiv 1811.10959): ``schedule="fixed"``, a mini-batch and a learned step size for every step;
+      ``init="noise"``. With ``LearnedLabels(init="one_hot")`` it is SLDD (Sucholutsky and Schonlau, 2021).
     - **BPTT**: ``schedule="shuffled"``, all steps are differentiated.
-    - **RaT-BPTT** (Feng et al., ICLR 2024): ``window`` steps are, at a random place of all; ``InnerAdam``; ``clip=2``.
+    - **RaT-BPTT** (Feng et al., ICLR 2024): only ``window`` steps at a random place; ``InnerAdam``; ``clip=2``.
 
-    One Adam over images, step size and labels, one global step per iteration; see ``Distillation`` for the rest.
-    Under DDP every rank trains networks of its own and the gradient is averaged: W ranks with s networks per step learn
-    what one process with W * s learns.
+    Images, step size and labels are learned by one Adam. Under DDP every rank trains other networks and the gradient is
+    averaged: W ranks with s networks per step learn the set of one process with W * s.
 
     Args:
         network: a name, an import path, or a function that builds one.
         network_options: for a named network.
         ipc: synthetic images per class.
         init: "real" starts from random real images of each class, "noise" from a standard normal.
-        syn_steps: T, inner steps; "fixed" needs as many mini-batches, or goes through them again.
+        syn_steps: T, inner steps.
         window: M, the steps that are differentiated: those before a step drawn from {M .. T}; None: all T.
         optimizer: of the inner steps, an ``InnerSGD``, an ``InnerAdam``, or as in a config.
         syn_batch: synthetic images per inner step; None takes all of them.
         schedule: "shuffled" draws mini-batches anew in every iteration; "fixed" gives step i always the i-th one, made
-            of one image of each class after the other, and a step size of its own.
-        step_size_init: inner learning rate at the start, > 0; kept positive by projection.
-        fixed_network: train the same initial network in every iteration, instead of a new one.
+            of one image of each class after the other, and the i-th step size.
+        step_size_init: inner learning rate at the start, > 0.
+        fixed_network: train the same initial network in every iteration.
         batch_real: real images per network and iteration.
         lr_images: learning rate of the pixels.
-        lr_step_size: learning rate of the step sizes; 0 keeps them, without a gradient.
-        clip: clip the gradients of images and of learned labels, each at so many times the moving average of its own
-            norm (decay 0.9); None does not clip.
-        rules: a ``LabelRule`` that learns, a ``LossGate``, image weights; those that ask teachers are refused.
+        lr_step_size: learning rate of the step sizes; 0 keeps them.
+        clip: clip the gradients of images and of learned labels, each at this multiple of its norm's moving average
+            (decay 0.9); None does not clip.
+        rules: a ``LabelRule`` that learns, a ``LossGate``; those that ask teachers are refused.
         augment: of synthetic and of real images: an ``Augmentation``, its fields as a mapping, or a strategy.
         networks_per_step: networks per iteration on each rank, whose losses are averaged.
-        iterations_per_epoch: iterations that make a Lightning epoch: the rhythm of evaluation, pictures and files.
-        seed: decides initial images, networks, batches and augmentation.
+        iterations_per_epoch: iterations that make a Lightning epoch.
+        seed: of initial images, networks, batches and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
         compile: compile the inner steps: True, False, "auto" or "cuda_graphs"; see ``TrajectoryMatching``.
 
@@ -242,8 +234,7 @@ class BilevelDistillation(Distillation):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip images and labels at multiples of their average norms, then as the trainer says."""
-        if self.hparams["clip"] is not None:
-            # Not the step sizes': it is larger by orders of magnitude, and no publication clips it.
+        if self.hparams["clip"] is not None:  # not the step sizes, as published
             learned = self.learned()
             for name, average in zip(("images", "labels"), self.gradient_averages, strict=True):
                 if name in learned and (gradient := learned[name].grad) is not None:
@@ -265,6 +256,6 @@ class BilevelDistillation(Distillation):
         return settings
 
     def synthetic_set(self) -> SyntheticSet:
-        """Return the set; one that was made for Adam carries 0.01, for evaluations train by SGD."""
+        """Return the set; one that was made for Adam carries 0.01, because evaluations train by SGD."""
         made = super().synthetic_set()
         return replace(made, step_size=torch.tensor(EVALUATION_LR)) if isinstance(self.optimizer, InnerAdam) else made

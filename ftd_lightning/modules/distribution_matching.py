@@ -1,4 +1,4 @@
-"""DM: synthetic images whose mean embedding is that of real ones (Zhao and Bilen, WACV 2023)."""
+"""DM: synthetic images whose mean embeddings match those of real ones (Zhao and Bilen, WACV 2023)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DistributionMatching(Distillation):
         augment: DSA, siamese: a strategy, the fields of an ``Augmentation``, or one; "" for none. Resampling has
             ``align_corners`` False by default, as in this line of work.
         iterations_per_epoch: iterations that make a Lightning epoch; 20,000 iterations as published.
-        seed: decides initial images, networks, real batches and augmentation.
+        seed: of initial images, networks, real batches and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
     """
 

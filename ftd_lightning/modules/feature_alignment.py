@@ -35,8 +35,8 @@ class Loops:
     Attributes:
         kind: "dynamic" decides by accuracies; "fixed": ``outer_max`` iterations per round, ``inner_max`` epochs between
             two.
-        outer_max: most iterations of a round. Accuracies alone need not end it; the released script has no such bound.
-        inner_max: most epochs of training between two iterations; likewise.
+        outer_max: most iterations of a round; the released script has no such bound.
+        inner_max: most epochs of training between two iterations; unbounded there too.
         lambda_1: the spread of accuracies below which a round ends, a fraction; 0.04 in the released script.
         lambda_2: the spread above which the training ends, a fraction; 0.03 there.
         window: accuracies that each loop looks at.
@@ -71,22 +71,13 @@ class Loops:
 class Watcher:
     """Decides when to leave a loop of CAFE, from the spread (max - min) of the last accuracies.
 
-    The outer loop (image steps) ends when the spread falls below lambda_1 = 0.04, the inner one (epochs on the
-    synthetic set) when it exceeds lambda_2 = 0.03; either ends after a maximum of updates. A loop that is entered again
-    needs a new watcher.
-
     Convention: accuracies are the plain values of each check; the released script adds a tenth of the previous one.
 
     Args:
         threshold: lambda, a fraction.
-        leave: "below" (outer loop) or "above" (inner loop).
+        leave: whether to leave "below" (outer loop) or "above" (inner loop) the threshold.
         maximum: number of updates after which to leave.
         window: number of accuracies that are compared; with fewer, the loop continues.
-
-    Example:
-        >>> watcher = Watcher(0.05, leave="below", maximum=100, window=3)
-        >>> [watcher.update(accuracy) for accuracy in (0.1, 0.3, 0.31, 0.32)]
-        [False, False, False, True]
     """
 
     def __init__(self, threshold: float, *, leave: Literal["below", "above"], maximum: int, window: int = 10) -> None:
@@ -114,19 +105,16 @@ class FeatureAlignment(Distillation):
 
     An iteration is one update of the images, on the current network. Its loss is the squared distance of real and
     synthetic class means at all depths, plus ``discrimination`` times the cross entropy of real embeddings that are
-    classified by the synthetic class centres. (The cross entropy of the network's own logits on real images, which CAFE
-    adds, does not depend on the synthetic ones.)
+    classified by the synthetic class centres. (CAFE's cross entropy of the network's logits on real images does not
+    depend on the synthetic ones.)
 
-    A *round* is all iterations on one network, which begins random; CAFE counts rounds. Between two iterations of a
-    round, the network's accuracy on ``query`` real training images of each class is measured. If the last ``window``
-    accuracies lie within ``lambda_1``, the round ends (outer loop); else the network is trained on the synthetic set,
-    epoch by epoch, until as many accuracies after an epoch lie further apart than ``lambda_2`` (inner loop).
+    A *round* is all iterations on one network, which begins random. Between two iterations of a round, the network's
+    accuracy on ``query`` real training images of each class is measured. If the last ``window`` accuracies lie within
+    ``lambda_1``, the round ends (outer loop); else the network is trained on the synthetic set, epoch by epoch, until
+    as many accuracies after an epoch lie further apart than ``lambda_2`` (inner loop). A checkpoint holds the round.
 
-    The network and the outer loop's accuracies are part of a checkpoint, so a run that was interrupted within a round
-    resumes exactly.
-
-    Convention: query accuracies are of images without augmentation, and decide on the means over all ranks. Networks
-    with BatchNorm see real images of all classes in one batch, as they see the synthetic ones.
+    Convention: query images are not augmented; their accuracy is the mean over all ranks. Networks with BatchNorm see
+    images of all classes in one batch, real as synthetic.
 
     Args:
         network: a name, an import path, or a function that builds one.
@@ -134,20 +122,19 @@ class FeatureAlignment(Distillation):
         ipc: synthetic images per class.
         init: "real" starts from random real images of each class, "noise" from a normal (the released script).
         rounds: the fit ends after so many, if the trainer's ``max_steps`` does not end it; 2001 in the released script.
-        loops: when a round and its training end: a :class:`Loops`, or its fields as a mapping.
+        loops: when a round and its training end: a ``Loops``, or its fields as a mapping.
         query: real images of a class for an accuracy; all, if there are fewer.
         level_weights: one for each depth, from the shallowest to the embedding; None: 0.1 and, for the last three, 1.
         discrimination: weight of the cross entropy, which is a sum over real images.
         batch_real: real images of a class an iteration.
         lr_images: learning rate of the pixels.
-        lr_milestones: rounds, counted from 0, from which on the learning rate of the pixels is halved once more;
-            None: 1200, 1600 and 1800.
+        lr_milestones: rounds, from 0, at which the pixels' learning rate is halved; None: 1200, 1600 and 1800.
         momentum: of the pixels.
         lr_network: learning rate of the network between iterations, and the step size that the set carries.
         augment: DSA of CAFE+DSA: a strategy, the fields of an ``Augmentation``, or one; "" for none, which is CAFE.
             Resampling has ``align_corners`` False by default, as in this line of work.
         iterations_per_epoch: iterations that make a Lightning epoch.
-        seed: decides initial images, networks, real batches, query images, order of training and augmentation.
+        seed: of initial images, networks, real batches, query images, order of training and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
 
     Attributes:
@@ -230,20 +217,19 @@ class FeatureAlignment(Distillation):
     def on_train_batch_start(self, batch: dict[str, int], batch_idx: int) -> int | None:
         """Make the network ready for the iteration: a new one, or the last one after some training.
 
-        What follows upon an update is done before the next one: a checkpoint lies between them, and the last update of
-        a run is not followed by training that nothing uses.
+        The training after an update belongs to the next iteration, so that a checkpoint may lie between them.
         """
         iteration = batch["iteration"]
         if not self._network or self._leaves_round(iteration):
-            # A finished run that is extended by more rounds has no network, but the number of its next round.
+            # A finished run has no network, but the number of its next round: it may be extended by more rounds.
             self.round += bool(self._network) or self.round < 0
             self.round_steps = 0
             if self.finished:
                 self.trainer.should_stop = True
                 self._network = []
-                # Put back: a run that is extended by more rounds begins with it.
+                # An extended run begins with this iteration.
                 self.trainer.train_dataloader.iteration = iteration  # type: ignore[union-attr]
-                return -1  # Lightning's word for an epoch that ends here
+                return -1  # Lightning skips the rest of the epoch
             self._network, self._outer = [self.fresh_network("network", self.round)], self._new_outer_watcher()
         else:
             self._inner_loop(iteration)
@@ -281,17 +267,13 @@ class FeatureAlignment(Distillation):
 
     @torch.no_grad()
     def query_accuracy(self, *keys: int | str) -> float:
-        """Measure the present network on real training images drawn anew, as the mean over classes, in [0, 1].
-
-        Args:
-            keys: what the draw is for.
-        """
+        """Measure the present network on real training images, drawn by keys, as the mean over classes, in [0, 1]."""
         network = self._network[0].eval()
         shares = []
         for label, images in enumerate(self.batches.real("query", *keys, count=self.hparams["query"])):
             shares.append(right_answers(network(images), self.labels.new_full((len(images),), label)).mean())
         network.train()
-        # All ranks go by one number, or their networks would part.
+        # One number for all ranks, or their networks would part.
         return float(self.trainer.strategy.reduce(torch.stack(shares).mean(), reduce_op="mean"))
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
@@ -305,11 +287,7 @@ class FeatureAlignment(Distillation):
         return self.log_loss(alignment + self.hparams["discrimination"] * discrimination)
 
     def losses(self, network: nn.Module, iteration: int) -> tuple[Tensor, Tensor]:
-        """Compute alignment and discrimination, unweighted, differentiable in the images.
-
-        Args:
-            network: whose features are compared.
-            iteration: decides the real images and the augmentation.
+        """Compute alignment and discrimination of an iteration, unweighted, differentiable in the images.
 
         Raises:
             InputError: for another number of ``level_weights`` than the network has levels.
@@ -327,9 +305,9 @@ class FeatureAlignment(Distillation):
 
     @torch.no_grad()
     def _real_features(self, network: nn.Module, iteration: int) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Give the class means of each level, and the embeddings with their labels, of real images.
+        """Return the class means of each level, and the embeddings with their labels, of real images.
 
-        One class at a time: of the shallow levels, which are large, means alone are kept.
+        One class at a time, so that only means of the shallow levels, which are large, stay in memory.
         """
         drawn = self.batches.real(iteration)
         batches = [self.batches.siamese(images, label, iteration) for label, images in enumerate(drawn)]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _Member:
-    """One place of the pool: its present network, that network's optimizer, and how often it was trained."""
+    """A network of the pool, with its optimizer, age in steps, and number in its place."""
 
     def __init__(self, network: nn.Module, lr: float, age: int, generation: int) -> None:
         self.network, self.age, self.generation = network, age, generation
@@ -34,10 +34,10 @@ class _Member:
 
 
 class NetworkPool:
-    """Networks of different ages.
+    """Networks of different ages, each trained a little whenever it was used.
 
-    At the start all weights are fresh, but ages are spread evenly over [0, max_steps): otherwise all networks would be
-    replaced at about the same time, and the images would meet only young networks for a while.
+    At the start all weights are fresh, but ages are spread evenly over [0, max_steps), so that the networks are
+    replaced at different times.
 
     Args:
         build: makes the network of a place and a generation, on its device and in training mode; equal arguments give
@@ -64,13 +64,7 @@ class NetworkPool:
         return [member.age for member in self._members]
 
     def step(self, place: int, images: Tensor, targets: Tensor) -> None:
-        """Take one step on half the squared error, or replace the network where that was its last.
-
-        Args:
-            place: in [0, size).
-            images: (N, C, H, W).
-            targets: (N, K), without gradient.
-        """
+        """Train a network one step on half the squared error for images (N, C, H, W); replace it after its last."""
         member = self._members[place]
         member.optimizer.zero_grad()
         half_squared_error(member.network(images), targets).backward()  # type: ignore[no-untyped-call]
@@ -105,16 +99,15 @@ class FeatureRegression(Distillation):
 
     In every iteration one network of a pool is drawn. Ridge regression on its features of the synthetic images, the
     inputs of its last linear layer, predicts a batch of real images; half of the mean squared distance from their
-    targets is minimised by Adam in images and targets, whose gradient passes through the features and the solution, but
-    through no training. Before the next iteration that network takes one step of Adam on the set as it then is, and
-    after ``max_steps_per_network`` of them a fresh one takes its place. The pool is part of a checkpoint; under DDP it
-    is the same on every rank.
+    targets is minimised by Adam in images and targets. Before the next iteration that network takes one step of Adam on
+    the set, and after ``max_steps_per_network`` of them a fresh one takes its place. The pool is part of a checkpoint;
+    under DDP it is the same on every rank, while real images differ.
 
     Not as published: Adam instead of LAMB, a constant learning rate, no flipped copies in the batches, and no second
     term of the loss (the authors' margin on the labels).
 
-    The method's own protocol is the accuracy of the ridge regression on features, the mean over the networks of the
-    pool: "ridge regression on the pool's features, test images" in the set's scores.
+    The method's own protocol is the accuracy of the ridge regression, the mean over the networks of the pool: "ridge
+    regression on the pool's features, test images" in the set's scores.
 
     Args:
         network: a name, an import path, or a function that builds one.
@@ -132,7 +125,7 @@ class FeatureRegression(Distillation):
         lr_labels: Adam's learning rate of theirs.
         lr_network: the step size that the set carries for its evaluation.
         iterations_per_epoch: iterations that make a Lightning epoch.
-        seed: decides initial images, networks and batches.
+        seed: of initial images, networks and batches.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
         measure_every: Lightning epochs between measurements by the method's own protocol; 0: when the fit ends alone.
 
@@ -220,7 +213,7 @@ class FeatureRegression(Distillation):
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Predict a batch of real images by a network's features."""
         iteration = batch["iteration"]
-        # Here and not after the update: a checkpoint that a callback writes in between then has all there is to know.
+        # Here and not after the update, so that a checkpoint may lie between them.
         if iteration > 0:
             self._train_network(iteration - 1)
         assert isinstance(self.soft_labels, RidgeTargets)

@@ -1,4 +1,4 @@
-"""DC and DSA: synthetic images whose gradients in a network's weights point as those of real ones do."""
+"""DC and DSA: synthetic images whose gradients in a network's weights match those of real ones."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ STATISTICS_IMAGES = 16  # real images of each class that BatchNorm's statistics 
 class GradientMatching(Distillation):
     """Learns a synthetic set by gradient matching: DC (Zhao, Mopuri and Bilen, ICLR 2021) and DSA (ICML 2021).
 
-    An iteration is one update of the images: for each class the gradient of the mean cross entropy on its synthetic
-    images is compared, row by row of the weights, with that on real ones; the distances are summed over classes. Every
+    An iteration is one update of the images: for each class the gradients of the mean cross entropy on its synthetic
+    and on real images are compared, row by row of the weights; the distances are summed over classes. Every
     ``outer_loops`` iterations a new random network is drawn; between two iterations on the same one it is trained on
-    the synthetic set as it then is. DSA differs from DC in its augmentation: one draw for real and synthetic images of
-    a class where gradients are matched, one for each image where the network is trained.
+    the current synthetic set. DSA differs from DC in its augmentation: one draw for real and synthetic images of a
+    class where gradients are matched, one for each image where the network is trained.
 
-    The current network is part of a checkpoint, so a run that was interrupted within a loop resumes exactly.
-    Where it has BatchNorm, running statistics are updated by 16 real images of each class before every iteration and
-    hold for its gradients on both sides, because a batch of one class has statistics that no other batch has.
+    A checkpoint holds the current network. Running statistics of BatchNorm are updated by 16 real images of each class
+    before every iteration and hold for both gradients, because a batch of one class has unusual statistics.
 
     Args:
         network: a name, an import path, or a function that builds one.
@@ -50,7 +49,7 @@ class GradientMatching(Distillation):
         augment: DSA: a strategy, the fields of an ``Augmentation``, or one; "" for none, which is DC. Resampling has
             ``align_corners`` False by default, as in this line of work.
         iterations_per_epoch: iterations that make a Lightning epoch; as published there are 1001 T iterations.
-        seed: decides initial images, networks, real batches, order of training and augmentation.
+        seed: of initial images, networks, real batches, order of training and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
 
     Raises:
@@ -118,7 +117,7 @@ class GradientMatching(Distillation):
         """Compare gradients, class by class, on a new network or on the last one after some training."""
         iteration = batch["iteration"]
         loop, outer = divmod(iteration, self.outer_loops)
-        # Trained here and not after the last update: a loop's last network is thus not trained once more for nothing.
+        # Trained here, not after the last update: a loop's last network needs no training.
         if outer == 0:
             self._network = [self.fresh_network("network", loop)]
         else:

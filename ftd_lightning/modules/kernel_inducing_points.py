@@ -31,8 +31,8 @@ KERNELS = {"ntk": ntk_kernel, "nngp": nngp_kernel}
 def kernel_accuracy(synthetic: SyntheticSet, real: Images) -> float:
     """Measure the accuracy of kernel regression with the images and labels of a set that was learned by KIP.
 
-    The kernel and the regularisation are those that the set was learned with (``metadata["kernel"]``); its labels are
-    taken as the targets that they are, classes as centred one-hot vectors. In float64, on the set's device.
+    Kernel and regularisation are those of ``metadata["kernel"]``; labels are taken as targets, classes as centred
+    one-hot vectors. In float64, on the set's device.
 
     Args:
         synthetic: written by ``KernelInducingPoints``.
@@ -42,7 +42,7 @@ def kernel_accuracy(synthetic: SyntheticSet, real: Images) -> float:
         The share of correct classifications, in [0, 1].
 
     Raises:
-        InputError: for a set without a closed-form kernel, and where there are no real images, or of another shape.
+        InputError: for a set without a closed-form kernel, and for real images of another shape, or none.
     """
     kernel: dict[str, Any] = synthetic.metadata.get("kernel", {})
     if kernel.get("name") not in KERNELS:
@@ -70,15 +70,14 @@ class KernelInducingPoints(Distillation):
 
     In every iteration, kernel ridge regression on the synthetic images predicts a batch of real ones, and half of the
     mean squared distance from their centred one-hot labels is minimised by Adam in the images, and in the labels where
-    they are learned. The kernel is that of an infinitely wide fully connected ReLU network, in closed form; no network
-    is drawn or trained. Kernel and solution are computed in float64.
+    they are learned. The kernel is that of an infinitely wide fully connected ReLU network, in closed form, in float64.
 
     The method's own protocol is the accuracy of the same regression on real images, "kernel regression, test images"
-    in the set's scores; ``training.kernel_accuracy`` measures it of a set that was written.
+    in the set's scores; ``kernel_accuracy`` measures it of a written set. Networks are evaluated with probabilities,
+    which ``SyntheticSet.training_labels`` makes of learned targets. Under DDP every rank draws other real images.
 
     Args:
-        network: of the evaluation by networks, which the set names; the method itself has none. A name, an import
-            path, or a function that builds one.
+        network: of evaluations by networks; a name, an import path, or a function that builds one.
         network_options: for a named network.
         ipc: synthetic images per class.
         init: "real" starts from random real images of each class, "noise" from a normal.
@@ -90,9 +89,9 @@ class KernelInducingPoints(Distillation):
         lr_images: Adam's learning rate of the pixels.
         learn_labels: learn the labels too.
         lr_labels: Adam's learning rate of theirs.
-        lr_network: the step size that the set carries for its evaluation; nothing is trained with it here.
+        lr_network: step size of the set, for its evaluation.
         iterations_per_epoch: iterations that make a Lightning epoch.
-        seed: decides initial images and real batches.
+        seed: of initial images and real batches.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
         measure_every: Lightning epochs between measurements by the method's own protocol; 0: when the fit ends alone.
 

@@ -83,17 +83,16 @@ def choose_images(rule: MatchingRule, real: Images, ipc: int, seed: int, teacher
 class TrajectoryMatching(Distillation):
     """Learns a synthetic set whose training trajectory follows the teachers'.
 
-    FTD and MTT differ in the teachers alone, so this serves both. One SGD with two parameter groups, one global step
-    per iteration; the number of iterations is the trainer's ``max_steps``. What it does with steps that are not finite,
-    and with a step size below 0, and its attributes, are described in ``Distillation``.
+    FTD and MTT differ in the teachers alone, so this serves both. Images and step size are learned by one SGD; the
+    number of iterations is the trainer's ``max_steps``. ``Distillation`` describes skipped steps and the attributes.
 
-    Under DDP every rank matches segments of its own and the gradient is averaged: W ranks with s segments per step
-    learn what one process with W * s learns.
+    Under DDP every rank matches other segments and the gradient is averaged: W ranks with s segments per step learn the
+    set of one process with W * s.
 
     Args:
         trajectories: folder of the trajectory store.
-        network: the student: a name, an import path, a function that builds it, or a module; None takes the teachers'
-            network. One with other parameters than theirs is refused.
+        network: the student: a name, an import path, a function that builds it, or a module, with the teachers'
+            parameters; None takes the teachers' network.
         network_options: for a named network.
         ipc: synthetic images per class.
         init: "real" starts from random real images of each class, "noise" from a standard normal.
@@ -102,21 +101,18 @@ class TrajectoryMatching(Distillation):
         max_start_epoch: segments start at an epoch in {0 .. max_start_epoch - 1}, or as a ``StartWindow`` narrows it.
         syn_batch: synthetic images per inner step; None takes all of them.
         lr_images: learning rate of the pixels.
-        lr_step_size: learning rate of the step size; 0 keeps it, without a gradient.
+        lr_step_size: learning rate of the step size; 0 keeps it.
         step_size_init: inner learning rate at the start.
         momentum: of both.
         augment: DSA of the inner steps: an ``Augmentation``, its fields as a mapping, or a strategy; "" for none.
         unroll: "adjoint" (memory of one step) or "graph".
-        iterations_per_epoch: iterations that make a Lightning epoch: the rhythm of evaluation, pictures and files.
-        seed: decides initial images, segments, mini-batches, augmentation and noise.
+        iterations_per_epoch: iterations that make a Lightning epoch.
+        seed: of initial images, segments, mini-batches, augmentation and noise.
         real: images (N, C, H, W) and labels (N,) that the teachers saw, to start from; None takes the datamodule's.
         segments_per_step: teacher segments per iteration on each rank, whose losses are averaged.
-        compile: compile both inner step functions: True, False, "auto" (where a fit is long enough to repay it; a
-            resumed one follows what the first one chose) or "cuda_graphs" (for small ipc on a GPU, where launching
-            kernels takes the time; "auto" takes them there). Where compilation is not available, steps run eagerly,
-            with one line that says so.
-        rules: ideas beyond FTD, in a list as callbacks are, as objects or as in a config: labels, a window of start
-            epochs, a gate, masks and others; see ``functional.MatchingRule``.
+        compile: compile both inner step functions: True, False, "auto" (on a GPU only) or "cuda_graphs" (for small ipc
+            on a GPU, where launching kernels takes the time).
+        rules: ideas beyond FTD, as objects or as in a config; see ``rules.MatchingRule``.
 
     Raises:
         InputError: for numbers out of range; when the model is configured, for teachers that do not fit or segments

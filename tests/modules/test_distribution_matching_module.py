@@ -3,21 +3,10 @@ from tempfile import mkdtemp
 
 import pytest
 import torch
-from fits import SMALL, make_trainer, small_data
-from lightning.pytorch import Callback
+from fits import SMALL, Losses, make_trainer, small_data
 from torch import nn
 
-from ftd_lightning import SyntheticSet
-from ftd_lightning.callbacks import SyntheticSetWriter
 from ftd_lightning.modules import DistributionMatching
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.losses = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.losses.append(float(outputs["loss"]))
 
 
 def dm(folder, *, steps=3, trainer=None, real=None, callbacks=(), **options):
@@ -82,22 +71,3 @@ def test_the_loss_falls(tmp_path) -> None:
     seen = Losses()
     dm(tmp_path, steps=30, augment="crop_scale_rotate", callbacks=[seen])
     assert sum(seen.losses[-10:]) < 0.8 * sum(seen.losses[:10])
-
-
-def test_a_resumed_run_is_the_same_to_the_bit(tmp_path) -> None:
-    settings = {"augment": "crop_scale_rotate", "batch_real": 5}
-    whole = dm(tmp_path, steps=7, **settings)
-    first = dm(tmp_path, steps=4, **settings)
-    first.trainer.save_checkpoint(tmp_path / "part.ckpt")
-    module = DistributionMatching(network_options=SMALL, iterations_per_epoch=5, **settings)
-    make_trainer(tmp_path, max_steps=7).fit(module, datamodule=small_data(), ckpt_path=tmp_path / "part.ckpt")
-    assert torch.equal(module.images, whole.images)
-    assert not torch.equal(module.images, first.images)
-
-
-def test_the_set_says_what_made_it(tmp_path) -> None:
-    writer = SyntheticSetWriter(str(tmp_path / "set.safetensors"))
-    dm(tmp_path, callbacks=[writer])
-    metadata = SyntheticSet.load(writer.path).metadata
-    assert (metadata["method"], metadata["iterations"], metadata["dataset"]["name"]) == ("dm", 3, "digits")
-    assert metadata["network"]["options"] == SMALL

@@ -55,19 +55,6 @@ def test_networks_trained_side_by_side_do_not_touch_each_other() -> None:
     torch.testing.assert_close(flatten_parameters(together[0]), flatten_parameters(alone[0]))
 
 
-def test_accuracy_counts_right_answers() -> None:
-    network = torch.nn.Identity()
-    assert accuracy(network, torch.eye(4), torch.tensor([0, 1, 2, 0]), batch_size=3) == 0.75
-
-
-def test_mean_and_std_are_numpys() -> None:
-    values = np.random.default_rng(0).random(5)
-    summary = mean_and_std(torch.from_numpy(values))
-    assert summary["n"] == 5
-    assert summary["mean"] == pytest.approx(values.mean(), rel=1e-6)
-    assert summary["std"] == pytest.approx(values.std(), rel=1e-5)
-
-
 def evaluate(folder: Path, data, *, epochs: int = 5, **options) -> SyntheticEvaluation:
     module = SyntheticEvaluation(**{"network_options": SMALL, "networks": 3, "augment": "", **options})
     trainer = make_trainer(folder, max_epochs=epochs)
@@ -201,31 +188,6 @@ def test_the_learning_rate_drops_at_half_of_the_fit_however_it_is_limited(tmp_pa
     assert rates == pytest.approx([0.5] * 4 + [0.05] * 4)
 
 
-def test_an_extended_fit_drops_its_rate_at_half_of_the_whole(tmp_path: Path) -> None:
-    def run(epochs: int, **options) -> SyntheticEvaluation:
-        module = SyntheticEvaluation(network_options=SMALL, networks=1, lr=0.05)
-        trainer = make_trainer(tmp_path, max_epochs=epochs)
-        trainer.fit(module, datamodule=small_data(synthetic="random"), **options)
-        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
-        return module
-
-    run(2)
-    run(8, ckpt_path=str(tmp_path / "2.ckpt"))
-    state = torch.load(tmp_path / "8.ckpt", weights_only=True)
-    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.005)
-    run(3, ckpt_path=str(tmp_path / "2.ckpt"))
-    state = torch.load(tmp_path / "3.ckpt", weights_only=True)
-    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.005)
-
-
-def test_networks_are_fresh_and_each_has_its_own_seed(tmp_path: Path) -> None:
-    module = evaluate(tmp_path, small_data(synthetic="random"), epochs=1, lr=1e-12)
-    weights = [flatten_parameters(network) for network in module.networks]
-    assert not torch.allclose(weights[0], weights[1])
-    with seeded(0, "fresh", 0):
-        torch.testing.assert_close(weights[0], flatten_parameters(ConvNet(1, 10, 8, **SMALL)))
-
-
 @pytest.mark.parametrize(("step_size", "lr", "used"), [(0.07, None, 0.07), (None, None, 0.01), (0.07, 0.3, 0.3)])
 def test_the_learned_step_size_is_the_learning_rate(tmp_path, step_size, lr, used) -> None:
     data = small_data()
@@ -247,11 +209,6 @@ def test_a_foreign_set_is_refused(tmp_path: Path) -> None:
     SyntheticSet(torch.zeros(2, 3, 32, 32), torch.arange(2), class_names=["a", "b"]).save(path)
     with pytest.raises(InputError, match=r"set data\.dataset to the set's own"):
         evaluate(tmp_path, small_data(synthetic=str(path)))
-
-
-def test_no_network_is_no_evaluation() -> None:
-    with pytest.raises(InputError, match="networks=0"):
-        SyntheticEvaluation(networks=0)
 
 
 class Plain(LightningDataModule):

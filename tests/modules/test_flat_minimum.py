@@ -64,9 +64,3 @@ def test_rho_0_is_the_plain_evaluation_bit_for_bit_and_another_is_not(tmp_path: 
     for a, b, c in zip(plain, zero, flat, strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
-
-
-@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
-def test_a_radius_that_makes_no_sense_is_refused(refused, rho: float) -> None:
-    with refused(f"rho={rho}"):
-        SyntheticEvaluation(rho=rho)

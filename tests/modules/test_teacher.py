@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from fits import SMALL, make_trainer, record, small_data, small_teacher
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,31 +38,6 @@ def test_teachers_of_rho_0_are_plain_sgd(tmp_path: Path, momentum: float) -> Non
             torch.testing.assert_close(flatten_parameters(network), recorded[epoch + 1], rtol=1e-5, atol=1e-6)
 
 
-def test_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path: Path) -> None:
-    settings = {"rho": 0.05, "augment": "crop_scale", "teachers": 1}
-    folders = [record(tmp_path / name, **settings) for name in "ab"]
-    other = record(tmp_path / "c", **settings, seed=1)
-    first, second, third = (next(folder.glob("teacher_*")).read_bytes() for folder in (*folders, other))
-    assert first == second
-    assert first != third
-
-
-def test_a_teacher_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
-    one, two = record(tmp_path / "one", teachers=1), record(tmp_path / "two", teachers=2)
-    name = "teacher_0000.safetensors"
-    assert (one / name).read_bytes() == (two / name).read_bytes()
-    store = TrajectoryStore(two)
-    assert not torch.equal(store.trajectory(0)[0], store.trajectory(1)[0])
-
-
-def test_no_two_epochs_are_equal(trajectories: Path) -> None:
-    """A recorder that keeps views of live weights makes them all equal on a CPU run."""
-    for teacher in range(2):
-        epochs = TrajectoryStore(trajectories).trajectory(teacher)
-        distances = torch.cdist(epochs, epochs) + torch.eye(len(epochs))
-        assert distances.min() > 0
-
-
 def test_the_store_says_what_it_is(trajectories: Path) -> None:
     store = TrajectoryStore(trajectories)
     assert (len(store), store.epochs) == (2, 4)
@@ -76,12 +49,6 @@ def test_the_store_says_what_it_is(trajectories: Path) -> None:
     assert own[0]["seed"] != own[1]["seed"]
     assert len(own[0]["accuracies"]) == 4
     assert own[0]["versions"]["torch"] == torch.__version__
-
-
-def test_flat_teachers_differ_from_plain_ones_but_start_alike(tmp_path: Path, trajectories: Path) -> None:
-    plain, flat = TrajectoryStore(trajectories), TrajectoryStore(record(tmp_path, rho=0.1))
-    assert torch.equal(plain.trajectory(0)[0], flat.trajectory(0)[0])
-    assert not torch.allclose(plain.trajectory(0)[1], flat.trajectory(0)[1])
 
 
 def test_running_statistics_are_those_of_the_first_pass_alone(tmp_path: Path) -> None:
@@ -141,47 +108,6 @@ def test_predictions_are_the_logits_of_the_test_images(tmp_path: Path, refused) 
         trainer.test(module, datamodule=data)
 
 
-def test_half_precision_with_loss_scaling_is_refused(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path)
-    trainer.strategy.precision_plugin.precision = "16-mixed"
-    with pytest.raises(InputError, match="bf16-mixed"):
-        trainer.fit(small_teacher(), datamodule=small_data())
-
-
-def test_a_function_builds_another_network_for_every_teacher(tmp_path: Path) -> None:
-    def network() -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-
-    store = TrajectoryStore(record(tmp_path, network=network, network_options=None))
-    assert store.num_parameters == 650
-    assert not torch.equal(store.trajectory(0)[0], store.trajectory(1)[0])
-
-
-class Stop(Callback):
-    """Ends a fit in the middle of its sixth epoch, the second of the second teacher."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if (trainer.current_epoch, batch_idx) == (5, 2):
-            raise InterruptedError
-
-
-def test_a_run_stopped_in_mid_teacher_and_resumed_records_the_same_bits(tmp_path: Path) -> None:
-    def fit(folder: Path, *callbacks: Callback, ckpt_path: str | None = None) -> dict[str, bytes]:
-        last = ModelCheckpoint(dirpath=folder, filename="last", enable_version_counter=False)
-        callbacks = (TrajectoryRecorder(str(folder / "store")), last, *callbacks)
-        trainer = make_trainer(folder, enable_checkpointing=True, callbacks=list(callbacks))
-        module = small_teacher(rho=0.1, momentum=0.9, augment="crop_scale", network_options={**SMALL, "norm": "batch"})
-        trainer.fit(module, datamodule=small_data(), ckpt_path=ckpt_path)
-        return {path.name: path.read_bytes() for path in (folder / "store").glob("teacher_*")}
-
-    whole = fit(tmp_path / "whole")
-    with pytest.raises(InterruptedError):
-        fit(tmp_path / "stopped", Stop())
-    assert torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)["epoch"] == 4
-    assert len(whole) == 2
-    assert fit(tmp_path / "stopped", ckpt_path="last") == whole
-
-
 class Reads(TorchDispatchMode):
     """Counts values that are read from tensors: each is a wait for the device that computes them."""
 
@@ -233,12 +159,6 @@ def test_unknown_settings_are_refused(tmp_path: Path, refused) -> None:
         small_teacher(parallel="ranks")
     with refused("compile='yes'"):
         make_trainer(tmp_path).fit(small_teacher(compile="yes"), datamodule=small_data())
-
-
-@pytest.mark.parametrize("counts", [{"teachers": 0}, {"epochs": 0}])
-def test_counts_below_one_are_refused(counts: dict[str, int]) -> None:
-    with pytest.raises(InputError, match="at least 1"):
-        small_teacher(**counts)
 
 
 def test_a_fit_warns_of_nothing(tmp_path: Path) -> None:
