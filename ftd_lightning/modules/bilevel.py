@@ -20,7 +20,7 @@ from ftd_lightning.functional.inner_optimizers import InnerAdam, InnerOptimizer,
 from ftd_lightning.functional.inner_step import student_logits
 from ftd_lightning.functional.seeding import derive_seed, to_device
 from ftd_lightning.functional.unroll import flatten_parameters, unroll
-from ftd_lightning.modules.distillation import Distillation, Init
+from ftd_lightning.modules.distillation import Distillation, Init, common
 from ftd_lightning.modules.inner_loop import InnerLoop
 from ftd_lightning.rules.base import MatchingRule, having
 
@@ -135,15 +135,8 @@ class BilevelDistillation(Distillation):
         if window is not None and window > syn_steps:
             raise InputError(f"window={window} must be at most syn_steps={syn_steps}")
         super().__init__(
-            network=network,
-            network_options=network_options,
-            ipc=ipc,
-            init=init,
+            **common(locals()),
             augment=Augmentation.of(augment),
-            iterations_per_epoch=iterations_per_epoch,
-            seed=seed,
-            real=real,
-            lr_images=lr_images,
             step_size=[float(step_size_init)] * syn_steps if schedule == "fixed" else float(step_size_init),
             lr_step_size=lr_step_size,
             rules=matching_rules(rules or []),

@@ -39,6 +39,15 @@ Init = Literal["real", "noise"]
 SMALLEST_STEP_SIZE = 1e-8  # far below any step size that trains a network, far above float32's smallest number
 
 
+# Arguments of every method's constructor, which it passes on unchanged.
+COMMON = ("network", "network_options", "ipc", "init", "iterations_per_epoch", "seed", "real", "lr_images")
+
+
+def common(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the arguments that all methods share from a constructor's ``locals()``."""
+    return {name: arguments[name] for name in COMMON}
+
+
 class Distillation(BaseModule):
     """Learns synthetic images by gradient steps; the base of all methods.
 

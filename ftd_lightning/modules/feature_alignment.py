@@ -22,7 +22,7 @@ from ftd_lightning.functional.distribution_matching import (
 )
 from ftd_lightning.functional.gradient_matching import batch_norms
 from ftd_lightning.modules.class_matching import ClassBatches, train_on_set
-from ftd_lightning.modules.distillation import Distillation, Init
+from ftd_lightning.modules.distillation import Distillation, Init, common
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -168,15 +168,8 @@ class FeatureAlignment(Distillation):
     ) -> None:
         check_bounds(FeatureAlignment, locals())
         super().__init__(
-            network=network,
-            network_options=network_options,
-            ipc=ipc,
-            init=init,
+            **common(locals()),
             augment=Augmentation.of(augment, align_corners=False),
-            iterations_per_epoch=iterations_per_epoch,
-            seed=seed,
-            real=real,
-            lr_images=lr_images,
             step_size=lr_network,
             momentum=momentum,
         )

@@ -1,24 +1,41 @@
-"""Parts of KIP and FRePo: the loss and the accuracy of ridge regression on a synthetic set."""
+"""KIP and FRePo: sets on which ridge regression predicts the classes of real images."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.evaluation import PARTS
 from ftd_lightning.core.evaluation import mean_and_std
-from ftd_lightning.functional.kernels import half_squared_error, ridge_predictions, ridge_weights
+from ftd_lightning.core.labels import RidgeTargets
+from ftd_lightning.core.networks import Network
+from ftd_lightning.errors import InputError
+from ftd_lightning.functional.augment import Augmentation
+from ftd_lightning.functional.distribution_matching import embed
+from ftd_lightning.functional.kernels import (
+    centred_targets,
+    half_squared_error,
+    nngp_kernel,
+    ntk_kernel,
+    ridge_predictions,
+    ridge_weights,
+)
 from ftd_lightning.functional.seeding import to_device
+from ftd_lightning.modules.distillation import Distillation, Init, common
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ftd_lightning.contracts import Images
-    from ftd_lightning.modules.distillation import Distillation
+    from ftd_lightning.files.synthetic_set import SyntheticSet
 
+KERNELS = {"ntk": ntk_kernel, "nngp": nngp_kernel}
+Kernel = Literal["ntk", "nngp"]
 BATCH = 2048  # real images whose kernel with the set is in memory at a time
 
 
@@ -77,3 +94,382 @@ def record_accuracies(module: Distillation, name: str, measure: Callable[[Images
         module.record_scores({f"{name}, {in_words}": summary})
         log = partial(module.log, sync_dist=True, batch_size=1)  # equal on all ranks; Lightning warns if not said
         log(f"evaluation/ridge_{on_file}_accuracy", summary["mean"], prog_bar=part == "val")
+
+
+@torch.no_grad()
+def kernel_accuracy(synthetic: SyntheticSet, real: Images) -> float:
+    """Measure the accuracy of kernel regression with the images and labels of a set that was learned by KIP.
+
+    Kernel and regularisation are those of ``metadata["kernel"]``; labels are taken as targets, classes as centred
+    one-hot vectors. In float64, on the set's device.
+
+    Args:
+        synthetic: written by ``KernelInducingPoints``.
+        real: images as networks see them, with the set's transform, and classes.
+
+    Returns:
+        The share of correct classifications, in [0, 1].
+
+    Raises:
+        InputError: for a set without a closed-form kernel, and for real images of another shape, or none.
+    """
+    kernel: dict[str, Any] = synthetic.metadata.get("kernel", {})
+    if kernel.get("name") not in KERNELS:
+        raise InputError(f"kernel_accuracy: the set's metadata name no kernel of {', '.join(KERNELS)}: KIP's sets do")
+    shapes = [tuple(images.shape[1:]) for images in (real.images, synthetic.images)]
+    if not len(real.labels) or shapes[0] != shapes[1]:
+        raise InputError(f"kernel_accuracy: {len(real.labels)} real images of {shapes[0]}, the set's are {shapes[1]}")
+    labels, scale = synthetic.labels, synthetic.metadata.get("target_scale", 1.0)
+    targets = centred_targets(labels, len(synthetic.class_names), scale=scale) if labels.ndim == 1 else labels
+    options = {"depth": kernel["depth"], "bias_variance": kernel["bias_variance"]}
+
+    def between(images: Tensor, others: Tensor) -> Tensor:
+        return KERNELS[kernel["name"]](images.double().flatten(1), others.double().flatten(1), **options)
+
+    own = between(synthetic.images, synthetic.images)
+    cross = lambda images: between(images, synthetic.images)  # noqa: E731
+    return float(ridge_accuracy(cross, own, targets, kernel["reg"], real))
+
+
+class KernelInducingPoints(Distillation):
+    """Learns a synthetic set by kernel inducing points (KIP), with kernels of fully connected networks.
+
+    In every iteration, kernel ridge regression on the synthetic images predicts a batch of real ones, and half of the
+    mean squared distance from their centred one-hot labels is minimised by Adam in the images, and in the labels where
+    they are learned. The kernel is that of an infinitely wide fully connected ReLU network, in closed form, in float64.
+
+    The method's own protocol is the accuracy of the same regression on real images, "kernel regression, test images"
+    in the set's scores; ``kernel_accuracy`` measures it of a written set. Networks are evaluated with probabilities,
+    which ``SyntheticSet.training_labels`` makes of learned targets. Under DDP every rank draws other real images.
+
+    Args:
+        network: of evaluations by networks; a name, an import path, or a function that builds one.
+        network_options: for a named network.
+        ipc: synthetic images per class.
+        init: "real" starts from random real images of each class, "noise" from a normal.
+        kernel: "ntk" or "nngp".
+        depth: hidden layers.
+        bias_variance: of every layer; weights have variance 2. 0.01 as published.
+        reg: regularisation relative to the mean of the kernel's diagonal; 1e-6 as published.
+        batch_target: real images per iteration, of all classes together.
+        lr_images: Adam's learning rate of the pixels.
+        learn_labels: learn the labels too.
+        lr_labels: Adam's learning rate of theirs.
+        lr_network: step size of the set, for its evaluation.
+        iterations_per_epoch: iterations that make a Lightning epoch.
+        seed: of initial images and real batches.
+        real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
+        measure_every: Lightning epochs between measurements by the method's own protocol; 0: when the fit ends alone.
+
+    Raises:
+        InputError: for numbers out of range and an unknown kernel.
+    """
+
+    def __init__(
+        self,
+        network: Network = "convnet",
+        network_options: dict[str, Any] | None = None,
+        ipc: int = 1,
+        init: Init = "real",
+        kernel: Kernel = "ntk",
+        depth: int = 3,
+        bias_variance: float = 0.01,
+        reg: float = 1e-6,
+        batch_target: int = 1024,
+        lr_images: float = 0.04,
+        learn_labels: bool = False,
+        lr_labels: float = 0.04,
+        lr_network: float = 0.01,
+        iterations_per_epoch: int = 100,
+        seed: int = 0,
+        real: tuple[Tensor, Tensor] | None = None,
+        measure_every: int = 0,
+    ) -> None:
+        check_bounds(KernelInducingPoints, locals())
+        if kernel not in KERNELS:
+            raise InputError(f"KernelInducingPoints: kernel={kernel!r} must be one of {', '.join(KERNELS)}")
+        super().__init__(
+            **common(locals()),
+            augment=Augmentation(""),
+            step_size=lr_network,
+        )
+        self.save_arguments(locals())
+
+    def build(self) -> None:
+        """Make the initial synthetic set and its targets."""
+        super().build()
+        learned, lr = self.hparams["learn_labels"], self.hparams["lr_labels"]
+        self.soft_labels = RidgeTargets(self.labels, self.num_classes, scale=1.0, learned=learned, lr=lr)
+
+    @property
+    def targets(self) -> Tensor:
+        """Targets of the regression on the synthetic images, (N, K)."""
+        assert isinstance(self.soft_labels, RidgeTargets)
+        return self.soft_labels.values
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the real images to the device, or leave them in host memory where they do not fit."""
+        self._real = self.real_on_device()
+
+    @property
+    def method(self) -> str:
+        """The method's short name."""
+        return "kip"
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the data, the network and the kernel."""
+        named = {key: self.hparams[key] for key in ("depth", "bias_variance", "reg")}
+        return {**super().describe(), "kernel": {"name": self.hparams["kernel"], **named}}
+
+    def kernel(self, images: Tensor, others: Tensor) -> Tensor:
+        """Return the kernel of (M, C, H, W) and (N, C, H, W) images, (M, N) float64."""
+        rows = (images.double().flatten(1), others.double().flatten(1))
+        options = {key: self.hparams[key] for key in ("depth", "bias_variance")}
+        return KERNELS[self.hparams["kernel"]](*rows, **options)
+
+    def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
+        """Predict a batch of real images."""
+        assert isinstance(self.soft_labels, RidgeTargets)
+        real = self.draw_real(self._real, self.hparams["batch_target"], batch["iteration"], self.global_rank)
+        wanted = self.soft_labels.of_classes(real.labels).to(self.images.dtype)
+        cross, own = self.kernel(real.images, self.images), self.kernel(self.images, self.images)
+        return self.log_loss(ridge_loss(cross, own, self.targets, wanted, self.hparams["reg"]))
+
+    def own_accuracies(self, real: Images) -> Tensor:
+        """Measure the accuracy of the kernel regression, (1,)."""
+        own = self.kernel(self.images, self.images)
+        cross = partial(self.kernel, others=self.images)
+        return torch.stack([ridge_accuracy(cross, own, self.targets, self.hparams["reg"], real)])
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure by the method's own protocol where that is due: before the set is written."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        record_accuracies(self, "kernel regression", self.own_accuracies, self.hparams["measure_every"])
+
+
+class _Member:
+    """A network of the pool, with its optimizer, age in steps, and number in its place."""
+
+    def __init__(self, network: nn.Module, lr: float, age: int, generation: int) -> None:
+        self.network, self.age, self.generation = network, age, generation
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+
+
+class NetworkPool:
+    """Networks of different ages, each trained a little whenever it was used.
+
+    At the start all weights are fresh, but ages are spread evenly over [0, max_steps), so that the networks are
+    replaced at different times.
+
+    Args:
+        build: makes the network of a place and a generation, on its device and in training mode; equal arguments give
+            equal weights.
+        size: number of places.
+        max_steps: steps after which a network is replaced by a fresh one.
+        lr: of Adam.
+    """
+
+    def __init__(self, build: Callable[[int, int], nn.Module], size: int, max_steps: int, lr: float) -> None:
+        self._build, self._max_steps, self._lr = build, max_steps, lr
+        self._members = [_Member(build(place, 0), lr, place * max_steps // size, 0) for place in range(size)]
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, place: int) -> nn.Module:
+        """Return the present network of a place."""
+        return self._members[place].network
+
+    @property
+    def ages(self) -> list[int]:
+        """Steps of each network, counted from what it began with."""
+        return [member.age for member in self._members]
+
+    def step(self, place: int, images: Tensor, targets: Tensor) -> None:
+        """Train a network one step on half the squared error for images (N, C, H, W); replace it after its last."""
+        member = self._members[place]
+        member.optimizer.zero_grad()
+        half_squared_error(member.network(images), targets).backward()  # type: ignore[no-untyped-call]
+        member.optimizer.step()
+        member.age += 1
+        if member.age >= self._max_steps:
+            generation = member.generation + 1
+            self._members[place] = _Member(self._build(place, generation), self._lr, 0, generation)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return weights, states of the optimizers, ages and generations, place by place."""
+        return [
+            {
+                "network": member.network.state_dict(),
+                "optimizer": member.optimizer.state_dict(),
+                "age": member.age,
+                "generation": member.generation,
+            }
+            for member in self._members
+        ]
+
+    def load_state_dict(self, states: list[Mapping[str, Any]]) -> None:
+        """Continue with what :meth:`state_dict` returned for a pool of the same size and network."""
+        for member, state in zip(self._members, states, strict=True):
+            member.network.load_state_dict(state["network"])
+            member.optimizer.load_state_dict(state["optimizer"])
+            member.age, member.generation = state["age"], state["generation"]
+
+
+class FeatureRegression(Distillation):
+    """Learns a synthetic set by neural feature regression with pooling (FRePo, NeurIPS 2022).
+
+    In every iteration one network of a pool is drawn. Ridge regression on its features of the synthetic images, the
+    inputs of its last linear layer, predicts a batch of real images; half of the mean squared distance from their
+    targets is minimised by Adam in images and targets. Before the next iteration that network takes one step of Adam on
+    the set, and after ``max_steps_per_network`` of them a fresh one takes its place. The pool is part of a checkpoint;
+    under DDP it is the same on every rank, while real images differ.
+
+    Not as published: Adam instead of LAMB, a constant learning rate, no flipped copies in the batches, and no second
+    term of the loss (the authors' margin on the labels).
+
+    The method's own protocol is the accuracy of the ridge regression, the mean over the networks of the pool: "ridge
+    regression on the pool's features, test images" in the set's scores.
+
+    Args:
+        network: a name, an import path, or a function that builds one.
+        network_options: for a named network.
+        ipc: synthetic images per class.
+        init: "real" starts from random real images of each class, "noise" from a normal.
+        reg: regularisation relative to the mean of the kernel's diagonal; 1e-6 as published.
+        pool_size: networks in the pool.
+        max_steps_per_network: after which a network is replaced.
+        pool_batch: most synthetic images of such a step; drawn at random where the set has more.
+        lr_pool: Adam's learning rate of the pool's networks.
+        batch_target: real images per iteration, of all classes together.
+        lr_images: Adam's learning rate of the pixels.
+        learn_labels: learn the labels too, as published.
+        lr_labels: Adam's learning rate of theirs.
+        lr_network: the step size that the set carries for its evaluation.
+        iterations_per_epoch: iterations that make a Lightning epoch.
+        seed: of initial images, networks and batches.
+        real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
+        measure_every: Lightning epochs between measurements by the method's own protocol; 0: when the fit ends alone.
+
+    Raises:
+        InputError: for numbers out of range; in the fit, for a network that runs no ``nn.Linear``.
+    """
+
+    def __init__(
+        self,
+        network: Network = "convnet",
+        network_options: dict[str, Any] | None = None,
+        ipc: int = 1,
+        init: Init = "real",
+        reg: float = 1e-6,
+        pool_size: int = 10,
+        max_steps_per_network: int = 100,
+        pool_batch: int = 500,
+        lr_pool: float = 3e-4,
+        batch_target: int = 1024,
+        lr_images: float = 3e-4,
+        learn_labels: bool = True,
+        lr_labels: float = 3e-4,
+        lr_network: float = 0.01,
+        iterations_per_epoch: int = 100,
+        seed: int = 0,
+        real: tuple[Tensor, Tensor] | None = None,
+        measure_every: int = 0,
+    ) -> None:
+        check_bounds(FeatureRegression, locals())
+        super().__init__(
+            **common(locals()),
+            augment=Augmentation(""),
+            step_size=lr_network,
+        )
+        self.save_arguments(locals())
+        self._pool: NetworkPool | None = None  # no submodule, so not among DDP's parameters
+
+    def build(self) -> None:
+        """Make the initial synthetic set and its targets, smaller for more than 10 classes, as published."""
+        super().build()
+        learned, lr, scale = self.hparams["learn_labels"], self.hparams["lr_labels"], math.sqrt(10 / self.num_classes)
+        self.soft_labels = RidgeTargets(self.labels, self.num_classes, scale=scale, learned=learned, lr=lr)
+
+    @property
+    def targets(self) -> Tensor:
+        """Targets of the regression on the synthetic images, (N, K)."""
+        assert isinstance(self.soft_labels, RidgeTargets)
+        return self.soft_labels.values
+
+    @property
+    def method(self) -> str:
+        """The method's short name."""
+        return "frepo"
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the data, the network and the kernel, which is made of networks' features."""
+        return {**super().describe(), "kernel": {"name": "features", "reg": self.hparams["reg"]}}
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the real images to the device; make the pool, or continue with a checkpoint's."""
+        self._real = self.real_on_device()
+        hparams, build = self.hparams, partial(self.fresh_network, "pool")
+        self._pool = NetworkPool(build, hparams["pool_size"], hparams["max_steps_per_network"], hparams["lr_pool"])
+        if state is not None and state["pool"] is not None:
+            self._pool.load_state_dict(state["pool"])
+
+    @property
+    def pool(self) -> NetworkPool:
+        """The pool, once a fit has started."""
+        assert self._pool is not None
+        return self._pool
+
+    def place_of(self, iteration: int) -> int:
+        """Draw the network of an iteration, in [0, pool_size), the same on every rank."""
+        drawn = torch.randint(len(self.pool), (), generator=self.generator("place", iteration))
+        return int(drawn)
+
+    def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
+        """Predict a batch of real images by a network's features."""
+        iteration = batch["iteration"]
+        # Here and not after the update, so that a checkpoint may lie between them.
+        if iteration > 0:
+            self._train_network(iteration - 1)
+        assert isinstance(self.soft_labels, RidgeTargets)
+        images, classes = self.draw_real(self._real, self.hparams["batch_target"], iteration, self.global_rank)
+        wanted = self.soft_labels.of_classes(classes).to(self.images.dtype)
+        network = self.pool[self.place_of(iteration)]
+        own = self.features(network, self.images)
+        with torch.no_grad():
+            real = self.features(network, images)
+        return self.log_loss(ridge_loss(real @ own.T, own @ own.T, self.targets, wanted, self.hparams["reg"]))
+
+    def features(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Return a network's features, (N, D) float64; no gradient reaches its weights."""
+        weights = {name: value.detach() for name, value in network.named_parameters()}
+        return embed(network, images, weights=weights).double()
+
+    def _train_network(self, iteration: int) -> None:
+        """Train the network of an iteration on the set that it has led to."""
+        index = torch.randperm(len(self.images), generator=self.generator("set", iteration))
+        index = to_device(index[: self.hparams["pool_batch"]], self.device)
+        self.pool.step(self.place_of(iteration), self.images.detach()[index], self.targets.detach()[index])
+
+    def own_accuracies(self, real: Images) -> Tensor:
+        """Measure the accuracy of the regression on the features of each network of the pool, (n,)."""
+        measured = []
+        for place in range(len(self.pool)):
+            network = self.pool[place]
+            own = self.features(network, self.images)
+
+            def cross(images: Tensor, network: nn.Module = network, own: Tensor = own) -> Tensor:
+                return self.features(network, images.to(self.images.dtype)) @ own.T
+
+            measured.append(ridge_accuracy(cross, own @ own.T, self.targets, self.hparams["reg"], real))
+        return torch.stack(measured)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure by the method's own protocol where that is due: before the set is written."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        name, every = "ridge regression on the pool's features", self.hparams["measure_every"]
+        record_accuracies(self, name, self.own_accuracies, every)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Add the pool."""
+        return {**super().extra_state(), "pool": None if self._pool is None else self._pool.state_dict()}

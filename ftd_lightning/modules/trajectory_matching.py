@@ -22,7 +22,7 @@ from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.matching import Match, match
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll
-from ftd_lightning.modules.distillation import Distillation, Init
+from ftd_lightning.modules.distillation import Distillation, Init, common
 from ftd_lightning.modules.inner_loop import InnerLoop
 from ftd_lightning.rules.base import MatchingRule, having, only_one
 
@@ -148,15 +148,8 @@ class TrajectoryMatching(Distillation):
         check_bounds(TrajectoryMatching, locals())
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
         super().__init__(
-            network=network,
-            network_options=network_options,
-            ipc=ipc,
-            init=init,
+            **common(locals()),
             augment=Augmentation.of(augment),
-            iterations_per_epoch=iterations_per_epoch,
-            seed=seed,
-            real=real,
-            lr_images=lr_images,
             step_size=float(step_size_init),
             lr_step_size=lr_step_size,
             momentum=momentum,

@@ -22,7 +22,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore
 from ftd_lightning.files.safetensors_io import read_json
 from ftd_lightning.files.trajectory_store import store_data_file, teacher_file
-from ftd_lightning.modules.gradient_matching import PUBLISHED_LOOPS
+from ftd_lightning.modules.class_matching import PUBLISHED_LOOPS
 from ftd_lightning.shipped_configs import SHIPPED, find_config, read_config, shipped_names
 from ftd_lightning.studies.fits import (
     PHASES,

@@ -182,7 +182,7 @@ def test_a_run_that_was_done_goes_on_to_more_rounds(per_epoch, ended_by, tmp_pat
     options = {"iterations_per_epoch": per_epoch, "batch_real": 2, "query": 2}
     options["loops"] = {**ended_by, "outer_max": 3, "inner_max": 1, "window": 2}
     options["callbacks"] = [ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)]
-    align(tmp_path, steps=100, rounds=2, **options)
+    align(tmp_path, kind=Counted, steps=100, rounds=2, **options)
     further = align(tmp_path, kind=Counted, steps=100, rounds=4, ckpt_path=tmp_path / "last.ckpt", **options)
     assert further.rounds == [2, 2, 2, 3, 3, 3]
     whole = align(tmp_path, kind=Counted, steps=100, rounds=4, **options)
@@ -198,7 +198,7 @@ def test_the_fit_ends_with_its_last_round_and_stays_at_its_end(per_epoch, tmp_pa
     module = align(tmp_path, kind=Planted, steps=100, **options)
     assert module.done == [0, 0, 0, 1, 1, 1]
     assert module.finished
-    again = align(tmp_path, steps=100, ckpt_path=tmp_path / "last.ckpt", **options)
+    again = align(tmp_path, kind=Planted, steps=100, ckpt_path=tmp_path / "last.ckpt", **options)
     assert again.global_step == 6
     assert again.images.equal(module.images)
 

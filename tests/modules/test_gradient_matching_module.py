@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from ftd_lightning import SyntheticSet
 from ftd_lightning.callbacks import SyntheticSetWriter
-from ftd_lightning.modules import GradientMatching, gradient_matching
+from ftd_lightning.modules import GradientMatching, class_matching
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
@@ -147,14 +147,14 @@ def test_the_network_is_trained_on_images_that_are_augmented_one_by_one(tmp_path
 
 def test_a_loop_trains_its_network_one_time_less_than_it_updates_images(tmp_path, monkeypatch) -> None:
     trained, networks = [], []
-    real = gradient_matching.train_on_set
+    real = class_matching.train_on_set
 
     def train_on_set(module, network, lr, epochs, *keys):
         trained.append((*keys, epochs))
         networks.append(network)
         real(module, network, lr, epochs, *keys)
 
-    monkeypatch.setattr(gradient_matching, "train_on_set", train_on_set)
+    monkeypatch.setattr(class_matching, "train_on_set", train_on_set)
     distil(tmp_path, steps=7, outer_loops=3, inner_epochs=4)
     assert trained == [(1, 4), (2, 4), (4, 4), (5, 4)]
     assert networks[0] is networks[1] is not networks[2]
