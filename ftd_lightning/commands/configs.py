@@ -50,9 +50,6 @@ def configs(words: Sequence[str] = (), *, to: Path | None = None) -> None:
         words: the name of a config, e.g. cifar10/distill_ftd_ipc10, to print it; or parts of names and titles, e.g.
             cifar10 datm, to list those that hold all of them; all are listed without.
         to: write the config to this file, which must not exist.
-
-    Raises:
-        InputError: for a config that is not there, or a file that is.
     """
     found = matching(words)
     if to is None and found and not (len(words) == 1 and words[0] in found):

@@ -32,9 +32,6 @@ def as_logits(probabilities: Tensor) -> Tensor:
     """Take the logarithm of probabilities, which a softmax at temperature 1 undoes.
 
     A probability of 0 becomes the smallest normal float's logarithm, -87.3: readers need finite values.
-
-    Args:
-        probabilities: (N, K) float32, each row of sum 1.
     """
     return probabilities.clamp_min(torch.finfo(torch.float32).tiny).double().log().float()
 
@@ -47,9 +44,6 @@ def class_major_order(synthetic: SyntheticSet, where: object) -> tuple[Tensor, i
 
     Returns:
         Indices (N,) int64, and the number of images of each class.
-
-    Raises:
-        InputError: for classes of different size, naming ``where``.
     """
     labels, metadata = synthetic.labels, synthetic.metadata
     soft = labels.ndim == 2
@@ -290,9 +284,6 @@ def export(path: Path, folder: Path, *, ema: bool = False, format: Literal["png"
 
     Returns:
         The number of images.
-
-    Raises:
-        InputError: for a set that cannot be written so, or a folder that is not empty.
     """
     return {"png": export_pictures, "tensors": export_tensors}[format](path, folder, ema=ema)
 

@@ -65,10 +65,7 @@ def read_tensor(path: Path) -> Tensor:
         path: ``.npy``, ``.safetensors``, or anything else for what ``torch.save`` wrote.
 
     Returns:
-        A dense tensor on the CPU, of integers or real numbers.
-
-    Raises:
-        InputError: for a file that is missing, broken, pickled code, or anything but one such tensor.
+        A dense tensor on the CPU, of finite integers or real numbers.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -85,18 +82,9 @@ def read_tensor(path: Path) -> Tensor:
 
 
 def read_images(path: Path, shape: tuple[int, int, int], *, pictures: bool) -> Tensor:
-    """Read images.
+    """Read images of a shape (C, H, W) as (N, C, H, W) float32.
 
-    Args:
-        path: see :func:`read_tensor`.
-        shape: (C, H, W) that they must have.
-        pictures: they must be in [0, 1], or uint8; otherwise images as networks see them, floats of any range.
-
-    Returns:
-        (N, C, H, W) float32.
-
-    Raises:
-        InputError: for another shape, type or range.
+    Pictures are uint8 or in [0, 1]; other images are as networks see them, floats of any range.
     """
     images = read_tensor(path)
     if images.ndim != 4 or tuple(images.shape[1:]) != shape or not len(images):
@@ -114,20 +102,10 @@ def read_images(path: Path, shape: tuple[int, int, int], *, pictures: bool) -> T
 
 
 def read_labels(path: Path, count: int, num_classes: int, *, soft: Soft = "probabilities") -> Tensor:
-    """Read labels.
+    """Read labels: classes (N,) int64, or (N, K) float32, targets or else probabilities.
 
-    Args:
-        path: see :func:`read_tensor`.
-        count: N, the number of images.
-        num_classes: K.
-        soft: the kind of soft labels: "probabilities", "logits" before a softmax, as some code keeps learned labels, or
-            "targets" of a regression, any finite values.
-
-    Returns:
-        (N,) int64, or (N, K) float32: targets, or else probabilities.
-
-    Raises:
-        InputError: for another number, shape, type or range.
+    Soft labels are probabilities, logits before a softmax, as some code keeps learned labels, or targets of a
+    regression, any finite values.
     """
     labels = read_tensor(path)
     if labels.ndim == 1 and len(labels) == count and labels.dtype in INTEGERS:
@@ -161,9 +139,6 @@ def in_order_of(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> 
         names: K names.
         wanted: the same names in the order that is needed.
 
-    Raises:
-        InputError: if these are not the same names.
-
     Example:
         >>> in_order_of(torch.tensor([0, 1, 1]), ["b", "a"], ["a", "b"])
         tensor([1, 0, 0])
@@ -176,11 +151,7 @@ def in_order_of(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> 
 
 
 def read_step_size(text: str) -> Tensor | None:
-    """Read the step size from the command line: a number, a file of one number, or "none".
-
-    Raises:
-        InputError: for anything but a number above 0.
-    """
+    """Read the step size from the command line: a number above 0, a file of one, or "none"."""
     if text.lower() == "none":
         return None
     if Path(text).is_file():
@@ -228,12 +199,6 @@ def import_set(
         class_names: order of the labels, if not the data set's own.
         root: folder of the data set.
         zca_eps: of the whitening.
-
-    Returns:
-        The set that was written.
-
-    Raises:
-        InputError: for anything that does not fit; nothing is written then.
     """
     if step_size is None:
         raise InputError(

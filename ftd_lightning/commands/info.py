@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
 
 class Description(NamedTuple):
-    """What a file or a folder holds.
-
-    Attributes:
-        kind: e.g. "synthetic set".
-        rows: (name, text) pairs for people.
-        facts: the same and more for programs, as JSON holds it.
-    """
+    """What a file or a folder holds: its kind, (name, text) pairs for people, and facts as JSON holds them."""
 
     kind: str
     rows: list[tuple[str, str]]
@@ -96,11 +90,7 @@ def _recorded(metadata: Mapping[str, Any], *keys: str) -> list[tuple[str, str]]:
 
 
 def describe_set(path: Path) -> Description:
-    """Describe a synthetic set, without building its whitening.
-
-    Raises:
-        InputError: for a file that is missing, broken or something else.
-    """
+    """Describe a synthetic set, without building its whitening."""
     synthetic = SyntheticSet.load(path)
     images, labels, names = synthetic.images, synthetic.labels, synthetic.class_names
     metadata = {**synthetic.metadata, "class_names": names, "transform": synthetic.transform.describe()}
@@ -167,11 +157,7 @@ def _last(metadata: Mapping[str, Any]) -> list[float]:
 
 
 def describe_store(path: Path) -> Description:
-    """Describe a trajectory store.
-
-    Raises:
-        InputError: for a folder without teachers, a broken file, or teachers that do not belong together.
-    """
+    """Describe a trajectory store."""
     store = TrajectoryStore(path)
     each = [store.teacher_metadata(index) for index in range(len(store))]
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
@@ -235,11 +221,7 @@ KINDS = {
 
 
 def describe(path: Path) -> Description:
-    """Describe a synthetic set, a trajectory store, one teacher's file, or a whitening.
-
-    Raises:
-        InputError: for a file that is missing, broken, or none of these.
-    """
+    """Describe a synthetic set, a trajectory store, one teacher's file, or a whitening; refuse anything else."""
     if path.is_dir():
         return describe_store(path)
     if not path.is_file():

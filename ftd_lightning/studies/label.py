@@ -52,13 +52,13 @@ def try_labels(
 ) -> list[dict[str, Any]]:
     """Train fresh networks on images with each of several labellings, and measure them on held-out images.
 
-    Initial weights, batches and augmentation are the same for every labelling.
+    Batches and augmentation are the same for every labelling, and so are the initial weights that ``build`` returns.
 
     Args:
         labels: epoch of a teacher -> its labels of the images, (N, K).
-        images: (N, C, H, W).
+        images: (N, C, H, W), on the device of the networks.
         held_out: real images that the networks do not train on.
-        build: returns the fresh networks, on the device of the images, with the same weights at every call.
+        build: returns the fresh networks.
         protocol: of the training.
         seed: decides batches and augmentation.
         losses: computes the losses.
@@ -103,9 +103,6 @@ def label_random_images(
     Returns:
         The set, without a step size, with ``metadata["label_teacher"]``: {"teacher", "epoch", "held_out_accuracy": a
         list as from :func:`try_labels`}.
-
-    Raises:
-        InputError: without a store or held-out images, or for teachers of other images.
     """
     check_bounds(label_random_images, locals())
     options, device = data.hparams, device or torch.device("cpu")
@@ -178,13 +175,6 @@ def label(
         networks: trained for each of at most eight epochs, and measured on held-out images.
         epochs: of each network; by default those of the config (trainer.max_epochs).
         overrides: further options, for the config.
-
-    Returns:
-        The set that was written.
-
-    Raises:
-        InputError: for a config of something else, teachers that do not fit, no held-out images, or another set in
-            the place of ``out``.
     """
     if out.exists() and SyntheticSet.read_metadata(out).get("labels_made") != "teacher":
         raise InputError(f"{out}: is there already, and is another set; name another file")

@@ -63,11 +63,7 @@ def search_space(depths: Sequence[int] = DEPTHS, widths: Sequence[int] = WIDTHS)
 
 
 def sample_architectures(space: Sequence[Architecture], count: int | None, *, seed: int) -> list[Architecture]:
-    """Draw some without replacement, in the space's order; None takes all. A smaller draw is part of a larger one.
-
-    Raises:
-        InputError: for more than there are, or fewer than 2, which have no rank.
-    """
+    """Draw some without replacement, in the space's order; None takes all. A smaller draw is part of a larger one."""
     if count is None:
         return list(space)
     if not 2 <= count <= len(space):
@@ -147,9 +143,6 @@ class SearchSettings:
         augment: DSA strategy of both.
         seed: draws architectures, initialisations, batches and augmentation.
         threads: of the CPU; null leaves torch's own choice. They decide no number.
-
-    Raises:
-        InputError: for numbers out of range.
     """
 
     out: str
@@ -182,9 +175,6 @@ def search(settings: SearchSettings, data: DistillationDataModule) -> dict[str, 
 
     Returns:
         The content of ``nas.json``.
-
-    Raises:
-        InputError: for data without a synthetic set.
     """
     data.prepare_data()
     data.setup()

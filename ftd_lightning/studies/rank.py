@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import math
@@ -48,13 +47,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ftd_lightning.contracts import Images, ImageShape, Part
+    from ftd_lightning.contracts import Images, ImageShape
 
 
 SCORES = ("hlr", "ior", "lrs", "ars")
 PLAIN = "not augmented"
 COLUMNS = ("hard", "soft", "teacher", PLAIN)
 SIDES = ("set", "random")
+KIND = "ranking_network"
 SPLIT = {"val_fraction", "max_per_class", "seed"}  # may differ between sets
 DATA_OPTIONS = {"root", "dataset", "image_size", *SPLIT, "test_fraction", "download", "cache_dir"}
 
@@ -76,9 +76,6 @@ class RankSettings:
         ema: use the averaged images of sets that have them.
         seed: draws random real images, initialisations, batches and augmentation.
         threads: of the CPU; null leaves torch's own choice. They decide no number.
-
-    Raises:
-        InputError: for numbers out of range.
     """
 
     out: str = "runs/rank"
@@ -131,9 +128,6 @@ def scores(
         random: on as many random real images, with labels of that kind.
         plain: as ``own``, without augmentation.
         plain_random: as ``random``, without augmentation.
-
-    Returns:
-        {"mean", "std", "n"} of "hlr", "ior", "lrs" and "ars" over the networks.
 
     Example:
         >>> found = scores([0.9, 0.8], [0.5, 0.6], [0.5, 0.6], [0.25, 0.35], [0.5, 0.6], [0.5, 0.6])
@@ -249,8 +243,12 @@ class RankedSet:
         train_fresh_networks([network], images, labels, protocol, seed=draws, **options)
         return network
 
-    def _identity(self, lesson: Lesson, protocol: EvaluationProtocol, index: int) -> dict[str, Any]:
-        return {
+    def measured(self, lesson: Lesson, protocol: EvaluationProtocol, index: int) -> dict[str, Any]:
+        """Return accuracies of a trained network, fractions, "val" (held out) and "test"; trained once, then read.
+
+        Of a network that was trained on all real images "weights" names the file.
+        """
+        identity = {
             "lesson": lesson.identity,
             "version": minor_version(),
             "data": self.data.describe(),
@@ -260,36 +258,24 @@ class RankedSet:
             "index": index,
         }
 
-    def measured(self, lesson: Lesson, protocol: EvaluationProtocol, index: int) -> dict[str, float]:
-        """Return accuracies of a trained network, fractions, "val" (held out) and "test"; trained once, then read."""
+        def make() -> dict[str, Any]:
+            network = self.trained(lesson, protocol, index)
+            parts = {"val": self.data.val, "test": self.data.test}
+            found: dict[str, Any] = {name: accuracies([network], *part)[0] for name, part in parts.items()}
+            if lesson is self.whole:
+                weights = network.state_dict()
+                found["weights"] = f"{fingerprint(*weights.values())}.safetensors"
+                write_tensors(self.folder / found["weights"], weights, kind=KIND, metadata={})
+            return found
 
-        def make() -> dict[str, float]:
-            network = (self.teacher if lesson is self.whole else self.trained)(lesson, protocol, index)
-            parts: tuple[Part, ...] = ("val", "test")
-            return {part: accuracies([network], *self.data.part(part))[0] for part in parts}
-
-        return kept(self.folder, self._identity(lesson, protocol, index), make)
-
-    def teacher(self, lesson: Lesson, protocol: EvaluationProtocol, index: int) -> nn.Module:
-        """Return a trained network in evaluation mode; its weights are kept in a file."""
-        identity = json.dumps(self._identity(lesson, protocol, index), sort_keys=True)
-        file = self.folder / f"{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}.safetensors"
-        if not file.is_file():
-            weights = self.trained(lesson, protocol, index).state_dict()
-            write_tensors(file, weights, kind="ranking_network", metadata={})
-        stored, network = TensorFile(file, kind="ranking_network"), self.fresh.architecture()
-        network.load_state_dict({name: stored[name] for name in stored.names})
-        return network.to(self.device).eval()
+        return kept(self.folder, identity, make)
 
     def scored(
         self, protocols: Sequence[EvaluationProtocol], choosing: Sequence[Lesson], final: Sequence[Lesson] | None = None
     ) -> dict[str, Any]:
         """Choose a learning rate by the mean held-out accuracy of a few networks, then measure all on test images.
 
-        Args:
-            protocols: one for each learning rate; of equally good ones the first is taken.
-            choosing: what each network learns.
-            final: what each network learns that is measured; None: the same.
+        Of equally good learning rates the first is taken. ``final`` are the lessons of the networks that are measured.
 
         Returns:
             "lr", "held_out" (accuracy by learning rate), "accuracy" (mean, std, n) and "each", fractions, after the
@@ -321,7 +307,11 @@ class RankedSet:
     def teachers(self) -> list[nn.Module]:
         """The networks that were trained on all real images; network i of anything is taught by the i-th."""
         protocol = self.protocol(self.real["lr"], real=True)
-        return [self.teacher(self.whole, protocol, index) for index in range(self.settings.networks)]
+        networks = [self.fresh.architecture() for _ in range(self.settings.networks)]
+        for index, network in enumerate(networks):
+            file = TensorFile(self.folder / self.measured(self.whole, protocol, index)["weights"], kind=KIND)
+            network.load_state_dict({name: file[name] for name in file.names})
+        return [network.to(self.device).eval() for network in networks]
 
     def score(self, bar: tqdm[Any]) -> dict[str, Any]:
         """Train what is left, and return everything that is known of the set; see docs/rank.md."""
@@ -378,11 +368,7 @@ def _described(one: SyntheticSet) -> dict[str, Any]:
 def read_data(
     sets: Mapping[str, SyntheticSet], given: Mapping[str, Any]
 ) -> dict[str, tuple[DistillationDataModule, Lesson]]:
-    """Read the real images through the transform of each set; sets of one transform share them.
-
-    Raises:
-        InputError: for sets of different data sets or images, or where no data set is named or no images are held out.
-    """
+    """Read the real images through the transform of each set, or refuse the set; sets of one transform share them."""
     described = [_described(one) for one in sets.values()]
     recorded = [one for one in described if one] or [{}]
     agreed = {key: value for key, value in recorded[0].items() if all(one.get(key) == value for one in recorded)}
@@ -424,11 +410,7 @@ def agreed(named: Mapping[str, Any], option: str, same: Callable[[Any, Any], boo
 
 
 def choose_network(sets: Mapping[str, SyntheticSet], settings: RankSettings, shape: ImageShape) -> NetworkFactory:
-    """Return the network to score by: the given one, or that of the sets.
-
-    Raises:
-        InputError: where sets name different ones, or none of this library.
-    """
+    """Return the network to score by: the given one, or that of the sets, which have to agree."""
     network, options = settings.network, settings.network_options
     if network is None:
         named = {name: one.metadata["network"] for name, one in sets.items() if "network" in one.metadata}
@@ -449,9 +431,6 @@ def prepare(files: Sequence[str], settings: RankSettings, data: Mapping[str, Any
         files: the sets.
         settings: of the ranking.
         data: arguments of the datamodule that are to be other than those of the sets.
-
-    Raises:
-        InputError: for files, sets or data that do not fit.
     """
     sets = {name: SyntheticSet.load(name) for name in files}
     augment = Augmentation() if settings.augment is None else Augmentation(settings.augment)
@@ -467,12 +446,7 @@ def prepare(files: Sequence[str], settings: RankSettings, data: Mapping[str, Any
 
 
 def rank_sets(ranked: Sequence[RankedSet], *, progress: bool = False) -> dict[str, Any]:
-    """Train what is left, and return the content of ``rank.json``.
-
-    Args:
-        ranked: from :func:`prepare`.
-        progress: show a bar.
-    """
+    """Train what is left, and return the content of ``rank.json``."""
     found, first = {}, ranked[0]
     total = sum(len(SIDES) * len(one.columns) for one in ranked)
     with tqdm(total=total, unit="column", dynamic_ncols=True, disable=not progress) as bar:

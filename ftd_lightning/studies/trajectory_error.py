@@ -75,8 +75,8 @@ def inner_settings(
     """Return n and m: as given, else those that the set was distilled with.
 
     Raises:
-        InputError: if the set does not record them, for numbers below 1, and for a set without a step size or of
-            another network, data set or transform than the teachers, as far as it records them.
+        InputError: where the set does not record them, has no step size, or records other images or another network
+            than the teachers.
     """
     values = []
     for name, given in (("syn_steps", syn_steps), ("expert_epochs", expert_epochs)):
@@ -103,12 +103,6 @@ def mean_loss(network: nn.Module, weights: Tensor, real: Images, *, batch_size: 
 
     Convention: the network stays in its mode. Students are in training mode: a trajectory holds no running statistics,
     so BatchNorm uses those of the batch.
-
-    Args:
-        network: receives the weights, and keeps its buffers.
-        weights: (P,).
-        real: labelled images on the network's device.
-        batch_size: images per forward pass.
     """
     load_flat(network, weights)
     total = 0.0
@@ -208,13 +202,7 @@ def measure_trajectory_error(
 
 
 def summarize(curves: Sequence[TrajectoryErrorCurve]) -> dict[str, dict[str, list[float]]]:
-    """Average curves over teachers: mean and population standard deviation of every quantity, per epoch.
-
-    Example:
-        >>> one = TrajectoryErrorCurve(0, 2.0, [1], *([[1.0]] * 7))
-        >>> summarize([one, one._replace(epsilon=[3.0])])["mean"]["epsilon"]
-        [2.0]
-    """
+    """Average curves over teachers: mean and population standard deviation of every quantity, per epoch."""
     columns = {name: list(zip(*(getattr(curve, name) for curve in curves), strict=True)) for name in QUANTITIES}
     return {
         "mean": {name: [statistics.fmean(values) for values in column] for name, column in columns.items()},
@@ -236,11 +224,7 @@ TAGS = {
 
 
 def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: str) -> DistillationDataModule:
-    """Read the real images as the teachers saw them, through the set's transform.
-
-    Raises:
-        InputError: for a data set other than the teachers', or a set that does not fit it.
-    """
+    """Read the real images as the teachers saw them, through the set's transform."""
     recorded = store.metadata.get("dataset")
     described: dict[str, Any] = recorded if isinstance(recorded, dict) else {"name": recorded}
     options = {key: described[key] for key in RECORDED if key in described} | {"dataset": dataset or described["name"]}
@@ -286,10 +270,7 @@ def table(curve: dict[str, Any], *, rows: int = 10) -> str:
 
 
 def draw(curves: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw curves as in Figure 1, with the norms of the errors below.
-
-    The teacher of the first one is grey, on a second axis. Bands are one standard deviation over teachers.
-    """
+    """Draw curves as in Figure 1, the first one's teacher in grey on a second axis, and norms of the errors below."""
     # Imported here because it is slow; not pyplot, which keeps figures in a global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -345,10 +326,6 @@ def trajectory_error(
         output: by default a folder trajectory_error beside the set.
         against: a curve.json to draw beside it.
         seed: of mini-batches and augmentation.
-
-    Raises:
-        InputError: for a set, a store or a file that does not fit; nothing is written then.
-        DivergenceError: if a student's weights do not stay finite.
     """
     others = [read_curve(path) for path in against]
     folder = output or set_file.parent / KIND
