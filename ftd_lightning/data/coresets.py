@@ -1,4 +1,4 @@
-"""Real images in the place of synthetic ones: what distillation starts from, and the baselines to beat."""
+"""Real images in the place of synthetic ones: the start of a distillation, and the baselines to beat."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGES_PER_PASS = 1000  # bounds the memory of a forward pass
 
 
 def random_real_images(train: Images, ipc: int, seed: int) -> Images:
-    """Draw ipc real images of each class, class by class: what distillation starts from, and the baseline to beat.
+    """Draw ipc real images of each class, class by class.
 
     Raises:
         InputError: if a class has fewer than ipc images.
@@ -38,16 +38,9 @@ def random_real_images(train: Images, ipc: int, seed: int) -> Images:
 
 
 def coreset(train: Images, kind: str, ipc: int, features: Tensor) -> Images:
-    """Choose ipc real images of each class by their features, class by class, in the order chosen.
+    """Choose ipc real images of each class by their features (N, D), class by class, in the order chosen.
 
-    Args:
-        train: the real images.
-        kind: "herding" or "k-center" (greedy, from the image nearest to the class's mean).
-        ipc: images per class.
-        features: (N, D) of all images.
-
-    Raises:
-        InputError: if a class has fewer than ipc images.
+    ``kind`` is "herding" or "k-center" (greedy, from the image nearest to the class's mean).
 
     Example:
         >>> from ftd_lightning.contracts import Images
@@ -117,7 +110,7 @@ def estimate_running_statistics(network: nn.Module, images: Tensor) -> None:
 def teacher_coreset(
     train: Images, kind: str, ipc: int, *, trajectories: str | None, teacher: int, described: Mapping[str, Any]
 ) -> tuple[Images, dict[str, Any]]:
-    """Choose real images by the features of a teacher; also return what describes the choice.
+    """Choose real images by the features of a teacher; also return a description of the choice.
 
     Which network's features the published coreset numbers rest on is not known. Here it is a teacher after its last
     epoch, on images that are not augmented. Both rules are deterministic: a spread over several choices is one over
@@ -146,15 +139,7 @@ def teacher_coreset(
 
 @torch.no_grad()
 def logits_of(network: nn.Module, images: Tensor) -> Tensor:
-    """Classify images as they are, part by part, so that memory does not grow with their number.
-
-    Args:
-        network: put into evaluation mode.
-        images: (N, C, H, W), of the network's dtype, on any device.
-
-    Returns:
-        (N, K), on the device of the images.
-    """
+    """Classify images (N, C, H, W) as they are, part by part, in evaluation mode: (N, K), on the images' device."""
     network.eval()
     device = next((weight.device for weight in network.parameters()), images.device)
     parts = [network(to_device(part, device)) for part in images.split(IMAGES_PER_PASS)]
@@ -181,22 +166,16 @@ def teacher_labels(
     statistics: Tensor | None = None,
     network: nn.Module | None = None,
 ) -> Tensor:
-    """Give images the class probabilities of a teacher: the softmax of its logits, without augmentation.
+    """Label images with a teacher's softmax, (N, K) float32, without augmentation.
 
     Args:
         store: the teachers.
         images: (N, C, H, W), transformed as the teachers saw theirs.
-        epoch: after which the teacher is asked, 0 (its initialisation) to its last one.
+        epoch: see :func:`teacher_network`.
         teacher: its number, from 0.
         statistics: images (M, C, H, W) over which the running statistics of BatchNorm layers are estimated, which
             trajectories do not hold; None takes ``images``.
-        network: of the teachers' architecture, which receives the weights; None builds it, if it is of this library.
-
-    Returns:
-        (N, K) float32, each row of sum 1, on the device of the images.
-
-    Raises:
-        InputError: for a teacher or an epoch that is not recorded, or a network that is not of this library.
+        network: see :func:`teacher_network`.
     """
     network = teacher_network(store, teacher, epoch, network).to(images.device)
     estimate_running_statistics(network, (images if statistics is None else statistics).to(images.device))
@@ -204,13 +183,9 @@ def teacher_labels(
 
 
 def candidate_epochs(epochs: int, count: int = 8) -> list[int]:
-    """List epochs of a teacher to choose from: all but the initialisation, or of more than ``count`` some.
+    """List at most ``count`` (>= 2) of a teacher's epochs to choose from, without the initialisation.
 
-    Those are spread evenly in the logarithm, because a teacher changes fastest at first; rounding may leave fewer.
-
-    Args:
-        epochs: that the teacher has, >= 1.
-        count: how many at most, >= 2.
+    They are spread evenly in the logarithm, because a teacher changes fastest at first; rounding may leave fewer.
 
     Example:
         >>> candidate_epochs(4), candidate_epochs(50)

@@ -43,15 +43,9 @@ class LabelledFiles(NamedTuple):
 
 
 def measure(pictures: Tensor) -> dict[str, list[float]]:
-    """Measure mean and standard deviation of all pixels, per channel, on the scale [0, 1].
+    """Measure "mean" and "std" of all pixels, per channel, on the scale [0, 1], rounded to 6 digits.
 
-    A channel of one value gets the deviation 1, because images are divided by it.
-
-    Args:
-        pictures: (N, C, H, W), uint8 or float32 in [0, 1].
-
-    Returns:
-        "mean" and "std", C values each, rounded to 6 digits.
+    A channel of one value gets the deviation 1, because images are divided by it. Pictures are uint8 or float32.
 
     Example:
         >>> measure(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
@@ -97,11 +91,7 @@ def in_parallel(work: Callable[[int], T], count: int, title: str) -> list[T]:
 
 
 def opened(path: Path, use: Callable[[ImageFile.ImageFile], T]) -> T:
-    """Apply a function to an open image file.
-
-    Raises:
-        InputError: whatever a broken file makes Pillow raise.
-    """
+    """Apply a function to an open image file; whatever Pillow raises becomes an InputError."""
     try:
         with Image.open(path) as image:
             return use(image)
@@ -132,15 +122,12 @@ def pixels(image: Image.Image, *, channels: int, size: tuple[int, int] | None = 
     """Turn a Pillow image of any mode into (channels, height, width), as a person sees it.
 
     Args:
-        image: of 1, 8 or 16 bits per value.
+        image: of 1, 8 or 16 bits per value; 32 bits, whose range is not known, are a ValueError.
         channels: 3 for RGB, 1 for grey; images of the other kind are converted.
         size: width and height to resize to; None leaves them.
 
     Returns:
         uint8; of an image of 16 bits uint16, the values as they are stored.
-
-    Raises:
-        ValueError: for 32 bits per value, whose range is not known.
     """
     image.load()
     if (turn := turn_of(image)) is not None:  # Pillow's exif_transpose fails where it cannot write the other tags again
@@ -204,25 +191,13 @@ def decode(parts: Mapping[str, LabelledFiles], *, channels: int, size: int, deep
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
-    """Return ``cache_dir``, or this library's folder in the user's cache, ``XDG_CACHE_HOME`` or ``~/.cache``.
-
-    Never the folder of the images: other readers of that folder would take a cache for a class.
-    """
+    """Return ``cache_dir``, or this library's folder in the user's cache, ``XDG_CACHE_HOME`` or ``~/.cache``."""
     folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ftd_lightning"
     return Path(folder).expanduser()
 
 
 def check_memory(needed: int, work: str, remedy: str) -> None:
-    """Refuse work that takes more memory than the machine has.
-
-    Args:
-        needed: bytes.
-        work: for the message.
-        remedy: a way out, for the message.
-
-    Raises:
-        InputError: if it does. Nothing is checked on Windows, which does not report its memory this way.
-    """
+    """Refuse work that takes more bytes of memory than the machine has; Windows does not report it this way."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
     if needed > memory:
         raise InputError(
@@ -231,11 +206,7 @@ def check_memory(needed: int, work: str, remedy: str) -> None:
 
 
 def _cached(path: Path, read: Callable[[Path], T], make: Callable[[], None], again: str) -> T:
-    """Read a cache, which is made where it is missing, and again where it is damaged.
-
-    Raises:
-        InputError: where it cannot be written, or as ``make`` does.
-    """
+    """Read a cache, which is made where it is missing, and again where it is damaged."""
     if path.is_file():
         try:
             return read(path)
@@ -268,11 +239,7 @@ class DecodedImages:
     form: Callable[[], Mapping[str, Any]]
 
     def metadata(self) -> dict[str, Any]:
-        """Return the values that were recorded beside the pictures; see :meth:`fill`.
-
-        Raises:
-            InputError: for an unreadable image, or where the cache cannot be written.
-        """
+        """Return the values that were recorded beside the pictures; see :meth:`fill`."""
         return self._read(lambda file: file.metadata)
 
     def contents(self) -> dict[str, Any]:
@@ -280,11 +247,7 @@ class DecodedImages:
         return {"fingerprint": self.metadata()["fingerprint"]}
 
     def load(self) -> Parts:
-        """Map all parts into memory, after a look at every byte of them.
-
-        Raises:
-            InputError: for an unreadable image, or where the cache cannot be written.
-        """
+        """Map all parts into memory, after a look at every byte of them."""
         return self._read(
             lambda file: {name: Pictures(file[f"{name}.pictures"], file[f"{name}.labels"]) for name in self.parts}
         )
@@ -300,9 +263,6 @@ class DecodedImages:
 
         It records the pictures' "in_channels" and "image_size", "mean" and "std" of the training part, fingerprints,
         the "maximum" that pictures of 16 bits were divided by, and the other values of ``form``.
-
-        Raises:
-            InputError: for an unreadable image, or more than memory holds.
         """
         metadata = {"deep": False, **self.form()}
         shape: dict[str, Any] = {key: metadata.pop(key) for key in ("channels", "size", "deep")}
@@ -320,14 +280,7 @@ class DecodedImages:
 def cache_file(
     cache_dir: str | Path | None, name: str, size: int | str, base: Path, parts: Mapping[str, LabelledFiles]
 ) -> Path:
-    """Name the cache of decoded files by all that it depends on.
-
-    Args:
-        cache_dir: the file lies in its folder ``decoded``; None: the user's cache folder.
-        name: of the data set.
-        size: of the pictures.
-        base: folder of the files.
-        parts: the files by part; their paths, labels, lengths and times of change are hashed.
+    """Name the cache of decoded files by all that it depends on: their paths, labels, lengths and times of change.
 
     Raises:
         InputError: for a file that does not exist, such as a dangling link.
@@ -350,13 +303,13 @@ COPIES = 17  # of the matrix, float32, that fitting takes at its peak, as measur
 def cached_whitening(
     pictures: Callable[[], Tensor], identity: Mapping[str, Any], *, eps: float, cache_dir: str | Path | None
 ) -> Whitening:
-    """Read the whitening of some pictures from the cache, or fit it and write it there, atomically.
+    """Read the whitening of some pictures from the cache, or fit it and write it there.
 
     Args:
         pictures: returns (N, C, H, W), uint8 or float32 in [0, 1]; called where there is no cache.
         identity: tells the pictures from all others, for the file's name; its "name" is readable there.
         eps: added to the eigenvalues.
-        cache_dir: the file lies in its folder ``whitening``; None: the user's cache folder.
+        cache_dir: see :func:`cache_folder`.
 
     Raises:
         InputError: where it would take more memory than the machine has, or cannot be written.

@@ -10,8 +10,7 @@ from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 
-from torchvision.datasets.utils import check_integrity, download_url
-from tqdm.auto import tqdm
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive, extract_archive
 
 from ftd_lightning.data.decoding import DecodedImages, LabelledFiles, cache_file
 from ftd_lightning.data.folder import ImageTree, os_errors_as_input_errors
@@ -116,14 +115,9 @@ def _download(folder: Path) -> None:
     part = root / f".{NAME}.part"
     try:
         if check_integrity(root / archive, MD5):
-            source = root / archive
-        else:
-            # A whole archive that an interrupted run left here is taken, by its checksum; a part of one is not.
-            download_url(URL, part, archive, MD5)
-            source = part / archive
-        with zipfile.ZipFile(source) as file:
-            for member in tqdm(file.infolist(), desc=f"unpacking {archive}", unit="file", leave=False, delay=1):
-                file.extract(member, part)
+            extract_archive(root / archive, part)
+        else:  # an archive that an interrupted run left there is used, if it is whole
+            download_and_extract_archive(URL, part, filename=archive, md5=MD5)
         (part / NAME).rename(folder)
     except (RuntimeError, URLError, OSError, HTTPException, zipfile.BadZipFile) as error:
         raise InputError(

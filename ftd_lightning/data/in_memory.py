@@ -28,6 +28,7 @@ from ftd_lightning.data.decoding import is_grey, measure, pixels
 from ftd_lightning.data.sources import ImageDataset, Parts, Pictures, fingerprints, resized, resizing, unit_range
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
+from ftd_lightning.files.schema import NAMES, check_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -44,15 +45,7 @@ FILE = "images.safetensors"
 
 
 def write_images_file(dataset: ImageDataset, folder: Path) -> Path:
-    """Write all parts of a data set to ``images.safetensors`` of a folder.
-
-    Args:
-        dataset: pictures, not images that are normalised already.
-        folder: is made.
-
-    Returns:
-        The file; docs/formats.md says what it holds.
-    """
+    """Write all parts of a data set to ``images.safetensors`` of a folder; docs/formats.md says what it holds."""
     tensors: dict[str, Tensor] = {}
     for name, (pictures, labels) in dataset.load().items():
         tensors |= {f"{name}_images": pictures, f"{name}_labels": labels}
@@ -63,22 +56,17 @@ def write_images_file(dataset: ImageDataset, folder: Path) -> Path:
 
 
 def find_images_file(request: Request) -> ImageDataset:
-    """Describe the data set in ``images.safetensors`` under root; its contents identify it.
-
-    Raises:
-        InputError: for a file that is missing, damaged or not of this kind, or that holds no data set.
-    """
+    """Describe the data set in ``images.safetensors`` under root; its contents identify it."""
     path = request.root / FILE
     file = TensorFile(path, kind=KIND)
-    names = file.metadata.get("class_names")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: class_names are not a list of names; write it again")
+    check_metadata(file.metadata, {"class_names": NAMES}, path, required=("class_names",))
     parts = {
         name: read_images((file[f"{name}_images"], file[f"{name}_labels"]), f"{path}: {name}", transform=None)
         for name in ("train", "test", "val")
         if name != "val" or "val_images" in file.names
     }
     maximum = file.metadata.get("maximum")
+    names = file.metadata["class_names"]
     return describe_images(parts, class_names=names, transform=None, maximum=maximum).at(request.image_size)
 
 
@@ -153,11 +141,7 @@ def warn_of_random(first: Iterable[Batch], again: Iterable[Batch], part: str) ->
 
 
 def as_batch(images: Any, labels: Any, part: str) -> Batch:
-    """Check a batch of images (B, C, H, W) or (B, H, W) with labels (B,).
-
-    Raises:
-        InputError: for other shapes.
-    """
+    """Check a batch of images (B, C, H, W) or (B, H, W) with labels (B,)."""
     if not isinstance(images, Tensor | np.ndarray) or images.ndim not in (3, 4):
         raise InputError(f"{part}: images must be a tensor (N, C, H, W) or (N, H, W), not {_shape(images)}")
     pictures, labels = torch.as_tensor(images).detach().cpu(), _as_labels(labels, part)
@@ -207,16 +191,7 @@ def joined(
 
     Grey pictures among coloured ones become coloured. Floats that are multiples of 1/255 become uint8, so that the same
     pictures are stored, and identified, in the same way with or without ``ToTensor``. uint16 stays, to be scaled by
-    :func:`describe_images`, which knows all parts.
-
-    Args:
-        batches: as from :func:`as_batch`.
-        part: for messages.
-        image_size: height and width to resize to.
-        transform: of images that are normalised already.
-
-    Raises:
-        InputError: for images of several sizes without ``image_size``, and for images that are not pictures.
+    :func:`describe_images`, which knows all parts. For the other arguments see :func:`read_images`.
     """
     given, pictures, labels = Counter[tuple[int, int]](), list[Tensor](), list[Tensor]()
     for images, some in batches:
@@ -341,15 +316,7 @@ def read_datamodule(
 ) -> tuple[ImageDataset, int]:
     """Set another LightningDataModule up and read all its images; also return its batch size.
 
-    Args:
-        datamodule: its loaders yield (images, labels).
-        trainer: that fits or tests with it, if there is one.
-        class_names: K names; None: those of its training dataset's ``classes``, or numbers.
-        transform: of images that are normalised already; None: they are pictures.
-
-    Raises:
-        InputError: where it has no training or test loader, and for images that :func:`as_batch` and
-            :func:`describe_images` refuse.
+    See :meth:`~ftd_lightning.data.DistillationDataModule.from_datamodule`.
     """
     datamodule.trainer = trainer
     for stage in ("fit", "test"):
@@ -414,7 +381,5 @@ def _in_order(loader: Any, part: str) -> DataLoader[Any] | None:
         sampler=order,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator(),  # the global one is left alone
     )

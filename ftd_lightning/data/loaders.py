@@ -29,7 +29,7 @@ class IterationLoader(ABC, Generic[Batch]):
     Lightning saves and restores its state, so a resumed run continues with the batch that would have come next. It has
     a length because Lightning reads one batch ahead of loaders without, and skips that batch on resume. It reads one
     batch ahead by itself, in a thread, while the present iteration runs. A trainer's ``limit_train_batches`` that does
-    not divide the length shifts the epochs, and with them what is done at their end; no iteration is lost.
+    not divide the length shifts the epochs, and with them the work at their end; no iteration is lost.
 
     Args:
         length: iterations that make one Lightning epoch, >= 1.
@@ -37,9 +37,6 @@ class IterationLoader(ABC, Generic[Batch]):
 
     Attributes:
         iteration: the next one.
-
-    Raises:
-        InputError: for a length below 1.
     """
 
     def __init__(self, length: int, *, start: int = 0) -> None:
@@ -148,10 +145,9 @@ class BatchOrder(DistributedSampler[Tensor]):
         super().set_epoch(epoch if self.epoch_map is None else self.epoch_map(epoch))
 
     def __iter__(self) -> Iterator[Tensor]:
+        order = torch.arange(self.num_images)
         if self.shuffle:
             order = torch.randperm(self.num_images, generator=make_generator(self.seed, "order", self.epoch))
-        else:
-            order = torch.arange(self.num_images)
         # Equal shares: a rank with one batch more would wait for the others for ever.
         share = order[self.rank :: self.num_replicas][: self.num_images // self.num_replicas]
         return iter(share.split(self.batch_size)[self.first_batch :])
@@ -161,7 +157,7 @@ class BatchOrder(DistributedSampler[Tensor]):
 
 
 class ResumableLoader:
-    """What loaders share that resume within an epoch: how many batches of the present epoch they have yielded."""
+    """The state of loaders that resume within an epoch: the number of batches of it that they have yielded."""
 
     _batch = 0
     _resumes = _epoch_ended = False
@@ -171,11 +167,9 @@ class ResumableLoader:
         return {"batch": self._batch, **({"epoch_ended": True} if self._epoch_ended else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a state: the next iteration yields what is left of its epoch.
+        """Continue from a state: the next iteration yields the rest of its epoch.
 
-        Args:
-            state_dict: from :meth:`state_dict`. A whole epoch means that the next one begins; with "epoch_ended" it
-                does only after an iteration that yields nothing.
+        After a whole epoch the next one begins; with "epoch_ended" only after an iteration that yields nothing.
         """
         self._batch = state_dict["batch"]
         self._epoch_ended = state_dict.get("epoch_ended", False)
@@ -258,33 +252,23 @@ class HostLoader(ResumableLoader, DataLoader[Any]):
 
 
 def host_loader(images: Tensor, labels: Tensor, order: BatchOrder, *, num_workers: int = 0) -> HostLoader:
-    """Make a DataLoader over tensors in host memory, for images that do not fit on the device.
-
-    Its batches are those of :class:`TensorLoader`, in the same order.
-
-    Args:
-        images: (N, C, H, W), on the CPU.
-        labels: (N,) or (N, K).
-        order: the batches.
-        num_workers: processes that read ahead.
-    """
-    pin = torch.cuda.is_available()
+    """Make a DataLoader over tensors in host memory, whose batches are those of :class:`TensorLoader`, in its order."""
     return HostLoader(
         _Batches(images, labels),  # type: ignore[arg-type]
         sampler=order,  # type: ignore[arg-type]
         batch_size=None,
         num_workers=num_workers,
-        pin_memory=pin,
+        pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
 
 
-def fits_on(device: torch.device, tensor: Tensor, *, share: float = 0.5) -> bool:
-    """Tell whether a tensor takes at most a share of the device's free memory; the CPU holds it anyway."""
+def fits_on(device: torch.device, tensor: Tensor) -> bool:
+    """Tell whether a tensor takes at most half of the device's free memory; the CPU holds it anyway."""
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
-    return tensor.numel() * tensor.element_size() <= share * free
+    return tensor.numel() * tensor.element_size() <= 0.5 * free
 
 
 class SegmentBatch(TypedDict):
@@ -299,7 +283,7 @@ class SegmentBatch(TypedDict):
 
 
 class SegmentLoader(IterationLoader[list[SegmentBatch]]):
-    """An iterable over teacher segments; what it yields is a function of (seed, iteration, slot).
+    """An iterable over teacher segments, which are a function of (seed, iteration, slot).
 
     A step of W ranks with s segments each has W * s slots, dealt out in order, so W ranks with one segment each see
     what one process with W segments per step sees.
@@ -310,7 +294,7 @@ class SegmentLoader(IterationLoader[list[SegmentBatch]]):
         max_start_epoch: start epochs are below it.
         length: iterations that make one Lightning epoch.
         seed: decides the segments.
-        rank: of this process; each rank draws segments of its own.
+        rank: of this process.
         segments: s, segments per step on each rank.
         start: the first iteration.
         window: gives the start epochs of an iteration, at least one and all below ``max_start_epoch``, of which each is
@@ -362,11 +346,6 @@ class SegmentLoader(IterationLoader[list[SegmentBatch]]):
         ends = self.store.segment(teacher, start_epoch, self.expert_epochs)
         # From pinned memory Lightning's copy to the GPU does not wait.
         start, target = (end.pin_memory() if torch.cuda.is_available() else end for end in ends)
-        return {
-            "iteration": iteration,
-            "slot": slot,
-            "teacher": teacher,
-            "start_epoch": start_epoch,
-            "start": start,
-            "target": target,
-        }
+        return SegmentBatch(
+            iteration=iteration, slot=slot, teacher=teacher, start_epoch=start_epoch, start=start, target=target
+        )

@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 
 def sample_per_class(labels: Tensor, count: int | float, generator: torch.Generator) -> Tensor:
-    """Draw the same number of images, or the same share, of every class.
-
-    Args:
-        labels: (N,) int64.
-        count: images of each class (int), or their share in [0, 1) (float).
-        generator: decides which.
+    """Draw ``count`` images of every class (int), or their share in [0, 1) (float).
 
     Returns:
         Indices, class by class.
@@ -48,10 +43,7 @@ def sample_per_class(labels: Tensor, count: int | float, generator: torch.Genera
 
 
 def limit_per_class(labels: Tensor, limit: int | None, seed: int) -> Tensor:
-    """Choose at most ``limit`` images per class at random; None keeps all.
-
-    Returns:
-        Indices, ascending.
+    """Choose at most ``limit`` images per class at random, None keeps all; return their indices, ascending.
 
     Example:
         >>> labels = torch.tensor([0, 0, 0, 1])
@@ -66,10 +58,7 @@ def limit_per_class(labels: Tensor, limit: int | None, seed: int) -> Tensor:
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split images into those used and those held out, the same share in [0, 1) of every class.
-
-    Returns:
-        Indices of the images used and of those held out, both ascending.
+    """Return indices of the images used and of those held out, the same share in [0, 1) of every class, ascending.
 
     Example:
         >>> used, held_out = hold_out(torch.tensor([0, 0, 1, 1]), 0.5, seed=0)

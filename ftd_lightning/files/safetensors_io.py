@@ -30,15 +30,13 @@ if TYPE_CHECKING:
 KEY = "ftd_lightning"
 FORMAT = 1
 UNKNOWN = "0" * 16  # stands in the metadata for its own checksum while that is computed
-DTYPES = {  # as the safetensors format abbreviates them
+DTYPES = {  # that are written, as the safetensors format abbreviates them
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -160,11 +158,7 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a mapping that this library keeps for its next run.
-
-    Returns:
-        The mapping; an empty one where the file is missing, damaged, or holds something else, so it is made again.
-    """
+    """Read a mapping; an empty one where the file is missing, damaged, or holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -227,11 +221,7 @@ class TensorFile:
         return self.read(name)
 
     def read(self, name: str, *, verify: bool = True) -> Tensor:
-        """Map a tensor into memory.
-
-        Args:
-            name: of the tensor.
-            verify: whether to compare its checksum, for which all of it is read.
+        """Map a tensor into memory; to ``verify`` it, all of it is read.
 
         Raises:
             InputError: where there is no such tensor, or it is damaged.
@@ -245,11 +235,7 @@ class TensorFile:
         return tensor
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Return the dtype, as safetensors names it, and the shape of a tensor without reading it.
-
-        Raises:
-            InputError: where there is no such tensor.
-        """
+        """Return the dtype, as safetensors names it, and the shape of a tensor without reading it."""
         if name not in self.names:
             raise InputError(f"{self.path}: has no tensor {name!r}; make it again")
         part = self._file.get_slice(name)

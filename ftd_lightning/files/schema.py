@@ -169,15 +169,10 @@ def label_kind(labels: Tensor, metadata: Mapping[str, Any]) -> LabelKind:
 
 
 def check_labels(labels: Tensor, count: int, classes: int | None, kind: str, where: object) -> None:
-    """Refuse labels that do not label so many images, each kind in its own range.
+    """Refuse labels that do not label ``count`` images of ``classes`` classes (None: unknown).
 
-    Args:
-        labels: (N,) int64 for kind "class", in [0, K); (N, K) float32 for "probability", non-negative with sum 1, and
-            for "target", any finite values that a method learns.
-        count: N.
-        classes: K; None where it is not known.
-        kind: one of the three.
-        where: names the file.
+    Of kind "class" they are (N,) int64 in [0, K); of "probability" (N, K) float32, non-negative with sum 1; of "target"
+    (N, K) float32, any finite values that a method learns.
     """
     if kind not in ("class", "probability", "target"):
         refuse(where, "label_kind", f"is {kind!r:.60}, class, probability or target is needed")

@@ -60,11 +60,7 @@ def write_store_data(folder: str | Path, description: DataDescription) -> None:
 
 
 def load_store_data(path: Path) -> DataDescription:
-    """Read the description of a store's images.
-
-    Raises:
-        InputError: for a missing, broken or foreign file.
-    """
+    """Read the description of a store's images."""
     file = TensorFile(path, kind=DATA_KIND)
     metadata = file.metadata
     check_metadata(metadata, STORE_METADATA, path, required=("shape", "class_names", "transform", "dataset"))
@@ -77,16 +73,11 @@ def load_store_data(path: Path) -> DataDescription:
 
 
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], *, whole: bool = False) -> list[str]:
-    """Name the keys in which recorded metadata differ from the wanted ones.
+    """Name the keys in which recorded metadata differ from the wanted ones; if ``whole``, unwanted keys are named, too.
 
     Values are compared as JSON holds them, so tuples equal lists. Networks are the same if their parameters are. A data
     set that version 0.1 recorded without a fingerprint is the one of the same name and settings with any fingerprint.
     Each teacher's own keys are not compared.
-
-    Args:
-        recorded: of a teacher, or of a store.
-        wanted: the values that it should have.
-        whole: whether ``wanted`` is a whole record, so that keys which only ``recorded`` has are differences too.
 
     Example:
         >>> differences({"rho": 0.01, "betas": [0.9, 0.99], "seed": 3}, {"rho": 0.0, "betas": (0.9, 0.99), "seed": 4})
@@ -194,11 +185,7 @@ class TrajectoryStore:
 
     @cached_property
     def data(self) -> DataDescription | None:
-        """Description of the training images; None in stores of 0.1, and of fits whose data is not described.
-
-        Raises:
-            InputError: if it is not of these teachers.
-        """
+        """Description of the training images; None in stores of 0.1, and of fits whose data is not described."""
         path = store_data_file(self.path)
         if not path.exists():
             return None
@@ -258,9 +245,20 @@ class TrajectoryStore:
             raise InputError(f"{self.path}: teacher {teacher} is asked for, 0 to {len(self) - 1} are recorded")
         return TensorFile(self.files[teacher], kind=KIND)
 
-    def _read(self, file: TensorFile, teacher: int, epoch: int) -> Tensor:
-        if not 0 <= epoch <= self.lengths[teacher]:
-            raise InputError(f"{file.path}: epoch {epoch} is asked for, 0 to {self.lengths[teacher]} are recorded")
+    def weights(self, teacher: int, epoch: int | None = None) -> Tensor:
+        """Read the weights of a teacher after an epoch, 0 being its initialisation: (P,).
+
+        Args:
+            teacher: index, 0 <= teacher < len(store).
+            epoch: None takes the last one that the teacher has.
+
+        Raises:
+            InputError: for a teacher or an epoch that was not recorded, or a file that broke since it was recorded.
+        """
+        file, last = self._file(teacher), self.lengths[teacher]
+        epoch = last if epoch is None else epoch
+        if not 0 <= epoch <= last:
+            raise InputError(f"{file.path}: epoch {epoch} is asked for, 0 to {last} are recorded")
         is_new = (teacher, epoch) not in self._checked
         weights = file.read(epoch_name(epoch), verify=is_new)
         if is_new:
@@ -268,37 +266,23 @@ class TrajectoryStore:
             self._checked.add((teacher, epoch))
         return weights
 
+    def trained(self, teacher: int) -> Tensor:
+        """Read the weights of a teacher after its last epoch: (P,)."""
+        return self.weights(teacher)
+
     def segment(self, teacher: int, start_epoch: int, expert_epochs: int) -> Segment:
-        """Read the two ends of a segment and nothing else.
+        """Read the two ends of a segment and nothing else; see :meth:`weights`.
 
         Args:
             teacher: index, 0 <= teacher < len(store).
             start_epoch: t, >= 0.
             expert_epochs: m; t + m is at most the teacher's length.
-
-        Raises:
-            InputError: for an epoch that was not recorded, or a file that broke since the store was opened.
         """
-        file = self._file(teacher)
-        return Segment(*(self._read(file, teacher, epoch) for epoch in (start_epoch, start_epoch + expert_epochs)))
-
-    def weights(self, teacher: int, epoch: int) -> Tensor:
-        """Read the weights of a teacher after an epoch, 0 being its initialisation: (P,).
-
-        Raises:
-            InputError: for an epoch that was not recorded, or weights that are not finite.
-        """
-        return self._read(self._file(teacher), teacher, epoch)
-
-    def trained(self, teacher: int) -> Tensor:
-        """Read the weights of a teacher after its last epoch: (P,)."""
-        file = self._file(teacher)
-        return self._read(file, teacher, self.lengths[teacher])
+        return Segment(self.weights(teacher, start_epoch), self.weights(teacher, start_epoch + expert_epochs))
 
     def trajectory(self, teacher: int) -> Tensor:
         """Read a whole teacher: (E + 1, P) for the E epochs that it has."""
-        file = self._file(teacher)
-        return torch.stack([self._read(file, teacher, epoch) for epoch in range(self.lengths[teacher] + 1)])
+        return torch.stack([self.weights(teacher, epoch) for epoch in range(self.lengths[teacher] + 1)])
 
 
 def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor], metadata: Mapping[str, Any]) -> Path:
@@ -335,11 +319,7 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
 
 
 def check_compatible(store: TrajectoryStore, wanted: Mapping[str, Any]) -> None:
-    """Refuse teachers of another network, data set or transform than a distillation asks for.
-
-    Args:
-        store: the teachers.
-        wanted: metadata keys and the values that they must have.
+    """Refuse teachers whose metadata, such as network, data set or transform, differ from the wanted values.
 
     Raises:
         InputError: naming the first difference.

@@ -172,11 +172,7 @@ class Whitening:
 
     @classmethod
     def load(cls, path: Path) -> Whitening:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            InputError: for a file that is missing, broken, or something else.
-        """
+        """Read the file that :meth:`save` wrote."""
         file = TensorFile(path, kind="whitening")
         tensors = {name: file[name] for name in ("mean", "inverse", "matrix")}
         transform = load_transform(file.metadata.get("transform"), tensors, where=path)
@@ -204,9 +200,6 @@ def check_transform(
         tensors: as from the transform's ``tensors()``.
         where: names the file in messages.
         shape: (C, H, W) of the images, where they are known.
-
-    Raises:
-        InputError: naming the field.
     """
     if not isinstance(description, dict):
         refuse(where, "transform", f"is {description!r:.60}, a mapping is needed; make it again")
@@ -215,15 +208,10 @@ def check_transform(
 
 
 def load_transform(description: Any, tensors: Mapping[str, Tensor], *, where: object = "this file") -> ImageTransform:
-    """Build a transform again from what its ``describe()`` and ``tensors()`` returned.
-
-    Args:
-        description: of the transform.
-        tensors: of the transform; the "matrix" of a whitening may be missing.
-        where: names the file in messages.
+    """Build a transform again from its ``describe()`` and ``tensors()``; the "matrix" of a whitening may be missing.
 
     Raises:
-        InputError: for an unknown kind, or constants that are missing or make no sense.
+        InputError: for an unknown kind, or constants that are missing or make no sense; ``where`` names the file.
 
     Example:
         >>> t = Standardization([0.5], [0.25])

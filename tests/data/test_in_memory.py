@@ -314,7 +314,7 @@ def test_other_files_are_refused(tmp_path, refused):
     tensors, names = {"train_images": pictures(9), "train_labels": labels(9)}, ["a", "b", "c"]
     for more, class_names, words in (
         ({}, names, "has no tensor 'test_images'"),
-        ({}, "cat", "class_names are not a list"),
+        ({}, "cat", "class_names is 'cat', a list of names is needed"),
         ({"test_images": pictures(9).int(), "test_labels": labels(9)}, names, "torch.int32"),
     ):
         write_tensors(path, tensors | more, kind="images", metadata={"class_names": class_names})
