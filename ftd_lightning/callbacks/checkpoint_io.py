@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ftd_lightning.core.resume import read_checkpoint
-from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import replacing
 
 if TYPE_CHECKING:
@@ -34,18 +33,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint; ``weights_only=False`` runs the code in it.
-
-        Raises:
-            InputError: for a local file that is missing, broken or something else, and a place that needs a package.
-        """
+        """Read a checkpoint, see :func:`read_checkpoint`; ``weights_only=False`` runs the code in it."""
         allowed = True if weights_only is None else weights_only
         if "://" in str(path):
-            try:
-                loaded: dict[str, Any] = super().load_checkpoint(path, map_location, allowed)
-            except ImportError as error:  # of the package for such places
-                raise InputError(f"{path}: {error}") from error
-            return loaded
+            return super().load_checkpoint(path, map_location, allowed)  # type: ignore[no-any-return]
         return read_checkpoint(path, map_location=map_location, weights_only=allowed)
 
 

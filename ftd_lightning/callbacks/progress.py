@@ -41,17 +41,13 @@ class FitProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar where a resumed run left it."""
-        per_epoch = trainer.num_training_batches
-        limits = []
-        if isinstance(pl_module, BaseModule) and (planned := pl_module.planned_epochs()) is not None:
-            limits.append(planned * per_epoch)
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            limits.append(trainer.max_epochs * per_epoch)
-        if trainer.max_steps >= 0:
-            limits.append(trainer.max_steps)
-        finite = [int(limit) for limit in limits if limit != float("inf")]
+        planned = pl_module.planned_epochs() if isinstance(pl_module, BaseModule) else None
+        epochs = [limit for limit in (planned, trainer.max_epochs) if limit is not None and limit >= 0]
+        limits = [limit * trainer.num_training_batches for limit in epochs]
+        limits += [trainer.max_steps] if trainer.max_steps >= 0 else []
+        total = min(limits, default=float("inf"))
         self._bar = tqdm(
-            total=min(finite) if finite else None,
+            total=None if total == float("inf") else int(total),
             initial=trainer.fit_loop.epoch_loop.total_batch_idx + 1,
             desc=type(pl_module).__name__,
             disable=not self._enabled,

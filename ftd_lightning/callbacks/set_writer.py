@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -17,9 +17,18 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files.synthetic_set import SyntheticSet
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lightning.pytorch import LightningModule, Trainer
 
-IDENTITY = ("method", "dataset", "network", "settings")  # metadata that tells a set of another run
+
+def _identity(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata and settings that differ between sets of different runs."""
+    settings = {key: value for key, value in metadata.get("settings", {}).items() if key not in FREE}
+    return {**settings, **{key: metadata[key] for key in ("method", "dataset", "network") if key in metadata}}
+
+
+FREE = (*HARMLESS, "measure_every")  # settings that change no set
 
 
 class SyntheticSetWriter(Callback):
@@ -53,14 +62,9 @@ class SyntheticSetWriter(Callback):
         file = Path(trainer.strategy.broadcast(str(self._file(trainer))))
         if not file.exists() or trainer.ckpt_path:  # a resumed fit may have been given more to do
             return
-        there = SyntheticSet.read_metadata(file)
-        planned = as_json(pl_module.synthetic_set().metadata)  # as the file holds it: lists for tuples
-        different = [key for key in IDENTITY if key in there and there[key] != planned.get(key)]
-        if "settings" in different:
-            old, new = there["settings"], planned["settings"]
-            free = (*HARMLESS, "measure_every")
-            different.remove("settings")
-            different += [key for key in new if key in old and key not in free and old[key] != new[key]]
+        there = _identity(SyntheticSet.read_metadata(file))
+        planned = _identity(as_json(pl_module.synthetic_set().metadata))  # as the file holds it: lists for tuples
+        different = [key for key in planned if key in there and there[key] != planned[key]]
         if different:
             raise InputError(
                 f"{file}: holds a set made with another {', '.join(different)}; name another folder, or delete this set"
