@@ -36,11 +36,11 @@ def matching(words: Sequence[str]) -> dict[str, str]:
         ['cifar10/distill_datm_ipc10', 'cifar10/distill_datm_ipc1000']
     """
     titles = {name: _title(name) for name in sorted(shipped_names(), key=_order)}
-    return {
-        name: title
-        for name, title in titles.items()
-        if all(word.lower() in f"{name} {title}".lower() for word in words)
-    }
+
+    def holds(text: str) -> bool:
+        return all(word.lower() in text.lower() for word in words)
+
+    return {name: title for name, title in titles.items() if holds(f"{name} {title}")}
 
 
 def configs(words: Sequence[str] = (), *, to: Path | None = None) -> None:

@@ -95,8 +95,7 @@ def read_images(path: Path, shape: tuple[int, int, int], *, pictures: bool) -> T
     low, high = (float(value) for value in torch.aminmax(images))
     if pictures and not 0 <= low <= high <= 1:
         raise InputError(
-            f"{path}: values run from {low:.4g} to {high:.4g}, pictures are in [0, 1]; were they --standardized or "
-            "--whitened?"
+            f"{path}: runs from {low:.4g} to {high:.4g}, pictures are in [0, 1]; --standardized, --whitened?"
         )
     return images
 
@@ -145,7 +144,7 @@ def in_order_of(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> 
     """
     if sorted(names) != sorted(wanted):
         odd = sorted({*names} - {*wanted}) or ["one that is missing or occurs twice"]
-        raise InputError(f"--class-names must list the data set's {len(wanted)} names once each; check {odd[0]!r}")
+        raise InputError(f"--class-names: list the data set's {len(wanted)} names once each; check {odd[0]!r}")
     place = torch.tensor([list(wanted).index(name) for name in names])
     return place[labels] if labels.ndim == 1 else labels[:, place.argsort()]
 

@@ -81,12 +81,8 @@ FORMATS = {"network": _named, "dataset": _named, "transform": _transform, "score
 
 def _recorded(metadata: Mapping[str, Any], *keys: str) -> list[tuple[str, str]]:
     """Return a row for each key that is recorded."""
-    named = {"dataset": "data set"}
-    return [
-        (named.get(key, key.replace("_", " ")), FORMATS.get(key, phrase)(metadata[key]))
-        for key in keys
-        if key in metadata
-    ]
+    titles = {key: "data set" if key == "dataset" else key.replace("_", " ") for key in keys if key in metadata}
+    return [(title, FORMATS.get(key, phrase)(metadata[key])) for key, title in titles.items()]
 
 
 def describe_set(path: Path) -> Description:

@@ -29,29 +29,29 @@ from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.trajectory_error import trajectory_errors
 from ftd_lightning.functional.unroll import load_flat, unroll
 from ftd_lightning.models.registry import recorded_network
+from ftd_lightning.studies.tables import markdown_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 class TrajectoryErrorCurve(NamedTuple):
-    """How far students drift from one teacher: lists of K numbers, one per segment.
+    """How far students drift from one teacher: lists of numbers, one for each segment t of m epochs.
 
-    Convention: entry t belongs to the end of segment t, at teacher epoch ``epochs[t]``; see
-    ``functional.trajectory_error`` for the numbering. Norms are Euclidean, over all weights. Losses are means over the
-    real images, natural logarithm.
+    Convention: entry t belongs to the end of segment t, at teacher epoch ``epochs[t]``; ``functional.trajectory_error``
+    has the numbering. Norms are Euclidean, over all weights. Losses are means over the real images, natural logarithm.
 
     Attributes:
         teacher: its number in the store.
         initial_loss: of the teacher at epoch 0.
-        epochs: m, 2m, .. K m.
+        epochs: m, 2m, ...
         teacher_loss: L(theta*), the grey line of Figure 1.
         evaluation: L(theta) - L(theta*) of the student that trains on the set from epoch 0 on.
         distillation: the same of students that start at the teacher's weights m epochs before.
         epsilon: ||epsilon_t||, accumulated error (Eq. 8).
         delta: ||delta_t||, matching error (Eq. 6).
         initialization: ||I_{t-1}||, initialization error (Eq. 7) that entered in segment t; 0 in the first.
-        segment: ||theta*_{t,m} - theta*_{t,0}||, the distance that the teacher covers, as a scale for the others.
+        segment: ||theta*_{t,m} - theta*_{t,0}||, the distance that the teacher covers.
     """
 
     teacher: int
@@ -249,24 +249,14 @@ def read_curve(path: Path) -> dict[str, Any]:
 
 
 def table(curve: dict[str, Any], *, rows: int = 10) -> str:
-    """Format a curve as a table of about ``rows`` epochs at most, the last one included.
-
-    Example:
-        >>> values = {name: [0.5, 1.5] for name in QUANTITIES}
-        >>> print(table({"epochs": [2, 4], "mean": values, "std": values, "on": "train"}).splitlines()[-1])
-            4    1.5000        1.5000      1.5000     1.500     1.500     1.500     1.500
-    """
-    last = len(curve["epochs"]) - 1
-    stride = -(-len(curve["epochs"]) // rows)
-    lines = [f"epoch   teacher  {'L(student) - L(teacher)':>24}   |epsilon|   |delta|       |I| |segment|"]
-    lines.append(f"           loss    evaluation  distillation   {'(' + curve['on'] + ' images)'}")
-    for index in sorted({*range(last, -1, -stride), last}):
-        v = {name: curve["mean"][name][index] for name in QUANTITIES}
-        lines.append(
-            f"{curve['epochs'][index]:>5}{v['teacher_loss']:>10.4f}{v['evaluation']:>14.4f}{v['distillation']:>12.4f}"
-            f"{v['epsilon']:>10.3f}{v['delta']:>10.3f}{v['initialization']:>10.3f}{v['segment']:>10.3f}"
-        )
-    return "\n".join(lines)
+    """Format a curve as a table of about ``rows`` epochs at most, the last one included."""
+    epochs = curve["epochs"]
+    head = ["L(teacher)", "L(student) - L(teacher), evaluation", "the same, distillation"]
+    lines = [["epoch", *head, "norm of epsilon", "of delta", "of I", "of the segment"]]
+    for index in sorted(range(len(epochs) - 1, -1, -max(1, len(epochs) // rows))):
+        values = [curve["mean"][name][index] for name in QUANTITIES]
+        lines.append([str(epochs[index]), *(f"{value:.4f}" for value in values)])
+    return markdown_table(lines)
 
 
 def draw(curves: Sequence[dict[str, Any]], path: Path) -> None:

@@ -209,9 +209,9 @@ def test_the_command_writes_a_curve_a_plot_scalars_and_a_table(here: Path, traje
     assert [event.step for event in shown] == curve["epochs"]
     assert [event.value for event in shown] == pytest.approx(curve["mean"]["epsilon"])
 
-    last = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["4"])
+    last = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 4 |"))
     assert f"{curve['mean']['evaluation'][-1]:.4f}" in last
-    assert f"{curve['mean']['epsilon'][-1]:.3f}" in last
+    assert f"{curve['mean']['epsilon'][-1]:.4f}" in last
 
 
 def test_options_and_a_second_run_in_the_folder_of_the_set(here: Path) -> None:
