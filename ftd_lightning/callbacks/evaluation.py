@@ -142,8 +142,7 @@ class EvaluateSynthetic(Callback):
                 in_words, on_file = PARTS[part]
                 self.history.append({"iteration": iteration, "images": name, "part": on_file, **summary})
                 scores[f"{name} images, {in_words}"] = summary
-                # They are equal on all ranks; Lightning warns of whatever is not synchronised.
-                log = partial(pl_module.log, sync_dist=True)
+                log = partial(pl_module.log, sync_dist=True)  # equal on all ranks, but Lightning would warn
                 log(f"evaluation/{name}_{part}_accuracy_mean", summary["mean"], prog_bar=part == "val")
                 log(f"evaluation/{name}_{part}_accuracy_std", summary["std"])
                 if part == "val":
@@ -191,7 +190,7 @@ class EvaluateSynthetic(Callback):
         return self._real.accuracies(networks, self.networks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep what was measured, and the best of it."""
+        """Keep the measurements and the best accuracy."""
         return {"best_accuracy": self.best_accuracy, "history": self._regular}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

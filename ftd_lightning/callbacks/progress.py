@@ -72,7 +72,7 @@ class FitProgress(ProgressBar):
             self._bar.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the bar, so that an error stands on a line of its own."""
+        """Close the bar, so that an error begins a new line."""
         self.on_train_end(trainer, pl_module)
 
 

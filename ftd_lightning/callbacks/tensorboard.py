@@ -135,7 +135,7 @@ class TensorBoardPictures(Callback):
 
 
 def _settings(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Drop what LightningCLI keeps among the hyper-parameters for itself, ``_class_path`` and ``_instantiator``."""
+    """Drop LightningCLI's own entries, ``_class_path`` and ``_instantiator``."""
     own = {key: value for key, value in values.items() if not str(key).startswith("_")}
     return {key: _settings(value) if isinstance(value, Mapping) else value for key, value in own.items()}
 

@@ -155,5 +155,5 @@ class RankStates:
             )
         if states:
             checkpoint.update(states[module.global_rank])
-        # In one process too: the weights kept before are those of the construction.
+        # In one process too, because the weights kept before are the initial ones.
         self.kept = dict(checkpoint["state_dict"])

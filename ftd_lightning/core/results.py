@@ -44,14 +44,14 @@ def failure(fit: Fit) -> str | None:
     Example:
         >>> failure(Fit(loss=0.1, accuracy=1.0, guessing=0.1, images=10))
         >>> failure(Fit(loss=2.3, accuracy=0.2, guessing=0.1, images=10))
-        'its training accuracy, 20.0 %, is that of guessing'
+        'its training accuracy, 20.0 %, is no better than guessing'
     """
     if not math.isfinite(fit.loss):
         return "its loss is not finite"
     # With few images two standard errors may reach 1, which is not guessing.
     most = min(fit.guessing + 2 * math.sqrt(fit.guessing * (1 - fit.guessing) / fit.images), math.nextafter(1, 0))
     if fit.guessing < 1 and fit.accuracy <= most:
-        return f"its training accuracy, {100 * fit.accuracy:.1f} %, is that of guessing"
+        return f"its training accuracy, {100 * fit.accuracy:.1f} %, is no better than guessing"
     return None
 
 
