@@ -220,19 +220,14 @@ class BilevelDistillation(Distillation):
         images, labels = self.draw_real(self._real, self.hparams["batch_real"], iteration, slot)
         return self.augment(images, self.generator("real dsa", iteration, slot)), labels
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def configure_gradient_clipping(self, optimizer: Optimizer, *arguments: Any, **options: Any) -> None:
         """Clip images and labels at multiples of their average norms, then as the trainer says."""
         if self.hparams["clip"] is not None:  # not the step sizes, as published
             learned = self.learned()
             for name, average in zip(("images", "labels"), self.gradient_averages, strict=True):
                 if name in learned and (gradient := learned[name].grad) is not None:
                     clip_by_average(gradient, average, factor=self.hparams["clip"])
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        super().configure_gradient_clipping(optimizer, *arguments, **options)
 
     @property
     def method(self) -> str:

@@ -58,9 +58,8 @@ class SyntheticEvaluation(BaseModule):
         weight_decay: of SGD.
         augment: DSA: an ``Augmentation``, its fields as a mapping, or a strategy; "" for none. The convention of its
             resampling (``align_corners``) is true in trajectory matching, false in DC, DSA, DM and CAFE.
-        seed: decides initialisation and augmentation.
-        compile: torch.compile for forward and backward passes: True, False, or "auto": on a CPU, where a fit is long
-            enough to repay it. A resumed one follows what the first one chose.
+        seed: of initialisation and augmentation.
+        compile: compile forward and backward passes: True, False, or "auto" (on a GPU only).
         rho: train by SAM with a ball of this radius, each network for itself ("MTT + flat minimum", Sec. 4.3); only
             the gradients change, the schedule stays. 0: plain SGD.
         measure_every: measure held-out and test images after every so many epochs; among these iterates one is chosen.
@@ -171,7 +170,7 @@ class SyntheticEvaluation(BaseModule):
         set_lr(self.optimizers(use_pl_optimizer=False), self.protocol.lr_at(self.current_epoch))  # type: ignore[arg-type]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Sum the networks' losses; their seeds end in 0 and no rank, because a network is the same on each."""
+        """Sum the losses. Augmentation seeds do not depend on the rank: a network is trained alike wherever it runs."""
         assert self.networks is not None
         losses = self._losses(
             list(self.networks),

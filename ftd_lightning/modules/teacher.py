@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback
@@ -20,7 +20,7 @@ from ftd_lightning.contracts import BatchPlan, DataDescription, TeacherProgress
 from ftd_lightning.core.losses import CompiledPass
 from ftd_lightning.core.module import BaseModule
 from ftd_lightning.core.networks import Network, refuse_dropout, right_answers
-from ftd_lightning.core.ranks import RankStates, average_over_ranks, ranks_share, refuse_split_loaders
+from ftd_lightning.core.ranks import RankStates, average_over_ranks, refuse_split_loaders
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.functional.augment import Augmentation
@@ -36,45 +36,6 @@ if TYPE_CHECKING:
 
 
 LONGEST = 1 << 20  # epochs; no teacher has as many
-
-
-class TeacherRounds(NamedTuple):
-    """Teachers trained one after the other, in rounds: in each round every rank trains one.
-
-    Attributes:
-        epochs: of each teacher.
-        rank: of this process among those that train teachers of their own.
-        world_size: number of these processes; 1 where all train the same teacher.
-    """
-
-    epochs: int
-    rank: int = 0
-    world_size: int = 1
-
-    def teacher(self, epoch: int) -> int:
-        """Return the number of the teacher, from 0, that is trained in an epoch of the fit.
-
-        Example:
-            >>> [TeacherRounds(2, rank=1, world_size=2).teacher(epoch) for epoch in range(4)]
-            [1, 1, 3, 3]
-        """
-        return epoch // self.epochs * self.world_size + self.rank
-
-    def teacher_epoch(self, epoch: int) -> int:
-        """Return the epoch of that teacher, from 0."""
-        return epoch % self.epochs
-
-    def data_epoch(self, epoch: int) -> int:
-        """Return the number that seeds batches and augmentation, one for each teacher and epoch of it.
-
-        It does not depend on a teacher's number of epochs, so that a longer one begins with the shorter one.
-        """
-        return self.teacher(epoch) * LONGEST + self.teacher_epoch(epoch)
-
-    def length(self, teachers: int) -> int:
-        """Return how many epochs of the fit a number of teachers takes."""
-        return len(ranks_share(teachers, rank=0, world_size=self.world_size)) * self.epochs
-
 
 Parallel = Literal["teachers", "data"]
 
@@ -123,9 +84,8 @@ class FlatTeacher(BaseModule):
             serves both passes.
         seed: teacher k's initialisation, batches and augmentation follow from (seed, k).
         parallel: what processes of a DDP run do: train "teachers" of their own, or share the "data" of one teacher.
-        compile: compile a pass over a batch: True, False, or "auto": where one teacher takes long enough to repay it.
-            A resumed run follows what "auto" chose; it may be given another value, and the last bits of its weights
-            then differ.
+        compile: compile a pass over a batch: True, False, or "auto" (on a GPU only). A resumed run may change it, and
+            the last bits of its weights then differ.
 
     Attributes:
         network: the teacher being trained.
@@ -171,32 +131,43 @@ class FlatTeacher(BaseModule):
         return bool(self.hparams["parallel"] == "teachers")
 
     @property
-    def rounds(self) -> TeacherRounds:
-        """Which teacher is trained when, on this rank."""
-        epochs = int(self.hparams["epochs"])
-        if not self.attached or not self.independent_ranks:
-            return TeacherRounds(epochs)
-        return TeacherRounds(epochs, self.global_rank, self.trainer.world_size)
+    def _share(self) -> tuple[int, int]:
+        """This rank and the number of ranks, where each trains other teachers; else 0 and 1."""
+        return (self.global_rank, self.trainer.world_size) if self.attached and self.independent_ranks else (0, 1)
+
+    def teacher_at(self, epoch: int) -> tuple[int, int]:
+        """Return the teacher, from 0, that this rank trains in an epoch of the fit, and the epoch of that teacher."""
+        rank, world_size = self._share
+        number, teacher_epoch = divmod(epoch, int(self.hparams["epochs"]))
+        return number * world_size + rank, teacher_epoch
+
+    def data_epoch(self, epoch: int) -> int:
+        """Return the number that seeds batches and augmentation, one for each teacher and epoch of it.
+
+        It does not depend on a teacher's number of epochs, so that a longer one begins with the shorter one.
+        """
+        teacher, teacher_epoch = self.teacher_at(epoch)
+        return teacher * LONGEST + teacher_epoch
 
     def batch_plan(self) -> BatchPlan:
         """Deal all images to each process, or each process its share; see ``contracts.PlansBatches``."""
         rank, world_size = (0, 1) if self.independent_ranks else (self.global_rank, self.trainer.world_size)
-        return BatchPlan(rank, world_size, epoch=self.rounds.data_epoch)
+        return BatchPlan(rank, world_size, epoch=self.data_epoch)
 
     @property
     def teacher(self) -> int:
         """Number of the teacher being trained in this process, from 0."""
-        return self.rounds.teacher(self.current_epoch)
+        return self.teacher_at(self.current_epoch)[0]
 
     @property
     def teacher_epoch(self) -> int:
         """Epoch of that teacher, from 0."""
-        return self.rounds.teacher_epoch(self.current_epoch)
+        return self.teacher_at(self.current_epoch)[1]
 
     def teacher_progress(self) -> TeacherProgress:
         """Say where the fit stands; see ``contracts.TrainsTeachers``."""
         records = self.teacher < self.teachers if self.independent_ranks else self.global_rank == 0
-        return TeacherProgress(self.teacher, self.teacher_epoch, self.rounds.epochs, self.teachers, records)
+        return TeacherProgress(self.teacher, self.teacher_epoch, self.hparams["epochs"], self.teachers, records)
 
     def teacher_network(self) -> nn.Module:
         """Return the network being trained."""
@@ -213,7 +184,7 @@ class FlatTeacher(BaseModule):
 
     def planned_epochs(self) -> int:
         """Return the number of epochs that all teachers take."""
-        return self.rounds.length(self.teachers)
+        return -(-self.teachers // self._share[1]) * int(self.hparams["epochs"])
 
     def build(self) -> None:
         """Build the network and its metrics."""
@@ -246,7 +217,7 @@ class FlatTeacher(BaseModule):
     def on_fit_start(self) -> None:
         """Refuse unsuitable settings and callbacks; restore this rank's weights."""
         super().on_fit_start()
-        refuse_callbacks(self.trainer, several=self.rounds.length(self.teachers) > self.rounds.epochs)
+        refuse_callbacks(self.trainer, several=self.planned_epochs() > self.hparams["epochs"])
         self._states.restore(self)
 
     def on_train_start(self) -> None:
@@ -290,7 +261,7 @@ class FlatTeacher(BaseModule):
         assert isinstance(gsam, GSAM)
         if self.global_step == 0 and self.data is None:
             refuse_dropout(network, images)
-        epoch, rank = self.rounds.data_epoch(self.current_epoch), 0 if self.independent_ranks else self.global_rank
+        epoch, rank = self.data_epoch(self.current_epoch), 0 if self.independent_ranks else self.global_rank
         images = self.augment(images, self.generator("dsa", epoch, batch_idx, rank))
         first: dict[str, Tensor] = {}
 

@@ -46,15 +46,6 @@ def test_the_protocol_is_what_it_says() -> None:
     torch.testing.assert_close(flatten_parameters(network), flatten_parameters(reference), rtol=1e-4, atol=1e-6)
 
 
-def test_networks_trained_side_by_side_do_not_touch_each_other() -> None:
-    images, labels = images_and_labels()
-    together, alone = [fresh(0), fresh(1)], [fresh(0)]
-    for networks in (together, alone):
-        protocol = EvaluationProtocol(epochs=3, lr=0.05, augment=Augmentation("crop_scale"), batch_size=8)
-        train_fresh_networks(networks, images, labels, protocol)
-    torch.testing.assert_close(flatten_parameters(together[0]), flatten_parameters(alone[0]))
-
-
 def evaluate(folder: Path, data, *, epochs: int = 5, **options) -> SyntheticEvaluation:
     module = SyntheticEvaluation(**{"network_options": SMALL, "networks": 3, "augment": "", **options})
     trainer = make_trainer(folder, max_epochs=epochs)

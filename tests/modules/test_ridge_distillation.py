@@ -182,22 +182,17 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, method) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("learn_labels", [True, False])
-def test_the_set_says_what_made_it(tmp_path, method, learn_labels) -> None:
-    module = fit(tmp_path, method, learn_labels=learn_labels)
+def test_the_set_says_what_made_it(tmp_path, method) -> None:
+    module = fit(tmp_path, method)
     module.synthetic_set().save(tmp_path / "set.safetensors")
     written = SyntheticSet.load(tmp_path / "set.safetensors")
-    metadata, kip = written.metadata, method is KernelInducingPoints
-    assert metadata["method"] == ("kip" if kip else "frepo")
-    assert metadata["kernel"]["name"] == ("ntk" if kip else "features")
-    assert metadata["kernel"]["reg"] == 1e-6
+    metadata = written.metadata
+    name, kernel = {KernelInducingPoints: ("kip", "ntk"), FeatureRegression: ("frepo", "features")}[method]
+    assert (metadata["method"], metadata["kernel"]["name"], metadata["kernel"]["reg"]) == (name, kernel, 1e-6)
     assert set(metadata["scores"]) == {f"{PROTOCOLS[method]}, {p} images" for p in ("test", "held-out training")}
-    if learn_labels:
-        assert (metadata["label_kind"], metadata["labels_made"]) == ("target", "learned")
-        assert torch.equal(written.labels, module.targets.detach())
-        assert float(written.labels.sum(1).abs().max()) > 1e-4  # learned: no probabilities, and no centred ones either
-    else:
-        assert torch.equal(written.labels, torch.arange(10))
+    assert (metadata["label_kind"], metadata["labels_made"]) == ("target", "learned")
+    assert torch.equal(written.labels, module.targets.detach())
+    assert float(written.labels.sum(1).abs().max()) > 1e-4, "learned: neither probabilities nor centred"
 
 
 @pytest.mark.parametrize(

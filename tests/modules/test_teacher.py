@@ -168,13 +168,6 @@ def test_a_fit_warns_of_nothing(tmp_path: Path) -> None:
         record(tmp_path, teachers=1)
 
 
-def test_a_longer_teacher_begins_with_the_shorter_one(tmp_path: Path) -> None:
-    options = {"rho": 0.05, "augment": "crop_scale_rotate", "teachers": 2}
-    short, long = (TrajectoryStore(record(tmp_path / str(epochs), epochs=epochs, **options)) for epochs in (2, 4))
-    for teacher in range(2):
-        assert torch.equal(short.trajectory(teacher), long.trajectory(teacher)[:3])
-
-
 def test_a_store_is_lengthened_by_the_same_fit_with_more_epochs(tmp_path: Path) -> None:
     options = {"rho": 0.05, "augment": "crop", "teachers": 2}
     folder = record(tmp_path, epochs=2, **options)

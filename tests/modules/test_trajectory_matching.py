@@ -168,11 +168,6 @@ def test_the_set_carries_what_its_use_needs(tmp_path: Path, trajectories: Path) 
     assert str(trajectories) not in str(synthetic.metadata), "where the teachers lay is no property of the set"
 
 
-def test_batchnorm_teachers_can_be_matched(tmp_path: Path) -> None:
-    options = {"network_options": {"width": 4, "depth": 1, "norm": "batch"}}
-    assert torch.isfinite(distil(tmp_path, record(tmp_path, **options), steps=3).images).all()
-
-
 @pytest.mark.slow
 def test_a_compiled_fit_learns_the_same(tmp_path, trajectories) -> None:
     eager = distil(tmp_path, trajectories, steps=3, augment="crop_scale")
