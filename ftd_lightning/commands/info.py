@@ -171,9 +171,7 @@ def describe_store(path: Path) -> Description:
         ("teachers", f"{len(store)} of {lengths} epochs, {store.num_parameters:,} weights each"),
         *_training(store.metadata, [value for one in each for value in _last(one)]),
         ("on disk", f"{size / 2**20:,.1f} MiB"),
-        *_recorded(
-            each[0] if len(kinds) == 1 else {"versions": f"{len(kinds)} different ones; see --json"}, "versions"
-        ),
+        *_recorded({"versions": f"{len(kinds)} different ones"} if len(kinds) > 1 else each[0], "versions"),
     ]
     return Description("trajectory store", rows, facts)
 

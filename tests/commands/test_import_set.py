@@ -94,17 +94,6 @@ def test_whitened_images_bring_the_whitening_of_the_whole_training_set(here: Pat
     assert torch.allclose(synthetic.pictures(), pictures, atol=1e-3)
 
 
-def test_colour_images_of_32_pixels(here: Path) -> None:
-    """CIFAR-10 itself need not be there: its mean and std are in the table."""
-    torch.save(random(20, 3, 32, 32).double() * 2 - 1, "images.pt")
-    torch.save(torch.arange(20).int() % 10, "labels.pt")
-    files = ["images.pt", "labels.pt", "out/set.safetensors", "--dataset", "cifar10"]
-    synthetic = imported(*files, "--standardized", "--step-size", "0.01")
-    assert (synthetic.images.dtype, synthetic.labels.dtype) == (torch.float32, torch.int64)
-    assert synthetic.class_names[:2] == ["airplane", "automobile"]
-    assert synthetic.images.shape == (20, 3, 32, 32)
-
-
 def test_numpy_and_safetensors_files(here: Path) -> None:
     images = random(10, 1, 8, 8)
     np.save("images.npy", images.numpy().astype(">f8"))  # the byte order that torch has not
@@ -153,18 +142,14 @@ def test_classes_in_another_order_are_renumbered(here: Path, capsys) -> None:
     assert torch.equal(in_order_of(soft, ["b", "c", "a"], ["a", "b", "c"]), torch.tensor([[0.2, 0.5, 0.3]]))
 
 
-def test_what_such_sets_do_not_say_is_asked_for(here: Path, capsys) -> None:
-    line = refusal(capsys, *FILES, "--standardized")
-    for word in ("do not record", "--step-size", "--step-size none"):
-        assert word in line
-    line = refusal(capsys, *FILES, "--step-size", "0.01")
-    for word in ("--whitened", "--standardized", "--pictures"):
-        assert word in line
-    for value in ("0", "-1", "nan", "inf"):
-        assert "number above 0" in refusal(capsys, *FILES, "--standardized", "--step-size", value)
-    assert "above 0" in refusal(capsys, *WORDS, "--zca-eps", "0")
+def test_step_size_and_preprocessing_are_asked_for(here: Path, capsys) -> None:
+    assert "--step-size none" in refusal(capsys, *FILES, "--standardized")
+    for words in ([], ["--whitened", "--pictures"]):
+        assert "pass one of --whitened" in refusal(capsys, *FILES, "--step-size", "0.01", *words)
+    for value in ("0", "nan", "labels.pt"):
+        assert "must be one finite number above 0" in refusal(capsys, *FILES, "--standardized", "--step-size", value)
     assert "neither a number" in refusal(capsys, *FILES, "--standardized", "--step-size", "much")
-    assert "must be one finite number" in refusal(capsys, *FILES, "--standardized", "--step-size", "labels.pt")
+    assert "above 0" in refusal(capsys, *WORDS, "--zca-eps", "0")
 
 
 BAD = [
@@ -205,7 +190,7 @@ class Malicious:
 def test_pickled_code_does_not_run(here: Path, capsys) -> None:
     torch.save(Malicious(), "images.pt")
     assert "would run code" in refusal(capsys, *WORDS)
-    torch.save(Malicious(), "images.pt", _use_new_zipfile_serialization=False)
+    torch.save(Malicious(), "images.pt", _use_new_zipfile_serialization=False)  # as torch before 1.6
     assert "would run code" in refusal(capsys, *WORDS)
     Path("images.pt").write_bytes(pickle.dumps(Malicious()))
     assert "would run code" in refusal(capsys, *WORDS)
@@ -219,11 +204,10 @@ def test_pickled_code_does_not_run(here: Path, capsys) -> None:
 
 def test_foreign_and_broken_files_are_one_line(here: Path, capsys) -> None:
     whole = Path("images.pt").read_bytes()
-    for content in (b"", b"not at all", whole[:-200], whole[:50], b"\x80\x05"):
+    for content in (b"", b"not at all", whole[:-200], b"\x80\x05"):
         Path("images.pt").write_bytes(content)
         assert "images.pt: not a plain tensor" in refusal(capsys, *WORDS)
-    for name in ("images.npy", "images.safetensors"):
-        for content in (b"", b"not at all"):
+        for name in ("images.npy", "images.safetensors"):
             Path(name).write_bytes(content)
             assert name in refusal(capsys, name, *WORDS[1:])
     np.savez("images.npz", a=np.zeros(3))
@@ -238,7 +222,6 @@ def test_foreign_and_broken_files_are_one_line(here: Path, capsys) -> None:
 
 def test_wrong_words(here: Path, capsys) -> None:
     assert "did you mean 'digits'" in refusal(capsys, *[word.replace("digits", "digit") for word in WORDS])
-    assert "--whitened" in refusal(capsys, *WORDS, "--whitened")
     with pytest.raises(SystemExit) as stop:
         cli.main(["import"])
     assert stop.value.code == 2

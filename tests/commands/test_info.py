@@ -111,15 +111,12 @@ def test_a_set_as_json(tmp_path: Path, capsys) -> None:
     path = tmp_path / "set.safetensors"
     colour_set().save(path)
     found = json.loads(said(capsys, path, "--json"))
-    assert (found["path"], found["kind"]) == (str(path), "synthetic_set")
-    assert found["images"] == [4, 3, 32, 32]
+    assert (found["path"], found["kind"], found["images"]) == (str(path), "synthetic_set", [4, 3, 32, 32])
     assert (found["labels"], found["per_class"], found["ema"]) == ("hard", [2, 2], True)
     assert found["step_size"] == pytest.approx(0.0123)
     assert (found["values"]["min"], found["values"]["max"]) == (-2, 3)
-    for key, value in METADATA.items():
-        assert found["metadata"][key] == value
+    assert found["metadata"].items() >= METADATA.items()
     assert found["metadata"]["transform"]["kind"] == "standardization"
-    assert found["metadata"]["class_names"] == ["ant", "bee"]
 
 
 def test_a_store(trajectories: Path, capsys) -> None:
@@ -138,8 +135,6 @@ def test_a_store(trajectories: Path, capsys) -> None:
     assert (facts["kind"], facts["teachers"], facts["epochs"]) == ("trajectory_store", 2, 4)
     assert facts["metadata"] == store.metadata
     assert [one["teacher"] for one in facts["each"]] == [0, 1]
-    assert len(facts["each"][0]["accuracies"]) == 4
-    assert facts["bytes"] == sum(file.stat().st_size for file in trajectories.glob("*.safetensors"))
 
 
 def test_one_teacher_and_a_whitening(trajectories: Path, tmp_path: Path, capsys) -> None:

@@ -23,7 +23,6 @@ def evaluation(**options) -> SyntheticEvaluation:
 
 def test_the_better_labels_win_and_equal_ones_score_alike() -> None:
     data = small_data(val_fraction=0.3)
-    torch.manual_seed(0)
     right = torch.nn.functional.one_hot(data.train.labels, 10).float()
 
     def fresh() -> list[torch.nn.Module]:
@@ -33,10 +32,9 @@ def test_the_better_labels_win_and_equal_ones_score_alike() -> None:
     protocol = EvaluationProtocol(epochs=20, lr=0.05, batch_size=32, augment=Augmentation(""))
     labels = {1: right.roll(1, dims=1), 2: right, 7: right}
     first, second, third = try_labels(labels, data.train.images, data.val, fresh, protocol)
-    assert [one["epoch"] for one in (first, second, third)] == [1, 2, 7]
     assert first["mean"] < 0.2 < 0.6 < second["mean"]
     assert {**second, "epoch": 7} == third
-    assert second["n"] == 2
+    assert (first["epoch"], second["n"]) == (1, 2)
 
 
 def test_a_set_is_the_random_images_with_labels_of_the_best_epoch(trajectories: Path) -> None:
