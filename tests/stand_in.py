@@ -35,18 +35,13 @@ class Seen:
 
     reads: list[str] = field(default_factory=list)
     copies_out: list[str] = field(default_factory=list)
-    copies_in: list[tuple[bool, str]] = field(default_factory=list)  # non_blocking, where
+    blocking: list[str] = field(default_factory=list)  # copies from pageable memory that the host waits for
     mismatches: list[str] = field(default_factory=list)
     launches: Counter[str] = field(default_factory=Counter)
 
     @property
     def launched(self) -> int:
         return sum(self.launches.values())
-
-    @property
-    def blocking(self) -> list[str]:
-        """Copies from pageable memory that the host waits for."""
-        return [where for non_blocking, where in self.copies_in if not non_blocking]
 
 
 def _where(name: str) -> str:
@@ -117,7 +112,8 @@ class StandIn(TorchDispatchMode):
                 self.seen.copies_out.append(_where(name))
                 return func(target, self._values(source))
             if source.device != META:
-                self._note_in(source, bool(args[2] if len(args) > 2 else kwargs.get("non_blocking")), name)
+                if not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
+                    self.seen.blocking.append(_where(name))
                 return target
         elif name not in MIXED and any(t.dim() > 0 for t in here):
             self.seen.mismatches.append(_where(name))
@@ -130,9 +126,6 @@ class StandIn(TorchDispatchMode):
         elif name in ("index_put_", "_index_put_impl_") and here:
             return args[0]
         return func(*args, **kwargs)
-
-    def _note_in(self, source: torch.Tensor, non_blocking: bool, name: str) -> None:
-        self.seen.copies_in.append((non_blocking, _where(name)))
 
     @staticmethod
     def _values(source: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -158,7 +151,8 @@ class StandIn(TorchDispatchMode):
             self.seen.copies_out.append(_where("_to_copy"))
             return self._values(source, kwargs.get("dtype"))
         if source.device != META and target == META:
-            self._note_in(source, bool(kwargs.get("non_blocking")), "_to_copy")
+            if not kwargs.get("non_blocking"):
+                self.seen.blocking.append(_where("_to_copy"))
         elif source.device == META:
             self.seen.launches["_to_copy"] += 1
         return func(*args, **kwargs)
@@ -178,9 +172,6 @@ class StepsSeen(Callback):
 
     def on_train_batch_start(self, *_) -> None:
         self._outside, self.mode.seen = self.mode.seen, Seen()
-
-    def on_before_zero_grad(self, *_) -> None:
-        """A place to stand; Lightning calls callbacks in their order."""
 
     def on_train_batch_end(self, *_) -> None:
         self.steps.append(self.mode.seen)
@@ -208,16 +199,8 @@ def stand_in_trainer(
 ) -> tuple[Trainer, StepsSeen]:
     """A trainer whose device is the stand-in, and what its steps did there; of two processes within `collectives`."""
     steps = StepsSeen(mode)
-    settings = {
-        "max_epochs": -1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": str(folder),
-        **options,
-    }
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    settings = {"max_epochs": -1, "num_sanity_val_steps": 0, "default_root_dir": str(folder), **quiet, **options}
     strategy = (_TwoRanks if two_ranks else SingleDeviceStrategy)(device=META, accelerator=_Accelerator())
     return Trainer(strategy=strategy, callbacks=[*callbacks, steps], **settings), steps
 

@@ -211,7 +211,10 @@ def test_linear_softmax_network_in_closed_form(method):
     gradient = (softmax(x @ weights.T, dim=1) - one_hot(labels, 3)).T @ x / 5
     torch.testing.assert_close(student.detach(), (weights - 0.7 * gradient).flatten())
     torch.testing.assert_close(grad(student.sum(), lr)[0], -gradient.sum())
-    assert not student.equal(unroll(network, start, images, labels, lr, batches=[], method=method))
+    soft = one_hot(labels, 3).double()
+    torch.testing.assert_close(unroll(network, start, images, soft, lr, batches=[torch.arange(5)]), student)
+    with torch.no_grad():
+        assert unroll(network, start, images, labels, lr, batches=[torch.arange(5)], method=method).equal(student)
 
 
 class Counted(torch.autograd.Function):
@@ -240,12 +243,6 @@ def test_images_that_need_no_gradient_cost_none(optimizer, monkeypatch):
         results.append(grad(end.sum(), soft)[0])
         assert Counted.passes == (len(p.batches) if images.requires_grad else 0)
     assert results[1].equal(results[0])
-
-
-def test_hard_labels_equal_one_hot_labels():
-    p = problem()
-    hard = grad(loss_of(p), p.images)[0]
-    assert relative_difference(grad(loss_of(p, labels=one_hot(p.labels, 3).double()), p.images)[0], hard) < 1e-12
 
 
 def test_indices_may_repeat_within_and_across_batches():
@@ -300,17 +297,6 @@ def test_adjoint_refuses_what_it_would_get_wrong():
         p.images.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_backward_may_run_twice_and_evaluation_needs_no_gradients():
-    p = problem()
-    loss = loss_of(p, augment=DSA_MULTIPLE)
-    first, second = (grad(loss, [p.images, p.lr], retain_graph=True) for _ in range(2))
-    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
-    with torch.no_grad():
-        plain = loss_of(p, augment=DSA_MULTIPLE)
-    assert not plain.requires_grad
-    assert plain.equal(loss.detach())
 
 
 class Prior(nn.Module):
