@@ -53,7 +53,7 @@ reproduce: setup  ## DATASET, IPC, METHOD [TEACHERS ITERATIONS EPOCHS STOP_AFTER
 	  $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(STOP_AFTER),--stop-after $(STOP_AFTER)) $(ARGS)
 
 results: setup  ## write the tables of README.md and docs/reproduction.md from notebooks/results
-	$(BIN)/python -m ftd_lightning.studies.results_table
+	$(BIN)/python docs/tools/results_table.py
 
 notebooks: setup  ## make the notebooks from notebooks/scripts and run them
 	$(BIN)/python notebooks/build.py

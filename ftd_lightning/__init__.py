@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ftd_lightning.data import DistillationDataModule
     from ftd_lightning.files import SyntheticSet, TrajectoryStore
     from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation, TrajectoryMatching
-    from ftd_lightning.studies.distill_datasets import distill
+    from ftd_lightning.studies.distill import distill
 
 # Imported when first asked for: `ftd_lightning.functional` alone needs torch and nothing else.
 _HOMES = {
@@ -21,7 +21,7 @@ _HOMES = {
     "SyntheticSet": "ftd_lightning.files",
     "TrajectoryMatching": "ftd_lightning.modules",
     "TrajectoryStore": "ftd_lightning.files",
-    "distill": "ftd_lightning.studies.distill_datasets",
+    "distill": "ftd_lightning.studies.distill",
 }
 
 __all__ = [

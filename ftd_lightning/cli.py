@@ -33,7 +33,7 @@ COMMANDS = {
     "label": ("studies.label", "label random real images with the teacher's best checkpoint"),
     "nas": ("studies.nas", "rank architectures by training them on a set"),
     "rank": ("studies.rank", "score sets fairly against random real images"),
-    "reproduce": ("studies.reproduce", "run one cell of the published tables and record it"),
+    "reproduce": ("studies.reproduce", "run one cell of the published tables"),
     "trajectory-error": ("studies.trajectory_error", "measure how far a student on a set drifts from its teachers"),
 }
 

@@ -12,36 +12,39 @@ from typing import TYPE_CHECKING
 
 from ftd_lightning.cli import as_program
 from ftd_lightning.errors import InputError
-from ftd_lightning.studies.compare import advance, report, threads_of
-from ftd_lightning.studies.comparison import load
-from ftd_lightning.studies.fits import TimeSlice
-from ftd_lightning.studies.tables import keep_set, short_table, write_summary
+from ftd_lightning.files.safetensors_io import write_json
+from ftd_lightning.studies.compare import run_rows, write_results
+from ftd_lightning.studies.comparison import Comparison
+from ftd_lightning.studies.fits import Deadline, run_child
+from ftd_lightning.studies.tables import copy_set, short_table, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ftd_lightning.studies.fits import Runner
 
-def main(overrides: Sequence[str] = ()) -> None:
+
+def main(overrides: Sequence[str] = (), run: Runner = run_child) -> None:
     """Run all steps; write ``results.json``, ``images.png`` and the sets into ``runs/digits``.
 
     Args:
         overrides: further options, for the fits; see ``ftd compare --help``.
+        run: starts a fit.
 
     Raises:
         InputError: if a step fails.
     """
-    job = load(Path("digits/demo"), overrides)
-    with threads_of(job):
-        failures, _ = advance(job, list(job.rows.values()), TimeSlice(None), quiet=True)
-        if failures:
-            raise InputError("; ".join(dict.fromkeys(failures.values())))
-        results = report(job, failures)
-    write_summary(results, job.folder / "results.json")
-    sets = [keep_set(job, row, job.folder / f"{name}.safetensors") for name, row in job.rows.items()]
+    job = Comparison.from_file(Path("digits/demo"), overrides)
+    failures, _ = run_rows(job, list(job.rows), Deadline(None), run)
+    if failures:
+        raise InputError("; ".join(dict.fromkeys(failures.values())))
+    results = write_results(job, failures)
+    write_json(job.folder / "results.json", summarize(results))
+    sets = [copy_set(job, name, job.folder / f"{name}.safetensors") for name in job.rows]
     print(f"\n{short_table(results)}\n")
     print(f"results   {job.folder / 'results.json'}\nimages    {job.folder / 'images.png'}")
     print(f"sets      {', '.join(str(file) for file in sets if file)}")
-    print(f"curves    {Path(sys.executable).parent / 'tensorboard'} --logdir {job.fits}")
+    print(f"curves    {Path(sys.executable).parent / 'tensorboard'} --logdir {job.folder / 'fits'}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.modules import FeatureAlignment, FlatTeacher
 from ftd_lightning.modules.feature_alignment import Loops
 from ftd_lightning.studies.compare import compare
-from ftd_lightning.studies.distill import distill_source
-from ftd_lightning.studies.distill_datasets import distill
+from ftd_lightning.studies.distill import distill, distill_source
 from ftd_lightning.studies.label import label
 from ftd_lightning.studies.nas import SearchSettings
 from ftd_lightning.studies.rank import RankSettings

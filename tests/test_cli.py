@@ -15,7 +15,8 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.functional import Augmentation
 from ftd_lightning.rules import DropLargest, RobustStart
 from ftd_lightning.shipped_configs import read_config, run_folder_of
-from ftd_lightning.studies.comparison import published
+from ftd_lightning.studies.comparison import Comparison
+from ftd_lightning.studies.reproduce import published
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NO_FITS = ("compare", "cross", "demo", "nas", "study")  # those of ftd compare and ftd nas
@@ -136,10 +137,10 @@ def test_augmentation_from_yaml_has_the_defaults_of_its_module(name: str, here: 
 
 
 def test_rules_from_yaml_are_objects(here: Path, merged) -> None:
-    rows = read_config(CONFIGS / "digits" / "compare.yaml")["rows"]
+    job = Comparison.from_file(Path("digits/compare"))
     for name, rules in (("mtt+robust", [RobustStart(0.1)]), ("pp", [DropLargest(0.1)])):
-        config = CONFIGS / "digits" / f"{rows[name]['distill']}.yaml"
-        settings = merged(config, *rows[name]["distill_arguments"])["model"]["init_args"]
+        given = job.rows[name].distill
+        settings = merged(CONFIGS / "digits" / f"{given.config}.yaml", *given.options())["model"]["init_args"]
         assert list(modules.TrajectoryMatching(**settings).rules) == rules
 
 
@@ -178,10 +179,10 @@ DEPTH = {"cifar10": 3, "cifar100": 3, "tiny-imagenet": 4, **dict.fromkeys(IMAGEN
 @pytest.mark.parametrize(("method", "dataset", "ipc"), PUBLISHED)
 def test_settings_are_the_published_ones(method: str, dataset: str, ipc: int, here: Path, merged) -> None:
     configs = published(dataset, ipc, method)
-    config = merged(configs.distill, *configs.arguments, *configs.ipc)
+    config = merged(configs.distill.config, *configs.distill.options())
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
     averages = [callback["init_args"]["decay"] for callback in trainer["callbacks"] or []]
-    teacher = merged(configs.teacher, *configs.arguments)
+    teacher = merged(configs.teacher.config, *configs.teacher.options())
     settings = teacher["model"]["init_args"]
     keys = ("syn_steps", "expert_epochs", "max_start_epoch", "syn_batch", "lr_images", "lr_step_size", "step_size_init")
     alpha = settings["alpha"] if settings["rho"] else None
@@ -209,7 +210,7 @@ CELLS = [(method, dataset, ipc) for method in MATCHING for dataset in ("cifar10"
 @pytest.mark.parametrize(("method", "dataset", "ipc"), [*CELLS, *(("dm", "tiny-imagenet", ipc) for ipc in (1, 10))])
 def test_settings_of_class_matching_are_the_published_ones(method, dataset, ipc, here: Path, merged) -> None:
     configs = published(dataset, ipc, method)
-    config = merged(configs.distill, *configs.arguments, *configs.ipc)
+    config = merged(configs.distill.config, *configs.distill.options())
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
     strategy = model["augment"] and model["augment"]["strategy"]
     found = (model["init"], strategy, model["lr_images"])

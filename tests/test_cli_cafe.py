@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ftd_lightning import SyntheticSet, cli, lightning_cli
-from ftd_lightning.studies.comparison import published
+from ftd_lightning.studies.reproduce import published
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DSA = "color_crop_cutout_flip_scale_rotate"
@@ -43,7 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("method", STARTS)
 def test_settings_are_those_of_the_released_script(method: str, dataset: str, ipc: int, here: Path, merged) -> None:
     configs = published(dataset, ipc, method)
-    config = merged(configs.distill, *configs.arguments, *configs.ipc)
+    config = merged(configs.distill.config, *configs.distill.options())
     model, trainer = config["model"]["init_args"], config["trainer"]
     assert config["model"]["class_path"].endswith("FeatureAlignment")
     assert {name: model[name] for name in SCRIPT} == SCRIPT

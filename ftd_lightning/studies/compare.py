@@ -1,4 +1,4 @@
-"""Running the fits of a comparison, and writing what they gave."""
+"""``ftd compare``: runs the fits of a comparison and writes the results."""
 
 from __future__ import annotations
 
@@ -6,110 +6,110 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import replacing, write_json
-from ftd_lightning.studies.comparison import load
-from ftd_lightning.studies.fits import FitError, TimeSlice, is_done, read_notes, run_step
-from ftd_lightning.studies.plots import draw_plot, write_pictures
-from ftd_lightning.studies.tables import gather, markdown, state, text
+from ftd_lightning.studies.comparison import Comparison
+from ftd_lightning.studies.fits import LOG, Deadline, run_child, run_fit
+from ftd_lightning.studies.plots import draw_study, write_pictures
+from ftd_lightning.studies.tables import collect, markdown, text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ftd_lightning.studies.comparison import Comparison, Row
+    from ftd_lightning.studies.fits import Runner
 
 
-@contextmanager
-def threads_of(job: Comparison) -> Iterator[None]:
-    """Give the fits the threads that the comparison names, unless the environment does."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if "threads" in job.given and threads is None:
-        os.environ["OMP_NUM_THREADS"] = str(job.given["threads"])
-    try:
-        yield
-    finally:
-        if threads is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
-
-
-def cost(job: Comparison, rows: Sequence[Row]) -> str:
-    """Say how many fits are to be done, and what the comparison's file says of all of them.
-
-    Args:
-        job: the comparison.
-        rows: those of it that are wanted.
-    """
-    steps = {step.folder: step for row in rows for step in job.steps(row)}
-    to_do = sum(not is_done(step) for step in steps.values())
-    whole = f" (all rows: {job.given['cost']})" if "cost" in job.given else ""
-    return f"{to_do} of {len(steps)} fits to do{whole}"
-
-
-def advance(
-    job: Comparison, rows: Sequence[Row], time_slice: TimeSlice, *, quiet: bool = False
+def run_rows(
+    job: Comparison, names: Sequence[str], deadline: Deadline, run: Runner = run_child
 ) -> tuple[dict[str, str], bool]:
-    """Do what there is time for.
+    """Run the fits of rows that are not done, as far as there is time.
 
     Args:
         job: the comparison.
-        rows: those of it that are wanted.
-        time_slice: how long it may take.
-        quiet: a line for each fit, whose own output goes into its folder; else everything.
+        names: of the rows.
+        deadline: of this slice.
+        run: starts a fit.
 
     Returns:
         Why rows failed, by their names, and whether there was time for all.
     """
+    if job.threads is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
+    fits = {name: list(job.fits_of(name).each()) for name in names}
+    folders = list(dict.fromkeys(fit.folder for each in fits.values() for fit in each))
+    to_do = len({fit.folder for each in fits.values() for fit in each if not fit.is_done()})
+    print(f"{to_do} of {len(folders)} fits to do{f' (all rows: {job.cost})' if job.cost else ''}", flush=True)
     failures: dict[str, str] = {}
-    failed: dict[Path, str] = {}  # what several rows need fails once
-    total, numbers = len({step.folder for row in rows for step in job.steps(row)}), dict[Path, int]()
-    for row in rows:
-        for step in job.steps(row):
-            seen = step.folder in numbers
-            head = f"[{numbers.setdefault(step.folder, len(numbers) + 1)}/{total}] {step.title}"
-            earlier = f"{read_notes(step.folder)['seconds']:.0f} s"
-            if is_done(step):
-                if quiet and not seen:
+    failed: dict[Path, str] = {}  # a fit that several rows share fails once
+    seen: set[Path] = set()
+    for name, each in fits.items():
+        for fit in each:
+            head = f"[{folders.index(fit.folder) + 1}/{len(folders)}] {fit.title}"
+            earlier = f"{fit.status()['seconds']:.0f} s"
+            if fit.is_done():
+                if fit.folder not in seen:
                     print(f"{head}: done before, in {earlier}", flush=True)
-                continue
-            if time_slice.left() <= 0:
-                return failures, False
-            if step.folder not in failed:
-                began, indent = time.monotonic(), " " * head.index(" ")
-                head += f": goes on after {earlier}" if step.checkpoint.exists() else ""
-                print(head if quiet else f"\n{step.title}\n  ftd {' '.join(step.command)}", flush=True)
-                try:
-                    done = run_step(step, time_slice, quiet=quiet)
-                    if quiet:
-                        print(f"{indent} {time.monotonic() - began:.0f} s", flush=True)
-                    if done:
-                        continue
+            elif fit.folder not in failed:
+                if deadline.remaining() == 0:
                     return failures, False
-                except FitError as error:
-                    failed[step.folder] = f"{step.title}: {error.last_line}" if error.last_line else str(error)
+                resumes = f", resumes after {earlier}" if fit.checkpoint.exists() else ""
+                print(f"{head}{resumes}: log {fit.folder / LOG}", flush=True)
+                began = time.monotonic()
+                try:
+                    if not run_fit(fit, deadline, run):
+                        return failures, False
+                    print(f"{' ' * head.index(' ')} {time.monotonic() - began:.0f} s", flush=True)
                 except InputError as error:
-                    failed[step.folder] = str(error)
-            failures[row.name] = failed[step.folder]
-            print(f"{row.name} failed: {failed[step.folder]}", flush=True)
-            break
+                    failed[fit.folder] = str(error)
+            seen.add(fit.folder)
+            if fit.folder in failed:
+                failures[name] = failed[fit.folder]
+                print(f"{name} failed: {failures[name]}", flush=True)
+                break
     return failures, True
 
 
-def report(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
-    """Write pictures, plot, ``compare.json`` and ``compare.md`` of what there is; return the content of the first."""
-    done = [row for row in job.rows.values() if state(job, row, failures)["state"] == "done"]
-    write_pictures(job, done)
-    results = gather(job, failures)
-    if "plot" in results:
-        draw_plot(results["plot"], results["title"], job.folder / f"{job.file.stem}.png")
+def write_results(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
+    """Write pictures, plot, ``compare.json`` and ``compare.md``; return the content of ``compare.json``.
+
+    Args:
+        job: the comparison; a row may be done or not.
+        failures: why rows failed, by name.
+    """
+    results = collect(job, failures)
+    write_pictures(job, [row["name"] for row in results["rows"] if row["state"] == "done"])
+    if job.plot is not None:
+        draw_study(results, job.folder / f"{job.file.stem}.png")
     write_json(job.folder / "compare.json", results)
     with replacing(job.folder / "compare.md") as part:
         part.write_text(markdown(results), encoding="utf-8")
     return results
+
+
+def run_comparison(job: Comparison, names: Sequence[str], stop_after: float | None, run: Runner = run_child) -> None:
+    """Run rows, and print and write the results.
+
+    Args:
+        job: the comparison.
+        names: of the rows; the others are tabulated as far as they are done.
+        stop_after: minutes; the same command continues.
+        run: starts a fit.
+
+    Raises:
+        SystemExit: with code 1 where a row failed.
+    """
+    failures, in_time = run_rows(job, names, Deadline(stop_after), run)
+    results = write_results(job, failures)
+    print(f"\n{results['title']}\n\n{text(results)}\n")
+    print(f"results   {job.folder / 'compare.json'}, compare.md, and pictures")
+    for name, reason in failures.items():
+        print(f"failed    {name}: {reason}")
+    if not in_time:
+        print("not done: run the same command again")
+    if failures:
+        sys.exit(1)
 
 
 def compare(
@@ -135,21 +135,11 @@ def compare(
         InputError: for a comparison that cannot be read, or a row, config or store that does not exist.
         SystemExit: with code 1 where a row failed.
     """
-    only = only or []
-    job = load(config, overrides, only)
-    rows = [row for name, row in job.rows.items() if not only or name in only]
-    print(cost(job, rows), flush=True)
-    with threads_of(job):
-        failures, in_time = advance(job, rows, TimeSlice(stop_after))
-        results = report(job, failures)
-    print(f"\n{results['title']}\n\n{text(results)}\n")
-    print(f"results   {job.folder / 'compare.json'}, compare.md, and pictures")
-    for name, reason in failures.items():
-        print(f"failed    {name}: {reason}")
-    if not in_time:
-        print("not done: run the same command again")
-    if failures:
-        sys.exit(1)
+    job = Comparison.from_file(config, overrides)
+    for name in only or []:
+        if name not in job.rows:
+            raise InputError(f"{job.file}: has no row {name}; there are {', '.join(job.rows)}")
+    run_comparison(job, only or list(job.rows), stop_after)
 
 
 def main(arguments: Sequence[str]) -> None:

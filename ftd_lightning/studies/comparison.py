@@ -1,482 +1,320 @@
-"""What the YAML file of a comparison may hold: all that can be known of it without reading a config."""
+"""The YAML file of a comparison, and the fits of its rows."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import yaml
+from jsonargparse import ArgumentParser
 
 from ftd_lightning.data.coresets import BASELINES
-from ftd_lightning.data.datasets import DATASETS
-from ftd_lightning.data.imagenet import SUBSETS
 from ftd_lightning.errors import InputError
-from ftd_lightning.files import SyntheticSet, TrajectoryStore
-from ftd_lightning.files.safetensors_io import read_json
-from ftd_lightning.files.trajectory_store import store_data_file, teacher_file
-from ftd_lightning.modules.class_matching import PUBLISHED_LOOPS
-from ftd_lightning.shipped_configs import SHIPPED, find_config, read_config, shipped_names
-from ftd_lightning.studies.fits import (
-    PHASES,
-    TEACHERS,
-    FitNames,
-    FitStep,
-    arguments_by_phase,
-    as_arguments,
-    read_notes,
-    teacher_count,
-)
+from ftd_lightning.files import TrajectoryStore
+from ftd_lightning.files.trajectory_store import teacher_file
+from ftd_lightning.shipped_configs import find_config, read_config
+from ftd_lightning.studies.fits import Fit, FitNames, Settings, split_by_phase
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-
-KEYS = {
-    *("title", "cost", "dataset", "ipc", "run", "fits", "threads", "arguments"),
-    *("teachers", "evaluate", "networks", "rows", "plot", "paired_with", "distill_minutes"),
-}
-ROW_KEYS = {
-    *("label", "synthetic", "labels", "distill", "set", "teachers", "ema", "x", "reference"),
-    *("distill_arguments", "distill_minutes", "iterate", "evaluate", "evaluate_arguments", "paired_with"),
-}
-SOURCES = ("synthetic", "distill", "set")
-TEACHER_KEYS = {"config", "arguments", "store"}
-BY_FEATURES = ("herding", "k-center")
-ITERATES = ("last", "chosen")  # on held-out images, while it was distilled
-MAPPINGS = ("rows", "networks", "teachers")
-
-
-def check_bases(where: str, rows: Mapping[str, Any], base: object) -> None:
-    """Check what rows are compared with.
-
-    Args:
-        where: what errors call the comparison.
-        rows: of its file.
-        base: the row that all are compared with by default, or None.
-
-    Raises:
-        InputError: for a name that is no row, or a row that is compared with itself.
-    """
-    for name, row in {"": {"paired_with": base}, **rows}.items():
-        given = row.get("paired_with") if isinstance(row, dict) else None
-        if given is not None and given not in rows:
-            raise InputError(f"{where}: paired_with: {given} is no row; there are {', '.join(map(str, rows))}")
-        if given is not None and given == name:
-            raise InputError(f"{where}: row {name}: is paired with itself")
-
-
-def _known(where: str, given: Any, keys: set[str]) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise InputError(f"{where}: names no settings")
-    unknown = sorted(str(key) for key in {*given} - keys)
-    if unknown:
-        raise InputError(f"{where}: unknown {', '.join(unknown)}; there are {', '.join(sorted(keys))}")
-    return given
-
-
-def _check_minutes(where: str, given: dict[str, Any]) -> None:
-    minutes = given.get("distill_minutes")
-    if minutes is None:
-        return
-    number = not isinstance(minutes, bool) and isinstance(minutes, int | float)
-    if not number or not math.isfinite(minutes) or minutes <= 0:
-        raise InputError(f"{where}: distill_minutes={minutes!r} is no number of minutes above 0")
-
-
-def _check_row(where: str, given: dict[str, Any], teachers: dict[str, Any]) -> None:
-    sources = [key for key in SOURCES if key in given]
-    if len(sources) != 1:
-        raise InputError(f"{where}: names {' and '.join(sources) or 'no set'}; give one of {', '.join(SOURCES)}")
-    if given.get("synthetic", "real") not in BASELINES:
-        raise InputError(f"{where}: synthetic is one of {', '.join(BASELINES)}; give a file as set")
-    if "set" in given and not Path(given["set"]).is_file():
-        raise InputError(f"{where}: its set {given['set']} is not there")
-    if given.get("iterate", "last") not in ITERATES or ("iterate" in given and "distill" not in given):
-        raise InputError(f"{where}: iterate is one of {', '.join(ITERATES)}, of a row that distils")
-    if "distill_minutes" in given and "distill" not in given:
-        raise InputError(f"{where}: distill_minutes belongs to a row that distils")
-    _check_minutes(where, given)
-    name = given.get("teachers")
-    if name is not None and name not in teachers:
-        raise InputError(f"{where}: unknown teachers {name}; there are {', '.join(teachers) or 'none'}")
-    if given.get("synthetic") in BY_FEATURES and name is None:
-        raise InputError(f"{where}: {given['synthetic']} goes by the features of a teacher; give its teachers")
-    if "labels" in given and (given["labels"] != "teacher" or given.get("synthetic") != "random" or name is None):
-        raise InputError(f"{where}: labels: teacher is for a row of random images (synthetic: random) with teachers")
-    if "labels" in given and given.get("ema"):
-        raise InputError(f"{where}: random images have no average, leave out ema")
-    x = given.get("x", 0)
-    if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
-        hint = " (YAML reads 5e-3 as a word; write 5.0e-3)" if isinstance(x, str) else ""
-        raise InputError(f"{where}: x={x!r} is no number{hint}")
-
-
-def check(file: str, given: Any) -> None:
-    """Check what was read of a comparison's file.
-
-    Args:
-        file: its name, for errors.
-        given: what YAML read.
-
-    Raises:
-        InputError: for a key, a row or teachers that are not known, or values of another kind.
-    """
-    _known(file, given, KEYS)
-    missing = [key for key in ("dataset", "run", "evaluate", "rows") if not given.get(key)]
-    if missing:
-        raise InputError(f"{file}: lacks {', '.join(missing)}")
-    for key in MAPPINGS:
-        if not isinstance(given.get(key) or {}, dict) or given.get(key) == []:
-            raise InputError(f"{file}: {key} is no mapping of names")
-    _check_minutes(file, given)
-    if "plot" in given and (not isinstance(given["plot"], dict) or "x" not in given["plot"]):
-        raise InputError(f"{file}: plot names no x, which is the name of its axis: plot: {{x: rho}}")
-    teachers = given.get("teachers") or {}
-    for name, entry in teachers.items():
-        entry = _known(
-            f"{file}: teachers {name}", entry if isinstance(entry, dict) else {"config": entry}, TEACHER_KEYS
-        )
-        if ("config" in entry) == ("store" in entry):
-            raise InputError(f"{file}: teachers {name}: give either config or store")
-    for name, entry in given["rows"].items():
-        where = f"{file}: row {name}"
-        if not re.fullmatch(r"[\w.+-]+", str(name)):
-            raise InputError(f"{where}: names a file too: letters, digits and _ . + - only")
-        _check_row(where, _known(where, entry, ROW_KEYS), teachers)
-    check_bases(file, given["rows"], given.get("paired_with"))
-
-
-IMAGENET = "imagenet"  # the folder that the subsets share
-
-
-class Published(NamedTuple):
-    """Configs of a distillation and of what it needs.
-
-    Attributes:
-        distill: file of the distillation.
-        evaluate: file of the evaluation.
-        teacher: file of the teachers; None for a method without.
-        arguments: of all three, for what the files leave to the command line.
-        ipc: arguments of the distillation alone.
-    """
-
-    distill: Path
-    evaluate: Path
-    teacher: Path | None
-    arguments: tuple[str, ...]
-    ipc: tuple[str, ...]
-
-
-def _first(names: Iterable[str]) -> Path | None:
-    known = set(shipped_names())
-    return next((SHIPPED / f"{name}.yaml" for name in names if name in known), None)
-
-
-def published(dataset: str, ipc: int, method: str) -> Published:
-    """Find the shipped configs of a method on a data set.
-
-    Args:
-        dataset: a data set's name, or a folder of shipped configs (cifar10-part).
-        ipc: images per class.
-        method: as in ``distill_METHOD`` or ``distill_METHOD_ipcN``.
-
-    Raises:
-        InputError: if there are none, naming those that there are.
-
-    Example:
-        >>> published("imagewoof", 10, "ftd").arguments
-        ('--data.dataset', 'imagewoof')
-    """
-    folders = {name.partition("/")[0] for name in shipped_names()}
-    folder = IMAGENET if dataset in SUBSETS else dataset
-    if folder not in folders:
-        raise InputError(f"{dataset}: no settings ship for it; there are {', '.join(sorted(folders))}")
-    whole = f"{folder}/distill_{method}_ipc{ipc}"
-    distill = _first([whole, f"{folder}/distill_{method}"])
-    if distill is None and folder == "cifar100":  # rivals have the settings of CIFAR-10 there
-        distill = _first([f"cifar10/distill_{method}"])
-    if distill is None:
-        there = ", ".join(name for name in shipped_names() if name.startswith(f"{folder}/distill_"))
-        raise InputError(f"{whole}: no such config; there are {there}")
-    named = read_config(distill)["data"]["init_args"]["dataset"]
-    other = dataset in DATASETS and dataset != named
-    return belonging(distill, ipc, ["--data.dataset", dataset] if other else [])
-
-
-def belonging(distill: Path, ipc: int | None = None, arguments: Iterable[str] = ()) -> Published:
-    """Find what belongs to a distillation's config: its teachers by their folder, and the evaluation beside it.
-
-    Args:
-        distill: its file.
-        ipc: images per class; None: as the config says.
-        arguments: for all of them.
-
-    Raises:
-        InputError: for a config without a method, or one whose teachers' config is not there.
-    """
-    model = read_config(distill).get("model", {})
-    settings = model.get("init_args", {}) if isinstance(model, dict) else {}
-    if not settings:
-        raise InputError(f"{distill}: names no method; a config of a distillation is needed")
-    teacher = None
-    if (trajectories := settings.get("trajectories")) is not None:
-        name = Path(trajectories).parent  # runs/DATASET/TEACHER, where the teachers of that config go
-        teacher = find_config(name.relative_to("runs") if name.is_relative_to("runs") else name, near=distill.parent)
-    own: list[str] = []
-    if ipc is not None and ipc != settings.get("ipc"):
-        own = ["--model.ipc", str(ipc)]
-        if model["class_path"].endswith("GradientMatching") and ipc in PUBLISHED_LOOPS:
-            # As many networks, with as many updates of the images on each as published for the ipc.
-            networks = read_config(distill)["trainer"]["max_steps"] // PUBLISHED_LOOPS[settings["ipc"]][0]
-            own += ["--trainer.max_steps", str(networks * PUBLISHED_LOOPS[ipc][0])]
-    return Published(distill, find_config("evaluate", near=distill.parent), teacher, tuple(arguments), tuple(own))
-
-
+EVALUATION = "evaluation.json"
+SETTINGS = ("distill", "evaluate")  # of a row
+SET, BEST = "set.safetensors", "best.safetensors"  # the last images; those that held-out images chose
 PEAK_MEMORY = "--trainer.callbacks+=ftd_lightning.callbacks.progress.PeakMemory"
 
 
-def link_teachers(store: Path, count: int, folder: Path) -> None:
-    """Make a store of the first teachers of another one, which may hold more, without copying them."""
-    teachers = TrajectoryStore(store)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in (*teachers.files[:count], store_data_file(store)):
-        link = folder / file.name
-        if file.is_file() and not link.is_symlink():
-            link.symlink_to(os.path.relpath(file, folder))
+@dataclass(frozen=True)
+class Teachers(Settings):
+    """Teachers of a comparison: a config with settings, or a store that is there already.
+
+    Args:
+        store: folder of recorded trajectories, instead of a config.
+    """
+
+    store: str | None = None
 
 
-def _saved(folder: Path) -> dict[str, Any]:
-    """Give the resolved settings that a fit left beside its logs; empty where it has not begun."""
-    file = folder / "config.yaml"
-    read: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return read
-
-
-def _max_time(minutes: float) -> str:
-    """Spell minutes as the trainer reads them: days:hours:minutes:seconds."""
-    seconds = round(timedelta(minutes=minutes).total_seconds())
-    return f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """A method of the comparison, or a value of a study."""
+    """A method of a comparison, or a value of a study. It has one of ``distill``, ``synthetic`` and ``set``.
 
-    name: str
-    given: dict[str, Any]
+    Args:
+        label: its name in tables; by default its key.
+        distill: the distillation: a config, or a config with settings.
+        synthetic: real images: "random", "herding", "k-center", or "real" for all of them.
+        set: file of a synthetic set.
+        teachers: name of the teachers that distil, choose or label the images.
+        labels: "teacher" gives random images the labels of a teacher.
+        ema: evaluate the averaged images.
+        iterate: evaluate the "last" images, or those "chosen" on held-out images while distilling.
+        evaluate: settings of the evaluation, over those of the comparison.
+        paired_with: the row that this one is compared with, network by network.
+        x: the value of a study, for its plot.
+        reference: draw the row as a line in the plot.
+    """
 
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return str(self.given.get("label", self.name))
+    label: str | None = None
+    distill: Settings | None = None
+    synthetic: str | None = None
+    set: str | None = None
+    teachers: str | None = None
+    labels: Literal["teacher"] | None = None
+    ema: bool = False
+    iterate: Literal["last", "chosen"] = "last"
+    evaluate: Settings = field(default_factory=Settings)
+    paired_with: str | None = None
+    x: float | None = None
+    reference: bool = False
+
+    def problem(self, teachers: Sequence[str]) -> str | None:
+        """Say what is wrong with the row; None for nothing."""
+        sources = [key for key in ("distill", "synthetic", "set") if getattr(self, key) is not None]
+        if len(sources) != 1:
+            return f"names {' and '.join(sources) or 'no images'}; give one of distill, synthetic, set"
+        if self.synthetic not in (None, *BASELINES):
+            return f"synthetic is one of {', '.join(BASELINES)}; give a file as set"
+        if self.set is not None and not Path(self.set).is_file():
+            return f"its set {self.set} is not there"
+        if self.teachers is not None and self.teachers not in teachers:
+            return f"unknown teachers {self.teachers}; there are {', '.join(teachers) or 'none'}"
+        if self.teachers is None and (self.labels or self.synthetic in ("herding", "k-center")):
+            return "needs the name of its teachers"
+        if self.labels and (self.synthetic != "random" or self.ema):
+            return "labels: teacher is for random images (synthetic: random), which have no average"
+        return None
 
 
 @dataclass
 class Comparison:
-    """A YAML file, and the arguments that a command adds to it."""
-
-    file: Path
-    given: dict[str, Any]
-    rows: dict[str, Row]
-    arguments: dict[str, list[str]]  # a phase
-    names: FitNames = field(default_factory=FitNames)
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return Path(self.given["run"])
-
-    @property
-    def fits(self) -> Path:
-        """Where fits go."""
-        return Path(self.given.get("fits", self.folder / "fits"))
-
-    @property
-    def networks(self) -> dict[str, tuple[str, ...]]:
-        """Arguments of each network that sets are evaluated on; one without a name and arguments by default."""
-        return {
-            str(name): as_arguments(arguments) for name, arguments in (self.given.get("networks") or {"": []}).items()
-        }
-
-    def config(self, name: str) -> Path:
-        """Find a config: one beside the comparison's file, one by its path, or a shipped one."""
-        return find_config(name, near=self.file.parent)
-
-    def teachers(self, name: str) -> dict[str, Any]:
-        """Give the entry of some teachers."""
-        entry = self.given["teachers"][name]
-        return entry if isinstance(entry, dict) else {"config": entry}
-
-    def teacher_step(self, name: str) -> FitStep | None:
-        """Give the fit of some teachers; None for a store that is given."""
-        entry = self.teachers(name)
-        if "store" in entry:
-            return None
-        config = self.config(entry["config"])
-        given = (*as_arguments(entry.get("arguments")), *self.arguments["teacher"])
-        count, arguments = teacher_count(config, given)
-        folder = self.fits / self.names.name(config, arguments)
-
-        def finished() -> bool:
-            return all(teacher_file(folder / "trajectories", index).is_file() for index in range(count))
-
-        number = (TEACHERS, str(count))
-        return FitStep(f"teachers {name}", config, folder, (*arguments, *number), finished, target=count)
-
-    def store(self, row: Row) -> tuple[Path, Any] | None:
-        """Return the folder of a row's teachers, and their identity as JSON holds it; None without teachers."""
-        name = row.given.get("teachers")
-        if name is None:
-            return None
-        step = self.teacher_step(name)
-        if step is None:
-            path = Path(self.teachers(name)["store"])
-            with suppress(InputError):
-                store = TrajectoryStore(path)
-                return path, [store.teacher_metadata(index) for index in range(len(store))]
-            return path, str(path)  # not there yet
-        return step.folder / "trajectories", step.folder.name
-
-    def distill_step(self, row: Row) -> FitStep | None:
-        """Give the distillation of a row; None where it has none. Rows with the same one share it."""
-        if "distill" not in row.given:
-            return None
-        config, store, teachers = self.config(row.given["distill"]), self.store(row), None
-        arguments = (*as_arguments(row.given.get("distill_arguments")), *self.arguments["distill"])
-        minutes = row.given.get("distill_minutes", self.given.get("distill_minutes"))
-        if minutes is not None:
-            arguments = (*arguments, "--trainer.max_time", _max_time(minutes))
-        depends = [store[1]] if store else []
-        if store and (teachers := self.teacher_step(row.given["teachers"])) is not None:
-            depends.append(str(teachers.target))
-        folder = self.fits / self.names.name(config, arguments, *depends)
-        file = folder / "set.safetensors"
-
-        def finished() -> bool:
-            saved = _saved(folder)
-            if not saved or not file.is_file():
-                return False
-            # Its time is over when the fit ended by itself after it: the trainer's clock goes on where it was resumed.
-            if minutes is not None and read_notes(folder)["seconds"] >= 60 * minutes:
-                return True
-            made, steps = SyntheticSet.read_metadata(file), saved["trainer"]["max_steps"]
-            rounds = saved["model"]["init_args"].get("rounds")
-            if rounds is None:
-                return bool(made["iterations"] >= steps)
-            # A method that counts rounds ends by itself, if max_steps (-1: none) does not end it before.
-            return made.get("rounds", 0) >= rounds or 0 <= steps <= made["iterations"]
-
-        trajectories, prepare = store[0] if store else None, None
-        if store and teachers is not None:
-            trajectories = folder / "teachers"
-            prepare = partial(link_teachers, store[0], teachers.target, trajectories)
-        further = ["--model.trajectories", str(trajectories)] if trajectories else []
-        arguments = (*arguments, *further, PEAK_MEMORY)
-        return FitStep(f"{row.name}: distillation", config, folder, arguments, finished, prepare=prepare)
-
-    def label_step(self, row: Row) -> FitStep | None:
-        """Give the labelling of a row's random images by a teacher; None where they keep their classes."""
-        store = self.store(row)
-        if row.given.get("labels") is None or store is None:
-            return None
-        config, arguments = self._evaluation(row, next(iter(self.networks)))
-        arguments = (*arguments, "--data.ipc", str(self.given.get("ipc", 1)))
-        folder = self.fits / f"labels_{self.names.name(config, arguments, store[1])}"
-        file, trajectories = folder / "set.safetensors", ("--data.trajectories", str(store[0]))
-        title, words = f"{row.name}: labels of a teacher", ("label", str(file))
-        return FitStep(title, config, folder, (*arguments, *trajectories), file.is_file, words=words)
-
-    def set_file(self, row: Row) -> Path | None:
-        """Say where a row's set lies; None for real images. A chosen iterate that is the last one is the last one."""
-        labels = self.label_step(row)
-        if labels is not None:
-            return labels.folder / "set.safetensors"
-        step = self.distill_step(row)
-        if step is None:
-            return Path(row.given["set"]) if "set" in row.given else None
-        last, best = step.folder / "set.safetensors", step.folder / "best.safetensors"
-        if row.given.get("iterate", "last") == "last" or not best.is_file():
-            return last
-        made = [SyntheticSet.read_metadata(file)["iterations"] for file in (last, best)]
-        return last if made[0] == made[1] else best
-
-    def _evaluation(self, row: Row, network: str) -> tuple[Path, tuple[str, ...]]:
-        """Give the config of a row's evaluation, and its arguments but those that name the set."""
-        config = self.config(row.given.get("evaluate", self.given["evaluate"]))
-        ema = str(bool(row.given.get("ema", False))).lower()
-        arguments = ("--data.dataset", str(self.given["dataset"]), "--data.ema", ema, *self.networks[network])
-        arguments += (*as_arguments(row.given.get("evaluate_arguments")), *self.arguments["evaluate"])
-        return config, arguments
-
-    def evaluation_step(self, row: Row, network: str) -> FitStep:
-        """Give an evaluation of a row."""
-        config, arguments = self._evaluation(row, network)
-        made, file = self.distill_step(row) or self.label_step(row), self.set_file(row)
-        source = ["--data.synthetic", str(file or row.given["synthetic"])]
-        if file is None:
-            source += ["--data.ipc", str(self.given.get("ipc", 1))]
-            depends = [*source]
-            if (store := self.store(row)) is not None:
-                source += ["--data.trajectories", str(store[0])]
-                depends.append(store[1])
-        elif made is not None:
-            depends = [made.folder.name, *(["best"] if file.stem == "best" else [])]
-        else:
-            depends = [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()]
-        folder = self.fits / self.names.name(config, arguments, *depends)
-        title = f"{row.name}: evaluation{f' on {network}' if network else ''}"
-
-        def finished() -> bool:
-            return {"accuracy", "each", "seeds", "epochs"} <= read_json(folder / "evaluation.json").keys()
-
-        return FitStep(title, config, folder, (*arguments, *source), finished)
-
-    def steps(self, row: Row) -> list[FitStep]:
-        """Give the fits of a row in the order in which they are done."""
-        teachers = row.given.get("teachers")
-        first = [self.teacher_step(teachers) if teachers is not None else None]
-        first += [self.distill_step(row), self.label_step(row)]
-        evaluations = [self.evaluation_step(row, network) for network in self.networks]
-        return [*(step for step in first if step is not None), *evaluations]
-
-
-def of(
-    given: Any, file: Path, further: Sequence[str] = (), only: Sequence[str] = (), *, name: str | None = None
-) -> Comparison:
-    """Check all that can be known of a comparison before its first fit.
+    """Rows that are evaluated alike, from a YAML file.
 
     Args:
-        given: what its YAML file holds.
-        file: that file, beside which its configs are looked for; it need not exist.
-        further: arguments for the fits; those of one phase begin with --teacher., --distill. or --evaluate.
-        only: names of the rows that are to be run, whose configs have to be there; all by default.
-        name: what errors call it; by default the file.
-
-    Raises:
-        InputError: for a config, a row, teachers or a key that is not there or not known.
+        dataset: name of the data set.
+        run: folder of the results.
+        evaluate: the evaluation: a config, or a config with settings.
+        rows: by name.
+        title: of tables and plots; by default the name of the file.
+        ipc: images per class.
+        fits: folder of the fits; comparisons that name the same folder share equal fits.
+        cost: the cost of all rows in words, which is printed first.
+        threads: of each fit on a CPU, unless OMP_NUM_THREADS says.
+        teachers: by name: a config, a config with settings, or a store.
+        distill: settings of all distillations, under those of a row.
+        networks: by name: settings of the evaluation for each network, where there are several.
+        paired_with: the row that others are compared with, unless they name another.
+        plot: label of the x axis of a study's plot.
+        file: the YAML file; configs are looked for beside it first.
+        overrides: options from the command line for each phase, over all settings.
     """
-    name = name or str(file)
-    check(name, given)
-    rows = {str(row): Row(str(row), entry) for row, entry in given["rows"].items()}
-    unknown = [row for row in only if row not in rows]
-    if unknown:
-        raise InputError(f"{name}: has no row {', '.join(unknown)}; there are {', '.join(rows)}")
-    own, added = arguments_by_phase(as_arguments(given.get("arguments"))), arguments_by_phase(further)
-    job = Comparison(file, given, rows, {phase: [*own[phase], *added[phase]] for phase in PHASES})
-    for row in only or rows:
-        job.steps(rows[row])  # reads every config
-    return job
+
+    dataset: str
+    run: str
+    evaluate: Settings
+    rows: dict[str, Row]
+    title: str | None = None
+    ipc: int = 1
+    fits: str | None = None
+    cost: str | None = None
+    threads: int | None = None
+    teachers: dict[str, Teachers] = field(default_factory=dict)
+    distill: Settings = field(default_factory=Settings)
+    networks: dict[str, Settings] = field(default_factory=dict)
+    paired_with: str | None = None
+    plot: str | None = None
+    file: Path = Path("comparison.yaml")
+    overrides: dict[str, list[str]] = field(default_factory=lambda: split_by_phase([]))
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.run)
+        self.networks = self.networks or {"": Settings()}
+        self._names = FitNames()
+        self._fits: dict[str, RowFits] = {}
+        for name, row in self.rows.items():
+            problem = row.problem(list(self.teachers))
+            if not re.fullmatch(r"[\w.+-]+", name):
+                problem = "its name names a file too: letters, digits and _ . + - only"
+            if (base := self.base(name)) not in (None, *self.rows):
+                problem = f"paired_with: {base} is not a row; there are {', '.join(self.rows)}"
+            if problem:
+                raise InputError(f"{self.file}: row {name}: {problem}")
+
+    @classmethod
+    def from_file(cls, name: Path, overrides: Sequence[str] = ()) -> Comparison:
+        """Read a comparison: a file, or a shipped one by its name."""
+        file = find_config(name)
+        return cls.from_dict(read_config(file), file, overrides)
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> Comparison:
+        """Check the content of a comparison's file.
+
+        Args:
+            given: the content, as YAML is read.
+            file: that file, which need not exist.
+            overrides: options for the fits; those of one phase begin with --teacher., --distill. or --evaluate.
+
+        Raises:
+            InputError: for a key or a value that is not known.
+        """
+        given = {**given, "evaluate": _config(given.get("evaluate"))}
+        for key in ("rows", "teachers", "networks"):
+            if isinstance(given.get(key), dict):
+                given[key] = {str(name): _expanded(entry) for name, entry in given[key].items()}
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, skip={"file", "overrides"})
+        try:
+            missing = [key for key in ("dataset", "run", "evaluate", "rows") if not given.get(key)]
+            if missing:
+                raise ValueError(f"lacks {', '.join(missing)}")
+            found = parser.parse_object(given).as_dict()
+        except Exception as error:  # jsonargparse raises several kinds
+            raise InputError(f"{file}: {' '.join(str(error).split())[:400]}") from error
+        # Not by the parser: it would make objects of the class paths within settings.
+        made: dict[str, Any] = {key: Settings(**found.pop(key)) for key in SETTINGS}
+        rows = {
+            name: Row(**{key: _settings(key, value) for key, value in row.items()})
+            for name, row in found.pop("rows").items()
+        }
+        teachers = {name: Teachers(**entry) for name, entry in found.pop("teachers").items()}
+        networks = {name: Settings(**entry) for name, entry in found.pop("networks").items()}
+        further: dict[str, Any] = {"file": file, "overrides": split_by_phase(overrides)}
+        return cls(**found, **made, rows=rows, teachers=teachers, networks=networks, **further)
+
+    def base(self, name: str) -> str | None:
+        """Return the row that a row is compared with; None where there is none, or it is the same."""
+        base = self.rows[name].paired_with or self.paired_with
+        return None if base == name else base
+
+    def _config(self, settings: Settings) -> Path:
+        if settings.config is None:
+            raise InputError(f"{self.file}: names settings without a config: give config: NAME")
+        return find_config(settings.config, near=self.file.parent)
+
+    def fits_of(self, name: str) -> RowFits:
+        """Return the fits of a row, which reads its configs once.
+
+        Raises:
+            InputError: for a config that is not there.
+        """
+        if name not in self._fits:
+            self._fits[name] = self._plan(self.rows[name], name)
+        return self._fits[name]
+
+    def _fit(self, title: str, settings: Settings, options: Sequence[str], depends: Sequence[Any], **rest: Any) -> Fit:
+        config = self._config(settings)
+        name = self._names.name(config, options, *depends)
+        folder = Path(self.fits or self.folder / "fits") / f"{rest.pop('prefix', '')}{name}"
+        return Fit(title, config, tuple(options), folder, **rest)
+
+    def _plan(self, row: Row, name: str) -> RowFits:
+        label = row.label or name
+        teachers, store, taught = self._teachers(row)
+        trajectories = [] if store is None else [f"trajectories={store}"]
+        from_store = _given(*(f"--data.{option}" for option in trajectories))
+        distill, labels = None, None
+        if row.distill is not None:
+            options = [*self.distill.options(), *row.distill.options(), *self.overrides["distill"]]
+            given = _given(*(f"--model.{option}" for option in trajectories), PEAK_MEMORY)
+            distill = self._fit(f"{label}: distillation", row.distill, options, taught, output=SET, inputs=given)
+        if row.labels is not None:
+            options = [*self._evaluation_options(row, next(iter(self.networks))), f"--data.ipc={self.ipc}"]
+            rest = {"output": SET, "inputs": from_store, "subcommand": "label", "prefix": "labels_"}
+            labels = self._fit(f"{label}: labels of a teacher", self._evaluation(row), options, taught, **rest)
+        made, evaluations = distill or labels, dict[str, Fit]()
+        for network in self.networks:
+            options, inputs = self._evaluation_options(row, network), from_store
+            if made is not None:
+                depends, inputs = [made.folder.name, row.iterate], partial(_evaluated, made, row.iterate)
+            elif row.set is not None:
+                depends = [hashlib.blake2b(Path(row.set).read_bytes()).hexdigest()]
+                inputs = _given(f"--data.synthetic={row.set}")
+            else:
+                options += [f"--data.synthetic={row.synthetic}", f"--data.ipc={self.ipc}"]
+                depends = taught
+            title = f"{label}: evaluation{f' on {network}' if network else ''}"
+            evaluations[network] = self._fit(
+                title, self._evaluation(row), options, depends, output=EVALUATION, inputs=inputs
+            )
+        return RowFits(store, teachers, distill, labels, evaluations)
+
+    def _teachers(self, row: Row) -> tuple[Fit | None, Path | None, list[Any]]:
+        """Return the fit of a row's teachers, their store, and what identifies them."""
+        if row.teachers is None:
+            return None, None, []
+        entry = self.teachers[row.teachers]
+        if entry.store is not None:
+            try:
+                store = TrajectoryStore(entry.store)
+                return None, Path(entry.store), [store.teacher_metadata(index) for index in range(len(store))]
+            except InputError:  # not there yet
+                return None, Path(entry.store), [entry.store]
+        options = [*entry.options(), *self.overrides["teacher"]]
+        fit = self._fit(f"teachers {row.teachers}", entry, options, [], output=str(teacher_file("trajectories", 0)))
+        return fit, fit.folder / "trajectories", [fit.folder.name]
+
+    def _evaluation(self, row: Row) -> Settings:
+        return self.evaluate if row.evaluate.config is None else row.evaluate
+
+    def _evaluation_options(self, row: Row, network: str) -> list[str]:
+        settings = (self.evaluate, self.networks[network], row.evaluate)
+        options = [option for part in settings for option in part.options()]
+        return [
+            f"--data.dataset={self.dataset}",
+            f"--data.ema={str(row.ema).lower()}",
+            *options,
+            *self.overrides["evaluate"],
+        ]
+
+    def set_file(self, name: str) -> Path | None:
+        """Return the file of a row's set; None for real images."""
+        row, fits = self.rows[name], self.fits_of(name)
+        made = fits.distill or fits.labels
+        return made_set(made, row.iterate) if made else Path(row.set) if row.set else None
 
 
-def load(file: Path, further: Sequence[str] = (), only: Sequence[str] = ()) -> Comparison:
-    """Read a comparison: a file, or a shipped one by its name; see :func:`of`."""
-    path = find_config(file)
-    return of(read_config(path), path, further, only)
+class RowFits(NamedTuple):
+    """The store of a row's teachers, and its fits in the order in which they run."""
+
+    store: Path | None
+    teachers: Fit | None
+    distill: Fit | None
+    labels: Fit | None
+    evaluations: dict[str, Fit]  # by network
+
+    def each(self) -> Iterator[Fit]:
+        """Yield the fits that there are."""
+        yield from (fit for fit in (self.teachers, self.distill, self.labels) if fit is not None)
+        yield from self.evaluations.values()
+
+
+def made_set(fit: Fit, iterate: str) -> Path:
+    """Return the set of a distillation: the last images where none were chosen."""
+    best = fit.folder / BEST
+    return best if iterate == "chosen" and best.is_file() else fit.folder / SET
+
+
+def _evaluated(fit: Fit, iterate: str) -> list[str]:
+    return [f"--data.synthetic={made_set(fit, iterate)}"]
+
+
+def _given(*options: str) -> Callable[[], Sequence[str]]:
+    return lambda: options
+
+
+def _config(entry: Any) -> Any:
+    """Expand the name of a config: ``evaluate: NAME`` is ``evaluate: {config: NAME}``."""
+    return {"config": entry} if isinstance(entry, str) else entry
+
+
+def _expanded(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return _config(entry)
+    return {key: _config(value) if key in SETTINGS else value for key, value in entry.items()}
+
+
+def _settings(key: str, value: Any) -> Any:
+    return Settings(**value) if key in SETTINGS and value is not None else value

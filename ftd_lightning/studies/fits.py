@@ -1,30 +1,24 @@
-"""Names of fits: which settings decide a fit's numbers, and the folder that is named after them."""
+"""One engine for all studies: fits in child processes, named after their settings and done once; kept results."""
 
 from __future__ import annotations
 
-import codecs
 import copy
 import hashlib
-import inspect
 import json
 import os
 import platform
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from argparse import ArgumentError
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -34,40 +28,78 @@ from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.imagenet import SUBSETS
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import read_json, write_json
-from ftd_lightning.modules import FlatTeacher
 from ftd_lightning.shipped_configs import read_config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
+    from collections.abc import Iterator
+    from pathlib import Path
 
 PHASES = ("teacher", "distill", "evaluate")
-# Data sets whose name does not say which images they hold. Others are published archives.
+# Data sets whose name does not identify their images. Others are published archives.
 BY_CONTENTS = {"folder", "images", *SUBSETS}
 WHERE = ("dataset", "root", "image_size", "test_fraction", "cache_dir")  # options that find the images
-# What may differ between two runs that are to give the same numbers.
-NO_SETTING = {
+# Settings that may differ between two fits with equal results.
+NO_RESULT = {
     "data": ("root", "download", "on_device", "num_workers", "cache_dir"),
     "trainer": (
         *("accelerator", "logger", "enable_progress_bar", "enable_model_summary", "default_root_dir"),
         *("log_every_n_steps", "profiler"),
     ),
 }
-TEACHERS = "--model.teachers"  # how many: a store of more serves as well
+STATUS, LOG = "fit.json", "output.txt"
+GRACE = 15.0  # seconds between asking a child to end and killing it
+# Runs the arguments after ``ftd`` with a log file and a limit in seconds. Returns the exit code; None: out of time.
+Runner = Callable[[Sequence[str], "Path", float | None], int | None]
 
 
-def arguments_by_phase(arguments: Iterable[str]) -> dict[str, list[str]]:
-    """Give every phase its arguments of the command.
+@dataclass(frozen=True)
+class Settings:
+    """A config, and settings that replace its own.
+
+    Args:
+        config: a file, or a shipped config by its name.
+        model: arguments of the module.
+        data: arguments of the DataModule.
+        trainer: arguments of the trainer; ``callbacks+`` adds callbacks to those of the config.
+    """
+
+    config: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def options(self) -> list[str]:
+        """Write the settings as options of ``ftd fit``.
+
+        Example:
+            >>> Settings(model={"network_options": {"width": 32}, "augment": ""}).options()
+            ['--model.network_options={"width": 32}', '--model.augment=']
+        """
+        parts = {"model": self.model, "data": self.data, "trainer": self.trainer}
+        return [
+            f"--{part}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for part, settings in parts.items()
+            for key, value in settings.items()
+        ]
+
+    def having(self, **further: dict[str, Any]) -> Settings:
+        """Return the settings with further ones of ``model``, ``data`` and ``trainer``."""
+        parts: dict[str, Any] = {part: {**getattr(self, part), **values} for part, values in further.items()}
+        return replace(self, **parts)
+
+
+def split_by_phase(options: Sequence[str]) -> dict[str, list[str]]:
+    """Give every phase its options of a command.
 
     Example:
-        >>> arguments_by_phase(["--data.root", "here", "--teacher.model.epochs=3"])["teacher"]
+        >>> split_by_phase(["--data.root", "here", "--teacher.model.epochs=3"])["teacher"]
         ['--data.root', 'here', '--model.epochs=3']
-        >>> arguments_by_phase(["--data.root", "here", "--teacher.model.epochs=3"])["distill"]
+        >>> split_by_phase(["--data.root", "here", "--teacher.model.epochs=3"])["distill"]
         ['--data.root', 'here']
     """
     split: dict[str, list[str]] = {phase: [] for phase in PHASES}
     phases: Sequence[str] = PHASES
-    for argument in arguments:
+    for argument in options:
         if argument.startswith("--"):
             first, _, rest = argument.removeprefix("--").partition(".")
             phases, argument = ((first,), f"--{rest}") if first in PHASES else (PHASES, argument)
@@ -76,59 +108,8 @@ def arguments_by_phase(arguments: Iterable[str]) -> dict[str, list[str]]:
     return split
 
 
-def data_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read the options of the images among the arguments of a fit: those that are given.
-
-    Raises:
-        InputError: for an option that there is not, or a value of the wrong type.
-
-    Example:
-        >>> data_options(["--model.lr", "3", "--data.image_size", "16", "--data.zca=true"])
-        {'image_size': 16, 'zca': True}
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(DistillationDataModule, "data")
-    given: list[str] = []
-    belongs = False
-    for argument in arguments:
-        belongs = argument.startswith("--data.") if argument.startswith("--") else belongs
-        given += [argument] if belongs else []
-    try:
-        found: dict[str, Any] = parser.parse_args(given, defaults=False).as_dict().get("data", {})
-    except ArgumentError as error:
-        raise InputError(" ".join(str(error).split())) from error
-    return found
-
-
-def as_arguments(given: Iterable[Any] | None) -> tuple[str, ...]:
-    """Write what YAML read as the arguments of a command.
-
-    Example:
-        >>> as_arguments(["--data.zca", True, "--model.rho", 0.005, "--model.augment", ""])
-        ('--data.zca', 'true', '--model.rho', '0.005', '--model.augment', '')
-    """
-    return tuple(argument if isinstance(argument, str) else json.dumps(argument) for argument in given or ())
-
-
-def deciding(arguments: Sequence[str]) -> list[list[str]]:
-    """Pair settings with their values, without those that decide no number: where files lie, what computes.
-
-    Example:
-        >>> deciding(["--data.root", "here", "--model.lr=3", "--data.zca", "true"])
-        [['--model.lr', '3'], ['--data.zca', 'true']]
-    """
-    without = {f"--{part}.{key}" for part, keys in NO_SETTING.items() for key in keys}
-    pairs: list[list[str]] = []
-    for argument in arguments:
-        if argument.startswith("--"):
-            pairs.append(argument.split("=", 1))
-        elif pairs:
-            pairs[-1].append(argument)
-    return [pair for pair in pairs if pair[0] not in without]
-
-
 def minor_version() -> str:
-    """Return the version up to its minor number: within it a fit gives the same numbers.
+    """Return the version up to its minor number: within it, a fit gives the same numbers.
 
     Example:
         >>> minor_version().count(".")
@@ -149,213 +130,141 @@ def _parser() -> LightningArgumentParser:
     return parser
 
 
-def _deciding_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out settings that decide no number, and the number of teachers."""
-    left: dict[str, Any] = copy.deepcopy({key: value for key, value in settings.items() if key != "config"})
-    for part, without in {**NO_SETTING, "model": ("teachers",)}.items():
-        values = left.get(part) or {}
-        for key in without:
-            (values if part == "trainer" else values.get("init_args") or {}).pop(key, None)
-    return left
-
-
 @cache
-def _resolved(config: Path, content: bytes, arguments: tuple[str, ...]) -> dict[str, Any] | None:
-    """Resolve settings; see :func:`resolved`. The content is what was read: a file may change."""
-    read_config(config)
+def _resolved(config: Path, content: bytes, options: tuple[str, ...]) -> dict[str, Any] | None:
+    """Resolve settings; see :func:`resolved`. The content of the config belongs to the key: a file may change."""
     try:
-        found: dict[str, Any] = _parser().parse_args(["--config", str(config), *arguments]).as_dict()
+        found: dict[str, Any] = _parser().parse_args(["--config", str(config), *options]).as_dict()
     except Exception:  # the import of a user's class can raise anything
         return None
     return found
 
 
-def resolved(config: Path, arguments: Sequence[str]) -> dict[str, Any] | None:
+def resolved(config: Path, options: Sequence[str]) -> dict[str, Any] | None:
     """Return all settings of a fit as the parser resolves them, defaults included; not to be changed.
 
     Returns:
-        None for settings that the parser refuses; the fit itself says why.
+        None for settings that the parser refuses; the fit itself reports why.
 
     Raises:
         InputError: for a config that cannot be read.
     """
-    return _resolved(config, config.read_bytes(), tuple(arguments))
+    read_config(config)
+    return _resolved(config, config.read_bytes(), tuple(options))
 
 
 class FitNames:
-    """Names the folders of fits. Images that were described once are not described again."""
+    """Names the folders of fits. The images of a data set are described once."""
 
     def __init__(self) -> None:
         self._images: dict[str, dict[str, Any] | None] = {}
 
-    def images(self, settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        """Describe the contents of the images that a fit reads, where the name of the data set does not.
-
-        They are decoded into the cache that the fit reads.
-
-        Args:
-            settings: as :func:`resolved` returns them.
-
-        Returns:
-            None for a data set that its name describes, and for images that cannot be read; the fit says why.
-        """
-        options = ((settings or {}).get("data") or {}).get("init_args") or {}
-        if options.get("dataset") not in BY_CONTENTS or any(key not in options for key in WHERE):
+    def _contents(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Describe the images of a fit by their contents, unless the data set's name identifies them."""
+        given = (settings.get("data") or {}).get("init_args") or {}
+        if given.get("dataset") not in BY_CONTENTS:
             return None
-        key = json.dumps([options[name] for name in WHERE])
+        options: dict[str, Any] = {name: given.get(name) for name in WHERE}
+        key = json.dumps(options)
         if key not in self._images:
             self._images[key] = None
-            with suppress(InputError, OSError):
-                data = DistillationDataModule(**{name: options[name] for name in WHERE}, download=False)
-                self._images[key] = data.describe()
+            with suppress(InputError, OSError, TypeError):  # the fit reports why images cannot be read
+                self._images[key] = DistillationDataModule(**options, download=False).describe()
         return self._images[key]
 
-    def name(self, config: Path, arguments: Sequence[str], *depends: Any) -> str:
-        """Name a fit's folder: its config, and a hash of its settings, its images and what it starts from.
+    def name(self, config: Path, options: Sequence[str], *depends: Any) -> str:
+        """Name a fit's folder: its config, and a hash of all that decides its result.
+
+        That is the settings, however they are spelled, with all defaults; the contents of the images; the inputs; and
+        the version to its minor number.
 
         Args:
             config: of the fit.
-            arguments: that follow it.
-            depends: what it starts from, as JSON holds it.
+            options: that follow it.
+            depends: identities of the inputs, as JSON can hold them.
 
         Raises:
             InputError: for a config that cannot be read.
         """
-        found = resolved(config, arguments)
-        settings = [read_config(config), list(arguments)] if found is None else _deciding_settings(found)
-        text = json.dumps([minor_version(), settings, self.images(found), depends], sort_keys=True, default=str)
+        found = resolved(config, options)
+        settings: Any = [read_config(config), list(options)]
+        if found is not None:
+            settings = copy.deepcopy({key: value for key, value in found.items() if key != "config"})
+            for part, keys in NO_RESULT.items():
+                values = settings.get(part) or {}
+                for key in keys:
+                    (values if part == "trainer" else values.get("init_args") or {}).pop(key, None)
+        identity = [minor_version(), settings, self._contents(found or {}), depends]
+        text = json.dumps(identity, sort_keys=True, default=str)
         return f"{config.stem}_{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
-def teacher_count(config: Path, arguments: Sequence[str]) -> tuple[int, list[str]]:
-    """Find how many teachers a fit trains; give that, and the other arguments.
-
-    Raises:
-        InputError: if it is no whole number above 0.
-    """
-    model = read_config(config).get("model", {})
-    count: Any = inspect.signature(FlatTeacher).parameters["teachers"].default
-    count, others = model.get("init_args", {}).get("teachers", count), list[str]()
-    remaining = iter(arguments)
-    for argument in remaining:
-        option, equals, value = argument.partition("=")
-        if option == TEACHERS:
-            count = value if equals else next(remaining, None)
-        else:
-            others.append(argument)
-    try:
-        number = int(count)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1:
-        raise InputError(f"{TEACHERS} {count} must be a whole number of at least 1")
-    return number, others
-
-
-POLL = 0.2  # seconds between two looks at a child
-NOTE = 10.0  # seconds of wall time that a kill of this process may lose
-LONGEST = 500  # characters of a reason
-GRACE = 15.0  # seconds that a child has to end in, once it was asked to
-
-
-class FitError(InputError):
-    """A fit of a job that failed.
+@dataclass(frozen=True)
+class Fit:
+    """One fit of a study, or another command that takes as long.
 
     Args:
-        message: for people who see the output of the fit above it.
-        last_line: the last line that the fit wrote to standard error, where it was listened to.
-    """
-
-    def __init__(self, message: str, last_line: str = "") -> None:
-        super().__init__(message)
-        self.last_line = last_line
-
-
-class FitStep(NamedTuple):
-    """One fit of a job, or another command that may take as long.
-
-    Attributes:
         title: for people.
         config: its file.
-        folder: where its logs and checkpoints go; two jobs that name the same folder share the fit.
-        arguments: of the command, after the config.
-        finished: looks at what the fit left on disk.
-        target: how far it goes (teachers, iterations, epochs): a step may be taken further later.
-        prepare: done before the fit is started.
-        words: the command before its config, where it is no fit: it is not resumed, but begun anew.
+        options: of the command, after the config; they decide the result.
+        folder: of logs and checkpoints; studies that name the same folder share the fit.
+        output: file in ``folder`` that exists when the fit is done.
+        inputs: options that do not decide the result, or follow from identities in the folder's name.
+        subcommand: "fit", or "label", which writes the output itself and starts anew after a stop.
     """
 
     title: str
     config: Path
+    options: tuple[str, ...]
     folder: Path
-    arguments: tuple[str, ...]
-    finished: Callable[[], bool]
-    target: int = 1
-    prepare: Callable[[], None] | None = None
-    words: tuple[str, ...] = ()
-
-    @property
-    def command(self) -> list[str]:
-        """Arguments after ``ftd``; with a checkpoint there, those of a run that goes on from it."""
-        if self.words:
-            return [*self.words, "--config", str(self.config), *self.arguments]
-        own_folder = ["--trainer.logger.init_args.save_dir", str(self.folder.parent)]
-        own_folder += ["--trainer.logger.init_args.name", self.folder.name]
-        resumed = ["--ckpt_path", "last"] if self.checkpoint.exists() else []
-        return ["fit", "--config", str(self.config), *self.arguments, *own_folder, *resumed]
+    output: str
+    inputs: Callable[[], Sequence[str]] = tuple
+    subcommand: str = "fit"
 
     @property
     def checkpoint(self) -> Path:
-        """The file that a resumed run begins with."""
+        """The file that a resumed fit begins with."""
         return self.folder / "checkpoints" / "last.ckpt"
 
+    def command(self) -> list[str]:
+        """Return the arguments after ``ftd``; with a checkpoint there, those of a fit that resumes."""
+        options = ["--config", str(self.config), *self.options, *self.inputs()]
+        if self.subcommand != "fit":
+            return [self.subcommand, str(self.folder / self.output), *options]
+        logger = {"save_dir": self.folder.parent, "name": self.folder.name}
+        options += [f"--trainer.logger.init_args.{key}={value}" for key, value in logger.items()]
+        return ["fit", *options, *(["--ckpt_path=last"] if self.checkpoint.exists() else [])]
 
-class TimeSlice:
-    """The time that one command may take; None has no end.
+    def status(self) -> dict[str, Any]:
+        """Return "done", the "seconds" of wall time so far, and the "device"."""
+        return {"done": False, "seconds": 0.0, "device": "", **read_json(self.folder / STATUS)}
+
+    def is_done(self) -> bool:
+        """Whether the fit ended by itself and its output is there."""
+        return self.status()["done"] is True and (self.folder / self.output).is_file()
+
+
+class Deadline:
+    """The end of a slice of the work.
 
     Args:
-        minutes: from now.
+        minutes: from now; None: no end.
     """
 
     def __init__(self, minutes: float | None) -> None:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
 
-    def left(self) -> float:
-        """Seconds that are left, below 0 when it is over."""
-        return float("inf") if self._end is None else self._end - time.monotonic()
+    def remaining(self) -> float | None:
+        """Return the seconds until the end, 0 after it; None where there is no end."""
+        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
 
 
 def device_name() -> str:
-    """Name what computes a fit: the GPU, or the CPU's model and the threads that a child of this process uses of it."""
+    """Name the GPU, or the processor and the threads that a child of this process uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    model = ""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    model = model or platform.processor() or platform.machine()
-    # A child goes by the variable as it is now; this process read it when it began.
-    given = re.match(r"\s*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))
-    threads = int(given[1]) if given else torch.get_num_threads()
-    return f"{model}, {threads} thread{'s' * (threads > 1)}"
-
-
-def read_notes(folder: Path) -> dict[str, Any]:
-    """Read what was noted of a step: "seconds" and "slices" so far, "devices", and "finished": target -> seconds."""
-    empty: dict[str, Any] = {"seconds": 0.0, "slices": 0, "devices": [], "finished": {}}
-    found = read_json(folder / "wall_time.json")
-    return {key: found[key] if type(found.get(key)) is type(value) else value for key, value in empty.items()}
-
-
-def write_notes(folder: Path, notes: dict[str, Any]) -> None:
-    """Note it, atomically."""
-    write_json(folder / "wall_time.json", notes, indent=None)
-
-
-def is_done(step: FitStep) -> bool:
-    """Whether a step is noted as finished and its files say so too."""
-    targets = [int(target) for target in read_notes(step.folder)["finished"]]
-    return any(target >= step.target for target in targets) and step.finished()
+    threads = os.environ.get("OMP_NUM_THREADS") or str(torch.get_num_threads())
+    return f"{platform.processor() or platform.machine()}, {threads} thread{'s' * (threads != '1')}"
 
 
 @contextmanager
@@ -388,6 +297,7 @@ def kept(folder: Path, identity: Mapping[str, Any], make: Callable[[], dict[str,
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> with tempfile.TemporaryDirectory() as name:
         ...     [kept(Path(name), {"seed": 0}, lambda: {"accuracy": value}) for value in (0.5, 0.6)]
         [{'accuracy': 0.5}, {'accuracy': 0.5}]
@@ -404,121 +314,58 @@ def kept(folder: Path, identity: Mapping[str, Any], make: Callable[[], dict[str,
     return result
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    child.send_signal(signal.SIGTERM)
-    try:
-        child.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+def run_child(command: Sequence[str], log: Path, seconds: float | None) -> int | None:
+    """Run a command in a child process, which ends with this one; see ``Runner``."""
+    with log.open("ab") as out:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "ftd_lightning", *command], stdout=out, stderr=subprocess.STDOUT
+        )
+        try:
+            return child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if child.poll() is None:
+                child.terminate()  # a fit writes a checkpoint and ends
+                try:
+                    child.wait(GRACE)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                    child.wait()
 
 
-class _Listener:
-    """Reads what a child writes to standard error, hands it on, and keeps its end.
-
-    Args:
-        child: whose standard error is a pipe.
-        to: where to write it.
-        bars: show its progress bars on the terminal, one line at a time.
-    """
-
-    def __init__(self, child: subprocess.Popen[bytes], to: TextIO, *, bars: bool) -> None:
-        self._end = b""
-        self._pipe = child.stderr
-        self._to = to
-        self._bars = bars and sys.stderr.isatty()
-        self._shown = 0  # length of the line on the terminal
-        # A daemon: grandchildren may hold the pipe open when the child is long gone.
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
-
-    def _listen(self) -> None:
-        assert self._pipe is not None
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a bar's signs may be cut in two
-        with self._pipe:
-            while chunk := os.read(self._pipe.fileno(), 1 << 14):
-                self._end = (self._end + chunk)[-4096:]
-                text = decoder.decode(chunk)
-                self._to.write(text)
-                self._to.flush()
-                bars = [line for line in re.split(r"[\r\n]+", text) if "%|" in line] if self._bars else []
-                if bars:
-                    self._show(bars[-1].strip()[: shutil.get_terminal_size().columns - 1])
-        if self._shown:
-            self._show("")
-
-    def _show(self, line: str) -> None:
-        sys.stderr.write(f"\r{line.ljust(self._shown)}\r")
-        sys.stderr.flush()
-        self._shown = len(line)
-
-    def wait(self) -> None:
-        """Wait until all has been read, or grandchildren hold the pipe open."""
-        self._thread.join(2.0)
-
-    def last_line(self) -> str:
-        """Give the line that names an error, else the last one that is not empty, without the command's name."""
-        lines = re.split(r"[\r\n]+", self._end.decode(errors="replace").strip())
-        places = [index for index, line in enumerate(lines) if re.match(r"(ftd: )?error: ", line)]
-        if not places:
-            return lines[-1].strip()
-        # The parser's own spread over several lines, of which the first is often a heading.
-        text = " ".join(line.strip() for line in lines[places[-1] :])
-        return re.sub(r"^(ftd: )?error: ", "", text)[:LONGEST]
+def _reason(log: Path) -> str:
+    """Return the last error in a log, or else its last line."""
+    lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").strip()) if log.is_file() else [""]
+    errors = [index for index, line in enumerate(lines) if re.match(r"(ftd: )?error: ", line)]
+    # An error of the parser spreads over several lines.
+    text = " ".join(line.strip() for line in lines[errors[-1] if errors else -1 :])
+    return re.sub(r"^(ftd: )?error: ", "", text)[:500]
 
 
-def run_step(step: FitStep, time_slice: TimeSlice, *, quiet: bool = False) -> bool:
-    """Run a step to its end or to that of the time slice, and note the wall time that it took.
+def run_fit(fit: Fit, deadline: Deadline, run: Runner = run_child) -> bool:
+    """Run a fit until it ends or its time is over, and note the wall time.
 
     Args:
-        step: the fit.
-        time_slice: how long it may take.
-        quiet: keep what it writes in ``output.txt`` of its folder; on a terminal its progress is shown.
+        fit: the fit; its output goes to ``output.txt`` in its folder.
+        deadline: of the slice.
+        run: starts the command.
 
     Returns:
-        Whether it is finished.
+        Whether it is done.
 
     Raises:
-        FitError: if the fit fails.
-        InputError: if another process is at work in its folder.
+        InputError: if the fit fails, or another process is at work in its folder.
     """
-    if step.prepare is not None:
-        step.prepare()
-    notes, began = read_notes(step.folder), time.monotonic()
-    before = step.checkpoint.stat().st_mtime_ns if step.checkpoint.exists() else None
-    notes["slices"] += 1
-    notes["devices"] = sorted({*notes["devices"], device_name()})
-    earlier = noted = notes["seconds"]
-    with held(step.folder), ExitStack() as stack:
-        command = [sys.executable, "-m", "ftd_lightning", *step.command]
-        out = stack.enter_context((step.folder / "output.txt").open("a", encoding="utf-8")) if quiet else None
-        child = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE)
-        listener = _Listener(child, out or sys.stderr, bars=quiet)
-        stack.callback(listener.wait)
+    with held(fit.folder):
+        log, before, began = fit.folder / LOG, fit.status()["seconds"], time.monotonic()
+        code, done = None, False
         try:
-            while child.poll() is None and time_slice.left() > 0:
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(POLL)
-                notes["seconds"] = round(earlier + time.monotonic() - began, 1)
-                if notes["seconds"] - noted > NOTE:
-                    noted = notes["seconds"]
-                    write_notes(step.folder, notes)
+            code = run(fit.command(), log, deadline.remaining())
+            done = code == 0 and (fit.folder / fit.output).is_file()
         finally:
-            # Asked to end, a fit may well give 0: what counts is whether it ended by itself.
-            by_itself = child.poll() is not None
-            if not by_itself:
-                _end(child)
-            notes["seconds"] = round(earlier + time.monotonic() - began, 1)
-            write_notes(step.folder, notes)  # a step may look at the time that it took
-            done = by_itself and child.returncode == 0 and step.finished()
-            if done:
-                notes["finished"][str(step.target)] = notes["seconds"]
-            write_notes(step.folder, notes)
-    if by_itself and not done:
-        reason = f"with exit code {child.returncode}" if child.returncode else "before its work was done"
-        where = f"see {step.folder / 'output.txt'}" if quiet else "see its output above"
-        raise FitError(f"{step.title}: the fit in {step.folder} ended {reason}; {where}", listener.last_line())
-    after = step.checkpoint.stat().st_mtime_ns if step.checkpoint.exists() else None
-    if not done and after == before:
-        print(f"{step.title}: no checkpoint was written in this slice; the next one needs more minutes to get on")
+            seconds = round(before + time.monotonic() - began, 1)
+            write_json(fit.folder / STATUS, {"done": done, "seconds": seconds, "device": device_name()})
+    if code is not None and not done:
+        raise InputError(f"{fit.title}: {_reason(log) or f'ended with exit code {code}'} (see {log})")
     return done

@@ -1,4 +1,4 @@
-"""Pictures of sets: each one's own, and all of them one below the other."""
+"""Pictures of sets, and plots of studies."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.files.safetensors_io import read_json, replacing, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from ftd_lightning.files import SyntheticSet
-    from ftd_lightning.studies.comparison import Comparison, Row
+    from ftd_lightning.studies.comparison import Comparison
+
+COUNTS, PICTURE = "images.json", "images.png"
 
 
 def set_picture(synthetic: SyntheticSet, *, ema: bool = False) -> Image.Image:
@@ -43,18 +45,20 @@ def write_sheet(rows: Mapping[str, Image.Image], path: Path) -> None:
         sheet.save(part, format="PNG")
 
 
-COUNTS = "images.json"
-PICTURE = "images.png"
-
-
-def look_at_set(folder: Path) -> None:
-    """Draw the images that an evaluation trained on, and count them, beside its logs; once.
+def count_images(folder: Path) -> dict[str, Any]:
+    """Count the images of an evaluation, and draw those that it trained on as ``images.png`` beside its logs; once.
 
     Args:
         folder: of an evaluation that is done.
+
+    Returns:
+        "images" and "steps_per_epoch" of the training, "training_images" (held-out ones included) and "test_images" of
+        the data set, and "chance", the share of the largest class of the test images. Of a set, the "labels" and the
+        number "images_stored"; see ``SyntheticSet.label_description`` and ``image_counts``.
     """
-    if {"images", "steps_per_epoch", "training_images", "test_images", "chance"} <= read_json(folder / COUNTS).keys():
-        return
+    found = read_json(folder / COUNTS)
+    if "chance" in found:
+        return found
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
     data = DistillationDataModule(**settings)
     data.prepare_data()
@@ -63,87 +67,77 @@ def look_at_set(folder: Path) -> None:
     assert synthetic is not None, "an evaluation has a set"
     with replacing(folder / PICTURE) as part:
         set_picture(synthetic, ema=settings["ema"]).save(part, format="PNG")
-    images, test = len(synthetic.labels), data.count("test")
+    test, (stored, trained_on) = data.count("test"), synthetic.image_counts
     counts = {
-        "images": images,
-        "steps_per_epoch": -(-images // settings["batch_size"]),
+        "images": trained_on,
+        "images_stored": stored,
+        "labels": synthetic.label_description,
+        "steps_per_epoch": -(-trained_on // settings["batch_size"]),
         "training_images": sum(data.count("train")) + sum(data.count("val")),
         "test_images": sum(test),
         "chance": max(test) / sum(test),
     }
     write_json(folder / COUNTS, counts, indent=None)
+    return counts
 
 
-def write_pictures(job: Comparison, rows: Iterable[Row]) -> None:
+def write_pictures(job: Comparison, names: Sequence[str]) -> None:
     """Write ``ROW.png`` of rows that are done and, at 1 image per class, ``images.png``: all of them."""
     sheet = {}
-    for row in rows:
-        folder = job.evaluation_step(row, next(iter(job.networks))).folder
-        look_at_set(folder)
-        content = (folder / PICTURE).read_bytes()
-        with replacing(job.folder / f"{row.name}.png") as part:
-            part.write_bytes(content)
-        # The whole training set has no place on a sheet of one image per class.
-        if job.given.get("ipc", 1) == 1 and row.given.get("synthetic") != "real":
-            with Image.open(folder / PICTURE) as picture:
-                sheet[row.label] = picture.convert("RGB")
+    for name in names:
+        drawn = next(iter(job.fits_of(name).evaluations.values())).folder / PICTURE
+        with replacing(job.folder / f"{name}.png") as part:
+            part.write_bytes(drawn.read_bytes())
+        # The whole training set does not fit on a sheet of one image per class.
+        if job.ipc == 1 and job.rows[name].synthetic != "real":
+            with Image.open(drawn) as picture:
+                sheet[job.rows[name].label or name] = picture.convert("RGB")
     if sheet:
         write_sheet(sheet, job.folder / PICTURE)
 
 
-def plot_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Pick what a study draws from the rows that are done.
+def write_plot(path: Path, draw: Callable[[Any], None], *, size: tuple[float, float] = (5.5, 4.0)) -> None:
+    """Draw a plot and write it as a PNG; without matplotlib, print how to install it.
 
-    Returns:
-        "points": of rows with an x, by rising x; "references": of rows marked as such. Each has mean and std of the
-        last iterates' test accuracy, fractions.
-
-    Example:
-        >>> last = {"accuracy": {"last": {"mean": 0.5, "std": 0.0}}, "state": "done"}
-        >>> found = plot_points([{"x": 0.1, "label": "b", **last}, {"x": 0.01, "label": "a", **last}])
-        >>> [point["x"] for point in found["points"]]
-        [0.01, 0.1]
+    Args:
+        path: of the PNG.
+        draw: draws on matplotlib's ``Axes``.
+        size: width and height in inches.
     """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path} is not drawn without matplotlib: pip install ftd_lightning[plots]")
+        return
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure.subplots())
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=120)
 
-    def value(row: Mapping[str, Any]) -> dict[str, Any]:
-        last = row["accuracy"]["last"]
-        return {"label": row["label"], "mean": last["mean"], "std": last["std"]}
 
-    done = [row for row in rows if row["state"] == "done"]
-    points = [{"x": row["x"], **value(row)} for row in done if "x" in row]
-    return {
-        "points": sorted(points, key=lambda point: float(point["x"])),
-        "references": [value(row) for row in done if row.get("reference")],
-    }
-
-
-def draw_plot(plot: Mapping[str, Any], title: str, path: Path) -> None:
+def draw_study(results: Mapping[str, Any], path: Path) -> None:
     """Draw accuracy over x with bars of one standard deviation, references as lines; nothing where nothing is done.
 
     Args:
-        plot: what :func:`plot_points` gave, and "x", the axis's name.
-        title: of the picture.
+        results: the content of ``compare.json``, with "plot".
         path: of the PNG.
     """
-    if not plot["points"] and not plot["references"]:
-        return
-    import matplotlib
+    plot = results["plot"]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def draw(axes: Any) -> None:
+        x, mean, std = ([point[key] for point in plot["points"]] for key in ("x", "mean", "std"))
+        bars = [100 * value for value in std]
+        axes.errorbar(x, [100 * value for value in mean], yerr=bars, marker="o", capsize=3, color="black")
+        for index, line in enumerate(plot["references"]):
+            middle, spread, colour = 100 * line["mean"], 100 * line["std"], f"C{index}"
+            axes.axhline(middle, linestyle="--", color=colour, label=line["label"])
+            axes.axhspan(middle - spread, middle + spread, color=colour, alpha=0.15)
+        if plot["references"]:
+            axes.legend()
+        axes.set(xlabel=plot["x"], ylabel="test accuracy, %")
+        axes.set_title(results["title"], fontsize=10)
 
-    figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
-    x, mean, std = ([point[key] for point in plot["points"]] for key in ("x", "mean", "std"))
-    bars = [100 * value for value in std]
-    axes.errorbar(x, [100 * value for value in mean], yerr=bars, marker="o", capsize=3, color="black")
-    for index, line in enumerate(plot["references"]):
-        middle, spread, colour = 100 * line["mean"], 100 * line["std"], f"C{index}"
-        axes.axhline(middle, linestyle="--", color=colour, label=line["label"])
-        axes.axhspan(middle - spread, middle + spread, color=colour, alpha=0.15)
-    if plot["references"]:
-        axes.legend()
-    axes.set(xlabel=plot["x"], ylabel="test accuracy, %")
-    axes.set_title(title, fontsize=10)
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=120)
-    pyplot.close(figure)
+    if plot["points"] or plot["references"]:
+        write_plot(path, draw)

@@ -1,4 +1,4 @@
-"""Records say nothing of where files lay on a machine."""
+"""What fits gave, as ``compare.json`` and as tables."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftd_lightning.callbacks.progress import FILE
+from ftd_lightning.callbacks.progress import FILE as PEAKS
 from ftd_lightning.core.evaluation import REAL_STEPS
 from ftd_lightning.errors import InputError
-from ftd_lightning.files import SyntheticSet
-from ftd_lightning.files.safetensors_io import read_json, replacing, versions, write_json
+from ftd_lightning.files import SyntheticSet, TrajectoryStore
+from ftd_lightning.files.safetensors_io import read_json, replacing, versions
 from ftd_lightning.files.schema import per_cent
-from ftd_lightning.studies.fits import is_done, read_notes
-from ftd_lightning.studies.plots import COUNTS, plot_points
+from ftd_lightning.studies.comparison import EVALUATION, made_set
+from ftd_lightning.studies.plots import count_images
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from ftd_lightning.studies.comparison import Comparison, Row
-    from ftd_lightning.studies.fits import FitStep
+    from ftd_lightning.studies.comparison import Comparison
+    from ftd_lightning.studies.fits import Fit
 
 
 ABSOLUTE = re.compile(r"(?<![\w.~/-])[/~][^\s,'\"\]}]*")
 
 
 def without_machine_paths(value: Any) -> Any:
-    """Cut absolute paths down to their last part: where a file lay on a machine is no part of a result.
+    """Cut absolute paths down to their last part: a result does not depend on where a file lay.
 
     Example:
         >>> without_machine_paths({"command": "--data.root=/srv/images --data.zca true", "store": "runs/x"})
@@ -45,12 +45,12 @@ def without_machine_paths(value: Any) -> Any:
 def paired_difference(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any] | None:
     """Compare two evaluations network by network.
 
-    Accuracies of networks of the same seed go together on any set, so the mean of their differences is known better
-    than either mean: its standard error, of n - 1 degrees of freedom, is that of the differences.
+    Accuracies of networks of the same seed are correlated over sets: the mean of their differences has a smaller
+    standard error, of n - 1 degrees of freedom, than either mean.
 
     Args:
         own: the content of an ``evaluation.json``: "each" accuracy and the "seeds", in the same order.
-        base: likewise.
+        base: the content of the other one.
 
     Returns:
         "mean", "standard_error" (None for one network) and "n"; None where no network is in both.
@@ -85,7 +85,7 @@ def add_differences(rows: Sequence[dict[str, Any]], bases: Mapping[str, str | No
     """Give rows their "difference" to their base, with its name as "to", where both are done.
 
     Args:
-        rows: as ``comparison_table.outcome`` gives them; those that are done have "each" and "seeds".
+        rows: as :func:`row_result` gives them.
         bases: base of each row, by name.
     """
     done = {row["name"]: row for row in rows if row["state"] == "done"}
@@ -121,44 +121,157 @@ def difference_cell(row: Mapping[str, Any]) -> str:
     return f"{points(found)} to {found['to_label']}" if found else "-"
 
 
-HEAD = ("trained on", "test accuracy, %")
+def _accuracy(measured: Mapping[str, Any]) -> dict[str, Any]:
+    last = next(iter(measured["accuracy"].values()))
+    return {"last": last, **{key: measured.get(key) for key in ("chosen_on_held_out", "best_on_test")}}
+
+
+def _seconds(fits: Iterable[Fit | None]) -> float | None:
+    """Sum the wall time of fits; None where there are none."""
+    found = [fit.status()["seconds"] for fit in fits if fit is not None]
+    return round(sum(found), 1) if found else None
+
+
+def row_result(job: Comparison, name: str, failures: Mapping[str, str]) -> dict[str, Any]:
+    """Describe a row and its results.
+
+    Args:
+        job: the comparison.
+        name: of the row.
+        failures: reasons by name of row.
+
+    Returns:
+        "state" is "done", "failed" (with a "reason") or "to do". Of a row that is done, "accuracy" holds "last",
+        "chosen_on_held_out" and "best_on_test", fractions, on the first network; "networks" the same for each where
+        several are named. "images" and what follows is explained in :func:`~ftd_lightning.studies.plots.count_images`.
+    """
+    row = job.rows[name]
+    facts: dict[str, Any] = {"name": name, "label": row.label or name, "state": "to do"}
+    facts |= {"x": row.x} if row.x is not None else {}
+    facts |= {"reference": True} if row.reference else {}
+    try:
+        fits = job.fits_of(name)
+    except InputError as error:  # a row that was not asked for may lack a config
+        failures = {name: str(error), **failures}
+    if name in failures:
+        return facts | {"state": "failed", "reason": failures[name]}
+    if not all(fit.is_done() for fit in fits.each()):
+        return facts
+    measured = {network: read_json(fit.folder / EVALUATION) for network, fit in fits.evaluations.items()}
+    accuracy = {network: _accuracy(found) for network, found in measured.items()}
+    first, folder = next(iter(measured.values())), next(iter(fits.evaluations.values())).folder
+    counts = count_images(folder)
+    if row.synthetic == "real":
+        short = ", not trained to their end" if first["epochs"] * counts["steps_per_epoch"] < REAL_STEPS else ""
+        facts["label"] += f" ({counts['images']:,}, {first['epochs']} epochs{short})"
+    made = SyntheticSet.read_metadata(made_set(fits.distill, row.iterate)) if fits.distill else {}
+    return {
+        **facts,
+        "state": "done",
+        "accuracy": next(iter(accuracy.values())),
+        **({"networks": accuracy} if "" not in accuracy else {}),
+        **{key: first[key] for key in ("epochs", "seeds", "each")},
+        **counts,
+        "iterations": made.get("iterations"),
+        "seconds": {
+            "teachers": _seconds([fits.teachers]),
+            "distillation": _seconds([fits.distill, fits.labels]),
+            "evaluation": _seconds(fits.evaluations.values()),
+        },
+        "peak_memory_MiB": read_json(fits.distill.folder / PEAKS) if fits.distill else None,
+        "teacher_at_evaluation": False,
+        "folders": [str(fit.folder) for fit in fits.each()],
+        "devices": sorted({fit.status()["device"] for fit in fits.each()}),
+    }
+
+
+def _teachers(job: Comparison) -> dict[str, dict[str, Any]]:
+    """Describe the teachers of rows that are there: "count", "epochs" and "network"."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, row in job.rows.items():
+        try:
+            store = TrajectoryStore(job.fits_of(name).store or "")
+            network = store.metadata["network"]
+        except (InputError, KeyError):
+            continue
+        found[str(row.teachers)] = {"count": len(store), "epochs": store.epochs, "network": network}
+    return found
+
+
+def collect(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
+    """Collect the content of ``compare.json``."""
+    rows = [row_result(job, name, failures) for name in job.rows]
+    # A row may be limited to a part of the training images; shares are of the most that any row has.
+    whole = max((row["training_images"] for row in rows if "training_images" in row), default=None)
+    rows = [row | {"share": row["images_stored"] / whole} if whole and "images_stored" in row else row for row in rows]
+    add_differences(rows, {name: job.base(name) for name in job.rows})
+    facts = {
+        "kind": "comparison",
+        "title": job.title or job.file.stem,
+        "config": str(job.file),
+        "dataset": job.dataset,
+        "ipc": job.ipc,
+        "networks": [name for name in job.networks if name],
+        "rows": rows,
+        "teachers": _teachers(job),
+        "device": "; ".join(sorted({name for row in rows for name in row.get("devices", [])})),
+        "versions": versions(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    if job.plot is not None:
+        facts["plot"] = {"x": job.plot, **plot_points(rows)}
+    cleaned: dict[str, Any] = without_machine_paths(facts)
+    return cleaned
+
+
+def plot_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pick the points of a study's plot from the rows that are done.
+
+    Returns:
+        "points": of rows with an x, by rising x; "references": of rows marked as such. Each has "label", "mean" and
+        "std" of the last test accuracy, fractions.
+
+    Example:
+        >>> last = {"accuracy": {"last": {"mean": 0.5, "std": 0.0}}, "state": "done"}
+        >>> found = plot_points([{"x": 0.1, "label": "b", **last}, {"x": 0.01, "label": "a", **last}])
+        >>> [point["x"] for point in found["points"]]
+        [0.01, 0.1]
+    """
+    done = [row for row in rows if row["state"] == "done"]
+    values = [{"label": row["label"], **{key: row["accuracy"]["last"][key] for key in ("mean", "std")}} for row in done]
+    points = [{"x": row["x"], **value} for row, value in zip(done, values, strict=True) if "x" in row]
+    return {
+        "points": sorted(points, key=lambda point: float(point["x"])),
+        "references": [value for row, value in zip(done, values, strict=True) if row.get("reference")],
+    }
 
 
 def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Reduce ``compare.json`` to the accuracy of each row after the last epoch, and what it took.
+    """Reduce ``compare.json`` to what ``results.json`` of the demo and of ``ftd distill`` holds.
 
     Args:
         results: the content of ``compare.json``, all rows done.
 
     Returns:
-        "accuracy": {row: {"mean", "std", "n"}}, fractions; "difference" by row, where it is compared with another;
-        "seconds" of each phase by row; "dataset", "ipc", "device" and "versions".
+        "accuracy": {row: {"mean", "std", "n"}} after the last epoch, fractions; "difference" by row, where it is
+        compared with another; "seconds" of each phase by row; "dataset", "ipc", "device" and "versions".
     """
     rows = results["rows"]
     return {
         "accuracy": {row["name"]: row["accuracy"]["last"] for row in rows},
         "difference": {row["name"]: row["difference"] for row in rows if "difference" in row},
-        "dataset": results["dataset"],
-        "ipc": results["ipc"],
         "seconds": {row["name"]: row["seconds"] for row in rows},
-        "device": results["device"],
-        "versions": versions(),
+        **{key: results[key] for key in ("dataset", "ipc", "device", "versions")},
     }
 
 
-def short_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """Lay a comparison out as lines of cells, the names of the columns first.
-
-    Rows that are compared with another one have a third cell, the paired difference.
-    """
-    lines = [[row["label"], per_cent(row["accuracy"]["last"])] for row in results["rows"]]
-    bases = {row["difference"]["to_label"] for row in results["rows"] if "difference" in row}
-    if not bases:
-        return [[*HEAD], *lines]
-    found = [row.get("difference") for row in results["rows"]]
-    cells = [points(one) + ("" if is_better(one) else ", not better") if one else "-" for one in found]
-    head = [*HEAD, f"difference to {', '.join(sorted(bases))}"]
-    return [head, *([*line, cell] for line, cell in zip(lines, cells, strict=True))]
+def copy_set(job: Comparison, name: str, path: Path) -> Path | None:
+    """Copy the set of a row; None for a row of real images."""
+    file = job.set_file(name)
+    if file is not None:
+        with replacing(path) as part:
+            shutil.copyfile(file, part)
+    return None if file is None else path
 
 
 def verdict(results: Mapping[str, Any]) -> str | None:
@@ -179,8 +292,31 @@ def verdict(results: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _test_part(results: Mapping[str, Any]) -> list[str]:
+    """Give the number of test images, the uncertainty that follows from it, and the accuracy of chance."""
+    found = sorted({(row["test_images"], row["chance"]) for row in results["rows"] if "test_images" in row})
+    return [
+        f"Measured on {count:,} test images: an accuracy is uncertain by {50 / count**0.5:.2g} points. "
+        f"Chance: {100 * chance:.1f} %."
+        for count, chance in found
+    ]
+
+
+def short_lines(results: Mapping[str, Any]) -> list[list[str]]:
+    """Lay a comparison out as label, accuracy and, where there is any, the paired difference; the head first."""
+    lines = [[row["label"], per_cent(row["accuracy"]["last"])] for row in results["rows"]]
+    head = ["trained on", "test accuracy, %"]
+    bases = {row["difference"]["to_label"] for row in results["rows"] if "difference" in row}
+    if not bases:
+        return [head, *lines]
+    found = [row.get("difference") for row in results["rows"]]
+    cells = [points(one) + ("" if is_better(one) else ", not better") if one else "-" for one in found]
+    head.append(f"difference to {', '.join(sorted(bases))}")
+    return [head, *([*line, cell] for line, cell in zip(lines, cells, strict=True))]
+
+
 def short_table(results: Mapping[str, Any]) -> str:
-    """Lay the same out for a terminal.
+    """Lay the rows of a comparison, all done, out for a terminal.
 
     Example:
         >>> row = {"label": "10 images, FTD", "accuracy": {"last": {"mean": 0.9, "std": 0.01, "n": 5}}}
@@ -190,300 +326,94 @@ def short_table(results: Mapping[str, Any]) -> str:
         10 images, FTD  90.0 ± 1.0
         5 fresh networks each, after their last epoch.
     """
-    lines = short_rows(results)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    head, *rest = map(str.rstrip, padded)
+    head, *rest = _aligned(short_lines(results))
     counts = sorted({row["accuracy"]["last"]["n"] for row in results["rows"]})
-    below = [f"{' or '.join(map(str, counts))} fresh networks each, after their last epoch.", *test_part(results)]
+    below = [f"{' or '.join(map(str, counts))} fresh networks each, after their last epoch.", *_test_part(results)]
     return "\n".join([head, "-" * len(head), *rest, *below])
 
 
-def write_summary(results: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Write :func:`summarize` as JSON, and return it."""
-    content = summarize(results)
-    write_json(path, content)
-    return content
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Pad cells to columns; a line of two cells only, of a row that failed, widens the first column alone."""
+    columns = list(zip(*(line for line in lines if len(line) == len(lines[0])), strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    widths[0] = max(len(line[0]) for line in lines)
+    return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=False)).rstrip() for line in lines]
 
 
-def keep_set(job: Comparison, row: Row, path: Path) -> Path | None:
-    """Copy the set of a row to a place where people find it; None for a row of real images."""
-    if row.given.get("distill") is None or (file := job.set_file(row)) is None:
-        return None
-    with replacing(path) as part:
-        shutil.copyfile(file, part)
-    return path
-
-
-KIND = "comparison"
-NO_TEACHER = "No row has a teacher at evaluation: networks are trained on the images and labels of a set alone."
-ACCURACY = "Test accuracy in %: mean ± population standard deviation over networks (how many)."
-ITERATES = (
-    "Last: after the last epoch. Chosen on held-out: at the epoch that held-out training images chose.",
-    "Best on test: at the epoch that is best on the test images themselves, which is an upper bound only.",
-)
-DIFFERENCES = (
-    "Paired difference: mean over networks of the same seed ± its standard error, in points, after the last epoch."
-)
-ARCHITECTURES = "A column for each network that the sets were evaluated on: after the last epoch."
-COSTS = (
-    "Seconds are wall time. What several rows share (teachers, a distillation) is done once and shown in each.",
-    "Seconds of a distillation include measuring it on the way (EvaluateSynthetic).",
-    "Peak memory is a distillation's, measuring on the way included: on the GPU of tensors, else of the whole process.",
-)
-
-
-def _has_differences(results: Mapping[str, Any]) -> bool:
-    return any("difference" in row for row in results["rows"])
-
-
-def test_part(results: Mapping[str, Any]) -> list[str]:
-    """Give the number of test images, the uncertainty that follows from it, and the accuracy of chance.
-
-    Example:
-        >>> test_part({"rows": [{"test_images": 4, "chance": 0.5}, {"state": "to do"}]})
-        ['Measured on 4 test images: an accuracy is uncertain by 25 points. Chance: 50.0 %.']
-    """
-    found = sorted({(row["test_images"], row["chance"]) for row in results["rows"] if "test_images" in row})
-    return [
-        f"Measured on {count:,} test images: an accuracy is uncertain by {50 / count**0.5:.2g} points. "
-        f"Chance: {100 * chance:.1f} %."
-        for count, chance in found
-    ]
-
-
-def notes(results: Mapping[str, Any]) -> list[str]:
-    """Say what the columns are: iterates on one network, or the last ones on several."""
-    measured = [ARCHITECTURES] if results.get("networks") else list(ITERATES)
-    differences = [DIFFERENCES] if _has_differences(results) else []
-    return [ACCURACY, *measured, *differences, *test_part(results), *COSTS]
-
-
-def seconds_of(steps: Iterable[FitStep | None]) -> float | None:
-    """Wall time of fits that are done; of teachers that others joined later, their share. None where none is timed."""
-    total: float | None = None
-    for step in (step for step in steps if step is not None):
-        finished = {int(target): seconds for target, seconds in read_notes(step.folder)["finished"].items()}
-        further = [target for target in finished if target >= step.target]
-        if further:
-            total = (total or 0.0) + finished[min(further)] * step.target / min(further)
-    return None if total is None else round(total, 1)
-
-
-def _accuracy(folder: Path) -> dict[str, Any]:
-    found = read_json(folder / "evaluation.json")
-    last = next(iter(found["accuracy"].values()))
-    return {"last": last, **{key: found.get(key) for key in ("chosen_on_held_out", "best_on_test")}}
-
-
-def state(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str, str]:
-    """Say how far a row is: "state" is "done", "to do" or, with a "reason", "failed".
-
-    A row that was not asked for may lack a config; it is no reason to throw the others' results away.
-    """
-    if row.name in failures:
-        return {"state": "failed", "reason": failures[row.name]}
-    try:
-        done = all(map(is_done, job.steps(row)))
-    except InputError as error:
-        return {"state": "failed", "reason": str(error)}
-    return {"state": "done" if done else "to do"}
-
-
-def outcome(job: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str, Any]:
-    """Say what a row gave.
-
-    Args:
-        job: the comparison.
-        row: one of it.
-        failures: reasons by name of row.
-
-    Returns:
-        "state" is "done", "failed" (with a "reason") or "to do". "accuracy" holds "last", "chosen_on_held_out" and
-        "best_on_test", fractions, on the first network; "networks" the same of each where several are named. "labels"
-        is the set's ``label_description``, "images" those that networks are trained on, "images_stored" those that the
-        set takes the storage of. "teacher_at_evaluation" is False: none of these evaluations asks a teacher.
-        "training_images" include held-out ones. "chance" is the share of the most common class of the test images.
-    """
-    facts: dict[str, Any] = {"name": row.name, "label": row.label}
-    facts |= {key: row.given[key] for key in ("x", "reference") if key in row.given}
-    facts |= state(job, row, failures)
-    if facts["state"] != "done":
-        return facts
-    steps = job.steps(row)
-    teachers, distill, file = row.given.get("teachers"), job.distill_step(row), job.set_file(row)
-    labels = job.label_step(row)
-    evaluations = {network: job.evaluation_step(row, network) for network in job.networks}
-    accuracy = {network: _accuracy(step.folder) for network, step in evaluations.items()}
-    first = next(iter(evaluations.values()))
-    counts, measured = read_json(first.folder / COUNTS), read_json(first.folder / "evaluation.json")
-    synthetic = SyntheticSet.load(file) if file else None
-    stored, trained_on = synthetic.image_counts if synthetic else (counts.get("images"), counts.get("images"))
-    return {
-        **facts,
-        "accuracy": next(iter(accuracy.values())),
-        **({"networks": accuracy} if "" not in accuracy else {}),
-        "iterations": synthetic.metadata.get("iterations") if distill and synthetic else None,
-        "epochs": measured["epochs"],
-        "seconds": {
-            "teachers": seconds_of([job.teacher_step(teachers) if teachers is not None else None]),
-            "distillation": seconds_of([distill, labels]),
-            "evaluation": seconds_of(evaluations.values()),
-        },
-        "peak_memory_MiB": read_json(distill.folder / FILE) if distill else None,
-        "labels": synthetic.label_description if synthetic else "hard",
-        "images": trained_on,
-        "images_stored": stored,
-        "teacher_at_evaluation": False,
-        "seeds": measured["seeds"],
-        "each": measured["each"],
-        "folders": [str(step.folder) for step in steps],
-        "devices": sorted({name for step in steps for name in read_notes(step.folder)["devices"]}),
-        **_real(row, counts, measured["epochs"]),
-        **{key: counts[key] for key in ("training_images", "test_images", "chance") if key in counts},
-    }
-
-
-def _real(row: Row, counts: Mapping[str, Any], epochs: int) -> dict[str, str]:
-    """Give the label of a row of all real images: how many there are, and how long networks learn them."""
-    if row.given.get("synthetic") != "real" or not counts:
-        return {}
-    short = ", not trained to their end" if epochs * counts["steps_per_epoch"] < REAL_STEPS else ""
-    return {"label": f"{row.label} ({counts['images']:,}, {epochs} epochs{short})"}
-
-
-def _teachers(job: Comparison) -> dict[str, dict[str, Any]]:
-    """Give the "seconds" of teachers that are done; with a "reason", None, of those that cannot be."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in job.given.get("teachers") or {}:
-        try:
-            step = job.teacher_step(name)
-            if step is not None and is_done(step):
-                found[name] = {"seconds": seconds_of([step])}
-        except InputError as error:
-            found[name] = {"seconds": None, "reason": str(error)}
-    return found
-
-
-def gather(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
-    """Gather the content of ``compare.json``."""
-    rows = [outcome(job, row, failures) for row in job.rows.values()]
-    base = job.given.get("paired_with")
-    # A row may be limited to a part of the training images; shares are of the most that any row has.
-    whole = max((row["training_images"] for row in rows if "training_images" in row), default=None)
-    rows = [row | {"share": row["images_stored"] / whole} if whole and "images_stored" in row else row for row in rows]
-    add_differences(rows, {name: row.given.get("paired_with", base) for name, row in job.rows.items()})
-    facts = {
-        "kind": KIND,
-        "title": job.given.get("title", job.file.stem),
-        "config": str(job.file),
-        "dataset": job.given["dataset"],
-        "ipc": job.given.get("ipc", 1),
-        "networks": [name for name in job.networks if name],
-        "rows": rows,
-        "teachers": _teachers(job),
-        "device": "; ".join(sorted({name for row in rows for name in row.get("devices", [])})),
-        "versions": versions(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    if "plot" in job.given:
-        facts["plot"] = {"x": job.given["plot"]["x"], **plot_points(rows)}
-    cleaned: dict[str, Any] = without_machine_paths(facts)
-    return cleaned
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
-
-
-def _images_cell(row: Mapping[str, Any]) -> str:
-    """Give the images that networks are trained on, after those that are stored where these are others.
-
-    Example:
-        >>> _images_cell({"images": 10}), _images_cell({"images": 40, "images_stored": 10})
-        ('10', '10 -> 40')
-    """
-    trained_on, stored = row["images"], row.get("images_stored", row["images"])
-    return _number(trained_on) if stored == trained_on else f"{_number(stored)} -> {_number(trained_on)}"
-
-
-def _cells(row: dict[str, Any], networks: Sequence[str]) -> list[str]:
-    measured = max(len(networks), 3)
-    if row["state"] != "done":
-        said = "to do" if row["state"] == "to do" else f"failed: {row['reason']}"
-        return [row["label"], said, *["-"] * (measured + 7)]
-    kinds = row["accuracy"].values()
-    accuracy = [per_cent(row["networks"][name]["last"], count=True) for name in networks] or [
-        per_cent(kind, count=True) for kind in kinds
-    ]
-    seconds, peak = row["seconds"], row["peak_memory_MiB"] or {}
-    cells = [row["label"], *accuracy, *(_number(seconds[key]) for key in ("teachers", "distillation", "evaluation"))]
-    cells.append(_number(row.get("iterations")))
-    share = "-" if row["share"] is None else f"{100 * row['share']:.3g} %"
-    labels = row.get("labels", "hard")  # all were, before records said so
-    return [*cells, _number(peak.get("device", peak.get("process"))), labels, _images_cell(row), share]
-
-
-def columns(networks: Sequence[str]) -> list[str]:
-    """Name the columns: accuracies of one network, or the last iterates of several."""
-    kinds = ["last", "chosen on held-out", "best on test (upper bound)"]
-    rest = ["teachers, s", "distillation, s", "evaluation, s", "iterations", "peak, MiB", "labels", "images", "share"]
-    return ["method", *(networks or kinds), *rest]
-
-
-def table(results: Mapping[str, Any]) -> list[list[str]]:
+def full_lines(results: Mapping[str, Any]) -> list[list[str]]:
     """Lay the content of ``compare.json`` out as lines of cells, the names of the columns first."""
     networks = results.get("networks", [])
-    head = columns(networks)
-    lines = [head, *(_cells(row, networks)[: len(head)] for row in results["rows"])]
-    if _has_differences(results):
-        cells = ["paired difference", *map(difference_cell, results["rows"])]
-        lines = [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
-    return lines
+    kinds = ["last", "chosen on held-out", "best on test (upper bound)"]
+    head = ["method", *(networks or kinds), "iterations", "peak, MiB", "labels", "images", "share"]
+    differences = any("difference" in row for row in results["rows"])
+    return [[*head, *(["paired difference"] if differences else [])]] + [
+        [*_cells(row, networks), *([difference_cell(row)] if differences else [])]
+        if row["state"] == "done"
+        else [row["label"], "to do" if row["state"] == "to do" else f"failed: {row['reason']}"]
+        for row in results["rows"]
+    ]
+
+
+def _cells(row: Mapping[str, Any], networks: Sequence[str]) -> list[str]:
+    found = [row["networks"][name]["last"] for name in networks] or list(row["accuracy"].values())
+    peak = row["peak_memory_MiB"] or {}
+    numbers = [row.get("iterations"), peak.get("device", peak.get("process"))]
+    stored, share = row.get("images_stored", row["images"]), row.get("share")
+    return [
+        row["label"],
+        *(per_cent(value, count=True) for value in found),
+        *("-" if value is None else f"{value:.0f}" for value in numbers),
+        row.get("labels", "hard"),
+        str(row["images"]) if stored == row["images"] else f"{stored} -> {row['images']}",
+        "-" if share is None else f"{100 * share:.3g} %",
+    ]
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Format lines of cells as a Markdown table; the first one is its head.
+    """Format lines of cells as a Markdown table; the first one is its head, and short ones are filled with "-".
 
     Example:
-        >>> print(markdown_table([["set", "accuracy"], ["DC", "88.3"]]))
+        >>> print(markdown_table([["set", "accuracy"], ["DC", "88.3"], ["DM"]]))
         | set | accuracy |
         | --- | --- |
         | DC | 88.3 |
+        | DM | - |
     """
-    head, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])
+    width = len(lines[0])
+    cells = [[cell.replace("|", "\\|") for cell in line] + ["-"] * (width - len(line)) for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], ["---"] * width, *cells[1:]])
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """Write the content of ``compare.md``."""
-    rows = markdown_table(table(results))
-    said = {
-        n: f"failed: {v['reason']}" if "reason" in v else f"{v['seconds']:.0f} s"
-        for n, v in results["teachers"].items()
-    }
-    teachers = "".join(f"- teachers {name}: {what}\n" for name, what in said.items())
-    below = "".join(f"- {note}\n" for note in notes(results))
-    device = results["device"] or "nothing is done yet"
-    return f"# {results['title']}\n\n{NO_TEACHER}\n\n{rows}\n\n{teachers}{below}- {device}\n"
+    measured = [
+        "Last: after the last epoch. Chosen on held-out: at the epoch that held-out training images chose.",
+        "Best on test: at the epoch that is best on the test images themselves, which is an upper bound only.",
+    ]
+    if results.get("networks"):
+        measured = ["A column for each network that the sets were evaluated on: after the last epoch."]
+    if any("difference" in row for row in results["rows"]):
+        measured.append(
+            "Paired difference: mean over networks of the same seed ± its standard error, in points, last epoch."
+        )
+    notes = [
+        "Networks are trained on the images and labels of a set alone, without a teacher.",
+        "Test accuracy in %: mean ± population standard deviation over networks (how many).",
+        *measured,
+        *_test_part(results),
+        "Peak memory during distillation: of tensors on a GPU, else of the process.",
+        results["device"] or "nothing is done yet",
+    ]
+    below = "".join(f"- {note}\n" for note in notes)
+    return f"# {results['title']}\n\n{markdown_table(full_lines(results))}\n\n{below}"
 
 
 def text(results: Mapping[str, Any]) -> str:
-    """Lay the same out for a terminal; what a row failed of takes the rest of its line.
+    """Lay the same table out for a terminal.
 
     Example:
         >>> row = {"label": "DC", "state": "failed", "reason": "no such config"}
         >>> print(text({"rows": [row]}).splitlines()[-1])
         DC      failed: no such config
     """
-    lines = table(results)
-    said = [row["state"] != "done" for row in results["rows"]]
-    plain = [line for line, short in zip(lines, [False, *said], strict=True) if not short]
-    widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
-    widths[0] = max(len(line[0]) for line in lines)
-    shown = []
-    for line, short in zip(lines, [False, *said], strict=True):
-        cells = line[:2] if short else line
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
-        shown.append("  ".join(padded).rstrip())
-    return "\n".join(shown)
+    return "\n".join(_aligned(full_lines(results)))

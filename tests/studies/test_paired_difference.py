@@ -1,16 +1,14 @@
 """Differences of rows, network by network."""
 
 import pytest
-import yaml
 
-from ftd_lightning.studies.comparison import of
 from ftd_lightning.studies.tables import (
     add_differences,
+    full_lines,
     markdown,
     paired_difference,
-    short_rows,
+    short_lines,
     short_table,
-    table,
     verdict,
 )
 
@@ -49,9 +47,9 @@ def rows():
 
 def test_a_table_has_a_column_of_them_where_there_are_any():
     results = {"title": "t", "rows": rows(), "teachers": {}, "device": "CPU"}
-    assert "paired difference" not in table(results)[0]
+    assert "paired difference" not in full_lines(results)[0]
     add_differences(results["rows"], {"mtt": "mtt", "ftd": "mtt", "dc": "mtt"})
-    assert [line[-1] for line in table(results)] == ["paired difference", "-", "-0.1 ± 0.2 to MTT", "-"]
+    assert [line[-1] for line in full_lines(results)] == ["paired difference", "-", "-0.1 ± 0.2 to MTT", "to do"]
     assert "Paired difference: mean over networks of the same seed" in markdown(results)
 
 
@@ -66,27 +64,10 @@ def test_a_set_that_is_not_better_than_random_images_is_said_to_be_so():
         learned = {**accuracy, "name": "ftd", "label": "FTD", "each": each, "iterations": 155}
         results = {"rows": [dict(random), learned]}
         add_differences(results["rows"], {"ftd": "random"})
-        head, *lines = short_rows(results)
+        head, *lines = short_lines(results)
         assert head[2] == "difference to random images"
         assert [line[2] for line in lines] == ["-", cell]
         assert cell in short_table(results)
         told = verdict(results)
         assert (told is None) is (said is None)
         assert said is None or told.startswith(f"FTD is not better than random images: {said}. ")
-
-
-def test_a_base_has_to_be_another_row(tmp_path, refused):
-    given = yaml.safe_load("""
-        dataset: digits
-        run: runs
-        evaluate: digits/evaluate
-        rows:
-          random: {synthetic: random}
-          real: {synthetic: real, paired_with: random}
-    """)
-    assert of(given, tmp_path / "mine.yaml").rows["real"].given["paired_with"] == "random"
-    with refused("paired_with: mtt is no row; there are random, real"):
-        of({**given, "paired_with": "mtt"}, tmp_path / "mine.yaml")
-    given["rows"]["real"]["paired_with"] = "real"
-    with refused("row real: is paired with itself"):
-        of(given, tmp_path / "mine.yaml")
