@@ -286,6 +286,8 @@ class BaseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what it takes to build the module again."""
+        # Lightning's own CLI builds the module of a checkpoint by this.
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["_class_path"] = f"{type(self).__module__}.{type(self).__name__}"
         checkpoint[KEY] = {
             "module": type(self).__name__,
             "data": None if self.data is None else _plain_data(self.data),
