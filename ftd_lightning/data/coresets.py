@@ -65,9 +65,6 @@ def teacher_network(
         teacher: its number, from 0.
         epoch: from 0, the initialisation; None takes the last one.
         network: of the teachers' architecture, which receives the weights; None builds it, if it is of this library.
-
-    Raises:
-        InputError: where the teachers' network is not of this library, or the teacher or the epoch is not recorded.
     """
     if network is None:
         recorded, instead = store.metadata["network"], f"choose by teachers of {', '.join(NETWORKS)}"
@@ -84,11 +81,8 @@ def estimate_running_statistics(network: nn.Module, images: Tensor) -> None:
     """Set the running statistics of BatchNorm layers to averages over images, in place.
 
     Each batch counts the same (a cumulative average instead of an exponential one). Batches are drawn at random,
-    because images are often sorted by class, and statistics within a class are narrower.
-
-    Args:
-        network: left in evaluation mode; without BatchNorm nothing else is done.
-        images: (N, C, H, W) on the network's device.
+    because images are often sorted by class, and statistics within a class are narrower. The network, on the device of
+    the images, is left in evaluation mode.
     """
     norms = [norm for norm in batch_norms(network.eval()) if norm.track_running_stats]
     if not norms:
@@ -123,9 +117,6 @@ def teacher_coreset(
         trajectories: folder of the trajectory store.
         teacher: number of the teacher, from 0.
         described: metadata of the images that the teachers must have been trained on.
-
-    Raises:
-        InputError: without teachers, or for teachers of other images.
     """
     if trajectories is None:
         raise InputError(f"synthetic={kind!r} chooses by a teacher's features: give their store as data.trajectories")
@@ -147,12 +138,7 @@ def logits_of(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def class_probabilities(network: nn.Module, images: Tensor) -> Tensor:
-    """Label images with a network's softmax, (N, K) float32; see :func:`logits_of`.
-
-    Example:
-        >>> class_probabilities(torch.nn.Flatten(), torch.zeros(3, 2, 1, 1))[0]
-        tensor([0.5000, 0.5000])
-    """
+    """Label images with a network's softmax, (N, K) float32; see :func:`logits_of`."""
     return logits_of(network, images).float().softmax(dim=1)
 
 
@@ -166,16 +152,10 @@ def teacher_labels(
     statistics: Tensor | None = None,
     network: nn.Module | None = None,
 ) -> Tensor:
-    """Label images with a teacher's softmax, (N, K) float32, without augmentation.
+    """Label images (N, C, H, W) with a teacher's softmax, (N, K) float32, without augmentation.
 
-    Args:
-        store: the teachers.
-        images: (N, C, H, W), transformed as the teachers saw theirs.
-        epoch: see :func:`teacher_network`.
-        teacher: its number, from 0.
-        statistics: images (M, C, H, W) over which the running statistics of BatchNorm layers are estimated, which
-            trajectories do not hold; None takes ``images``.
-        network: see :func:`teacher_network`.
+    Running statistics of BatchNorm layers are estimated over ``statistics``, by default ``images``. For the other
+    arguments see :func:`teacher_network`.
     """
     network = teacher_network(store, teacher, epoch, network).to(images.device)
     estimate_running_statistics(network, (images if statistics is None else statistics).to(images.device))

@@ -48,12 +48,7 @@ CHUNK = 5000  # images transformed at a time: bounds the memory of whitening
 
 
 class RealImages:
-    """The parts of a data set, each transformed when it is first asked for.
-
-    Args:
-        spec: the data set, which is read.
-        split_options: see :func:`~ftd_lightning.data.splits.split`.
-    """
+    """The parts of a data set, read and split as ``splits.split`` says, each transformed when it is first asked for."""
 
     def __init__(self, spec: ImageDataset, **split_options: Any) -> None:
         parts = spec.load()
@@ -80,8 +75,7 @@ class RealImages:
         if name not in self._images:
             (pictures, labels), index = self._parts[name]
             images = torch.empty(len(index), *pictures.shape[1:])  # filled chunk by chunk: torch.cat would take twice
-            chunks = range(0, len(index), CHUNK)
-            for i in tqdm(chunks, desc=f"transforming {name} images", disable=len(chunks) < 3, leave=False):
+            for i in tqdm(range(0, len(index), CHUNK), desc=f"transforming {name} images", leave=False, delay=1):
                 images[i : i + CHUNK] = self._transformed(pictures[index[i : i + CHUNK]], transform)
             self._images[name] = Images(images, labels[index])
         return self._images[name]
@@ -95,14 +89,7 @@ class RealImages:
 
 
 def given_images(real: Sequence[Tensor]) -> Images:
-    """Check real images that are given as tensors.
-
-    Args:
-        real: images (N, C, H, W) of floats, and their classes, (N,) int64.
-
-    Raises:
-        InputError: for other shapes or types, values that are not finite, or another number of labels than images.
-    """
+    """Check real images that are given as tensors: images (N, C, H, W) of floats, and their classes, (N,) int64."""
     if len(real) != 2 or not all(isinstance(part, torch.Tensor) for part in real):
         raise InputError("real: is not a pair of tensors, images and labels")
     images, labels = real
@@ -225,7 +212,7 @@ class DistillationDataModule(LightningDataModule):
 
         Args:
             train: e.g. a torchvision dataset, with or without ``ToTensor``.
-            test: likewise.
+            test: the test images.
             val: the images that are held out; None: the share ``val_fraction`` of ``train`` is.
             class_names: in label order; None: ``train.classes``, or numbers.
             transform: of images that are normalised already, which are taken as they are.
@@ -281,8 +268,6 @@ class DistillationDataModule(LightningDataModule):
         """Make the datamodule of a fit again, as Lightning does, but import nothing that the file names."""
         options |= {"weights_only": weights_only, "_instantiator": None}
         return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
-
-    # The data set
 
     @property
     def _request(self) -> Request:
@@ -344,8 +329,6 @@ class DistillationDataModule(LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """Return ``description().metadata()``: equal values mean equal images."""
         return self.description().metadata()
-
-    # Its images
 
     def _read(self) -> RealImages:
         if self._real is None:
@@ -420,8 +403,6 @@ class DistillationDataModule(LightningDataModule):
             pictures = partial(self._read().pictures, "train")
             self._transform = cached_whitening(pictures, self._fingerprint, eps=eps, cache_dir=cache_dir)
 
-    # A set in the place of the training images
-
     def training_set(self) -> SyntheticSet | None:
         """Return the set that takes the place of the training images, or None."""
         self.setup()
@@ -433,16 +414,16 @@ class DistillationDataModule(LightningDataModule):
 
     def _baseline(self) -> SyntheticSet | None:
         """Real images in the place of synthetic ones."""
-        kind, ipc, seed = (self.hparams[key] for key in ("synthetic", "ipc", "seed"))
-        if kind is None:
+        hparams = self.hparams
+        if (kind := hparams["synthetic"]) is None:
             return None
         real, described = self._part("train"), self.describe()
         metadata = {"method": kind, **described}
         if kind == "random":
-            real = random_real_images(real, ipc, seed)
+            real = random_real_images(real, hparams["ipc"], hparams["seed"])
         elif kind != "real":
-            by = {key: self.hparams[key] for key in ("trajectories", "teacher")}
-            real, metadata["chosen_by"] = teacher_coreset(real, kind, ipc, described=described, **by)
+            by = {key: hparams[key] for key in ("ipc", "trajectories", "teacher")}
+            real, metadata["chosen_by"] = teacher_coreset(real, kind, described=described, **by)
         return SyntheticSet(*real, class_names=self.class_names, transform=self.transform, metadata=metadata)
 
     def _check_fits(self, synthetic: SyntheticSet, file: Path) -> None:
@@ -456,8 +437,6 @@ class DistillationDataModule(LightningDataModule):
                 f"{self.hparams['dataset']} has {wanted} images of {', '.join(self.class_names)}; "
                 "set data.dataset to the set's own (and data.image_size, where it was resized)"
             )
-
-    # Loaders
 
     def _module(self) -> object:
         return self.trainer.lightning_module if self.trainer is not None else None

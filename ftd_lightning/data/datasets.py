@@ -102,11 +102,7 @@ DATASETS: dict[str, Callable[[Request], ImageDataset]] = {
 
 
 def check_name(name: str) -> None:
-    """Refuse the name of a data set that is not in the table.
-
-    Raises:
-        InputError: for an unknown name; the nearest ones are offered.
-    """
+    """Refuse the name of a data set that is not in the table; the nearest ones are offered."""
     if name in ("own", OWN_IMAGES):
         raise InputError(
             f"dataset={name!r} needs the images themselves: DistillationDataModule.from_datasets(train, test) or "

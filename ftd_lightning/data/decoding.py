@@ -77,12 +77,7 @@ SIDEWAYS = (TURNS[5], TURNS[6], TURNS[7], TURNS[8])  # width becomes height
 
 
 def in_parallel(work: Callable[[int], T], count: int, title: str) -> list[T]:
-    """Call ``work(0) .. work(count - 1)`` in threads and show a bar; Pillow decodes and resizes outside Python's lock.
-
-    Example:
-        >>> in_parallel(lambda i: i * i, 4, "squares")
-        [0, 1, 4, 9]
-    """
+    """Call ``work(0) .. work(count - 1)`` in threads and show a bar; Pillow decodes outside Python's lock."""
     # Not os.cpu_count: that counts CPUs that the process may not run on.
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(threads) as pool:
@@ -151,12 +146,6 @@ def pixels(image: Image.Image, *, channels: int, size: tuple[int, int] | None = 
 
 def decode(parts: Mapping[str, LabelledFiles], *, channels: int, size: int, deep: bool) -> tuple[Parts, int]:
     """Decode the files of all parts of a data set in parallel.
-
-    Args:
-        parts: files and labels by the name of the part.
-        channels: 3 for RGB, 1 for grey; images of the other kind are converted.
-        size: height and width.
-        deep: whether there are images of 16 bits per value.
 
     Returns:
         By part, pictures (N, channels, size, size) and labels; and the largest value of the images of 16 bits, or 0.

@@ -258,16 +258,7 @@ class Census:
         )
 
     def lines(self) -> list[str]:
-        """Describe the files in one line, and in a second one how they are changed, if they are.
-
-        Example:
-            >>> sizes, classes = {(64, 48): 3, (32, 32): 2}, {"cat": 4, "dog": 1}
-            >>> first, second = Census(5, sizes, {"RGB": 4, "L": 1}, 2, 1, 8, classes, 0, 3, 48).lines()
-            >>> first
-            '5 images of 32 x 32 to 64 x 48 px in colour; 2 classes of 1 (dog) to 4 (cat)'
-            >>> second
-            '2 are turned upright by EXIF orientation; 1 is transparent, composited on white'
-        """
+        """Describe the files in one line, and in a second one how they are changed, if they are."""
         ends = [f"{width} x {height}" for width, height in sorted(self.sizes, key=lambda size: size[0] * size[1])]
         size = " to ".join(dict.fromkeys([ends[0], ends[-1]])) if ends else "unknown size"
         few, many = (pick(self.classes, key=lambda name: self.classes[name]) for pick in (min, max))
@@ -276,12 +267,11 @@ class Census:
         depth = "" if self.bits <= 8 else f", up to {self.bits} bits per value"
         colour = "in grey" if self.channels == 1 else "in colour"
         first = f"{self.files:,} images of {size} px {colour}{depth}; {len(self.classes)} classes of {each}"
+        cut = sum(count for mode, count in self.modes.items() if mode.endswith(";16") and mode != "I;16")
         changes = {
             "turned upright by EXIF orientation": self.turned,
             "transparent, composited on white": self.transparent,
-            "read with 8 of their 16 bits": sum(
-                count for mode, count in self.modes.items() if mode.endswith(";16") and mode != "I;16"
-            ),
+            "read with 8 of their 16 bits": cut,
             "unreadable": self.unreadable,
         }
         second = [f"{count:,} {'is' if count == 1 else 'are'} {change}" for change, count in changes.items() if count]

@@ -85,23 +85,20 @@ def read_images(data: Any, part: str, *, image_size: int | None = None, transfor
         part: "train", "val" or "test", for messages.
         image_size: height and width to resize to; None: all images must have one size.
         transform: of images that are normalised already; None: they are pictures.
-
-    Raises:
-        InputError: for anything else, for images that are not pictures, and for wrong labels.
     """
+    batches: Iterable[Batch]
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
-        return joined([as_batch(data[0], data[1], part)], part, image_size=image_size, transform=transform)
-    if isinstance(data, IterableDataset):
-        return joined((_as_item(item, part) for item in data), part, image_size=image_size, transform=transform)
-    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        raise InputError(
-            f"{part}: a Dataset of (image, label) or a pair of tensors is needed, not {type(data).__name__}"
-        )
-    first = [_as_item(data[i], part) for i in range(min(READ_TWICE, len(data)))]
-    warn_of_random(first, (_as_item(data[i], part) for i in range(len(first))), part)
-    rest = tqdm(range(len(first), len(data)), desc=f"reading {part} images", unit="image", leave=False, delay=1)
-    items = (_as_item(data[i], part) for i in rest)
-    return joined([*first, *items], part, image_size=image_size, transform=transform)
+        batches = [as_batch(data[0], data[1], part)]
+    elif isinstance(data, IterableDataset):
+        batches = (_as_item(item, part) for item in data)
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        first = [_as_item(data[i], part) for i in range(min(READ_TWICE, len(data)))]
+        warn_of_random(first, (_as_item(data[i], part) for i in range(len(first))), part)
+        rest = tqdm(range(len(first), len(data)), desc=f"reading {part} images", unit="image", leave=False, delay=1)
+        batches = [*first, *(_as_item(data[i], part) for i in rest)]
+    else:
+        raise InputError(f"{part}: must be a Dataset of (image, label) or a pair of tensors, not {type(data).__name__}")
+    return joined(batches, part, image_size=image_size, transform=transform)
 
 
 def read_datasets(
@@ -250,18 +247,10 @@ def _as_bytes(pictures: Tensor) -> Tensor:
 def describe_images(
     parts: Parts, *, class_names: Sequence[str] | None, transform: ImageTransform | None, maximum: int | None = None
 ) -> ImageDataset:
-    """Describe images in memory; their contents identify them.
+    """Describe images in memory, as from :func:`read_images`; their contents identify them.
 
-    Those of uint16 are divided by their largest value, the "maximum" of the fingerprint.
-
-    Args:
-        parts: "train", "test" and, where images are given as held out, "val"; as from :func:`read_images`.
-        class_names: K names; None numbers the classes.
-        transform: of images that are normalised already.
-        maximum: divisor that has been applied to images of 16 bits; None: there was none.
-
-    Raises:
-        InputError: for labels other than 0 .. K-1, a class without a training image, or parts of different shapes.
+    Those of uint16 are divided by their largest value, the "maximum" of the fingerprint; ``maximum`` is one by which
+    they have been divided already.
     """
     deep = [int(part.pictures.int().max()) for part in parts.values() if part.pictures.dtype == torch.uint16]
     if deep:

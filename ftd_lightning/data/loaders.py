@@ -24,19 +24,15 @@ Batch = TypeVar("Batch")
 
 
 class IterationLoader(ABC, Generic[Batch]):
-    """An iterable whose batches are a function of the iteration's number.
+    """An iterable whose batches are a function of the iteration's number; one is read ahead in a thread.
 
     Lightning saves and restores its state, so a resumed run continues with the batch that would have come next. It has
-    a length because Lightning reads one batch ahead of loaders without, and skips that batch on resume. It reads one
-    batch ahead by itself, in a thread, while the present iteration runs. A trainer's ``limit_train_batches`` that does
-    not divide the length shifts the epochs, and with them the work at their end; no iteration is lost.
+    a length because Lightning reads one batch ahead of loaders without, and skips that batch on resume. A trainer's
+    ``limit_train_batches`` that does not divide the length shifts the epochs; no iteration is lost.
 
     Args:
         length: iterations that make one Lightning epoch, >= 1.
         start: the first iteration, >= 0; epochs are counted from it.
-
-    Attributes:
-        iteration: the next one.
     """
 
     def __init__(self, length: int, *, start: int = 0) -> None:
@@ -44,7 +40,7 @@ class IterationLoader(ABC, Generic[Batch]):
             raise InputError(f"length={length} must be at least 1")
         self.length = length
         self.start = start
-        self.iteration = start
+        self.iteration = start  # the next one
         self._epoch_ended = False
 
     @abstractmethod
@@ -82,12 +78,7 @@ class IterationLoader(ABC, Generic[Batch]):
 
 
 class IterationCounter(IterationLoader[dict[str, int]]):
-    """Iterations that need nothing but their number.
-
-    Example:
-        >>> [batch["iteration"] for batch in IterationCounter(3)]
-        [0, 1, 2]
-    """
+    """Iterations that need nothing but their number."""
 
     def read(self, iteration: int) -> dict[str, int]:
         """Return the number."""
@@ -100,24 +91,13 @@ class BatchOrder(DistributedSampler[Tensor]):
     A DistributedSampler because Lightning wraps any other sampler in one, and calls ``set_epoch`` of these.
 
     Args:
-        num_images: N.
+        num_images: N, at least ``world_size``.
         batch_size: images per batch, on each rank; the last batch may be smaller.
         shuffle: a new permutation every epoch, else the given order.
         seed: decides the permutations.
         rank: of this process.
         world_size: number of processes; each gets every world_size-th image, the same number of them.
-        epoch_map: maps the epoch of the fit, which Lightning sets, to the one that decides the permutation; None is the
-            identity.
-
-    Attributes:
-        first_batch: iterations begin with this batch of their epoch.
-
-    Raises:
-        InputError: for fewer images than processes.
-
-    Example:
-        >>> [len(index) for index in BatchOrder(5, 2, shuffle=False)]
-        [2, 2, 1]
+        epoch_map: maps the epoch of the fit, which Lightning sets, to the one that decides the permutation.
     """
 
     def __init__(
@@ -137,7 +117,7 @@ class BatchOrder(DistributedSampler[Tensor]):
         self.num_images = num_images
         self.batch_size = batch_size
         self.epoch_map = epoch_map
-        self.first_batch = 0
+        self.first_batch = 0  # iterations begin with this batch of their epoch
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -189,11 +169,6 @@ class TensorLoader(ResumableLoader):
     """(images, labels) batches by indexing tensors that already lie on the training device.
 
     No collation and no copy between host and device; 50,000 CIFAR images take 614 MB in float32.
-
-    Args:
-        images: (N, C, H, W).
-        labels: (N,) or (N, K).
-        order: the batches.
 
     Example:
         >>> loader = TensorLoader(torch.zeros(5, 1, 2, 2), torch.zeros(5), BatchOrder(5, 2, shuffle=False))

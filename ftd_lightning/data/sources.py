@@ -114,11 +114,7 @@ def _load_resized(load: Callable[[], Parts], size: int) -> Parts:
 
 
 def fingerprints(parts: Mapping[str, Pictures]) -> dict[str, str]:
-    """Hash the contents of a data set.
-
-    Returns:
-        "fingerprint" of the training and the test part and, where images are given as held out, their "held_out".
-    """
+    """Hash the training and the test part, "fingerprint", and the given held-out images, if any, "held_out"."""
     held_out = {"held_out": fingerprint(*parts["val"])} if "val" in parts else {}
     return {"fingerprint": fingerprint(*parts["train"], *parts["test"]), **held_out}
 
@@ -138,14 +134,7 @@ def resized(pictures: Tensor, size: int) -> Tensor:
 
 
 def resizing(sizes: Mapping[tuple[int, int], int], size: int) -> str | None:
-    """Say how many images are enlarged to squares, and how much their aspect ratio changes.
-
-    Args:
-        sizes: images by (width, height) in pixels.
-        size: height and width in pixels that they are resized to.
-
-    Returns:
-        The line; None where no image is enlarged or squashed.
+    """Say how many images, counted by (width, height), are enlarged or squashed to squares of a size; None if none is.
 
     Example:
         >>> resizing({(16, 16): 60, (64, 48): 45}, 48)

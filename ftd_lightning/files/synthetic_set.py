@@ -103,14 +103,7 @@ class SyntheticSet:
         return target_probabilities(self.labels, scale=self.metadata.get("target_scale", 1.0))
 
     def check(self, where: object) -> None:
-        """Refuse a set that is not as its attributes are described.
-
-        Args:
-            where: names it in the message, e.g. its file.
-
-        Raises:
-            InputError: naming the field.
-        """
+        """Refuse a set that is not as its attributes are described; the InputError names ``where`` and the field."""
         schema.check_metadata({**self.metadata, "class_names": self.class_names}, schema.SET_METADATA, where)
         schema.check_tensor(self.images, "images", where, (None,) * 4)
         if self.ema_images is not None:
@@ -141,10 +134,7 @@ class SyntheticSet:
 
     @classmethod
     def load(cls, path: str | Path) -> SyntheticSet:
-        """Read a set.
-
-        Raises:
-            InputError: for a file that is missing, truncated, damaged, not a synthetic set, or not as described above.
+        """Read a set; an InputError says why it cannot be read.
 
         Example:
             >>> import tempfile, torch
@@ -168,22 +158,11 @@ class SyntheticSet:
 
     @staticmethod
     def read_metadata(path: str | Path) -> dict[str, Any]:
-        """Return the ``metadata`` of a set without reading any of its tensors.
-
-        Raises:
-            InputError: as for :meth:`load`.
-        """
+        """Return the ``metadata`` of a set without reading any of its tensors."""
         return _own(_open(path).metadata)
 
     def dataset(self, *, ema: bool = False) -> TensorDataset:
-        """Return (image, label) pairs for an ordinary DataLoader.
-
-        Args:
-            ema: take the averaged images instead of the last ones.
-
-        Raises:
-            InputError: if averaged images are asked for and none were kept.
-        """
+        """Return (image, label) pairs for an ordinary DataLoader, of the last images or the averaged ones."""
         return TensorDataset(self.chosen(ema=ema), self.training_labels())
 
     def chosen(self, *, ema: bool) -> Tensor:

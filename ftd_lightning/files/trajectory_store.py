@@ -143,8 +143,7 @@ class TrajectoryStore:
             "parameters", the number of weights P.
 
     Raises:
-        InputError: for a folder that is missing or empty, a truncated or foreign file, or teachers that do not belong
-            together.
+        InputError: for a folder without teachers, a truncated or foreign file, or teachers that do not belong together.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -246,11 +245,7 @@ class TrajectoryStore:
         return TensorFile(self.files[teacher], kind=KIND)
 
     def weights(self, teacher: int, epoch: int | None = None) -> Tensor:
-        """Read the weights of a teacher after an epoch, 0 being its initialisation: (P,).
-
-        Args:
-            teacher: index, 0 <= teacher < len(store).
-            epoch: None takes the last one that the teacher has.
+        """Read the weights of a teacher after an epoch, 0 being its initialisation, None its last one: (P,).
 
         Raises:
             InputError: for a teacher or an epoch that was not recorded, or a file that broke since it was recorded.
@@ -286,20 +281,16 @@ class TrajectoryStore:
 
 
 def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write one teacher's file, atomically.
+    """Write one teacher's file, atomically, and return its path.
 
     Args:
         folder: of the store; made where it is missing.
         teacher: its number.
         snapshots: weights at initialisation and after every epoch, (P,) each; those that are read from files take no
             memory.
-        metadata: what the store records of the teacher; "epochs" and "teacher" are added.
-
-    Returns:
-        The file.
+        metadata: of the teacher, with at least its "network"; "epochs" and "teacher" are added.
 
     Raises:
-        InputError: for metadata that no store can hold, or none of the network.
         DivergenceError: if an epoch is not finite, or equal to the one before: such a trajectory matches nothing. No
             file is written.
     """
