@@ -225,6 +225,7 @@ def search(settings: SearchSettings, data: DistillationDataModule) -> dict[str, 
         results[one.name][side] = measured(side, one)
     both = {one.name: results[one.name] for one in also_real}
     accuracy = {side: [sides[side]["mean"] for sides in both.values()] for side in SIDES}
+    recorded = {key: value for key, value in asdict(settings).items() if key not in ("out", "threads")}
     best = max(both, key=lambda name: float(both[name]["proxy"]["mean"]))
     return {
         "correlation": rank_correlations(accuracy["proxy"], accuracy["real"]),
@@ -234,7 +235,7 @@ def search(settings: SearchSettings, data: DistillationDataModule) -> dict[str, 
         "epochs": {side: protocol.epochs for side, protocol in protocols.items()},
         "measured_on": "test images, by which both rankings and the choices below are made",
         "chosen": {"architecture": best, "real": both[best]["real"]["mean"], "best": max(accuracy["real"])},
-        "settings": {**asdict(settings), "data": data.describe(), "set": synthetic.metadata},
+        "settings": {**recorded, "data": data.describe(), "set": {"images": prints["proxy"], **synthetic.metadata}},
         "measured": results,
         "versions": versions(),
     }

@@ -524,6 +524,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             axes.errorbar(size, mean, yerr=std, color=colour, label=legend, marker="o", capsize=2, linestyle="none")
         axes.axhline(100 * one["real"]["accuracy"]["mean"], color="black", linestyle="--", linewidth=0.8)
     axes.set(xscale="log", xlabel="images kept per class", ylabel="test accuracy, %")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_title("grey: random real images, with labels of the same kind; dashed: all real images", fontsize=9)
     figure.legend(fontsize=8, loc="outside lower center")
     with replacing(path) as part:
