@@ -1,27 +1,22 @@
-"""Constructor arguments as plain values: what checkpoints and sets record, and what builds a module again."""
+"""Constructor arguments as plain values, which checkpoints and sets record and modules are built from again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.inner_optimizers import InnerOptimizer
 from ftd_lightning.rules.base import MatchingRule, check_together
 
-if TYPE_CHECKING:
-    from ftd_lightning.core.networks import Network
-
-
 Built = TypeVar("Built")
 
 
 def plain(value: Any) -> Any:
-    """Turn an argument into plain values from which the same can be built again.
+    """Turn an argument into plain values that build it again.
 
-    A dataclass becomes a mapping of its fields, a matching rule ``{"class_path": ..., "init_args": ...}`` as in a
-    config, a tuple a list.
+    A dataclass becomes a mapping, a rule or inner optimizer ``{"class_path": ..., "init_args": ...}``, a tuple a list.
 
     Example:
         >>> from ftd_lightning.functional import Augmentation
@@ -44,19 +39,13 @@ def plain_settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
     return {key: plain(value) for key, value in hparams.items() if not key.startswith("_")}
 
 
-def not_plain(network: Network | None) -> list[str]:
-    """Name the arguments that stay out of the saved hyper-parameters: real images, and a network that is an object."""
-    return ["real"] if network is None or isinstance(network, str) else ["real", "network"]
-
-
 def matching_rules(rules: Iterable[MatchingRule | Mapping[str, Any]]) -> list[MatchingRule]:
-    """Build matching rules from what :func:`plain` made of them; rules themselves are returned as they are.
+    """Build matching rules from the values of :func:`plain`; rules themselves are returned as they are.
 
     A class path is looked up among the rules that are imported already, so loading a checkpoint runs no other code.
 
     Raises:
-        InputError: for a class path that names no rule, arguments that it does not take, or rules that exclude each
-            other.
+        InputError: for an unknown class path, wrong arguments, or rules that exclude each other.
 
     Example:
         >>> matching_rules([{"class_path": "ftd_lightning.rules.RobustStart", "init_args": {"kappa": 0.1}}])
@@ -68,12 +57,7 @@ def matching_rules(rules: Iterable[MatchingRule | Mapping[str, Any]]) -> list[Ma
 
 
 def inner_optimizer(optimizer: InnerOptimizer | Mapping[str, Any]) -> InnerOptimizer:
-    """Build an inner optimizer from what :func:`plain` made of it; see :func:`matching_rules`.
-
-    Example:
-        >>> inner_optimizer({"class_path": "InnerSGD", "init_args": {"momentum": 0.5}})
-        InnerSGD(momentum=0.5, weight_decay=0.0)
-    """
+    """Build an inner optimizer from the values of :func:`plain`; see :func:`matching_rules`."""
     return optimizer if isinstance(optimizer, InnerOptimizer) else _built(InnerOptimizer, optimizer, "optimizer")
 
 

@@ -1,4 +1,4 @@
-"""Labels of a synthetic set other than its classes: those of an unrolled student, and targets of ridge regression."""
+"""Labels of a synthetic set other than its classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch.nn.functional import one_hot
 from ftd_lightning.data.coresets import estimate_running_statistics, logits_of
 from ftd_lightning.functional.gradient_matching import batch_norms
 from ftd_lightning.functional.inner_step import student_logits
-from ftd_lightning.functional.kernels import centred_targets
 from ftd_lightning.functional.unroll import load_flat
 
 if TYPE_CHECKING:
@@ -56,54 +55,60 @@ class RecordedTeachers:
 
 
 class SetLabels(nn.Module):
-    """Labels of a synthetic set that are learned, or that teachers give."""
+    """Labels of a synthetic set that are learned, or given and not learned.
 
-    def of_set(self) -> Tensor | None:
-        """Return the labels of the set, (N, K); None where they are its classes."""
-        raise NotImplementedError
+    Args:
+        learned: initial values of what is learned, (N, K); None where nothing is.
+        given: (N, K), where nothing is learned.
+        options: of the optimizer's parameter group.
+        metadata: what a set records of its labels.
+
+    Attributes:
+        values: (N, K), a parameter where it is learned, else a buffer.
+        metadata: the argument.
+    """
+
+    values: nn.Parameter | Tensor
+
+    def __init__(
+        self, learned: Tensor | None, given: Tensor | None, *, options: Mapping[str, float], metadata: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.metadata, self._options, self.are_learned = metadata, dict(options), learned is not None
+        if learned is not None:
+            self.values = nn.Parameter(learned.detach().clone(), requires_grad=options.get("lr", 1.0) > 0)
+        else:
+            self.register_buffer("values", given)
 
     def learned(self) -> dict[str, Tensor]:
         """Return the learned parameter as "labels"; empty where none is learned."""
-        return {}
+        return {"labels": self.values} if self.are_learned else {}
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups of the optimizer; empty where nothing is learned."""
-        return []
+        return [{"params": [self.values], **self._options}] if self.are_learned else []
 
-    def metadata(self) -> dict[str, Any]:
-        """Return what a set records of its labels."""
-        return {}
+    def of_set(self) -> Tensor | None:
+        """Return the labels of the set, (N, K); None where they are its classes."""
+        return self.values
 
     def end_step(self, applied: Tensor) -> None:
-        """Follow an optimizer step.
-
-        Args:
-            applied: whether the step was made, a bool scalar.
-        """
+        """Follow an optimizer step, which was made if ``applied``, a bool scalar."""
 
 
 class StudentLabels(SetLabels):
-    """Labels of a student's images, made by a rule: learned ones are a parameter, those of teachers a buffer.
+    """Labels of a student's images, made by a rule of learned logits, or by teachers.
 
     Args:
         rule: makes them.
         logits: initial learned logits, (N, K); None where nothing is learned.
         given: initial labels of the set, (N, K), replaced by a teacher's after the first step; None where labels are
             learned.
-
-    Attributes:
-        logits: (N, K) parameter, or None.
-        given: (N, K) buffer, or None.
     """
 
-    logits: nn.Parameter | None
-    given: Tensor | None
-
     def __init__(self, rule: LabelRule, logits: Tensor | None, given: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(logits, given, options=rule.optimizer_options(), metadata={"labels_made": rule.made})
         self._rule = rule
-        self.logits = None if logits is None else nn.Parameter(logits.detach().clone())
-        self.register_buffer("given", given)
         self._latest: Tensor | None = None
 
     @classmethod
@@ -114,16 +119,14 @@ class StudentLabels(SetLabels):
         logits = rule.initial_logits(classes, num_classes, answers)
         return cls(rule, logits, one_hot(classes, num_classes).float() if logits is None else None)
 
-    @classmethod
-    def empty(cls, rule: LabelRule, shapes: Mapping[str, torch.Size], prefix: str) -> StudentLabels:
-        """Make room for the labels of a checkpoint with such tensors."""
-        sizes = [shapes.get(f"{prefix}{name}") for name in ("logits", "given")]
-        logits, given = (None if size is None else torch.zeros(size) for size in sizes)
-        return cls(rule, logits, given)
+    @property
+    def logits(self) -> Tensor | None:
+        """Learned logits, (N, K), or None."""
+        return self.values if self.are_learned else None
 
     def of_set(self) -> Tensor:
         """Return the labels of the set, (N, K)."""
-        return self.learned_labels() if self.given is None else self.given
+        return self.learned_labels() if self.are_learned else self.values
 
     def learned_labels(self) -> Tensor:
         """Return learned labels, (N, K), differentiable in the logits."""
@@ -143,72 +146,12 @@ class StudentLabels(SetLabels):
             self._latest = labels.detach()
         return labels
 
-    def learned(self) -> dict[str, Tensor]:
-        """Return the logits as "labels", where they are learned."""
-        return {} if self.logits is None else {"labels": self.logits}
-
-    def groups(self) -> list[dict[str, Any]]:
-        """Return the logits' parameter group with the rule's options."""
-        return [] if self.logits is None else [{"params": [self.logits], **self._rule.optimizer_options()}]
-
-    def metadata(self) -> dict[str, Any]:
-        """Return how the labels are made."""
-        return {"labels_made": self._rule.made}
-
     @torch.no_grad()
     def end_step(self, applied: Tensor) -> None:
         """Store the teacher's labels of this iteration, if its step was made."""
-        if self.given is not None and self._latest is not None:
-            self.given.copy_(torch.where(applied, self._latest, self.given))
+        if not self.are_learned and self._latest is not None:
+            self.values.copy_(torch.where(applied, self._latest, self.values))
         self._latest = None
 
     def _no_answers(self) -> Tensor:
         raise RuntimeError(f"{type(self._rule).__name__}: labels that are learned may not depend on teachers")
-
-
-class RidgeTargets(SetLabels):
-    """Targets (N, K) that ridge regression is fitted to: learned ones are a parameter, centred one-hot ones a buffer.
-
-    Args:
-        classes: of the images, (N,) int64.
-        num_classes: K.
-        scale: factor of the centred one-hot vectors.
-        learned: whether they are learned.
-        lr: learning rate of learned targets.
-
-    Attributes:
-        values: (N, K).
-        scale: the argument.
-    """
-
-    values: nn.Parameter | Tensor
-
-    def __init__(self, classes: Tensor, num_classes: int, *, scale: float, learned: bool, lr: float) -> None:
-        super().__init__()
-        self.scale, self._num_classes, self._learned, self._lr = scale, num_classes, learned, lr
-        start = self.of_classes(classes)
-        if learned:
-            self.values = nn.Parameter(start, requires_grad=lr > 0)
-        else:
-            self.register_buffer("values", start)
-
-    def of_classes(self, classes: Tensor) -> Tensor:
-        """Return the targets of real images, (M, K) for classes (M,)."""
-        return centred_targets(classes, self._num_classes, scale=self.scale)
-
-    def of_set(self) -> Tensor | None:
-        """Return learned targets, (N, K)."""
-        return self.values if self._learned else None
-
-    def learned(self) -> dict[str, Tensor]:
-        """Return the targets as "labels", where they are learned."""
-        return {"labels": self.values} if self._learned else {}
-
-    def groups(self) -> list[dict[str, Any]]:
-        """Return the parameter group of learned targets."""
-        return [{"params": [self.values], "lr": self._lr}] if self._learned else []
-
-    def metadata(self) -> dict[str, Any]:
-        """Return the scale, and that labels are learned targets."""
-        kind = {"label_kind": "target", "labels_made": "learned"} if self._learned else {}
-        return {"target_scale": self.scale, **kind}

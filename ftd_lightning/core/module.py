@@ -150,11 +150,7 @@ class BaseModule(LightningModule):
         self.save_hyperparameters({key: plain(value) for key, value in values.items() if key not in left_out})
 
     def make_networks(self) -> NetworkFactory:
-        """Return the builder of networks: for this module's data, or as the checkpoint that is being loaded says.
-
-        Raises:
-            InputError: where no network was given and the recorded one is not of this library.
-        """
+        """Return the builder of networks: for this module's data, or as the checkpoint that is being loaded says."""
         recorded, shape = self._recorded_network, None if self.data is None else self.data.shape
         if shape is None and set(ImageShape._fields) <= recorded.keys():
             shape = ImageShape(*(recorded[key] for key in ImageShape._fields))
@@ -164,11 +160,7 @@ class BaseModule(LightningModule):
         return NetworkFactory(network, options, shape)
 
     def build(self) -> None:
-        """Build what depends on the images; ``data``, ``fresh`` and the hyper-parameters are known.
-
-        Raises:
-            InputError: for what does not fit together.
-        """
+        """Build what depends on the images; ``data``, ``fresh`` and the hyper-parameters are known."""
         raise NotImplementedError
 
     def extra_state(self) -> dict[str, Any]:
@@ -249,22 +241,14 @@ class BaseModule(LightningModule):
         return ["fit", *(verb for verb, step in STEPS.items() if is_overridden(step, self))]
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add no callback; refuse verbs that this module lacks, in the first hook that Lightning calls.
-
-        Raises:
-            InputError: for a verb that it lacks, with those that it has.
-        """
+        """Add no callback; refuse verbs that this module lacks, in the first hook that Lightning calls."""
         verb = self.trainer.state.fn
         if verb is not None and verb.value not in self.verbs:
             raise InputError(f"{type(self).__name__} has no {verb.value}: it has {', '.join(self.verbs)}")
         return []
 
     def configure_model(self) -> None:
-        """Build for the trainer's data; nothing without a trainer, or where everything has been built.
-
-        Raises:
-            InputError: for a Trainer whose counters are those of another fit.
-        """
+        """Build for the trainer's data; refuse a Trainer whose counters are those of another fit."""
         self._resumed = False
         if not self.attached:
             return
@@ -340,20 +324,12 @@ class BaseModule(LightningModule):
             raise InputError(f"the checkpoint is not one of a {type(self).__name__}: it has no {error}") from error
 
     def on_fit_start(self) -> None:
-        """Refuse settings that change the result.
-
-        Raises:
-            InputError: for such settings.
-        """
+        """Refuse settings that change the result."""
         refuse_settings(self.trainer, self.augment)
         self._has_weights = True
 
     def on_validation_start(self) -> None:
-        """Refuse to measure, or to predict by, a module that neither a fit nor a checkpoint has given its weights.
-
-        Raises:
-            InputError: for such a module.
-        """
+        """Refuse to measure, or to predict by, a module without weights of a fit or a checkpoint."""
         if not self._has_weights:
             raise InputError(
                 f"this {type(self).__name__} is not trained: fit it first, or name a checkpoint (--ckpt_path last is "
@@ -363,11 +339,7 @@ class BaseModule(LightningModule):
     on_test_start = on_validation_start
 
     def on_predict_start(self) -> None:
-        """Refuse untrained modules, and several processes, which have different networks.
-
-        Raises:
-            InputError: for either.
-        """
+        """Refuse untrained modules, and several processes, which have different networks."""
         self.on_validation_start()
         if self.trainer.world_size > 1:
             raise InputError("predict runs in one process: pass --trainer.devices 1")
@@ -424,23 +396,21 @@ def refuse_other_batch(batch: Any, described: DataSource) -> None:
     images = _images(batch)
     if images is None:
         return
-    shape = tuple(described.description().shape.zeros(0).shape[1:])
-    if tuple(images.shape[1:]) != shape:
+    shape, found = tuple(described.description().shape.zeros(0).shape[1:]), tuple(images.shape[1:])
+    contradiction = f"of shape {shape}, but the first training batch has {found}" if shape != found else ""
+    if not contradiction and len(images) >= FEWEST:
+        known = described.part("train").images
+        known = known[:: -(-len(known) // SAMPLED)]
+        (mean, std), (wanted, spread) = ((float(x.float().mean()), float(x.float().std())) for x in (images, known))
+        least = TOLERANCE * spread
+        if not (least < std < spread / TOLERANCE and abs(mean - wanted) < least):
+            contradiction = (
+                f"whose pixels have mean {wanted:.2f} and standard deviation {spread:.2f}, but the first training "
+                f"batch has {mean:.2f} and {std:.2f}"
+            )
+    if contradiction:
         raise InputError(
-            f"TrajectoryRecorder: data= describes images of shape {shape}, but the first training batch has "
-            f"{tuple(images.shape[1:])}: give data= that describes the loader's images"
-        )
-    if len(images) < FEWEST:
-        return
-    known = described.part("train").images
-    known = known[:: -(-len(known) // SAMPLED)]
-    (mean, std), (wanted, spread) = ((float(x.float().mean()), float(x.float().std())) for x in (images, known))
-    least = TOLERANCE * spread
-    if not (least < std < spread / TOLERANCE and abs(mean - wanted) < least):
-        raise InputError(
-            f"TrajectoryRecorder: data= describes images whose pixels have mean {wanted:.2f} and standard deviation "
-            f"{spread:.2f}, but the first training batch has {mean:.2f} and {std:.2f}: give data= that describes the "
-            "loader's images with their normalisation"
+            f"TrajectoryRecorder: data= describes images {contradiction}: give data= that describes the loader's images"
         )
 
 

@@ -159,8 +159,10 @@ class Distillation(BaseModule):
         rule = label_rule(self.rules)
         if rule is None:
             return None
-        if self._loaded_shapes:
-            return StudentLabels.empty(rule, self._loaded_shapes, "soft_labels.")
+        if self._loaded_shapes:  # the checkpoint's labels follow
+            empty = torch.zeros(self._loaded_shapes["soft_labels.values"])
+            learned = rule.made == "learned"
+            return StudentLabels(rule, empty if learned else None, None if learned else empty)
         return StudentLabels.start(rule, self.labels, self.num_classes, answers)
 
     @property
@@ -220,7 +222,7 @@ class Distillation(BaseModule):
             "method": self.method,
             "augmentation": self.augment.describe(),
             **self.describe(),
-            **({} if self.soft_labels is None else self.soft_labels.metadata()),
+            **({} if self.soft_labels is None else self.soft_labels.metadata),
             "settings": self.settings(),
             "iterations": self.iterations,
             "skipped_steps": self.skipped_steps,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.evaluation import PARTS
 from ftd_lightning.core.evaluation import mean_and_std
-from ftd_lightning.core.labels import RidgeTargets
+from ftd_lightning.core.labels import SetLabels
 from ftd_lightning.core.networks import Network
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
@@ -37,19 +37,6 @@ if TYPE_CHECKING:
 KERNELS = {"ntk": ntk_kernel, "nngp": nngp_kernel}
 Kernel = Literal["ntk", "nngp"]
 BATCH = 2048  # real images whose kernel with the set is in memory at a time
-
-
-def ridge_loss(k_ts: Tensor, k_ss: Tensor, targets: Tensor, real_targets: Tensor, reg: float) -> Tensor:
-    """Return half the mean squared distance of predictions for real images from their targets.
-
-    Args:
-        k_ts: (M, N) kernel of real and synthetic images, float64.
-        k_ss: (N, N), float64.
-        targets: of the synthetic images, (N, K).
-        real_targets: (M, K).
-        reg: as for ``functional.ridge_predictions``.
-    """
-    return half_squared_error(ridge_predictions(k_ts, k_ss, targets, reg=reg), real_targets)
 
 
 def ridge_accuracy(cross: Callable[[Tensor], Tensor], own: Tensor, targets: Tensor, reg: float, real: Images) -> Tensor:
@@ -94,6 +81,46 @@ def record_accuracies(module: Distillation, name: str, measure: Callable[[Images
         module.record_scores({f"{name}, {in_words}": summary})
         log = partial(module.log, sync_dist=True, batch_size=1)  # equal on all ranks; Lightning warns if not said
         log(f"evaluation/ridge_{on_file}_accuracy", summary["mean"], prog_bar=part == "val")
+
+
+class RidgeTargets(SetLabels):
+    """Targets (N, K) that ridge regression is fitted to: centred one-hot vectors, from which learning starts.
+
+    Args:
+        classes: of the images, (N,) int64.
+        num_classes: K.
+        reg: as for ``functional.ridge_predictions``.
+        scale: factor of the one-hot vectors.
+        lr: learning rate of learned targets; None learns none.
+    """
+
+    def __init__(
+        self, classes: Tensor, num_classes: int, *, reg: float, scale: float = 1.0, lr: float | None = None
+    ) -> None:
+        start = centred_targets(classes, num_classes, scale=scale)
+        metadata = {"target_scale": scale, **({} if lr is None else {"label_kind": "target", "labels_made": "learned"})}
+        learned, given = (None, start) if lr is None else (start, None)
+        super().__init__(learned, given, options={} if lr is None else {"lr": lr}, metadata=metadata)
+        self._num_classes, self._scale, self._reg = num_classes, scale, reg
+
+    def of_set(self) -> Tensor | None:
+        """Return learned targets, (N, K)."""
+        return self.values if self.are_learned else None
+
+    def loss(self, k_ts: Tensor, k_ss: Tensor, classes: Tensor) -> Tensor:
+        """Return half the mean squared distance of predictions for real images from their targets.
+
+        Args:
+            k_ts: (M, N) kernel of real and synthetic images, float64.
+            k_ss: (N, N), float64.
+            classes: of the real images, (M,).
+        """
+        wanted = centred_targets(classes, self._num_classes, scale=self._scale).to(self.values.dtype)
+        return half_squared_error(ridge_predictions(k_ts, k_ss, self.values, reg=self._reg), wanted)
+
+    def accuracy(self, cross: Callable[[Tensor], Tensor], own: Tensor, real: Images) -> Tensor:
+        """Measure the accuracy of the regression; see :func:`ridge_accuracy`."""
+        return ridge_accuracy(cross, own, self.values, self._reg, real)
 
 
 @torch.no_grad()
@@ -198,14 +225,15 @@ class KernelInducingPoints(Distillation):
     def build(self) -> None:
         """Make the initial synthetic set and its targets."""
         super().build()
-        learned, lr = self.hparams["learn_labels"], self.hparams["lr_labels"]
-        self.soft_labels = RidgeTargets(self.labels, self.num_classes, scale=1.0, learned=learned, lr=lr)
+        hparams = self.hparams
+        lr = hparams["lr_labels"] if hparams["learn_labels"] else None
+        self.soft_labels = RidgeTargets(self.labels, self.num_classes, reg=hparams["reg"], lr=lr)
 
     @property
-    def targets(self) -> Tensor:
-        """Targets of the regression on the synthetic images, (N, K)."""
+    def targets(self) -> RidgeTargets:
+        """The targets of the synthetic images."""
         assert isinstance(self.soft_labels, RidgeTargets)
-        return self.soft_labels.values
+        return self.soft_labels
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the real images to the device, or leave them in host memory where they do not fit."""
@@ -229,17 +257,15 @@ class KernelInducingPoints(Distillation):
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Predict a batch of real images."""
-        assert isinstance(self.soft_labels, RidgeTargets)
         real = self.draw_real(self._real, self.hparams["batch_target"], batch["iteration"], self.global_rank)
-        wanted = self.soft_labels.of_classes(real.labels).to(self.images.dtype)
         cross, own = self.kernel(real.images, self.images), self.kernel(self.images, self.images)
-        return self.log_loss(ridge_loss(cross, own, self.targets, wanted, self.hparams["reg"]))
+        return self.log_loss(self.targets.loss(cross, own, real.labels))
 
     def own_accuracies(self, real: Images) -> Tensor:
         """Measure the accuracy of the kernel regression, (1,)."""
         own = self.kernel(self.images, self.images)
         cross = partial(self.kernel, others=self.images)
-        return torch.stack([ridge_accuracy(cross, own, self.targets, self.hparams["reg"], real)])
+        return torch.stack([self.targets.accuracy(cross, own, real)])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure by the method's own protocol where that is due: before the set is written."""
@@ -388,14 +414,15 @@ class FeatureRegression(Distillation):
     def build(self) -> None:
         """Make the initial synthetic set and its targets, smaller for more than 10 classes, as published."""
         super().build()
-        learned, lr, scale = self.hparams["learn_labels"], self.hparams["lr_labels"], math.sqrt(10 / self.num_classes)
-        self.soft_labels = RidgeTargets(self.labels, self.num_classes, scale=scale, learned=learned, lr=lr)
+        hparams, scale = self.hparams, math.sqrt(10 / self.num_classes)
+        lr = hparams["lr_labels"] if hparams["learn_labels"] else None
+        self.soft_labels = RidgeTargets(self.labels, self.num_classes, reg=hparams["reg"], scale=scale, lr=lr)
 
     @property
-    def targets(self) -> Tensor:
-        """Targets of the regression on the synthetic images, (N, K)."""
+    def targets(self) -> RidgeTargets:
+        """The targets of the synthetic images."""
         assert isinstance(self.soft_labels, RidgeTargets)
-        return self.soft_labels.values
+        return self.soft_labels
 
     @property
     def method(self) -> str:
@@ -431,14 +458,12 @@ class FeatureRegression(Distillation):
         # Here and not after the update, so that a checkpoint may lie between them.
         if iteration > 0:
             self._train_network(iteration - 1)
-        assert isinstance(self.soft_labels, RidgeTargets)
         images, classes = self.draw_real(self._real, self.hparams["batch_target"], iteration, self.global_rank)
-        wanted = self.soft_labels.of_classes(classes).to(self.images.dtype)
         network = self.pool[self.place_of(iteration)]
         own = self.features(network, self.images)
         with torch.no_grad():
             real = self.features(network, images)
-        return self.log_loss(ridge_loss(real @ own.T, own @ own.T, self.targets, wanted, self.hparams["reg"]))
+        return self.log_loss(self.targets.loss(real @ own.T, own @ own.T, classes))
 
     def features(self, network: nn.Module, images: Tensor) -> Tensor:
         """Return a network's features, (N, D) float64; no gradient reaches its weights."""
@@ -449,7 +474,7 @@ class FeatureRegression(Distillation):
         """Train the network of an iteration on the set that it has led to."""
         index = torch.randperm(len(self.images), generator=self.generator("set", iteration))
         index = to_device(index[: self.hparams["pool_batch"]], self.device)
-        self.pool.step(self.place_of(iteration), self.images.detach()[index], self.targets.detach()[index])
+        self.pool.step(self.place_of(iteration), self.images.detach()[index], self.targets.values.detach()[index])
 
     def own_accuracies(self, real: Images) -> Tensor:
         """Measure the accuracy of the regression on the features of each network of the pool, (n,)."""
@@ -461,7 +486,7 @@ class FeatureRegression(Distillation):
             def cross(images: Tensor, network: nn.Module = network, own: Tensor = own) -> Tensor:
                 return self.features(network, images.to(self.images.dtype)) @ own.T
 
-            measured.append(ridge_accuracy(cross, own @ own.T, self.targets, self.hparams["reg"], real))
+            measured.append(self.targets.accuracy(cross, own @ own.T, real))
         return torch.stack(measured)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

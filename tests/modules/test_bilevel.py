@@ -174,7 +174,7 @@ def test_a_spike_in_the_gradient_of_images_or_labels_is_clipped_whatever_the_ste
         def on_before_optimizer_step(self, optimizer):
             if self.global_step == 3:
                 self.images.grad *= 100
-                self.soft_labels.logits.grad *= 50
+                self.soft_labels.values.grad *= 50
             super().on_before_optimizer_step(optimizer)
 
         def configure_gradient_clipping(self, *args, **options):
