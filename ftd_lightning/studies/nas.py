@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -26,6 +27,7 @@ from ftd_lightning.models.convnet import Activation, Pooling
 from ftd_lightning.models.layers import Norm
 from ftd_lightning.shipped_configs import with_config_files, with_home
 from ftd_lightning.studies.fits import held, kept, minor_version
+from ftd_lightning.studies.plots import write_plot
 from ftd_lightning.studies.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -241,23 +243,14 @@ def search(settings: SearchSettings, data: DistillationDataModule) -> dict[str, 
     }
 
 
-def draw(results: Mapping[str, Any], path: Path) -> None:
+def draw(results: Mapping[str, Any], axes: Any) -> None:
     """Draw accuracy on the synthetic set over accuracy on real images, one point an architecture."""
-    # Not pyplot, which keeps figures in a global state; not at the top, because it is slow.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     both = [sides for sides in results["measured"].values() if sides.keys() == SIDES.keys()]
     real, proxy = ([100 * sides[side]["mean"] for sides in both] for side in ("real", "proxy"))
     axes.scatter(real, proxy, s=14)
     axes.set(xlabel="test accuracy, trained on real images, %", ylabel="trained on the synthetic set, %")
     correlations = {top: "-" if value is None else f"{value:.2f}" for top, value in results["correlation"].items()}
     axes.set_title(", ".join(f"{top}: {value}" for top, value in correlations.items()), fontsize=10)
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=120)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -278,7 +271,7 @@ def main(arguments: Sequence[str]) -> None:
         write_json(out / "nas.json", results, indent=1)
         with replacing(out / "nas.md") as part:
             part.write_text(table + "\n", encoding="utf-8")
-        draw(results, out / "nas.png")
+        write_plot(out / "nas.png", partial(draw, results), size=(5, 4.5))
     print(f"\n{table}\n\nbest by the synthetic set: {chosen['architecture']}")
     print(f"trained on real images {100 * chosen['real']:.1f} %, the best of all {100 * chosen['best']:.1f} %")
     print(f"results   {out}")

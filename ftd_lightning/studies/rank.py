@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ from ftd_lightning.models.description import same_network
 from ftd_lightning.models.registry import recorded_network
 from ftd_lightning.shipped_configs import with_home
 from ftd_lightning.studies.fits import held, kept, minor_version
+from ftd_lightning.studies.plots import write_plot
 from ftd_lightning.studies.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -500,20 +501,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     return f"{markdown_table(scores)}\n\n{markdown_table(measured)}\n{NOTES}{seen}"
 
 
-def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Draw accuracy over images kept per class: sets, random real images beside them, and all real images as lines.
-
-    Args:
-        results: the content of ``rank.json``.
-        path: of the PNG.
-    """
-    # Not pyplot, which keeps figures in a global state; not at the top, because it is slow.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+def draw(results: Mapping[str, Any], axes: Any) -> None:
+    """Draw accuracy over images kept per class: sets, random real images below them, and all real images as lines."""
     for index, (name, one) in enumerate(in_order(results)):
         label = f"{'/'.join(Path(name).parts[-2:])}, {one['labels']} labels"
         # Sets of one size are drawn beside each other.
@@ -527,9 +516,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_title("grey: random real images, with labels of the same kind; dashed: all real images", fontsize=9)
-    figure.legend(fontsize=8, loc="outside lower center")
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=120)
+    axes.figure.legend(fontsize=8, loc="outside lower center")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -552,5 +539,5 @@ def main(arguments: Sequence[str]) -> None:
         write_json(out / "rank.json", results)
         with replacing(out / "rank.md") as part:
             part.write_text(table, encoding="utf-8")
-        draw(results, out / "rank.png")
+        write_plot(out / "rank.png", partial(draw, results), size=(7, 4.8))
     print(f"\n{table}\nbest by LRS: {in_order(results)[0][0]}\nresults   {out}")

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,13 +23,14 @@ from ftd_lightning.core.networks import student_networks
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore, check_compatible
-from ftd_lightning.files.safetensors_io import replacing, versions, write_json
+from ftd_lightning.files.safetensors_io import versions, write_json
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.matching import chunked_permutations
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.trajectory_error import trajectory_errors
 from ftd_lightning.functional.unroll import load_flat, unroll
 from ftd_lightning.models.registry import recorded_network
+from ftd_lightning.studies.plots import write_plot
 from ftd_lightning.studies.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -259,14 +261,10 @@ def table(curve: dict[str, Any], *, rows: int = 10) -> str:
     return markdown_table(lines)
 
 
-def draw(curves: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(curves: Sequence[dict[str, Any]], axes: Any) -> None:
     """Draw curves as in Figure 1, the first one's teacher in grey on a second axis, and norms of the errors below."""
-    # Imported here because it is slow; not pyplot, which keeps figures in a global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = axes.figure
+    axes.remove()
     above, below = figure.subplots(2, 1, sharex=True)
     grey, first = above.twinx(), curves[0]
     grey.plot(first["epochs"], first["mean"]["teacher_loss"], color="0.6", label=f"teacher of {first['method']}")
@@ -283,7 +281,6 @@ def draw(curves: Sequence[dict[str, Any]], path: Path) -> None:
     above.set_ylabel(f"L(student) - L(teacher), {' and '.join(sorted({curve['on'] for curve in curves}))} images")
     below.set(xlabel="teacher epoch", ylabel="norm of the error")
     figure.legend(fontsize=8, loc="outside lower center", ncols=len(curves))
-    figure.savefig(path, format="png", dpi=120)
 
 
 def trajectory_error(
@@ -355,8 +352,7 @@ def trajectory_error(
         "versions": versions(),
     }
     write_json(folder / "curve.json", curve)
-    with replacing(folder / "curve.png") as part:
-        draw([curve, *others], part)
+    write_plot(folder / "curve.png", partial(draw, [curve, *others]), size=(7, 8))
     # purge_step: TensorBoard forgets the curve that an earlier run left in this folder.
     with SummaryWriter(str(folder), purge_step=0) as board:
         for name, tag in TAGS.items():
