@@ -345,23 +345,6 @@ def test_trainer_gives_each_module_its_batches(tmp_path, synthetic_file):
     assert module.trainer.limit_val_batches == 1.0
 
 
-def test_each_rank_gets_its_share(ready):
-    class Rank:
-        lightning_module = None
-        world_size = 2
-        strategy = type("Strategy", (), {"root_device": torch.device("cpu")})
-
-        def __init__(self, rank):
-            self.global_rank = rank
-
-    data, shares = ready(), []
-    for rank in range(2):
-        data.trainer = Rank(rank)
-        shares.append(set(as_mapping(*all_of(data.train_dataloader()))))
-    assert len(shares[0]) == len(shares[1]) == len(data.train.labels) // 2
-    assert not shares[0] & shares[1]
-
-
 # Descriptions and wrong arguments
 
 

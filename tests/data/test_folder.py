@@ -11,7 +11,6 @@ from PIL import ExifTags, Image
 
 from ftd_lightning.data import DistillationDataModule, decoding, folder
 from ftd_lightning.data.folder import ImageTree
-from ftd_lightning.data.imagenet import SUBSETS
 
 CLASSES = ["ant", "bee", "cow"]
 
@@ -317,17 +316,3 @@ def test_a_picture_crosses_few_files_on_its_way_to_a_batch(both, tmp_path):
     finally:
         sys.setprofile(before)
     assert len(crossed) <= 10, crossed
-
-
-def test_teachers_distillation_and_evaluation_on_ones_own_images(imagenet_root, tmp_path, run_phases):
-    """Three classes of real images at their own size but for an argument, split by the fraction."""
-    (tmp_path / "images").mkdir()
-    for wnid in list(SUBSETS["imagenette"])[:3]:
-        shutil.copytree(imagenet_root / "imagenet" / "train" / wnid, tmp_path / "images" / wnid)
-    store, synthetic, accuracies = run_phases(
-        tmp_path / "runs", 3, dataset="folder", root=str(tmp_path / "images"), image_size=32, test_fraction=0.4
-    )
-    assert store.metadata["dataset"]["class_names"] == list(SUBSETS["imagenette"])[:3]
-    assert store.metadata["dataset"]["image_size"] == store.metadata["network"]["image_size"] == 32
-    assert synthetic.images.shape == (3, 3, 32, 32)
-    assert all(0 <= accuracy < 1 for accuracy in accuracies)

@@ -278,13 +278,6 @@ def test_interrupted_unpacking_is_not_taken_for_whole(archive, tmp_path, monkeyp
     assert ready(tmp_path / "new", TINY, download=True).test.labels.tolist() == [1, 2, 0, 1, 2, 0]
 
 
-def test_half_a_download_is_fetched_again(archive, tmp_path):
-    part = tmp_path / "new" / f".{imagenet.NAME}.part" / archive.name
-    part.parent.mkdir(parents=True)
-    part.write_bytes(archive.read_bytes()[:1000])
-    assert ready(tmp_path / "new", TINY, download=True).num_classes == 3
-
-
 # The real images
 
 
@@ -307,11 +300,3 @@ def test_real_images(tiny_root):
         "max_per_class": None,
         "seed": 0,
     }
-
-
-def test_teachers_distillation_and_evaluation_on_tiny_imagenet(tiny_root, tmp_path, run_phases):
-    store, synthetic, accuracies = run_phases(tmp_path, 4, dataset=TINY, root=str(tiny_root))
-    assert store.metadata["network"]["image_size"] == 64
-    assert synthetic.images.shape == (10, 3, 64, 64)
-    assert synthetic.class_names[0] == "Egyptian_cat"
-    assert all(0 <= accuracy < 1 for accuracy in accuracies)
