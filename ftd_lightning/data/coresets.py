@@ -38,15 +38,9 @@ def random_real_images(train: Images, ipc: int, seed: int) -> Images:
 
 
 def coreset(train: Images, kind: str, ipc: int, features: Tensor) -> Images:
-    """Choose ipc real images of each class by their features (N, D), class by class, in the order chosen.
+    """Choose ipc images of each class by their features (N, D), class by class, in the order chosen.
 
     ``kind`` is "herding" or "k-center" (greedy, from the image nearest to the class's mean).
-
-    Example:
-        >>> from ftd_lightning.contracts import Images
-        >>> images = Images(torch.zeros(4, 1, 1, 1), torch.tensor([0, 1, 0, 0]))
-        >>> coreset(images, "herding", 1, torch.tensor([[0.0], [5.0], [4.0], [3.0]])).labels
-        tensor([0, 1])
     """
     choose = {"herding": herding, "k-center": k_center}[kind]
     members = [(train.labels == label).nonzero().squeeze(1) for label in train.labels.unique()]
@@ -104,19 +98,11 @@ def estimate_running_statistics(network: nn.Module, images: Tensor) -> None:
 def teacher_coreset(
     train: Images, kind: str, ipc: int, *, trajectories: str | None, teacher: int, described: Mapping[str, Any]
 ) -> tuple[Images, dict[str, Any]]:
-    """Choose real images by the features of a teacher; also return a description of the choice.
+    """Choose real images, transformed as the teachers saw them, by a teacher's features; also describe the choice.
 
     Which network's features the published coreset numbers rest on is not known. Here it is a teacher after its last
     epoch, on images that are not augmented. Both rules are deterministic: a spread over several choices is one over
-    teachers.
-
-    Args:
-        train: the real images, transformed as the teachers saw them.
-        kind: "herding" or "k-center".
-        ipc: images per class.
-        trajectories: folder of the trajectory store.
-        teacher: number of the teacher, from 0.
-        described: metadata of the images that the teachers must have been trained on.
+    teachers. ``described`` is metadata of the images that the teachers must have been trained on.
     """
     if trajectories is None:
         raise InputError(f"synthetic={kind!r} chooses by a teacher's features: give their store as data.trajectories")
@@ -166,10 +152,6 @@ def candidate_epochs(epochs: int, count: int = 8) -> list[int]:
     """List at most ``count`` (>= 2) of a teacher's epochs to choose from, without the initialisation.
 
     They are spread evenly in the logarithm, because a teacher changes fastest at first; rounding may leave fewer.
-
-    Example:
-        >>> candidate_epochs(4), candidate_epochs(50)
-        ([1, 2, 3, 4], [1, 2, 3, 5, 9, 16, 29, 50])
     """
     if epochs <= count:
         return list(range(1, epochs + 1))

@@ -46,10 +46,6 @@ def measure(pictures: Tensor) -> dict[str, list[float]]:
     """Measure "mean" and "std" of all pixels, per channel, on the scale [0, 1], rounded to 6 digits.
 
     A channel of one value gets the deviation 1, because images are divided by it. Pictures are uint8 or float32.
-
-    Example:
-        >>> measure(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
-        {'mean': [0.5], 'std': [0.5]}
     """
     count, top = pictures.numel() // pictures.shape[1], 255 if pictures.dtype == torch.uint8 else 1
 
@@ -294,14 +290,8 @@ def cached_whitening(
 ) -> Whitening:
     """Read the whitening of some pictures from the cache, or fit it and write it there.
 
-    Args:
-        pictures: returns (N, C, H, W), uint8 or float32 in [0, 1]; called where there is no cache.
-        identity: tells the pictures from all others, for the file's name; its "name" is readable there.
-        eps: added to the eigenvalues.
-        cache_dir: see :func:`cache_folder`.
-
-    Raises:
-        InputError: where it would take more memory than the machine has, or cannot be written.
+    ``pictures`` is called where there is no cache, and returns uint8 or float32 in [0, 1]. ``identity`` tells them from
+    all others, for the file's name; its "name" is readable there. An InputError refuses what exceeds the memory.
     """
     known = json.dumps([identity, eps, version("kornia")], sort_keys=True)
     name = f"{identity['name'].replace(' ', '-')}_{hashlib.blake2b(known.encode(), digest_size=8).hexdigest()}"

@@ -52,13 +52,9 @@ def _announce(line: str) -> None:
 
 
 class ImageTree:
-    """The images below one folder.
+    """The images below a folder ``root``, and the number of ``skipped`` files by their endings.
 
     Hidden files are skipped. Links to files are read as files; links to folders are not followed.
-
-    Attributes:
-        root: the folder.
-        skipped: number of other files that were skipped, by their endings.
     """
 
     def __init__(self, root: Path) -> None:
@@ -83,11 +79,7 @@ class ImageTree:
         return sorted(found)
 
     def part(self, folders: Sequence[Path]) -> LabelledFiles:
-        """List the images of classes, each in a folder of its own, in label order.
-
-        Raises:
-            InputError: for a class that is missing or has no images.
-        """
+        """List the images of classes, each in a folder of its own, in label order."""
         files: list[Path] = []
         labels: list[int] = []
         for label, folder in enumerate(folders):
@@ -204,15 +196,14 @@ class Census:
     Attributes:
         files: number of files, unreadable ones included.
         sizes: files by (width, height) in pixels, as they are shown: after turning.
-        modes: files by Pillow mode, such as "RGB", "L" or "I;16"; "RGB;16" and the like where 8 of 16 bits are read.
+        modes: files by Pillow mode; "RGB;16" and the like where 8 of 16 bits are read.
         turned: files whose EXIF orientation is applied.
         transparent: files with an alpha channel or a transparent colour, which are composited on white.
         bits: bits per value of the deepest file, 8 or 16.
         classes: files of each class, by name, in label order.
         unreadable: files that are not readable images.
         channels: 1 if all training images are grey, else 3.
-        size: default height and width in pixels: the shorter side of the most common size of the training images, so
-            that no detail is made up.
+        size: default height and width: the shorter side of the most common size of the training images.
     """
 
     files: int

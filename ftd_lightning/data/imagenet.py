@@ -91,12 +91,7 @@ def find_subset(name: str, request: Request) -> ImageDataset:
     """Describe a subset without looking at files; ``load`` and ``contents`` decode them.
 
     Images are squashed to 128 x 128 pixels, or to the size that is asked for; val/ is the test part. Grey files become
-    RGB. ``train/<wnid>`` and ``val/<wnid>`` are read under ``root/imagenet``, or under root; where folders are missing,
-    an InputError says what to put where.
-
-    Example:
-        >>> find_subset("imagefruit", Request()).class_names[:2]
-        ('pineapple', 'banana')
+    RGB. ``train/<wnid>`` and ``val/<wnid>`` are read under ``root/imagenet``, or under root.
     """
     size, names = request.image_size or IMAGE_SIZE, tuple(SUBSETS[name].values())
     load, contents = partial(_load, name, size, request), partial(_contents, name, size, request)
@@ -178,12 +173,9 @@ def _test_part(folder: Path, tree: ImageTree, wnids: list[str]) -> LabelledFiles
 
 
 def find_tiny_imagenet(request: Request) -> ImageDataset:
-    """Describe Tiny ImageNet by the folder ``tiny-imagenet-200`` under root; ``load`` and ``contents`` decode it.
+    """Describe Tiny ImageNet by the folder ``tiny-imagenet-200`` under root, which is downloaded where it is missing.
 
     Every class of ``train/`` is one, be it 200 or a part of them; ``val/`` is the test part.
-
-    Raises:
-        InputError: if it is missing and cannot or must not be downloaded, or its layout is not the official one.
     """
     folder = request.root / NAME
     if not folder.is_dir():

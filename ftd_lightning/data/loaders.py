@@ -88,16 +88,9 @@ class IterationCounter(IterationLoader[dict[str, int]]):
 class BatchOrder(DistributedSampler[Tensor]):
     """Index tensors of an epoch's batches, a function of (seed, epoch) and split over ranks.
 
-    A DistributedSampler because Lightning wraps any other sampler in one, and calls ``set_epoch`` of these.
-
-    Args:
-        num_images: N, at least ``world_size``.
-        batch_size: images per batch, on each rank; the last batch may be smaller.
-        shuffle: a new permutation every epoch, else the given order.
-        seed: decides the permutations.
-        rank: of this process.
-        world_size: number of processes; each gets every world_size-th image, the same number of them.
-        epoch_map: maps the epoch of the fit, which Lightning sets, to the one that decides the permutation.
+    A DistributedSampler because Lightning wraps any other sampler in one, and calls ``set_epoch`` of these. Each of
+    ``world_size`` processes gets every world_size-th image, the same number of them; the last batch may be smaller.
+    ``shuffle`` draws a new permutation every epoch, decided by what ``epoch_map`` makes of the epoch of the fit.
     """
 
     def __init__(
@@ -169,11 +162,6 @@ class TensorLoader(ResumableLoader):
     """(images, labels) batches by indexing tensors that already lie on the training device.
 
     No collation and no copy between host and device; 50,000 CIFAR images take 614 MB in float32.
-
-    Example:
-        >>> loader = TensorLoader(torch.zeros(5, 1, 2, 2), torch.zeros(5), BatchOrder(5, 2, shuffle=False))
-        >>> [len(images) for images, labels in loader]
-        [2, 2, 1]
     """
 
     def __init__(self, images: Tensor, labels: Tensor, order: BatchOrder) -> None:

@@ -91,13 +91,7 @@ class ImageDataset:
     transform: ImageTransform | None = None
 
     def at(self, image_size: int | None) -> ImageDataset:
-        """Return the same data set with its pictures resized; None or its own size changes nothing.
-
-        Example:
-            >>> from ftd_lightning.data.datasets import get_dataset
-            >>> get_dataset("digits").at(16).load()["train"].pictures.shape
-            torch.Size([1437, 1, 16, 16])
-        """
+        """Return the same data set with its pictures resized; None or its own size changes nothing."""
         if image_size is None or image_size == self.image_size:
             return self
         load, native_size = partial(_load_resized, self.load, image_size), self.native_size or self.image_size
@@ -124,10 +118,6 @@ def resized(pictures: Tensor, size: int) -> Tensor:
 
     Image files are resized by Pillow instead while they are decoded, each from its own size; the results differ by at
     most 1/255. Both decide the pixels of published sets, so neither can replace the other.
-
-    Example:
-        >>> resized(torch.zeros(2, 1, 8, 6), 4).shape
-        torch.Size([2, 1, 4, 4])
     """
     mode = InterpolationMode.BILINEAR
     return torch.cat([resize(chunk, [size, size], mode, antialias=True) for chunk in pictures.split(CHUNK)])
@@ -151,10 +141,5 @@ def resizing(sizes: Mapping[tuple[int, int], int], size: int) -> str | None:
 
 
 def unit_range(pictures: Tensor) -> Tensor:
-    """Turn uint8 pictures into float32 in [0, 1]; float ones are returned as they are.
-
-    Example:
-        >>> unit_range(torch.tensor([255], dtype=torch.uint8))
-        tensor([1.])
-    """
+    """Turn uint8 pictures into float32 in [0, 1]; float ones are returned as they are."""
     return pictures.float().div(255) if pictures.dtype == torch.uint8 else pictures

@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 
 def sample_per_class(labels: Tensor, count: int | float, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` images of every class (int), or their share in [0, 1) (float).
-
-    Returns:
-        Indices, class by class.
-
-    Raises:
-        InputError: if a class has fewer images.
+    """Draw ``count`` images of every class (int), or their share in [0, 1) (float); return indices, class by class.
 
     Example:
         >>> labels = torch.tensor([0, 1, 0, 1, 1])
@@ -43,13 +37,7 @@ def sample_per_class(labels: Tensor, count: int | float, generator: torch.Genera
 
 
 def limit_per_class(labels: Tensor, limit: int | None, seed: int) -> Tensor:
-    """Choose at most ``limit`` images per class at random, None keeps all; return their indices, ascending.
-
-    Example:
-        >>> labels = torch.tensor([0, 0, 0, 1])
-        >>> labels[limit_per_class(labels, 2, seed=0)]
-        tensor([0, 0, 1])
-    """
+    """Choose at most ``limit`` images per class at random, None keeps all; return their indices, ascending."""
     if limit is None:
         return torch.arange(len(labels))
     shuffled = torch.randperm(len(labels), generator=make_generator(seed, "limit"))
@@ -58,13 +46,7 @@ def limit_per_class(labels: Tensor, limit: int | None, seed: int) -> Tensor:
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return indices of the images used and of those held out, the same share in [0, 1) of every class, ascending.
-
-    Example:
-        >>> used, held_out = hold_out(torch.tensor([0, 0, 1, 1]), 0.5, seed=0)
-        >>> len(used), len(held_out)
-        (2, 2)
-    """
+    """Return indices of the images used and of those held out, the same share in [0, 1) of every class, ascending."""
     is_held_out = torch.zeros(len(labels), dtype=torch.bool)
     is_held_out[sample_per_class(labels, float(fraction), make_generator(seed, "held out"))] = True
     return (~is_held_out).nonzero().squeeze(1), is_held_out.nonzero().squeeze(1)
@@ -73,13 +55,10 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
 def split(
     labels: Mapping[str, Tensor], *, val_fraction: float, max_per_class: int | None, seed: int
 ) -> dict[Part, tuple[str, Tensor]]:
-    """Choose which images are trained on, held out and tested on.
+    """Choose the images that are trained on, held out and tested on.
 
-    Args:
-        labels: of "train", "test" and, where images are given as held out, "val".
-        val_fraction: share of every class's training images that is held out, unless "val" is given.
-        max_per_class: keep at most so many images of each class in each part; None keeps all.
-        seed: decides which.
+    ``labels`` are of "train", "test" and, where images are given as held out, "val"; else the share ``val_fraction`` of
+    every class's training images is held out. At most ``max_per_class`` images of each class are kept in each part.
 
     Returns:
         By part, the key of ``labels`` that its images come from, and their indices there, ascending.

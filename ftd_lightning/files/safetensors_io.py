@@ -54,12 +54,7 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint(*tensors: Tensor) -> str:
-    """Hash the values, shapes and dtypes of tensors.
-
-    Example:
-        >>> fingerprint(torch.zeros(2)) == fingerprint(torch.zeros(2)) != fingerprint(torch.zeros(3))
-        True
-    """
+    """Hash the values, shapes and dtypes of tensors."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -108,15 +103,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, kind: str, metadata: Mapping[str, Any]) -> None:
-    """Write tensors and metadata to one file, atomically.
+    """Write tensors, on any device and of any layout, and metadata that JSON holds to one file, atomically.
 
-    Tensors that were read from files are mapped from those, so that they take no memory here.
-
-    Args:
-        path: the file; its folder is made.
-        tensors: on any device, of any layout in memory.
-        kind: the kind of file, e.g. "synthetic_set".
-        metadata: anything that JSON holds.
+    Tensors that were read from files are mapped from those, so that they take no memory here. ``kind`` is the kind of
+    file, e.g. "synthetic_set".
     """
     written: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -137,12 +127,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, kind: str, metad
 
 
 def without_nan(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON does not have, by None.
-
-    Example:
-        >>> without_nan({"a": [1.0, float("nan")]})
-        {'a': [1.0, None]}
-    """
+    """Replace NaN and infinities, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: without_nan(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -167,17 +152,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class TensorFile:
-    """An open safetensors file: its metadata, and tensors read one by one.
-
-    Metadata and tensors are checked against the checksums in the file, if it has any.
+    """An open safetensors file: its ``metadata``, and tensors read one by one; both are checked against its checksums.
 
     Args:
         path: the file.
-        kind: the kind of file that is needed, e.g. "synthetic_set"; None takes any.
-
-    Attributes:
-        kind: of the file; None for one that another program wrote.
-        metadata: of the file, without checksums.
+        kind: the kind of file that is needed, e.g. "synthetic_set"; None takes any. The attribute is the file's own
+            kind, None for one that another program wrote.
 
     Raises:
         InputError: for a file that is missing, truncated, damaged, of a newer format, or of another kind.

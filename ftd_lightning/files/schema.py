@@ -29,12 +29,7 @@ def refuse(where: object, field: str, problem: str) -> NoReturn:
 
 
 def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
-    """Tell whether a value is a finite number in [low, high]; booleans are none.
-
-    Example:
-        >>> is_number(1, 0), is_number(True), is_number(float("nan")), is_number(2.0, 0, 1)
-        (True, False, False, False)
-    """
+    """Tell whether a value is a finite number in [low, high]; booleans are none."""
     try:
         return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
     except OverflowError:  # a whole number that no float can hold
@@ -181,11 +176,7 @@ def check_labels(labels: Tensor, count: int, classes: int | None, kind: str, whe
     elif labels.dtype != torch.int64 or tuple(labels.shape) != (count,):
         refuse(where, "labels", f"are {labels.dtype} {tuple(labels.shape)}, classes are int64 ({count},)")
     elif not 0 <= int(labels.min()) <= int(labels.max()) < (most := classes or MOST_CLASSES):
-        refuse(
-            where,
-            "labels",
-            f"run from {labels.min()} to {labels.max()}, classes from 0 to {most - 1}",
-        )
+        refuse(where, "labels", f"run from {labels.min()} to {labels.max()}, classes from 0 to {most - 1}")
     if kind == "probability" and (labels.min() < 0 or (labels.double().sum(1) - 1).abs().max() > SUM_TOLERANCE):
         refuse(where, "labels", "are not probabilities: each row is non-negative and has sum 1")
 

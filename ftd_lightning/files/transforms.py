@@ -105,9 +105,7 @@ class Whitening:
 
     @classmethod
     def fit(cls, pictures: Tensor, *, eps: float = 0.1, fitted_on: str | None = None) -> Whitening:
-        """Fit on pictures (N, C, H, W) in [0, 1]; eps is added to the eigenvalues of the covariance.
-
-        ``fitted_on`` is the pictures' fingerprint, where the caller knows it already.
+        """Fit on pictures (N, C, H, W) in [0, 1], of which ``fitted_on`` is the fingerprint, if it is known already.
 
         Example:
             >>> x = torch.rand(50, 1, 2, 2)
@@ -193,13 +191,9 @@ KINDS: dict[str, type[Standardization | Whitening]] = {"standardization": Standa
 def check_transform(
     description: Any, tensors: Mapping[str, Tensor], where: object, shape: Sequence[int] | None = None
 ) -> None:
-    """Refuse the description of a transform that cannot be built; of a kind that is not known here, nothing is checked.
+    """Refuse the description and tensors of a transform that cannot be built, or of another shape (C, H, W) of images.
 
-    Args:
-        description: as from the transform's ``describe()``.
-        tensors: as from the transform's ``tensors()``.
-        where: names the file in messages.
-        shape: (C, H, W) of the images, where they are known.
+    Of a kind that is not known here, nothing is checked.
     """
     if not isinstance(description, dict):
         refuse(where, "transform", f"is {description!r:.60}, a mapping is needed; make it again")
@@ -212,11 +206,6 @@ def load_transform(description: Any, tensors: Mapping[str, Tensor], *, where: ob
 
     Raises:
         InputError: for an unknown kind, or constants that are missing or make no sense; ``where`` names the file.
-
-    Example:
-        >>> t = Standardization([0.5], [0.25])
-        >>> load_transform(t.describe(), t.tensors()).describe() == t.describe()
-        True
     """
     check_transform(description, tensors, where)
     kind = KINDS.get(str(description.get("kind")))

@@ -294,9 +294,4 @@ def test_real_images(tiny_root):
     described = data.describe()["dataset"]
     # The value that version 0.1 wrote beside the decoded images.
     assert described.pop("fingerprint") == "036655acbc7b68ec55cb961cbca4930f"
-    assert described == {
-        "name": "tiny-imagenet",
-        "val_fraction": 0.0,
-        "max_per_class": None,
-        "seed": 0,
-    }
+    assert described == {"name": "tiny-imagenet", "val_fraction": 0.0, "max_per_class": None, "seed": 0}
