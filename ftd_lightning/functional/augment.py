@@ -62,12 +62,6 @@ def dsa(
 
     Raises:
         InputError: (a ValueError) for an unknown operation or mode.
-
-    Example:
-        >>> x = torch.randn(4, 3, 8, 8)
-        >>> a, b = (dsa(x[:n], torch.Generator().manual_seed(0), siamese=True) for n in (1, 4))
-        >>> bool(a[0].allclose(b[0]))
-        True
     """
     _require_mode(mode)
     names = parse_strategy(strategy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+
+    from torch.utils.hooks import RemovableHandle
 
 
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU)
@@ -30,20 +32,25 @@ def distribution_distance(synthetic: Tensor, real: Tensor) -> Tensor:
 
     Returns:
         A scalar, differentiable in both; classes add up.
-
-    Example:
-        >>> import torch
-        >>> distribution_distance(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
-        tensor(5.)
     """
     return (real.mean(dim=0) - synthetic.mean(dim=0)).square().sum()
 
 
-def _watch(
-    network: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None, watch: Callable[[nn.Module], Any]
-) -> None:
-    """Run a network under the hooks that ``watch`` registers on its modules; it returns a handle or None."""
-    handles = [handle for module in network.modules() if (handle := watch(module)) is not None]
+def _features(
+    network: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None, kinds: tuple[type[nn.Module], ...]
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Run a network and return activations and inputs of flattenings, of the kinds watched, and the embedding."""
+    outputs: list[Tensor] = []
+    flattened: list[Tensor] = []
+    inputs: list[Tensor] = []
+
+    def watch(module: nn.Module) -> RemovableHandle:
+        if isinstance(module, ACTIVATIONS):
+            return module.register_forward_hook(lambda _, args, out: outputs.append(out))
+        seen = inputs if isinstance(module, nn.Linear) else flattened
+        return module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+    handles = [watch(module) for module in network.modules() if isinstance(module, (nn.Linear, *kinds))]
     try:
         # Without weights the network's own are used. Buffers are copies, so that running statistics do not change.
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -51,14 +58,11 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _require_linear(network: nn.Module, inputs: list[Tensor]) -> Tensor:
     if not inputs:
         raise InputError(
             f"{type(network).__name__} runs no nn.Linear, but the embedding is the input of the last one: add one"
         )
-    return inputs[-1].flatten(1)
+    return outputs, flattened or inputs, inputs[-1].flatten(1)
 
 
 def embed(network: nn.Module, images: Tensor, *, weights: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -85,15 +89,7 @@ def embed(network: nn.Module, images: Tensor, *, weights: Mapping[str, Tensor] |
         >>> embed(net, torch.ones(5, 1, 2, 2)).shape
         torch.Size([5, 3])
     """
-    inputs: list[Tensor] = []
-
-    def watch(module: nn.Module) -> Any:
-        if isinstance(module, nn.Linear):
-            return module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        return None
-
-    _watch(network, images, weights, watch)
-    return _require_linear(network, inputs)
+    return _features(network, images, weights, ())[2]
 
 
 def feature_levels(network: nn.Module, images: Tensor, *, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
@@ -118,22 +114,8 @@ def feature_levels(network: nn.Module, images: Tensor, *, weights: Mapping[str, 
         >>> [tuple(f.shape) for f in feature_levels(net, torch.ones(5, 1, 6, 6))]
         [(5, 3, 4, 4), (5, 3, 2, 2), (5, 12)]
     """
-    levels: list[Tensor] = []
-    inputs: list[Tensor] = []
-    unflattened: list[Tensor] = []
-
-    def watch(module: nn.Module) -> Any:
-        if isinstance(module, ACTIVATIONS):
-            return module.register_forward_hook(lambda _, args, out: levels.append(out))
-        if isinstance(module, nn.Linear):
-            return module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        if isinstance(module, nn.Flatten):
-            return module.register_forward_pre_hook(lambda _, args: unflattened.append(args[0]))
-        return None
-
-    _watch(network, images, weights, watch)
-    embedding = _require_linear(network, inputs)
-    return [*levels, (unflattened or inputs)[-1], embedding]
+    levels, flattened, embedding = _features(network, images, weights, (*ACTIVATIONS, nn.Flatten))
+    return [*levels, flattened[-1], embedding]
 
 
 def class_means(features: Tensor, *, counts: Sequence[int]) -> Tensor:
@@ -145,11 +127,6 @@ def class_means(features: Tensor, *, counts: Sequence[int]) -> Tensor:
 
     Returns:
         (C, ...), one mean per class.
-
-    Example:
-        >>> class_means(torch.tensor([[1.0], [3.0], [5.0]]), counts=[2, 1])
-        tensor([[2.],
-                [5.]])
     """
     return torch.stack([part.mean(dim=0) for part in features.split(list(counts))])
 
@@ -161,10 +138,6 @@ def level_weights(levels: int) -> list[float]:
 
     Args:
         levels: number of levels that ``feature_levels`` returned.
-
-    Example:
-        >>> level_weights(5)
-        [0.1, 0.1, 1.0, 1.0, 1.0]
     """
     return [0.1] * (levels - 3) + [1.0] * min(levels, 3)
 
@@ -179,11 +152,6 @@ def alignment_loss(synthetic: Sequence[Tensor], real: Sequence[Tensor], *, weigh
 
     Returns:
         A scalar, differentiable in both.
-
-    Example:
-        >>> zeros, ones = torch.zeros(2, 3), torch.ones(2, 3)
-        >>> float(alignment_loss([zeros, zeros], [ones, 2 * ones], weights=[0.5, 1.0]))
-        27.0
     """
     terms = [w * (r - s).square().sum() for w, s, r in zip(weights, synthetic, real, strict=True)]
     return torch.stack(terms).sum()
@@ -202,10 +170,5 @@ def discrimination_loss(real: Tensor, labels: Tensor, centres: Tensor) -> Tensor
 
     Returns:
         A scalar, differentiable in ``real`` and ``centres``.
-
-    Example:
-        >>> loss = discrimination_loss(torch.ones(4, 2), torch.tensor([0, 1, 0, 1]), torch.zeros(2, 2))
-        >>> round(float(loss) / 4, 4)  # log 2
-        0.6931
     """
     return cross_entropy(real @ centres.T, labels, reduction="sum")

@@ -68,11 +68,6 @@ def loss_gradients(network: nn.Module, images: Tensor, labels: Tensor, *, keep_g
     Returns:
         One tensor per parameter, in shapes and order of ``network.parameters()``; zeros for parameters that the loss
         does not depend on.
-
-    Example:
-        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-        >>> [g.shape for g in loss_gradients(net, torch.ones(3, 1, 2, 2), torch.tensor([0, 1, 0]))]
-        [torch.Size([2, 4]), torch.Size([2])]
     """
     with torch.enable_grad():
         weights = {name: p.detach().requires_grad_() for name, p in network.named_parameters()}

@@ -99,11 +99,6 @@ class InnerAdam(InnerOptimizer):
 
     Raises:
         InputError: (a ValueError) for numbers out of range.
-
-    Example:
-        >>> adam, zero = InnerAdam(), torch.zeros(1)
-        >>> adam.step(torch.ones(1), torch.full((1,), 3.0), (zero, zero), torch.tensor(0.1), 1)[0]
-        tensor([0.9000])
     """
 
     betas: tuple[float, float] = (0.9, 0.999)

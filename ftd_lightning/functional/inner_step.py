@@ -48,10 +48,6 @@ def named_views(network: nn.Module, flat: Tensor) -> dict[str, Tensor]:
 
     Raises:
         ValueError: if P is not the network's number of weights.
-
-    Example:
-        >>> named_views(nn.Linear(2, 1), torch.arange(3.0))
-        {'weight': tensor([[0., 1.]]), 'bias': tensor([2.])}
     """
     named = dict(network.named_parameters())
     total = sum(p.numel() for p in named.values())

@@ -65,7 +65,7 @@ class SegmentRule(Protocol):
 
 
 class Match(NamedTuple):
-    """The matching loss of a segment, a scalar, and the number of inner steps that its gradient goes through."""
+    """The matching loss of a segment, a scalar, and the number of inner steps that were unrolled."""
 
     loss: Tensor
     steps: int
@@ -82,9 +82,6 @@ def normalized_distance(student: Tensor, start: Tensor, target: Tensor) -> Tenso
         student: theta_n, (P,).
         start: theta*_t, (P,).
         target: theta*_{t+m}, (P,).
-
-    Returns:
-        A scalar.
 
     Example:
         >>> normalized_distance(torch.tensor([1.0, 0.0]), torch.zeros(2), torch.tensor([2.0, 0.0]))
@@ -106,14 +103,6 @@ def pruned_distance(student: Tensor, start: Tensor, target: Tensor, keep: Tensor
         start: theta*_t, (P,).
         target: theta*_{t+m}, (P,).
         keep: (P,) bool, e.g. from ``DropLargest.keep``.
-
-    Returns:
-        A scalar, differentiable in the weights.
-
-    Example:
-        >>> student, start, target = torch.tensor([1.0, 9.0]), torch.zeros(2), torch.tensor([2.0, 1.0])
-        >>> pruned_distance(student, start, target, torch.tensor([True, False]))
-        tensor(0.2500)
     """
     # Zeros in place of what is dropped, instead of shorter vectors: no synchronisation, and the same order of sums.
     movement = (start - target).square()
@@ -214,19 +203,11 @@ def match(
     masks = [mask for rule in rules if (mask := rule.keep(end.detach(), start, target)) is not None]
     if not masks:
         return Match(normalized_distance(end, start, target), len(batches))
-    kept = masks[0]
-    for mask in masks[1:]:
-        kept = kept & mask
-    return Match(pruned_distance(end, start, target, kept), len(batches))
+    return Match(pruned_distance(end, start, target, torch.stack(masks).all(0)), len(batches))
 
 
 def closest(distances: Sequence[Tensor | None]) -> int:
-    """Return the number, from 1, of the step of the smallest distance, the last of equal ones; NaN counts as infinite.
-
-    Example:
-        >>> closest([torch.tensor(2.0), torch.tensor(1.0), torch.tensor(1.0), torch.tensor(float("nan"))])
-        3
-    """
+    """Return the number, from 1, of the step of the smallest distance, the last of equal ones; NaN is infinite."""
     measured = torch.stack([distance for distance in distances if distance is not None])
     measured = measured.nan_to_num(nan=float("inf"), posinf=float("inf"))
     return int((measured == measured.min()).nonzero()[-1, 0]) + 1

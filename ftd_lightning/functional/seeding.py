@@ -22,10 +22,6 @@ def derive_seed(*keys: int | str) -> int:
 
     Returns:
         An integer in [0, 2**63).
-
-    Example:
-        >>> derive_seed(0, "teacher", 1) == derive_seed(0, "teacher", 2)
-        False
     """
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

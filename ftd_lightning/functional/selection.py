@@ -91,10 +91,6 @@ def k_center(
 
     Raises:
         InputError: for a count outside 1 to n.
-
-    Example:
-        >>> k_center(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), 3)  # the mean is 3
-        tensor([2, 3, 0])
     """
     _check(features, count)
     if first == "random":

@@ -155,12 +155,7 @@ Unroll = Literal["adjoint", "graph"]
 
 
 def flatten_parameters(network: nn.Module) -> Tensor:
-    """Copy a network's weights into one vector (P,), detached, in the order of ``network.parameters()``.
-
-    Example:
-        >>> flatten_parameters(nn.Linear(2, 3)).shape
-        torch.Size([9])
-    """
+    """Copy a network's weights into one vector (P,), detached, in the order of ``network.parameters()``."""
     # It copies even a single tensor, so that a snapshot is never a view of live weights.
     return flatten([p.detach() for p in network.parameters()])
 

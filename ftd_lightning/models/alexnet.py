@@ -31,11 +31,6 @@ class AlexNet(nn.Sequential):
 
     Raises:
         InputError: for a number out of range, an unknown norm, or an image that three poolings leave nothing of.
-
-    Example:
-        >>> import torch
-        >>> AlexNet(3, 10, 32)(torch.zeros(2, 3, 32, 32)).shape
-        torch.Size([2, 10])
     """
 
     def __init__(self, in_channels: int, num_classes: int, image_size: int, norm: Norm = "none") -> None:

@@ -27,12 +27,7 @@ SHAPE = ("in_channels", "num_classes", "image_size")
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
-    """Describe a network by its parameters.
-
-    Example:
-        >>> describe_network(torch.nn.Linear(2, 3))["parameters"]
-        [['weight', [3, 2]], ['bias', [3]]]
-    """
+    """Describe a network by its parameters."""
     kind = type(network)
     parameters = [[name, list(parameter.shape)] for name, parameter in network.named_parameters()]
     return {"name": f"{kind.__module__}.{kind.__qualname__}", "parameters": parameters}
@@ -45,10 +40,6 @@ def parameter_shapes(description: Mapping[str, Any]) -> Shapes:
 
     Raises:
         InputError: for values that do not describe a network, or a network of this library that cannot be built.
-
-    Example:
-        >>> parameter_shapes(describe_network(torch.nn.Linear(2, 3)))
-        [('weight', (3, 2)), ('bias', (3,))]
     """
     ours = {"name", "options", *SHAPE} <= description.keys() and description["name"] in NETWORKS
     if "parameters" in description and not ours:

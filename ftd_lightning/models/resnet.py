@@ -81,11 +81,6 @@ class ResNet18(nn.Sequential):
 
     Raises:
         InputError: for a number out of range, an unknown norm, or an image that is too small.
-
-    Example:
-        >>> import torch
-        >>> ResNet18(3, 10, 32)(torch.zeros(2, 3, 32, 32)).shape
-        torch.Size([2, 10])
     """
 
     def __init__(

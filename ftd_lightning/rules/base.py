@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from ftd_lightning.errors import InputError
 
@@ -153,34 +153,23 @@ class LabelRule(MatchingRule):
         raise NotImplementedError
 
 
-def having(rules: Sequence[MatchingRule], hook: str) -> list[MatchingRule]:
-    """Return the rules that override a hook.
+Rule = TypeVar("Rule", bound=MatchingRule)
 
-    Example:
-        >>> having([MatchingRule()], "keep")
-        []
-    """
+
+def having(rules: Sequence[MatchingRule], hook: str) -> list[MatchingRule]:
+    """Return the rules that override a hook."""
     return [rule for rule in rules if getattr(type(rule), hook) is not getattr(MatchingRule, hook)]
 
 
 def only_one(rules: Sequence[MatchingRule], hook: str) -> MatchingRule | None:
-    """Return the rule that overrides an exclusive hook; None where there is none.
-
-    Raises:
-        InputError: for several.
-    """
+    """Return the rule that overrides an exclusive hook, or None; raises InputError for several."""
     return _single(having(rules, hook), hook)
 
 
 def label_rule(rules: Sequence[MatchingRule]) -> LabelRule | None:
-    """Return the rule for labels; None where labels are the images' classes.
-
-    Raises:
-        InputError: for several.
-    """
+    """Return the rule for labels, or None; raises InputError for several."""
     found = [rule for rule in rules if isinstance(rule, LabelRule)]
-    _single(found, "labels")
-    return found[0] if found else None
+    return _single(found, "labels")
 
 
 def check_together(rules: Sequence[MatchingRule]) -> None:
@@ -190,7 +179,7 @@ def check_together(rules: Sequence[MatchingRule]) -> None:
     label_rule(rules)
 
 
-def _single(rules: Sequence[MatchingRule], hook: str) -> MatchingRule | None:
+def _single(rules: Sequence[Rule], hook: str) -> Rule | None:
     if len(rules) > 1:
         names = " and ".join(type(rule).__name__ for rule in rules)
         raise InputError(f"rules: {names} each decide {hook}: give one of them")

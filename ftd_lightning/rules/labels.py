@@ -29,11 +29,6 @@ def mean_right_logits(classes: Tensor, answers: Iterable[Tensor]) -> Tensor:
     Args:
         classes: (N,) int64.
         answers: logits (N, K) of every teacher, one or more.
-
-    Example:
-        >>> answers = [torch.tensor([[2.0, 0.0]]), torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 9.0]])]
-        >>> mean_right_logits(torch.tensor([0]), answers)
-        tensor([[3., 0.]])
     """
     total, of_right, right, count = torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0.0), 0
     for logits in answers:
@@ -100,10 +95,6 @@ class TargetLabels(LabelRule):
 
     In every iteration the labels are ``softmax(f(X; theta*_{t+m}))`` of the images, not augmented and without gradient.
     A set holds the labels of the last iteration's first segment.
-
-    Example:
-        >>> TargetLabels().labels(None, lambda: torch.zeros(1, 2))
-        tensor([[0.5000, 0.5000]])
     """
 
     name: ClassVar[str] = "target-labels"

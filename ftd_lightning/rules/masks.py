@@ -24,10 +24,6 @@ class DropShallow(MatchingRule):
 
     Raises:
         InputError: (a ValueError) for a rate out of range.
-
-    Example:
-        >>> DropShallow(rate=0.5).keep(torch.ones(4), torch.zeros(4), torch.ones(4))
-        tensor([False, False,  True,  True])
     """
 
     rate: float
@@ -54,11 +50,6 @@ class DropSmallest(MatchingRule):
 
     Raises:
         InputError: (a ValueError) for a rate out of range.
-
-    Example:
-        >>> student, target = torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([2.0, 2.0, 3.5, 0.5])
-        >>> DropSmallest(rate=0.5).keep(student, torch.zeros(4), target)
-        tensor([ True,  True, False, False])
     """
 
     rate: float
@@ -121,11 +112,6 @@ class KeepSimilar(MatchingRule):
 
     Raises:
         InputError: (a ValueError) for an epsilon out of range.
-
-    Example:
-        >>> student, target = torch.tensor([1.0, -2.0, 3.0, 0.0]), torch.tensor([2.0, 2.0, 3.5, 0.0])
-        >>> KeepSimilar(epsilon=0.6).keep(student, torch.zeros(4), target)
-        tensor([False, False,  True,  True])
     """
 
     epsilon: float

@@ -38,11 +38,6 @@ def start_noise(start: Tensor, target: Tensor, generator: torch.Generator, *, ka
 
     Returns:
         eps, (P,), in dtype and on the device of ``start``.
-
-    Example:
-        >>> eps = start_noise(torch.zeros(10_000), torch.ones(10_000), torch.Generator().manual_seed(0), kappa=0.5)
-        >>> round(float(eps.norm()) / 100, 1)
-        0.5
     """
     sigma = kappa * (start - target).norm() / math.sqrt(start.numel())
     eps = torch.randn(start.numel(), generator=generator, device=generator.device)
@@ -63,13 +58,6 @@ class RobustStart(MatchingRule):
 
     Raises:
         InputError: (a ValueError) for a kappa out of range or an unknown residual.
-
-    Example:
-        >>> start, target = torch.zeros(4), torch.ones(4)
-        >>> rule = RobustStart(kappa=0.1)
-        >>> noise = rule.begin(start, target, torch.Generator().manual_seed(0)) - start
-        >>> bool(rule.compared(target + noise, noise).allclose(target))
-        True
     """
 
     kappa: float
@@ -176,10 +164,6 @@ class ClosestStep(MatchingRule):
     The step is ``argmin_i ||theta_i - theta*_{t+m}||_1``, the later one of equal steps. The student runs all n steps
     without gradient first and is then unrolled up to that step, where the usual loss is taken. ``matching/steps`` logs
     the choice; where it is always n this is MTT.
-
-    Example:
-        >>> ClosestStep().distance(torch.tensor([1.0, -1.0]), torch.zeros(2))
-        tensor(2.)
     """
 
     name: ClassVar[str] = "att"
@@ -201,10 +185,6 @@ class LossGate(MatchingRule):
 
     Raises:
         InputError: (a ValueError) for a threshold out of range.
-
-    Example:
-        >>> LossGate(threshold=1.1).accepts(torch.tensor(1.2))
-        tensor(False)
     """
 
     threshold: float
