@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def read_images(data: Any, part: str, *, image_size: int | None = None, transfor
         first = [_as_item(data[i], part) for i in range(min(READ_TWICE, len(data)))]
         warn_of_random(first, (_as_item(data[i], part) for i in range(len(first))), part)
         rest = tqdm(range(len(first), len(data)), desc=f"reading {part} images", unit="image", leave=False, delay=1)
-        batches = [*first, *(_as_item(data[i], part) for i in rest)]
+        batches = chain(first, (_as_item(data[i], part) for i in rest))  # each is resized when it is read
     else:
         raise InputError(f"{part}: must be a Dataset of (image, label) or a pair of tensors, not {type(data).__name__}")
     return joined(batches, part, image_size=image_size, transform=transform)

@@ -159,30 +159,6 @@ def test_statistics_of_several_batches_are_their_plain_average(monkeypatch):
         assert int(network[0].num_batches_tracked) == 3
 
 
-def test_coreset_of_a_teacher_with_batch_norm_is_chosen_by_what_it_saw(batch_norm_trajectories):
-    trajectories, _ = batch_norm_trajectories
-    chosen, _ = choose(trajectories, "herding", images=digits(60))
-    network, images = teacher_network(TrajectoryStore(trajectories), 0), digits(60)
-    network.train()
-    with torch.no_grad():
-        features = torch.nn.Sequential(*list(network)[:-1])(images.images)  # one batch: its own statistics
-    wanted = coreset(images, "herding", 2, features)
-    assert float((chosen.images == wanted.images).flatten(1).all(1).float().mean()) >= 0.9
-    untrained = teacher_features(trajectories, images.images, 0)
-    other = coreset(images, "herding", 2, untrained)
-    assert float((other.images == wanted.images).flatten(1).all(1).float().mean()) < 0.9
-
-
-def test_networks_without_batch_norm_are_left_as_they_are(trajectories):
-    network = teacher_network(TrajectoryStore(trajectories), 0)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    calls = []
-    network.register_forward_hook(lambda *_: calls.append(1))
-    estimate_running_statistics(network, digits().images)
-    assert not calls
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
-
 # Labels of a teacher
 
 

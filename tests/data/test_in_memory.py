@@ -364,12 +364,9 @@ def test_all_images_of_a_datamodule_are_read_in_order():
     reads = theirs.parts["train"].reads
     data.setup("fit")
     assert theirs.parts["train"].reads == reads
-
-
-def test_held_out_images_of_a_datamodule():
-    data = read(WithVal(val=items(9, "uint8", seed=2)))
-    assert data.val.labels.tolist() == labels(9).tolist()
-    assert "held_out" in data.describe()["dataset"]
+    held_out = read(WithVal(val=items(9, "uint8", seed=2)))
+    assert held_out.val.labels.tolist() == labels(9).tolist()
+    assert "held_out" in held_out.describe()["dataset"]
 
 
 def test_a_random_subset_is_read_sorted_and_other_loaders_as_they_come():
@@ -386,30 +383,16 @@ def test_a_random_subset_is_read_sorted_and_other_loaders_as_they_come():
     assert data.description().batch_size == 5
 
 
-@pytest.mark.parametrize("where", ["sampler", "batch_sampler"])
-def test_a_sampler_does_not_decide_what_is_read(monkeypatch, where):
+def test_a_sampler_does_not_decide_what_is_read(monkeypatch):
     said = []
     monkeypatch.setattr(in_memory, "rank_zero_info", said.append)
-    weighted = WeightedRandomSampler([1.0] + [1e-3] * 30, 31)
-
-    class Balanced(BatchSampler):
-        def __init__(self):
-            self.size = 4
-
-        def __iter__(self):
-            return iter([[0] * 4] * 3)
-
-        def __len__(self):
-            return 3
-
-    options = {"sampler": weighted} if where == "sampler" else {"batch_sampler": Balanced()}
-    theirs = Theirs()
-    theirs.options = {"batch_size": 4, **options} if where == "sampler" else options
-    assert read(theirs).describe()["dataset"] == read(Theirs()).describe()["dataset"]
-    name = type(weighted).__name__ if where == "sampler" else "Balanced"
-    assert said == [
-        f"train: all 31 images of the dataset are read once; the order and weights of its {name} are not used"
-    ]
+    sampler = WeightedRandomSampler([1.0] + [1e-3] * 30, 31)
+    for options in ({"batch_size": 4, "sampler": sampler}, {"batch_sampler": BatchSampler(sampler, 4, True)}):
+        theirs = Theirs()
+        theirs.options = options
+        assert read(theirs).describe()["dataset"] == read(Theirs()).describe()["dataset"]
+        assert "all 31 images of the dataset are read once" in said[-1]
+        assert said.pop().endswith("its WeightedRandomSampler are not used")
 
 
 class Several:
