@@ -35,7 +35,7 @@ def plain(value: Any) -> Any:
 
 
 def plain_settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Return hyper-parameters as JSON holds them, without what LightningCLI adds for itself."""
+    """Return hyper-parameters as plain values, without those that LightningCLI adds."""
     return {key: plain(value) for key, value in hparams.items() if not key.startswith("_")}
 
 

@@ -58,10 +58,10 @@ class SetLabels(nn.Module):
     """Labels of a synthetic set that are learned, or given and not learned.
 
     Args:
-        learned: initial values of what is learned, (N, K); None where nothing is.
+        learned: initial values of learned labels, (N, K); None where none are learned.
         given: (N, K), where nothing is learned.
         options: of the optimizer's parameter group.
-        metadata: what a set records of its labels.
+        metadata: the set's entries about its labels.
 
     Attributes:
         values: (N, K), a parameter where it is learned, else a buffer.

@@ -109,7 +109,7 @@ class BaseModule(LightningModule):
         InputError: for a module where fresh networks are drawn.
 
     Attributes:
-        data: what the data source, or the checkpoint, says of the training images; None where neither does.
+        data: description of the training images by the data source or the checkpoint; None where neither has one.
         augment: the augmentation of the images.
         fresh: builds networks of the architecture, after :meth:`build`.
     """
@@ -255,7 +255,7 @@ class BaseModule(LightningModule):
         if self.trainer.state.fn == "fit" and self.global_step > 0 and not self.trainer.ckpt_path:
             raise InputError("this Trainer has fitted a module already: make a new Trainer, or resume with ckpt_path")
         data = self.data if self.source is None else self.source.description()
-        if not (self.trainer.ckpt_path and data is None):  # else the checkpoint says what it was built for
+        if not (self.trainer.ckpt_path and data is None):  # else the checkpoint has the description
             self.build_for(data)
 
     def build_for(self, data: DataDescription | None) -> None:
@@ -269,7 +269,7 @@ class BaseModule(LightningModule):
             self._built = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what it takes to build the module again."""
+        """Add the descriptions that build the module again."""
         # Lightning's own CLI builds the module of a checkpoint by this.
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["_class_path"] = f"{type(self).__module__}.{type(self).__name__}"
         checkpoint[KEY] = {
@@ -288,7 +288,7 @@ class BaseModule(LightningModule):
         return None if training is None else {**as_json(training.metadata), "images": fingerprint(training.images)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build from the checkpoint what no trainer has built, and make its progress one that resumes exactly.
+        """Build from the checkpoint, unless a trainer has built the module, and fix its progress for an exact resume.
 
         Raises:
             InputError: for a checkpoint of another network, or of an earlier version; within a trainer also for other
@@ -345,7 +345,7 @@ class BaseModule(LightningModule):
             raise InputError("predict runs in one process: pass --trainer.devices 1")
 
     def warn_of_unordered_loader(self) -> None:
-        """Say that the order of a foreign loader is not restored, where a fit resumes with one."""
+        """Warn that the order of a foreign loader is not restored, where a fit resumes with one."""
         loader = self.trainer.train_dataloader
         if self._resumed and not isinstance(loader, Stateful):
             rank_zero_warn(

@@ -26,7 +26,7 @@ TRAIN_BATCH = 256  # synthetic images per step of the network's own training, in
 class ClassBatches:
     """Synthetic and real images of each class, of a distillation whose fit begins.
 
-    Under DDP every rank draws real images of its own.
+    Under DDP every rank draws other real images.
 
     Args:
         module: whose images and device they are.
@@ -191,7 +191,7 @@ class DistributionMatching(Distillation):
             yield distribution_distance(embed(network, synthetic), embed(network, real))
 
     def _joint_distance(self, network: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """Embed all classes in one batch per side: statistics of a single class would hide what sets it apart."""
+        """Embed all classes in one batch per side: statistics of a single class would hide its mean."""
         sides = zip(*pairs, strict=True)
         synthetic, real = (embed(network, torch.cat(side)).split([len(x) for x in side]) for side in sides)
         yield torch.stack([distribution_distance(*pair) for pair in zip(synthetic, real, strict=True)]).sum()
@@ -220,7 +220,7 @@ class GradientMatching(Distillation):
         ipc: synthetic images per class.
         init: "real" starts from random real images of each class (DSA as published), "noise" from a normal (DC).
         outer_loops: T, iterations on one network. None: as published for this ipc (1, 10, 20, 30, 40 or 50).
-        inner_epochs: K, epochs over the synthetic set between two of them. None: likewise.
+        inner_epochs: K, epochs over the synthetic set between two of them. None: as published.
         batch_real: real images per class and iteration.
         lr_images: learning rate of the pixels.
         momentum: of the pixels.

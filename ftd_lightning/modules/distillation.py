@@ -125,7 +125,7 @@ class Distillation(BaseModule):
         self._loaded_shapes: dict[str, torch.Size] = {}  # of a checkpoint's tensors, where no data is at hand
         self._loaded_state: Mapping[str, Any] | None = None  # waits until the device is known
 
-    # The set: how it begins, and what callbacks ask of it
+    # The set: its start, and answers to callbacks
 
     def build(self) -> None:
         """Make the initial synthetic set, from the argument ``real`` or the data source's training images.
@@ -211,7 +211,7 @@ class Distillation(BaseModule):
         return self.labels if labels is None else labels
 
     def describe(self) -> dict[str, Any]:
-        """Return what the set's metadata contains beyond settings: here the data and the network."""
+        """Return the set's metadata beyond settings: here the data and the network."""
         dataset = {"name": "own images"} if self.data is None else self.data.dataset
         return {"dataset": dataset, "network": self.fresh.describe()}
 
@@ -383,7 +383,7 @@ class Distillation(BaseModule):
         self.log_dict({f"gradient_norm/{name}": norm for name, norm in norms.items()}, batch_size=1)
 
     def _accepted(self, loss: Tensor) -> Tensor | None:
-        """Ask the rules whether a step of this loss is to be made, a bool scalar, the same on all ranks; None: yes."""
+        """Return whether all rules accept a step of this loss, a bool scalar, the same on all ranks; None: yes."""
         gates = having(self.rules, "accepts")
         if not gates:
             return None

@@ -45,9 +45,9 @@ class SyntheticEvaluation(BaseModule):
 
     The protocol behind the published numbers: 1000 epochs over the set (the trainer's ``max_epochs``), batch 256, SGD
     with momentum 0.9 and weight decay 5e-4, the learned step size as learning rate, x0.1 at half of the epochs, DSA.
-    After ``fit``, ``test`` gives the result; ``ftd fit`` does both. The networks share the order of batches;
-    initialisation and augmentation are each one's own. Under DDP each of W ranks trains every W-th of them, on all
-    images, and W ranks produce the networks and the results of one process, bit for bit.
+    After ``fit``, ``test`` gives the result; ``ftd fit`` does both. The networks share the order of batches, not
+    initialisation and augmentation. Under DDP each of W ranks trains every W-th network on all images, and W ranks
+    produce the networks and the results of one process, bit for bit.
 
     Args:
         network: a name, an import path, or a function that builds one.
@@ -235,16 +235,16 @@ class SyntheticEvaluation(BaseModule):
         self.history.append({"epoch": self.trained_epochs, "held_out": held_out, "test": test})
 
     def extra_state(self) -> dict[str, Any]:
-        """Keep what was measured so far."""
+        """Return the measurements so far."""
         return {"history": self.history, "trained_epochs": self.trained_epochs, "lr": self.lr}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the networks of all ranks."""
+        """Add the networks of all ranks."""
         super().on_save_checkpoint(checkpoint)
         self._states.save(self, checkpoint)
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
-        """Take over the networks of this rank, or, without a trainer, of all ranks."""
+        """Restore the networks of this rank or, without a trainer, of all ranks."""
         self.history, self.trained_epochs = list(state["history"]), state["trained_epochs"]
         if self.attached:
             self._states.load(self, checkpoint)

@@ -163,7 +163,7 @@ class KernelInducingPoints(Distillation):
 
     In every iteration, kernel ridge regression on the synthetic images predicts a batch of real ones, and half of the
     mean squared distance from their centred one-hot labels is minimised by Adam in the images, and in the labels where
-    they are learned. The kernel is that of an infinitely wide fully connected ReLU network, in closed form, in float64.
+    they are learned. The kernel belongs to an infinitely wide fully connected ReLU network, in closed form, in float64.
 
     The method's own protocol is the accuracy of the same regression on real images, "kernel regression, test images"
     in the set's scores; ``kernel_accuracy`` measures it of a written set. Networks are evaluated with probabilities,
@@ -308,7 +308,7 @@ class NetworkPool:
 
     @property
     def ages(self) -> list[int]:
-        """Steps of each network, counted from what it began with."""
+        """Age of each network in steps."""
         return [member.age for member in self._members]
 
     def step(self, place: int, images: Tensor, targets: Tensor) -> None:
@@ -335,7 +335,7 @@ class NetworkPool:
         ]
 
     def load_state_dict(self, states: list[Mapping[str, Any]]) -> None:
-        """Continue with what :meth:`state_dict` returned for a pool of the same size and network."""
+        """Continue with the :meth:`state_dict` of a pool of the same size and network."""
         for member, state in zip(self._members, states, strict=True):
             member.network.load_state_dict(state["network"])
             member.optimizer.load_state_dict(state["optimizer"])

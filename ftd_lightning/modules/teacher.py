@@ -64,10 +64,10 @@ class FlatTeacher(BaseModule):
     A ``TrajectoryRecorder`` records them; the module adds one where the trainer has none. Works with any datamodule of
     (images, labels) batches and any network whose weights are floating-point parameters.
 
-    Under DDP every rank trains teachers of its own on all images, and W ranks produce the teachers of one process, bit
-    for bit, where the order of batches comes from a ``DistillationDataModule``. With ``parallel="data"`` all ranks
-    train one teacher, and each batch is split: every rank computes both gradients on its part without synchronisation,
-    and the combined direction is averaged, as the authors of GSAM do.
+    Under DDP every rank trains other teachers on all images, and W ranks produce the teachers of one process, bit for
+    bit, where the order of batches comes from a ``DistillationDataModule``. With ``parallel="data"`` all ranks train
+    one teacher, and each batch is split: every rank computes both gradients on its part without synchronisation, and
+    the combined direction is averaged, as the authors of GSAM do.
 
     Args:
         network: a name, an import path, or a function that builds one.
@@ -83,7 +83,7 @@ class FlatTeacher(BaseModule):
         augment: DSA: an ``Augmentation``, its fields as a mapping, or a strategy; "" for none. One augmented batch
             serves both passes.
         seed: teacher k's initialisation, batches and augmentation follow from (seed, k).
-        parallel: what processes of a DDP run do: train "teachers" of their own, or share the "data" of one teacher.
+        parallel: whether processes of a DDP run train different "teachers", or share the "data" of one teacher.
         compile: compile a pass over a batch: True, False, or "auto" (on a GPU only). A resumed run may change it, and
             the last bits of its weights then differ.
 
@@ -127,7 +127,7 @@ class FlatTeacher(BaseModule):
 
     @property
     def independent_ranks(self) -> bool:
-        """Whether each process trains teachers of its own, on all images."""
+        """Whether each process trains other teachers, on all images."""
         return bool(self.hparams["parallel"] == "teachers")
 
     @property
@@ -165,7 +165,7 @@ class FlatTeacher(BaseModule):
         return self.teacher_at(self.current_epoch)[1]
 
     def teacher_progress(self) -> TeacherProgress:
-        """Say where the fit stands; see ``contracts.TrainsTeachers``."""
+        """Return the progress of the fit; see ``contracts.TrainsTeachers``."""
         records = self.teacher < self.teachers if self.independent_ranks else self.global_rank == 0
         return TeacherProgress(self.teacher, self.teacher_epoch, self.hparams["epochs"], self.teachers, records)
 
@@ -191,7 +191,7 @@ class FlatTeacher(BaseModule):
         self.network = self.fresh.build(self.seed, "teacher", 0)
         if self.data is not None:
             refuse_dropout(self.network, self.data.shape.zeros(2))
-        # A look for NaN would wait for the device in every step. With teachers of its own a rank measures them alone.
+        # A look for NaN would wait for the device in every step. Independent ranks measure their teachers alone.
         mean = partial(MeanMetric, nan_strategy="disable", sync_on_compute=not self.independent_ranks)
         self.train_loss, self.train_accuracy, self.val_accuracy = mean(), mean(), mean()
         for metric in (self.train_loss, self.train_accuracy):
@@ -221,7 +221,7 @@ class FlatTeacher(BaseModule):
         self._states.restore(self)
 
     def on_train_start(self) -> None:
-        """End at once what is done already; refuse loaders that split the images of independent ranks; compile."""
+        """End a finished fit at once; refuse loaders that split the images of independent ranks; compile."""
         self.warn_of_unordered_loader()
         batch = None if self.data is None else self.data.batch_size
         split = not self.independent_ranks and self.trainer.world_size > 1
@@ -236,12 +236,12 @@ class FlatTeacher(BaseModule):
             )
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
-        """Take over the weights of this rank."""
+        """Restore the weights of this rank."""
         if self.attached and self.independent_ranks:
             self._states.load(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the teachers of all ranks."""
+        """Add the teachers of all ranks."""
         super().on_save_checkpoint(checkpoint)
         if self.independent_ranks:
             self._states.save(self, checkpoint)
@@ -299,7 +299,7 @@ class FlatTeacher(BaseModule):
             self.trainer.should_stop = self.trainer.should_stop or self.current_epoch + 1 >= self.planned_epochs()
 
     def trajectory_metadata(self) -> dict[str, Any]:
-        """Say what the trajectory store keeps beside the weights; see ``TrajectoryStore.metadata``."""
+        """Return the store's entries beside the weights; see ``TrajectoryStore.metadata``."""
         keys = ("rho", "alpha", "adaptive", "lr", "momentum", "weight_decay")
         data = self.data
         return {

@@ -149,19 +149,6 @@ def test_accuracies_end_both_loops(tmp_path):
     assert epochs_between(module) == [0, 4, 4, 4, 4] * 2 + [0], "three 0.03 apart, of this inner loop alone"
 
 
-class Blind(Planted):
-    """No accuracy is to be measured."""
-
-    def query_accuracy(self, *keys):
-        raise AssertionError(keys)
-
-
-def test_fixed_loops_measure_nothing(tmp_path):
-    module = align(tmp_path, kind=Blind, steps=6, loops=fixed(4, 2))
-    assert module.done == [0, 0, 0, 0, 1, 1]
-    assert epochs_between(module) == [0, 2, 2, 2, 0, 2]
-
-
 # Rounds of three iterations end in mid-epoch or, at 3 an epoch, with it.
 @pytest.mark.parametrize(("per_epoch", "ended_by"), [(3, {"kind": "fixed"}), (4, {"lambda_1": 0.0})])
 def test_a_run_that_was_done_goes_on_to_more_rounds(per_epoch, ended_by, tmp_path):

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from fits import distil, make_trainer, record, small_data, small_matching
+from lightning.pytorch import Callback
 
 from ftd_lightning import SyntheticSet, TrajectoryMatching, TrajectoryStore
+from ftd_lightning.core.arguments import plain
 from ftd_lightning.core.labels import RecordedTeachers
 from ftd_lightning.errors import DivergenceError, InputError
-from ftd_lightning.functional import chunked_permutations, derive_seed, make_generator, unroll
+from ftd_lightning.functional import chunked_permutations, derive_seed, load_flat, make_generator, unroll
 from ftd_lightning.models import ConvNet
 from ftd_lightning.rules import (
     ClosestStep,
@@ -116,8 +118,6 @@ def test_teacher_labels_are_what_the_target_says_of_the_images_before_the_step(t
     first = distil(tmp_path, teachers, steps=0, rules=[TargetLabels()])
     segment = first.iteration_loader().draw(0)
     network = first.fresh.architecture()
-    from ftd_lightning.functional import load_flat
-
     load_flat(network, segment["target"])
     wanted = torch.softmax(network.eval()(first.images.detach()), 1)
     torch.testing.assert_close(module.exported_labels(), wanted)
@@ -141,8 +141,6 @@ class Closed(MatchingRule):
 
 def run_closed(tmp_path, teachers, closed, steps, **options):
     """Distil with some iterations refused, and note what is learned after each one."""
-    from lightning.pytorch import Callback
-
     Closed.calls, seen = 0, []
 
     class Look(Callback):
@@ -200,8 +198,6 @@ def test_rules_that_decide_the_same_thing_exclude_each_other(teachers):
 
 
 def test_all_rules_go_through_a_config(tmp_path, teachers):
-    from ftd_lightning.core.arguments import plain
-
     for rules in EACH:
         built = small_matching(teachers, rules=plain(rules)).rules
         assert built == rules
