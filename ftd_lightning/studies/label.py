@@ -55,8 +55,8 @@ def try_labels(
     Batches and augmentation are the same for every labelling, and so are the initial weights that ``build`` returns.
 
     Args:
-        labels: epoch of a teacher -> its labels of the images, (N, K).
-        images: (N, C, H, W), on the device of the networks.
+        labels: epoch of a teacher -> its labels (N, K) of the images (N, C, H, W).
+        images: on the device of the networks.
         held_out: real images that the networks do not train on.
         build: returns the fresh networks.
         protocol: of the training.
@@ -65,7 +65,7 @@ def try_labels(
         progress: show bars.
 
     Returns:
-        ``{"epoch", "mean", "std", "n"}`` for each: accuracy on the held-out images, fractions, over the networks.
+        {"epoch", "mean", "std", "n"} for each: accuracy on the held-out images, fractions, over the networks.
     """
     measured = []
     for epoch, given in labels.items():

@@ -85,7 +85,7 @@ def rank_correlations(
     Args:
         proxy: accuracy of each when trained on the synthetic set.
         real: accuracy of each when trained on real images.
-        tops: values of k; those above the number of architectures are left out.
+        tops: values of k; those that are not below the number of architectures are left out.
 
     Returns:
         {"top 5": .., "all": ..}, in [-1, 1]; None where all accuracies of one side are equal.
@@ -97,9 +97,8 @@ def rank_correlations(
     """
     ours, theirs = torch.tensor(proxy, dtype=torch.float64), torch.tensor(real, dtype=torch.float64)
     best = theirs.argsort(descending=True, stable=True)
-    counts = {f"top {k}": k for k in tops if k < len(best)} | {"all": len(best)}
     result: dict[str, float | None] = {}
-    for name, count in counts.items():
+    for name, count in [*((f"top {k}", k) for k in tops if k < len(best)), ("all", len(best))]:
         a, b = ours[best[:count]], theirs[best[:count]]
         tied = bool((a == a[0]).all() or (b == b[0]).all())
         result[name] = None if tied else float(spearman_corrcoef(a, b))

@@ -170,19 +170,13 @@ def test_random_images_of_a_soft_set_have_the_labels_of_a_teacher(sets, tmp_path
     assert hard.tolist() == [label for label in range(10) for _ in range(2)]
 
 
-def test_help_and_every_option(sets, tmp_path: Path, capsys) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["rank", "--help"])
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
+def test_every_option_is_taken(sets, tmp_path: Path, capsys) -> None:
     averaged = SyntheticSet.load(sets[0]).images.flip(0)
     ema = changed(sets[0], tmp_path / "ema.safetensors", ema_images=averaged)
     options = ["--network=convnet", "--network-options={width: 3, depth: 1}", "--augment=flip", "--ema", "--seed=3"]
     options += ["--threads=1", "--data.root=elsewhere", "--data.dataset=digits", "--data.image_size=8"]
     options += ["--data.val_fraction=0.2", "--data.max_per_class=10", "--data.test_fraction=0.3", "--data.seed=4"]
     options += ["--data.download=false", f"--data.cache_dir={tmp_path}"]
-    names = [option.partition("=")[0].replace("-options", "_options") for option in options]
-    assert not [name for name in [*names, "--out", "--learning_rates"] if name not in shown]
     cli.main(["rank", ema, "--out", str(tmp_path / "out"), *WORDS, *options])
     results = json.loads((tmp_path / "out" / "rank.json").read_text())
     assert results["settings"]["network"]["options"] == {"width": 3, "depth": 1}
@@ -221,9 +215,8 @@ def test_held_out_images_choose_and_test_images_do_not(sets, ranked, tmp_path: P
 
 def test_accuracy_is_that_after_the_last_epoch(sets, ranked) -> None:
     """Trained here again by the protocol, without anything of the ranking."""
-    name = sets[0]
-    synthetic, data = SyntheticSet.load(name), small_data(synthetic=name)
-    column = ranked[1]["sets"][name]["columns"]["hard"]["set"]
+    synthetic, data = SyntheticSet.load(sets[0]), small_data(synthetic=sets[0])
+    column = ranked[1]["sets"][sets[0]]["columns"]["hard"]["set"]
     protocol = EvaluationProtocol(6, column["lr"], augment=Augmentation.of(AUGMENTATION))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(0, "fresh", 1))
@@ -321,7 +314,6 @@ def test_bad_input_is_one_line_before_anything_is_trained(sets, tmp_path: Path, 
 
     replace(one, metadata={}).save("bare.safetensors")
     cases = [
-        (["nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["file"], "file: "),
         ([hard, made("few", images=one.images[:3], labels=torch.arange(3), class_names=names[:3])], "few.safetensors"),
         ([made("renamed", class_names=names)], "has (1, 8, 8) images of 0, 1, 2"),
@@ -331,10 +323,8 @@ def test_bad_input_is_one_line_before_anything_is_trained(sets, tmp_path: Path, 
         ([hard, made("flip", metadata={"augmentation": {"strategy": "flip"}})], "give --augment for all"),
         (["bare.safetensors"], "give --data.dataset"),
         (["bare.safetensors", "--data.dataset=digits"], "does not name its network: give --network"),
-        ([hard, "--networks=0"], "networks=0 must be at least 1"),
         ([hard, "--learning-rates", "0.1", "-1"], "learning_rates[1]=-1.0 must be above 0"),
         ([hard, "--out=file"], "file"),
-        ([hard, "--network=convnot"], "did you mean 'convnet'"),
         ([hard, "--network=convnet", "--network-options={depht: 1}"], "depht"),
         ([hard, "--network-options={depth: 1}"], "give network as well"),
         ([hard, "--augment=flop"], "DSA has no operation 'flop'"),
