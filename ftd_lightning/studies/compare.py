@@ -81,7 +81,7 @@ def write_results(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
     results = collect(job, failures)
     write_pictures(job, [row["name"] for row in results["rows"] if row["state"] == "done"])
     if job.plot is not None:
-        draw_study(results, job.folder / f"{job.file.stem}.png")
+        draw_study(results, job.plot, job.folder / f"{job.file.stem}.png")
     write_json(job.folder / "compare.json", results)
     with replacing(job.folder / "compare.md") as part:
         part.write_text(markdown(results), encoding="utf-8")

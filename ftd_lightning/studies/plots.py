@@ -117,27 +117,29 @@ def write_plot(path: Path, draw: Callable[[Any], None], *, size: tuple[float, fl
         figure.savefig(part, format="png", dpi=120)
 
 
-def draw_study(results: Mapping[str, Any], path: Path) -> None:
+def draw_study(results: Mapping[str, Any], x: str, path: Path) -> None:
     """Draw accuracy over x with bars of one standard deviation, references as lines; nothing where nothing is done.
 
     Args:
-        results: the content of ``compare.json``, with "plot".
+        results: the content of ``compare.json``.
+        x: label of the axis.
         path: of the PNG.
     """
-    plot = results["plot"]
+    done = [row for row in results["rows"] if row["state"] == "done"]
+    points = sorted((row for row in done if "x" in row), key=lambda row: float(row["x"]))
+    references = [row for row in done if row.get("reference")]
 
     def draw(axes: Any) -> None:
-        x, mean, std = ([point[key] for point in plot["points"]] for key in ("x", "mean", "std"))
-        bars = [100 * value for value in std]
-        axes.errorbar(x, [100 * value for value in mean], yerr=bars, marker="o", capsize=3, color="black")
-        for index, line in enumerate(plot["references"]):
-            middle, spread, colour = 100 * line["mean"], 100 * line["std"], f"C{index}"
-            axes.axhline(middle, linestyle="--", color=colour, label=line["label"])
-            axes.axhspan(middle - spread, middle + spread, color=colour, alpha=0.15)
-        if plot["references"]:
+        mean, std = ([100 * row["accuracy"]["last"][key] for row in points] for key in ("mean", "std"))
+        axes.errorbar([row["x"] for row in points], mean, yerr=std, marker="o", capsize=3, color="black")
+        for index, row in enumerate(references):
+            middle, spread = (100 * row["accuracy"]["last"][key] for key in ("mean", "std"))
+            axes.axhline(middle, linestyle="--", color=f"C{index}", label=row["label"])
+            axes.axhspan(middle - spread, middle + spread, color=f"C{index}", alpha=0.15)
+        if references:
             axes.legend()
-        axes.set(xlabel=plot["x"], ylabel="test accuracy, %")
+        axes.set(xlabel=x, ylabel="test accuracy, %")
         axes.set_title(results["title"], fontsize=10)
 
-    if plot["points"] or plot["references"]:
+    if points or references:
         write_plot(path, draw)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.callbacks.progress import FILE as PEAKS
@@ -20,26 +18,10 @@ from ftd_lightning.studies.plots import count_images
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from ftd_lightning.studies.comparison import Comparison
     from ftd_lightning.studies.fits import Fit
-
-
-ABSOLUTE = re.compile(r"(?<![\w.~/-])[/~][^\s,'\"\]}]*")
-
-
-def without_machine_paths(value: Any) -> Any:
-    """Cut absolute paths down to their last part: a result does not depend on where a file lay.
-
-    Example:
-        >>> without_machine_paths({"command": "--data.root=/srv/images --data.zca true", "store": "runs/x"})
-        {'command': '--data.root=images --data.zca true', 'store': 'runs/x'}
-    """
-    if isinstance(value, dict):
-        return {key: without_machine_paths(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_machine_paths(part) for part in value]
-    return ABSOLUTE.sub(lambda found: Path(found[0]).name, value) if isinstance(value, str) else value
 
 
 def paired_difference(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -82,19 +64,12 @@ def is_better(found: Mapping[str, Any]) -> bool:
 
 
 def add_differences(rows: Sequence[dict[str, Any]], bases: Mapping[str, str | None]) -> None:
-    """Give rows their "difference" to their base, with its name as "to", where both are done.
-
-    Args:
-        rows: as :func:`row_result` gives them.
-        bases: base of each row, by name.
-    """
+    """Give rows that are done the "difference" to their base, by name; see :func:`paired_difference`."""
     done = {row["name"]: row for row in rows if row["state"] == "done"}
     for name, row in done.items():
         base = done.get(bases.get(name) or "")
-        if base is not None and base is not row:
-            found = paired_difference(row, base)
-            if found is not None:
-                row["difference"] = {"to": base["name"], "to_label": base["label"], **found}
+        if base is not None and base is not row and (found := paired_difference(row, base)):
+            row["difference"] = {"to": base["name"], "to_label": base["label"], **found}
 
 
 def points(found: Mapping[str, Any]) -> str:
@@ -106,19 +81,6 @@ def points(found: Mapping[str, Any]) -> str:
     """
     error = found["standard_error"]
     return f"{100 * found['mean']:+.1f}{'' if error is None else f' ± {100 * error:.1f}'}"
-
-
-def difference_cell(row: Mapping[str, Any]) -> str:
-    """Format the difference of a row.
-
-    Example:
-        >>> difference_cell({"difference": {"to_label": "MTT", "mean": 0.004, "standard_error": 0.003, "n": 5}})
-        '+0.4 ± 0.3 to MTT'
-        >>> difference_cell({})
-        '-'
-    """
-    found = row.get("difference")
-    return f"{points(found)} to {found['to_label']}" if found else "-"
 
 
 def _accuracy(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,10 +167,10 @@ def collect(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
     whole = max((row["training_images"] for row in rows if "training_images" in row), default=None)
     rows = [row | {"share": row["images_stored"] / whole} if whole and "images_stored" in row else row for row in rows]
     add_differences(rows, {name: job.base(name) for name in job.rows})
-    facts = {
+    return {
         "kind": "comparison",
         "title": job.title or job.file.stem,
-        "config": str(job.file),
+        "config": "/".join(job.file.parts[-2:]),
         "dataset": job.dataset,
         "ipc": job.ipc,
         "networks": [name for name in job.networks if name],
@@ -217,32 +179,6 @@ def collect(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
         "device": "; ".join(sorted({name for row in rows for name in row.get("devices", [])})),
         "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
-    }
-    if job.plot is not None:
-        facts["plot"] = {"x": job.plot, **plot_points(rows)}
-    cleaned: dict[str, Any] = without_machine_paths(facts)
-    return cleaned
-
-
-def plot_points(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Pick the points of a study's plot from the rows that are done.
-
-    Returns:
-        "points": of rows with an x, by rising x; "references": of rows marked as such. Each has "label", "mean" and
-        "std" of the last test accuracy, fractions.
-
-    Example:
-        >>> last = {"accuracy": {"last": {"mean": 0.5, "std": 0.0}}, "state": "done"}
-        >>> found = plot_points([{"x": 0.1, "label": "b", **last}, {"x": 0.01, "label": "a", **last}])
-        >>> [point["x"] for point in found["points"]]
-        [0.01, 0.1]
-    """
-    done = [row for row in rows if row["state"] == "done"]
-    values = [{"label": row["label"], **{key: row["accuracy"]["last"][key] for key in ("mean", "std")}} for row in done]
-    points = [{"x": row["x"], **value} for row, value in zip(done, values, strict=True) if "x" in row]
-    return {
-        "points": sorted(points, key=lambda point: float(point["x"])),
-        "references": [value for row, value in zip(done, values, strict=True) if row.get("reference")],
     }
 
 
@@ -347,11 +283,16 @@ def full_lines(results: Mapping[str, Any]) -> list[list[str]]:
     head = ["method", *(networks or kinds), "iterations", "peak, MiB", "labels", "images", "share"]
     differences = any("difference" in row for row in results["rows"])
     return [[*head, *(["paired difference"] if differences else [])]] + [
-        [*_cells(row, networks), *([difference_cell(row)] if differences else [])]
+        [*_cells(row, networks), *([_difference(row)] if differences else [])]
         if row["state"] == "done"
         else [row["label"], "to do" if row["state"] == "to do" else f"failed: {row['reason']}"]
         for row in results["rows"]
     ]
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    found = row.get("difference")
+    return f"{points(found)} to {found['to_label']}" if found else "-"
 
 
 def _cells(row: Mapping[str, Any], networks: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,11 +22,10 @@ from ftd_lightning import DistillationDataModule, SyntheticSet, cli
 from ftd_lightning.callbacks import SyntheticSetWriter
 from ftd_lightning.callbacks.progress import PeakMemory
 from ftd_lightning.data import decoding
-from ftd_lightning.studies import compare
+from ftd_lightning.studies import compare, plots
 from ftd_lightning.studies.comparison import Comparison
 from ftd_lightning.studies.fits import Deadline, Fit, Settings, kept, run_fit
-from ftd_lightning.studies.plots import write_plot
-from ftd_lightning.studies.tables import collect, full_lines, markdown, plot_points, short_table, without_machine_paths
+from ftd_lightning.studies.tables import collect, full_lines, markdown, short_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "digits"
@@ -121,9 +121,7 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, in
     assert found["mtt"]["seeds"] == found["random"]["seeds"] == found["whole"]["seeds"]
     images = {name: (row["images"], row["share"]) for name, row in found.items() if name != "broken"}
     assert images == {"mtt": (10, 1 / 14), "random": (10, 1 / 14), "whole": (130, 13 / 14)}
-    assert [(point["x"], point["label"]) for point in results["plot"]["points"]] == [(0.1, "random"), (0.2, "MTT")]
-    whole = "whole (130, 12 epochs, not trained to their end)"
-    assert [line["label"] for line in results["plot"]["references"]] == [whole]
+    assert found["whole"]["label"] == "whole (130, 12 epochs, not trained to their end)"
     assert np.asarray(Image.open("runs/small/study.png")).shape == (480, 660, 4)
     picture = np.asarray(Image.open("runs/small/random.png"))
     sheet = np.asarray(Image.open("runs/small/images.png"))
@@ -379,25 +377,22 @@ def test_real_images_say_how_many_they_are_and_whether_they_were_learned(here: P
     assert said in short_table(results)
 
 
-def test_a_plot_takes_rows_that_are_done_by_rising_x() -> None:
+def test_a_plot_takes_rows_that_are_done_by_rising_x(tmp_path: Path, monkeypatch) -> None:
     last = {"accuracy": {"last": {"mean": 0.5, "std": 0.1, "n": 5}}, "state": "done"}
     rows = [{"label": str(x), "x": x, **last} for x in (0.1, 0.005, 0.03)]
     rows += [{"label": "to come", "x": 0.01, "state": "to do"}, {"label": "MTT", "reference": True, **last}]
-    found = plot_points(rows)
-    assert [point["x"] for point in found["points"]] == [0.005, 0.03, 0.1]
-    assert found["references"] == [{"label": "MTT", "mean": 0.5, "std": 0.1}]
+    drawn = Mock()
+    monkeypatch.setattr(plots, "write_plot", lambda path, draw: draw(drawn))
+    plots.draw_study({"title": "t", "rows": rows}, "rho", tmp_path / "plot.png")
+    assert drawn.errorbar.call_args.args == ([0.005, 0.03, 0.1], [50.0] * 3)
+    assert drawn.axhline.call_args.kwargs["label"] == "MTT"
 
 
 def test_without_matplotlib_there_is_no_plot(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    write_plot(tmp_path / "plot.png", lambda axes: axes.plot([1]))
+    plots.write_plot(tmp_path / "plot.png", lambda axes: axes.plot([1]))
     assert "pip install ftd_lightning[plots]" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-
-
-def test_records_hold_no_path_of_a_machine() -> None:
-    given = {"command": "--data.root=/srv/images --data.zca true", "files": ["~/x/set", "runs/y"]}
-    assert without_machine_paths(given) == {"command": "--data.root=images --data.zca true", "files": ["set", "runs/y"]}
 
 
 PUBLISHED = {
