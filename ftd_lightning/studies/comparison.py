@@ -29,11 +29,7 @@ PEAK_MEMORY = "--trainer.callbacks+=ftd_lightning.callbacks.progress.PeakMemory"
 
 @dataclass(frozen=True)
 class Teachers(Settings):
-    """Teachers of a comparison: a config with settings, or a store that is there already.
-
-    Args:
-        store: folder of recorded trajectories, instead of a config.
-    """
+    """Teachers of a comparison: a config with settings, or the folder of a store that is there already."""
 
     store: str | None = None
 
@@ -150,16 +146,7 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, given: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> Comparison:
-        """Check the content of a comparison's file.
-
-        Args:
-            given: the content, as YAML is read.
-            file: that file, which need not exist.
-            overrides: options for the fits; those of one phase begin with --teacher., --distill. or --evaluate.
-
-        Raises:
-            InputError: for a key or a value that is not known.
-        """
+        """Build a comparison from the content of a file; a key or a value that is not known raises InputError."""
         given = {**given, "evaluate": _config(given.get("evaluate"))}
         for key in ("rows", "teachers", "networks"):
             if isinstance(given.get(key), dict):
@@ -195,11 +182,7 @@ class Comparison:
         return find_config(settings.config, near=self.file.parent)
 
     def fits_of(self, name: str) -> RowFits:
-        """Return the fits of a row, which reads its configs once.
-
-        Raises:
-            InputError: for a config that is not there.
-        """
+        """Return the fits of a row; a config that is not there raises InputError."""
         if name not in self._fits:
             self._fits[name] = self._plan(self.rows[name], name)
         return self._fits[name]

@@ -58,10 +58,8 @@ BILEVEL = {  # RaT-BPTT, as in cifar10/distill_rat_bptt_w32_ipc1
     "lr_step_size": 0.0,
     "clip": 2.0,
 }
-AVERAGE = {
-    "class_path": "ftd_lightning.callbacks.SyntheticEMA",
-    "init_args": {"decay": 0.99, "bias_correction": True},
-}
+AVERAGE: dict[str, Any] = {"class_path": "ftd_lightning.callbacks.SyntheticEMA"}
+AVERAGE["init_args"] = {"decay": 0.99, "bias_correction": True}
 # Nothing is chosen by measurements on the way, which take time.
 UNMEASURED = {"class_path": "ftd_lightning.callbacks.EvaluateSynthetic", "init_args": {"every_n_epochs": 0}}
 FEW_TESTS = 20  # images of a class
@@ -79,32 +77,18 @@ class Source(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """Counts of the images.
+    """Counts of the images."""
 
-    Attributes:
-        names: of the classes.
-        channels: of the images.
-        size: their height and width in pixels, or those that are asked for.
-        train: training images of each class, those to be held out included.
-        test: test images of each class.
-        val_fraction: share of the training images that is held out.
-        asked: whether the size was asked for.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the classes
     channels: int
-    size: int
-    train: tuple[int, ...]
+    size: int  # height and width in pixels, their own or those that are asked for
+    train: tuple[int, ...]  # images of each class, those to be held out included
     test: tuple[int, ...]
-    val_fraction: float
-    asked: bool = False
+    val_fraction: float  # share of the training images that is held out
+    asked: bool = False  # whether the size was asked for
 
     def check_ipc(self, ipc: int) -> None:
-        """Refuse more images per class than the smallest class has to begin with.
-
-        Raises:
-            InputError: naming that class.
-        """
+        """Refuse more images per class than the smallest class has to begin with, naming that class."""
         left = [count - round(self.val_fraction * count) for count in self.train]
         if ipc > min(left):
             raise InputError(
@@ -114,12 +98,7 @@ class Survey(NamedTuple):
 
 
 def depth_of(size: int) -> int:
-    """Give the depth of the ConvNet for images of a size: it ends with 4 x 4 values, or 2 x 2.
-
-    Example:
-        >>> [depth_of(size) for size in (8, 16, 28, 32, 64, 128)]
-        [2, 2, 3, 3, 4, 5]
-    """
+    """Give the depth of the ConvNet for images of a size: it ends with 4 x 4 values, or 2 x 2."""
     return min(max(round(math.log2(size)) - 2, 2), 5)
 
 
@@ -138,12 +117,7 @@ def buildable_size(channels: int, size: int) -> int:
 
 
 def strategy(channels: int, size: int) -> str:
-    """Choose an augmentation: without flips and colours for grey images, which are often characters.
-
-    Example:
-        >>> strategy(1, 8), strategy(3, 32)
-        ('crop_scale_rotate', 'color_crop_cutout_flip_scale_rotate')
-    """
+    """Choose an augmentation: without flips and colours for grey images, which are often characters."""
     if channels == 1:
         return "crop_scale_rotate" if size < 16 else "crop_cutout_scale_rotate"
     return "color_crop_cutout_flip_scale_rotate"
@@ -165,9 +139,6 @@ def plan_configs(
 
     Returns:
         The configs, the settings of an evaluation on real images, and the size of the images.
-
-    Raises:
-        InputError: for a method that is not planned here, or a size that no network can be built for.
     """
     ipc, method, seed, minutes = command["ipc"], command["method"], command["seed"], command["minutes"] or MINUTES
     if method not in METHODS:
@@ -234,15 +205,7 @@ def plan_configs(
 
 
 def find_source(source: str) -> Source:
-    """Find images: a folder of classes, which wins, or a data set by its name.
-
-    Raises:
-        InputError: for what is neither.
-
-    Example:
-        >>> find_source("digits")
-        Source(name='digits', root=None, title='digits')
-    """
+    """Find images: a folder of classes, which wins, or a data set by its name; others raise InputError."""
     path, names = Path(source), DATASETS.keys() - IN_FOLDERS
     if path.is_dir():
         return Source("folder", str(path), path.resolve().name)
@@ -271,12 +234,7 @@ def _data_options(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def survey(data: DistillationDataModule, val_fraction: float | None) -> Survey:
-    """Count images and classes; those of a folder by the headers of its files.
-
-    Args:
-        data: the images, none held out yet.
-        val_fraction: share that will be; None: by their number.
-    """
+    """Count images and classes, none held out yet; those of a folder by the headers of its files."""
     census, train, asked = data.census, tuple(data.count("train")), data.hparams["image_size"]
     if val_fraction is None:
         val_fraction = 0.1 if sum(train) < 10_000 else 0.02
@@ -308,15 +266,13 @@ def _say(title: str, data: DistillationDataModule, found: Survey) -> None:
 def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: Sequence[str]) -> Comparison:
     """Plan a job and print the plan; return what it runs.
 
+    ``plan.json`` in the folder ``out`` records the command and the images; others are refused there.
+
     Args:
         source: the images.
-        out: the folder of the job; its ``plan.json`` records the command and the images.
+        out: the folder of the job.
         command: "ipc", "method", "minutes", "config" and "seed", as :func:`distill_source` takes them.
         overrides: options for the fits.
-
-    Raises:
-        InputError: for a budget, a method or a config that does not do, or a folder of another command or of other
-            images.
     """
     ipc, method, minutes, config = (command[key] for key in ("ipc", "method", "minutes", "config"))
     if config is not None and minutes is not None:
@@ -391,8 +347,7 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
 def run_job(job: Comparison, out: Path, deadline: Deadline, run: Runner = run_child) -> bool:
     """Run what there is time for; write the set, ``results.json`` and ``images.png`` when all is done.
 
-    Raises:
-        InputError: if a fit fails.
+    A fit that fails raises InputError.
     """
     failures, in_time = run_rows(job, list(job.rows), deadline, run)
     if failures:

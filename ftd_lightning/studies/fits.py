@@ -54,13 +54,9 @@ Runner = Callable[[Sequence[str], "Path", float | None], int | None]
 
 @dataclass(frozen=True)
 class Settings:
-    """A config, and settings that replace its own.
+    """A config (a file, or a shipped one by its name), and arguments of model, data and trainer over its own.
 
-    Args:
-        config: a file, or a shipped config by its name.
-        model: arguments of the module.
-        data: arguments of the DataModule.
-        trainer: arguments of the trainer; ``callbacks+`` adds callbacks to those of the config.
+    ``callbacks+`` of the trainer adds callbacks to those of the config.
     """
 
     config: str | None = None
@@ -94,8 +90,6 @@ def split_by_phase(options: Sequence[str]) -> dict[str, list[str]]:
     Example:
         >>> split_by_phase(["--data.root", "here", "--teacher.model.epochs=3"])["teacher"]
         ['--data.root', 'here', '--model.epochs=3']
-        >>> split_by_phase(["--data.root", "here", "--teacher.model.epochs=3"])["distill"]
-        ['--data.root', 'here']
     """
     split: dict[str, list[str]] = {phase: [] for phase in PHASES}
     phases: Sequence[str] = PHASES
@@ -109,12 +103,7 @@ def split_by_phase(options: Sequence[str]) -> dict[str, list[str]]:
 
 
 def minor_version() -> str:
-    """Return the version up to its minor number: within it, a fit gives the same numbers.
-
-    Example:
-        >>> minor_version().count(".")
-        1
-    """
+    """Return the version up to its minor number: within it, a fit gives the same numbers."""
     return ".".join(ftd_lightning.__version__.split(".")[:2])
 
 
@@ -143,11 +132,7 @@ def _resolved(config: Path, content: bytes, options: tuple[str, ...]) -> dict[st
 def resolved(config: Path, options: Sequence[str]) -> dict[str, Any] | None:
     """Return all settings of a fit as the parser resolves them, defaults included; not to be changed.
 
-    Returns:
-        None for settings that the parser refuses; the fit itself reports why.
-
-    Raises:
-        InputError: for a config that cannot be read.
+    None stands for settings that the parser refuses; the fit itself reports why.
     """
     read_config(config)
     return _resolved(config, config.read_bytes(), tuple(options))
@@ -175,16 +160,8 @@ class FitNames:
     def name(self, config: Path, options: Sequence[str], *depends: Any) -> str:
         """Name a fit's folder: its config, and a hash of all that decides its result.
 
-        That is the settings, however they are spelled, with all defaults; the contents of the images; the inputs; and
-        the version to its minor number.
-
-        Args:
-            config: of the fit.
-            options: that follow it.
-            depends: identities of the inputs, as JSON can hold them.
-
-        Raises:
-            InputError: for a config that cannot be read.
+        That is the settings, however they are spelled, with all defaults; the contents of the images; the identities of
+        the inputs, as JSON can hold them; and the version to its minor number.
         """
         found = resolved(config, options)
         settings: Any = [read_config(config), list(options)]
@@ -245,11 +222,7 @@ class Fit:
 
 
 class Deadline:
-    """The end of a slice of the work.
-
-    Args:
-        minutes: from now; None: no end.
-    """
+    """The end of a slice of the work, some minutes from now; None: no end."""
 
     def __init__(self, minutes: float | None) -> None:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
@@ -269,11 +242,7 @@ def device_name() -> str:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a folder against other commands.
-
-    Raises:
-        InputError: if another process is at work there.
-    """
+    """Hold a folder against other commands: raise InputError if another process is at work there."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -344,15 +313,9 @@ def _reason(log: Path) -> str:
 
 
 def run_fit(fit: Fit, deadline: Deadline, run: Runner = run_child) -> bool:
-    """Run a fit until it ends or its time is over, and note the wall time.
+    """Run a fit until it ends or its time is over, and note the wall time; return whether it is done.
 
-    Args:
-        fit: the fit; its output goes to ``output.txt`` in its folder.
-        deadline: of the slice.
-        run: starts the command.
-
-    Returns:
-        Whether it is done.
+    Its output goes to ``output.txt`` in its folder.
 
     Raises:
         InputError: if the fit fails, or another process is at work in its folder.

@@ -75,9 +75,6 @@ def belonging(distill: Path, ipc: int, data: Mapping[str, Any] | None = None) ->
         distill: its file.
         ipc: images per class.
         data: arguments of the DataModule for all of them, which the files leave to the command line.
-
-    Raises:
-        InputError: for a config without a method, or one whose teachers' config is not there.
     """
     model = read_config(distill).get("model", {})
     own = model.get("init_args") if isinstance(model, dict) else None
@@ -129,11 +126,7 @@ def plan(
     teacher_epochs: int | None = None,
     overrides: Sequence[str] = (),
 ) -> Comparison:
-    """Make the comparison of a cell; see :func:`reproduce`.
-
-    Raises:
-        InputError: for settings that do not ship, or a method without teachers.
-    """
+    """Make the comparison of a cell; see :func:`reproduce`."""
     distill, evaluate, teacher = configs = published(dataset, ipc, method)
     if teacher is None:
         raise InputError(f"{distill.config}: its method has no teachers; ftd reproduce is for those that do")

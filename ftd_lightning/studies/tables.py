@@ -54,12 +54,7 @@ def paired_difference(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[s
 
 
 def is_better(found: Mapping[str, Any]) -> bool:
-    """Tell whether a difference is above 0 by more than chance: by two standard errors.
-
-    Example:
-        >>> is_better({"mean": 0.05, "standard_error": 0.02}), is_better({"mean": 0.05, "standard_error": 0.03})
-        (True, False)
-    """
+    """Tell whether a difference is above 0 by more than chance: by two standard errors."""
     return bool(found["mean"] > 2 * (found["standard_error"] or 0.0))
 
 
@@ -73,12 +68,7 @@ def add_differences(rows: Sequence[dict[str, Any]], bases: Mapping[str, str | No
 
 
 def points(found: Mapping[str, Any]) -> str:
-    """Format a difference in percentage points.
-
-    Example:
-        >>> points({"mean": 0.004, "standard_error": 0.003})
-        '+0.4 ± 0.3'
-    """
+    """Format a difference in percentage points."""
     error = found["standard_error"]
     return f"{100 * found['mean']:+.1f}{'' if error is None else f' ± {100 * error:.1f}'}"
 
@@ -95,17 +85,11 @@ def _seconds(fits: Iterable[Fit | None]) -> float | None:
 
 
 def row_result(job: Comparison, name: str, failures: Mapping[str, str]) -> dict[str, Any]:
-    """Describe a row and its results.
+    """Describe a row and its results; ``failures`` are reasons by name of row.
 
-    Args:
-        job: the comparison.
-        name: of the row.
-        failures: reasons by name of row.
-
-    Returns:
-        "state" is "done", "failed" (with a "reason") or "to do". Of a row that is done, "accuracy" holds "last",
-        "chosen_on_held_out" and "best_on_test", fractions, on the first network; "networks" the same for each where
-        several are named. "images" and what follows is explained in :func:`~ftd_lightning.studies.plots.count_images`.
+    "state" is "done", "failed" (with a "reason") or "to do". Of a row that is done, "accuracy" holds "last",
+    "chosen_on_held_out" and "best_on_test", fractions, on the first network; "networks" the same for each where several
+    are named. ``plots.count_images`` explains "images" and what follows.
     """
     row = job.rows[name]
     facts: dict[str, Any] = {"name": name, "label": row.label or name, "state": "to do"}
@@ -183,14 +167,9 @@ def collect(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
 
 
 def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Reduce ``compare.json`` to what ``results.json`` of the demo and of ``ftd distill`` holds.
+    """Reduce ``compare.json``, all rows done, to ``results.json`` of the demo and of ``ftd distill``.
 
-    Args:
-        results: the content of ``compare.json``, all rows done.
-
-    Returns:
-        "accuracy": {row: {"mean", "std", "n"}} after the last epoch, fractions; "difference" by row, where it is
-        compared with another; "seconds" of each phase by row; "dataset", "ipc", "device" and "versions".
+    "accuracy" is {row: {"mean", "std", "n"}} after the last epoch, fractions; "difference" and "seconds" are by row.
     """
     rows = results["rows"]
     return {
@@ -211,13 +190,7 @@ def copy_set(job: Comparison, name: str, path: Path) -> Path | None:
 
 
 def verdict(results: Mapping[str, Any]) -> str | None:
-    """Say that a distilled set is not better than the row that it is compared with; None where it is.
-
-    Example:
-        >>> found = {"to_label": "random images", "mean": 0.01, "standard_error": 0.02, "n": 3}
-        >>> print(verdict({"rows": [{"label": "FTD", "iterations": 100, "difference": found}]}))
-        FTD is not better than random images: +1.0 ± 2.0 points over 3 networks. Give it more --minutes or images.
-    """
+    """Say that a distilled set is not better than the row that it is compared with; None where it is."""
     for row in results["rows"]:
         found = row.get("difference")
         if found and row.get("iterations") is not None and not is_better(found):
@@ -252,16 +225,7 @@ def short_lines(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def short_table(results: Mapping[str, Any]) -> str:
-    """Lay the rows of a comparison, all done, out for a terminal.
-
-    Example:
-        >>> row = {"label": "10 images, FTD", "accuracy": {"last": {"mean": 0.9, "std": 0.01, "n": 5}}}
-        >>> print(short_table({"rows": [row]}))
-        trained on      test accuracy, %
-        --------------------------------
-        10 images, FTD  90.0 ± 1.0
-        5 fresh networks each, after their last epoch.
-    """
+    """Lay the rows of a comparison, all done, out for a terminal."""
     head, *rest = _aligned(short_lines(results))
     counts = sorted({row["accuracy"]["last"]["n"] for row in results["rows"]})
     below = [f"{' or '.join(map(str, counts))} fresh networks each, after their last epoch.", *_test_part(results)]
@@ -350,11 +314,5 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def text(results: Mapping[str, Any]) -> str:
-    """Lay the same table out for a terminal.
-
-    Example:
-        >>> row = {"label": "DC", "state": "failed", "reason": "no such config"}
-        >>> print(text({"rows": [row]}).splitlines()[-1])
-        DC      failed: no such config
-    """
+    """Lay the same table out for a terminal."""
     return "\n".join(_aligned(full_lines(results)))

@@ -8,12 +8,7 @@ from ftd_lightning import cli
 
 
 class InProcess:
-    """Runs fits as ``studies.fits.run_child`` does, and keeps their commands.
-
-    Attributes:
-        commands: what was run.
-        stop_at: end this many fits, counted from the first, after their first checkpoint.
-    """
+    """Runs fits as ``studies.fits.run_child`` does, and keeps their commands."""
 
     def __init__(self):
         self.commands = []

@@ -3,9 +3,7 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -139,25 +137,24 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, in
 
 
 @pytest.mark.slow
-def test_children_end_with_the_command_and_resume(here: Path, trajectories: Path) -> None:
-    """End to end, with child processes: a signal in the middle of a distillation, then the same command."""
+def test_children_end_with_the_command_and_resume(here: Path, trajectories: Path, command, in_process) -> None:
+    """End to end, with a child process: a signal in the middle of a distillation, which then goes on."""
     given = content(**SMALL, teachers={"mtt": {"store": str(trajectories)}}, rows={"mtt": MTT})
-    Path("study.yaml").write_text(yaml.safe_dump(given))
-    command = [sys.executable, "-m", "ftd_lightning", "compare", "--config", "study.yaml"]
-    command += ["--distill.trainer.max_steps=80"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(Path("runs").rglob("last.ckpt")) and child.poll() is None:
-        time.sleep(0.1)
-    child.send_signal(signal.SIGTERM)
-    _, errors = child.communicate()
-    assert child.returncode == 128 + signal.SIGTERM
-    assert errors.splitlines()[-1] == "ftd: terminated: run it again"
-    (log,) = Path("runs").rglob("output.txt")
-    assert "resume with the same command" in log.read_text(), "the child ended by itself, after a checkpoint"
-    assert 0 < SyntheticSet.read_metadata(log.parent / "set.safetensors")["iterations"] < 80
-    subprocess.run(command, check=True)
-    assert "Restored all states" in log.read_text()
-    assert json.loads(Path("runs/small/compare.json").read_text())["rows"][0]["iterations"] == 80
+    given["distill"] = {**given["distill"], "trainer": {**given["distill"]["trainer"], "max_steps": 60}}
+    Path("study.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    running = command.start("compare", "--config", "study.yaml", cwd=here)
+    running.wait_for(lambda: list(Path("runs").rglob("last.ckpt")))
+    running.send_signal(signal.SIGTERM)
+    done = running.wait()
+    assert done.stderr.splitlines()[-1] == "ftd: terminated: run it again"
+    job = Comparison.from_file(Path("study"))
+    fit = job.fits_of("mtt").distill
+    assert "resume with the same command" in (fit.folder / "output.txt").read_text(), "it ended after a checkpoint"
+    assert 0 < SyntheticSet.read_metadata(fit.folder / "set.safetensors")["iterations"] < 60
+    assert not fit.is_done()
+    assert compare.run_rows(job, ["mtt"], Deadline(None), in_process) == ({}, True)
+    assert in_process.commands[0][-1] == "--ckpt_path=last"
+    assert collect(job, {})["rows"][0]["iterations"] == 60
 
 
 def test_a_setting_in_several_spellings_is_one_fit(here: Path, monkeypatch) -> None:
