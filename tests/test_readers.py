@@ -35,13 +35,13 @@ def read_set(path):
 
 def read_store(path):
     store = TrajectoryStore(path.parent)
-    rest = [store.teacher_metadata(0), store.class_names, store.shape, store.num_parameters, store.epochs]
+    rest = [store.teacher_metadata(0), store.shape, store.num_parameters, store.epochs]
     return [*store.segment(0, 0, 1), store.trajectory(0)], rest
 
 
 def read_data(path):
     store = TrajectoryStore(path.parent)
-    return [], [store.data.dataset, store.class_names, store.shape, store.transform.describe()]
+    return [], [store.data.dataset, store.data.class_names, store.shape, store.data.transform.describe()]
 
 
 def read_whitening(path):

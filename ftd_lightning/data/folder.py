@@ -139,6 +139,7 @@ def _name_hash(root: Path, file: Path) -> bytes:
     return hashlib.blake2b(os.fsencode(file.relative_to(root).as_posix())).digest()
 
 
+@os_errors_as_input_errors()
 def _find_parts(request: Request) -> tuple[tuple[str, ...], dict[str, LabelledFiles]]:
     """The names of the classes, and the parts: "train", "test" and, if all three have folders, "val"."""
     root, tree = request.root, ImageTree(request.root)
@@ -275,14 +276,12 @@ class Census:
 
 def take_folder_census(request: Request) -> Census:
     """Look at the headers of all images of a folder; see :func:`find_folder`."""
-    with os_errors_as_input_errors():
-        return Census.take(*_find_parts(request))
+    return Census.take(*_find_parts(request))
 
 
 def folder_labels(request: Request) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """List the images of a folder without opening them: the names of its classes, and the labels of each part."""
-    with os_errors_as_input_errors():
-        names, parts = _find_parts(request)
+    names, parts = _find_parts(request)
     return names, {name: torch.tensor(part.labels) for name, part in parts.items()}
 
 
@@ -313,8 +312,7 @@ def find_folder(request: Request) -> ImageDataset:
         InputError: for another layout, a class that a part lacks or has no images of, or an unreadable image, naming
             the folder or file.
     """
-    with os_errors_as_input_errors():
-        names, parts = _find_parts(request)
+    names, parts = _find_parts(request)
     path = cache_file(request.cache_dir, "folder", request.image_size or "native", request.root, parts)
     decoded = DecodedImages(path, parts, partial(_form, names, parts, request.image_size))
     metadata = decoded.metadata()

@@ -59,6 +59,7 @@ SUBSETS: dict[str, dict[str, str]] = {
 }
 
 
+@os_errors_as_input_errors()
 def _decoded(name: str, size: int, request: Request) -> DecodedImages:
     root, wnids = request.root, SUBSETS[name]
     tree = root / "imagenet" if (root / "imagenet").is_dir() else root
@@ -71,8 +72,7 @@ def _decoded(name: str, size: int, request: Request) -> DecodedImages:
             f"val/<wnid>/*.JPEG into {root / 'imagenet'}, or set data.root to the folder that contains both"
         )
     images = ImageTree(tree)
-    with os_errors_as_input_errors():
-        parts = {part: images.part(paths) for part, paths in folders.items()}
+    parts = {part: images.part(paths) for part, paths in folders.items()}
     images.log_skipped()
     return DecodedImages(
         cache_file(request.cache_dir, name, size, tree, parts), parts, partial(dict, channels=3, size=size)

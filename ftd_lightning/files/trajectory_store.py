@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
-
-    from ftd_lightning.contracts import ImageTransform
 
 
 KIND = "teacher_trajectory"
@@ -194,21 +193,6 @@ class TrajectoryStore:
         return found
 
     @property
-    def transform(self) -> ImageTransform | None:
-        """From pictures to the images that the teachers saw; None for a whitening that version 0.1 did not keep."""
-        if self.data is not None:
-            return self.data.transform
-        recorded = self.metadata.get("transform") or {}
-        if recorded.get("kind") == "standardization":
-            return load_transform(recorded, {}, where=self.files[0])
-        return None
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names of the classes in label order; None where they were not recorded."""
-        return None if self.data is None else self.data.class_names
-
-    @property
     def shape(self) -> ImageShape | None:
         """Channels, classes and size of the images; None where neither data nor a named network tell."""
         if self.data is not None:
@@ -219,11 +203,15 @@ class TrajectoryStore:
         return ImageShape(**{key: network[key] for key in ImageShape._fields})
 
     def description(self) -> DataDescription | None:
-        """Describe the data without their source; None where the store does not tell enough."""
-        if self.shape is None or self.transform is None:
+        """Describe the data without their source; None where the store does not tell enough, as 0.1 of a whitening."""
+        if self.data is not None:
+            return replace(self.data, dataset=self.metadata["dataset"])
+        recorded = self.metadata.get("transform") or {}
+        if self.shape is None or recorded.get("kind") != "standardization":
             return None
-        names = self.class_names or [str(label) for label in range(self.shape.num_classes)]
-        return DataDescription(self.shape, names, self.transform, self.metadata["dataset"])
+        names = [str(label) for label in range(self.shape.num_classes)]
+        transform = load_transform(recorded, {}, where=self.files[0])
+        return DataDescription(self.shape, names, transform, self.metadata["dataset"])
 
     def set_metadata(self) -> dict[str, Any]:
         """Return a set's metadata about its teachers: "method", "dataset", "network" and "teachers"."""

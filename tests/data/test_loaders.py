@@ -257,7 +257,7 @@ def test_the_next_batch_is_read_while_this_one_is_used(loader):
 
 
 def test_start_epochs_and_teachers_are_uniform(loader):
-    count = 2000
+    count = 400
     batches = flat(loader(length=count))
     for key, values in (("start_epoch", 5), ("teacher", TEACHERS)):
         seen, share = Counter(batch[key] for batch in batches), 1 / values
