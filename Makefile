@@ -67,5 +67,5 @@ docs: $(VENV)/.docs  ## build the site into site/; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
-clean:  ## remove the virtual environment, the site and what the demo made
+clean:  ## remove the virtual environment, the site and the demo's files
 	rm -rf $(VENV) site runs/digits build dist *.egg-info

@@ -82,7 +82,7 @@ class FTDCLI(LightningCLI):
         """Leave the configuration as the user gave it: Lightning would import the class paths that a file names."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add what only records, and atomic checkpoints, unless the config has its own."""
+        """Add recording callbacks and atomic checkpoints, unless the config has its own."""
         if self.subcommand not in (None, "fit"):
             self.save_config_callback = None  # config.yaml beside the logs belongs to the fit
         config = self._get(self.config_init, "trainer", default={})
@@ -93,7 +93,7 @@ class FTDCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _recording(self, trainer: Mapping[str, Any]) -> dict[type, Callback]:
-        """Give the callbacks that record a fit of this library's modules, by kind; they change none of its results."""
+        """Return the callbacks that record a fit of this library's modules, by kind; they do not change its results."""
         model, callbacks = self.model, dict[type, Callback]()
         if trainer.get("enable_progress_bar") is not False:
             callbacks[ProgressBar] = FitProgress()
@@ -127,12 +127,20 @@ class FTDCLI(LightningCLI):
         """Test the networks that an evaluation trained."""
         if isinstance(self.model, SyntheticEvaluation):
             self.trainer.test(self.model, datamodule=self.datamodule)
-            self._judge(self.model)
+            self.after_test()
 
     def after_test(self) -> None:
-        """Say which of the networks of an evaluation are not to be trusted."""
+        """Report networks of an evaluation that diverged or learned nothing.
+
+        Raises:
+            DivergenceError: if all of them did.
+        """
         if isinstance(self.model, SyntheticEvaluation):
-            self._judge(self.model)
+            total, failed = self.model.hparams["networks"], self.model.results.get("failed", {})
+            if len(failed) == total:
+                raise DivergenceError(summary(failed, total))
+            if failed and self.trainer.is_global_zero:
+                print(f"ftd: warning: {summary(failed, total)}", file=sys.stderr)
 
     def after_predict(self) -> None:
         """Write the logits (N, K) of a module of this library as ``predictions.npy`` beside the logs."""
@@ -141,14 +149,6 @@ class FTDCLI(LightningCLI):
             with replacing(file) as part, part.open("wb") as out:
                 np.save(out, torch.cat(self.trainer.predict_loop.predictions).float().numpy())
             print(f"ftd: wrote {file}")
-
-    def _judge(self, module: SyntheticEvaluation) -> None:
-        total = module.hparams["networks"]
-        failed = module.results.get("failed", {})
-        if len(failed) == total:
-            raise DivergenceError(summary(failed, total))
-        if failed and self.trainer.is_global_zero:
-            print(f"ftd: warning: {summary(failed, total)}", file=sys.stderr)
 
 
 def run(args: list[str] | None = None, *, start: bool = True) -> FTDCLI:

@@ -1,4 +1,4 @@
-"""How a command meets its terminal: signals that end it, and characters that it cannot show."""
+"""A command at its terminal: signals that end it, and characters that the terminal cannot show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ERRORS = "ftd_plain"
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Replace what an encoding lacks by its plain spelling, or else by a question mark."""
+    """Replace characters that an encoding lacks by their plain spelling, or by a question mark."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
@@ -48,11 +48,11 @@ class TerminatedError(SystemExit):
 class EndedBySignal:
     """Runs a block that SIGTERM and Ctrl-C end quietly; the signal can be read afterwards.
 
-    Within a fit Lightning ends the training at the next batch, so that its callbacks write what is good; anywhere else,
-    and at a second Ctrl-C, the block ends at once. Only the main thread receives signals: elsewhere nothing is changed.
+    Within a fit Lightning ends the training after the current step, so that callbacks write their files. Anywhere else,
+    and at a second Ctrl-C, the block ends at once. Only the main thread receives signals; elsewhere nothing changes.
 
     Attributes:
-        signal: what ended the block; None where nothing did.
+        signal: the signal that ended the block, or None.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class EndedBySignal:
     ) -> bool:
         for number, handler in self._previous.items():  # Lightning leaves Ctrl-C ignored
             signal.signal(number, handler)
-        # Lightning answers Ctrl-C by leaving with code 1, and SIGTERM with an exit of its own.
+        # Lightning answers Ctrl-C by leaving with code 1, and SIGTERM with its own exit.
         if isinstance(error, KeyboardInterrupt) or (
             isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
         ):
