@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +25,7 @@ from ftd_lightning.modules.class_matching import ClassBatches, train_on_set
 from ftd_lightning.modules.distillation import Distillation, Init, common
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -68,33 +68,13 @@ class Loops:
             raise InputError(f"loops: {error}") from error
 
 
-class Watcher:
-    """Decides when to leave a loop of CAFE, from the spread (max - min) of the last accuracies.
+def spread(accuracies: Sequence[float], window: int) -> float:
+    """Return max - min of the last accuracies, ``window`` of them; NaN for fewer.
 
     Convention: accuracies are the plain values of each check; the released script adds a tenth of the previous one.
-
-    Args:
-        threshold: lambda, a fraction.
-        leave: whether to leave "below" (outer loop) or "above" (inner loop) the threshold.
-        maximum: number of updates after which to leave.
-        window: number of accuracies that are compared; with fewer, the loop continues.
     """
-
-    def __init__(self, threshold: float, *, leave: Literal["below", "above"], maximum: int, window: int = 10) -> None:
-        self.threshold, self.leave, self.maximum, self.window = threshold, leave, maximum, window
-        self.accuracies: deque[float] = deque(maxlen=window)
-        self.updates = 0
-
-    def update(self, accuracy: float) -> bool:
-        """Record the next accuracy, a fraction, and return whether to leave the loop."""
-        self.updates += 1
-        self.accuracies.append(accuracy)
-        if self.updates >= self.maximum:
-            return True
-        if len(self.accuracies) < self.window:
-            return False
-        spread = max(self.accuracies) - min(self.accuracies)
-        return spread < self.threshold if self.leave == "below" else spread > self.threshold
+    latest = accuracies[-window:]
+    return max(latest) - min(latest) if len(latest) == window else math.nan
 
 
 PUBLISHED_MILESTONES = (1200, 1600, 1800)  # of 2001 rounds
@@ -177,7 +157,7 @@ class FeatureAlignment(Distillation):
         self.save_arguments(locals(), augment=self.augment, loops=self.loops)
         self.round, self.round_steps = -1, 0
         self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
-        self._outer = self._new_outer_watcher()
+        self._accuracies: list[float] = []  # of the present round
 
     @property
     def method(self) -> str:
@@ -196,8 +176,7 @@ class FeatureAlignment(Distillation):
             return
         saved = state["round"]
         self.round, self.round_steps = saved["round"], saved["round_steps"]
-        self._outer.updates = saved["updates"]
-        self._outer.accuracies.extend(saved["accuracies"])
+        self._accuracies = list(saved["accuracies"])
         if saved["network"] is not None:
             self._network = [self.fresh_network("network", "resumed")]
             self._network[0].load_state_dict(saved["network"])
@@ -223,7 +202,7 @@ class FeatureAlignment(Distillation):
                 # An extended run begins with this iteration.
                 self.trainer.train_dataloader.iteration = iteration  # type: ignore[union-attr]
                 return -1  # Lightning skips the rest of the epoch
-            self._network, self._outer = [self.fresh_network("network", self.round)], self._new_outer_watcher()
+            self._network, self._accuracies = [self.fresh_network("network", self.round)], []
         else:
             self._inner_loop(iteration)
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
@@ -236,26 +215,25 @@ class FeatureAlignment(Distillation):
         halved = sum(number >= milestone for milestone in (PUBLISHED_MILESTONES if milestones is None else milestones))
         return float(self.hparams["lr_images"] * 0.5**halved)
 
-    def _new_outer_watcher(self) -> Watcher:
-        loops = self.loops
-        return Watcher(loops.lambda_1, leave="below", maximum=loops.outer_max, window=loops.window)
-
     def _leaves_round(self, iteration: int) -> bool:
-        if self.loops.kind == "fixed":
-            return self.round_steps >= self.loops.outer_max
+        loops = self.loops
+        if loops.kind == "fixed":
+            return self.round_steps >= loops.outer_max
         accuracy = self.query_accuracy(iteration)
         self.log("matching/query_accuracy", accuracy, prog_bar=True, batch_size=1)
-        return self._outer.update(accuracy)
+        self._accuracies.append(accuracy)
+        return len(self._accuracies) >= loops.outer_max or spread(self._accuracies, loops.window) < loops.lambda_1
 
     def _inner_loop(self, iteration: int) -> None:
         network, loops = self._network[0].requires_grad_(True).train(), self.loops
-        watcher = Watcher(loops.lambda_2, leave="above", maximum=loops.inner_max, window=loops.window)
-        epochs = 0
+        epochs, accuracies = 0, list[float]()
         while epochs < loops.inner_max:
             train_on_set(self, network, self.hparams["lr_network"], 1, iteration, epochs)
             epochs += 1
-            if loops.kind == "dynamic" and watcher.update(self.query_accuracy(iteration, epochs)):
-                break
+            if loops.kind == "dynamic":
+                accuracies.append(self.query_accuracy(iteration, epochs))
+                if spread(accuracies, loops.window) > loops.lambda_2:
+                    break
         self.log("matching/inner_epochs", float(epochs), batch_size=1)
 
     @torch.no_grad()
@@ -323,8 +301,7 @@ class FeatureAlignment(Distillation):
             "round": self.round,
             "round_steps": self.round_steps,
             "network": self._network[0].state_dict() if self._network else None,
-            "updates": self._outer.updates,
-            "accuracies": list(self._outer.accuracies),
+            "accuracies": self._accuracies,
         }
         return {**super().extra_state(), "round": round_state}
 

@@ -14,7 +14,7 @@ from ftd_lightning.functional import make_generator
 from ftd_lightning.functional.augment import STRATEGY
 from ftd_lightning.models import ConvNet
 from ftd_lightning.modules import FeatureAlignment, feature_alignment
-from ftd_lightning.modules.feature_alignment import Watcher
+from ftd_lightning.modules.feature_alignment import spread
 
 # Lightning's word on real images without held-out ones.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -241,13 +241,6 @@ def test_settings_that_make_no_sense_are_refused(refused):
             FeatureAlignment(loops=loops)
 
 
-def test_watchers_end_loops_by_the_spread_of_accuracies_or_at_the_maximum():
-    def answers(leave, accuracies, maximum=100, window=3):
-        watcher = Watcher(0.04, leave=leave, maximum=maximum, window=window)
-        return [watcher.update(accuracy) for accuracy in accuracies]
-
-    assert answers("below", [0.1, 0.5, 0.5, 0.53]) == [False, False, False, True]
-    assert answers("above", [0.5, 0.5, 0.53, 0.55]) == [False, False, False, True]
-    assert answers("above", [0.0, 1.0, 0.0]) == [False, False, True], "two are too few"
-    assert answers("below", [0.0, 0.04] * 2, window=2) == [False] * 4, "a spread of just the threshold goes on"
-    assert answers("below", [0, 1] * 2, maximum=4) == [False] * 3 + [True]
+def test_the_spread_is_that_of_the_last_accuracies():
+    assert spread([0.0, 0.5, 0.5, 0.53], 3) == pytest.approx(0.03)
+    assert not spread([0.0, 1.0], 3) > 0, "two are too few"
