@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ftd_lightning.bounds import check_bounds
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.contracts import Images
 from ftd_lightning.core.evaluation import (
@@ -104,7 +103,6 @@ def label_random_images(
         The set, without a step size, with ``metadata["label_teacher"]``: {"teacher", "epoch", "held_out_accuracy": a
         list as from :func:`try_labels`}.
     """
-    check_bounds(label_random_images, locals())
     options, device = data.hparams, device or torch.device("cpu")
     if options["trajectories"] is None:
         raise InputError("the labels are a teacher's: give the store of the teachers as data.trajectories")

@@ -64,6 +64,8 @@ DATA_OPTIONS = {"root", "dataset", "image_size", *SPLIT, "test_fraction", "downl
 class RankSettings:
     """Score synthetic sets against random real images and all real images, by DD-Ranking's four scores.
 
+    Options --data.* that are not given are those that the sets agree on, or else the defaults below.
+
     Args:
         out: folder of rank.json, rank.md, rank.png, and of finished trainings (evaluations).
         networks: trained on everything that is compared; each mean and standard deviation is over them.
@@ -360,17 +362,12 @@ def _classes(labels: Tensor) -> Tensor:
     return labels if labels.ndim == 1 else labels.argmax(1)
 
 
-def _described(one: SyntheticSet) -> dict[str, Any]:
-    """Return what a set says of its data set; it may be the name alone, or nothing."""
-    recorded = one.metadata.get("dataset")
-    return recorded if isinstance(recorded, dict) else {"name": recorded} if recorded else {}
-
-
 def read_data(
     sets: Mapping[str, SyntheticSet], given: Mapping[str, Any]
 ) -> dict[str, tuple[DistillationDataModule, Lesson]]:
     """Read the real images through the transform of each set, or refuse the set; sets of one transform share them."""
-    described = [_described(one) for one in sets.values()]
+    described = [one.metadata.get("dataset") or {} for one in sets.values()]
+    described = [one if isinstance(one, dict) else {"name": one} for one in described]  # a name alone
     recorded = [one for one in described if one] or [{}]
     agreed = {key: value for key, value in recorded[0].items() if all(one.get(key) == value for one in recorded)}
     options: dict[str, Any] = {key: agreed[key] for key in ("image_size", "max_per_class", "seed") if key in agreed}

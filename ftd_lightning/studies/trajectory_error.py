@@ -239,17 +239,6 @@ def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: s
     return data
 
 
-def read_curve(path: Path) -> dict[str, Any]:
-    """Read a ``curve.json``, or refuse the file."""
-    try:
-        curve: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if curve["kind"] == KIND:
-            return curve
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise InputError(f"{path}: a curve.json of ftd trajectory-error is needed here")
-
-
 def table(curve: dict[str, Any], *, rows: int = 10) -> str:
     """Format a curve as a table of about ``rows`` epochs at most, the last one included."""
     epochs = curve["epochs"]
@@ -314,7 +303,7 @@ def trajectory_error(
         against: a curve.json to draw beside it.
         seed: of mini-batches and augmentation.
     """
-    others = [read_curve(path) for path in against]
+    others = [json.loads(path.read_text(encoding="utf-8")) for path in against]
     folder = output or set_file.parent / KIND
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is not a folder; give another --output")

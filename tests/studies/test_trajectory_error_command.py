@@ -231,7 +231,7 @@ def test_bad_input_is_one_line_before_anything_is_written(here: Path, capsys) ->
         (["store/teacher_0000.safetensors", "store"], "a synthetic set is needed here"),
         ([*both, "--teachers", 3], "3 teachers are asked for, 2 are recorded"),
         ([*both, "--dataset", "digit"], "did you mean 'digits'"),
-        ([*both, "--against", "set.safetensors"], "a curve.json of ftd trajectory-error is"),
+        ([*both, "--against", "nowhere/curve.json"], "nowhere/curve.json: No such file"),
         ([*both, "--output", "set.safetensors"], "is not a folder"),
     ]
     for arguments, words in cases:
