@@ -79,11 +79,15 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     debug = arguments[:1] == ["--debug"]
     arguments = arguments[debug:]
-    resume = "resume with the same command and --ckpt_path last" if arguments[:1] == ["fit"] else "run it again"
+    resume = (
+        "resume with the same command and --ckpt_path last"
+        if arguments[:1] == ["fit"]
+        else "run the same command again"
+    )
     as_program(lambda: _dispatch(arguments), resume=resume, debug=debug)
 
 
-def as_program(run: Callable[[], None], *, resume: str = "run it again", debug: bool = False) -> None:
+def as_program(run: Callable[[], None], *, resume: str = "run the same command again", debug: bool = False) -> None:
     """Run a function as a program; see :func:`main`.
 
     Args:

@@ -69,7 +69,7 @@ def test_a_search_that_is_ended_continues(tmp_path: Path, command) -> None:
     process.wait_for(lambda: list(tmp_path.rglob("evaluations")))
     process.send_signal(signal.SIGTERM)
     done = process.wait(60)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (143, "ftd: terminated: the same command continues")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (143, "ftd: terminated: run the same command again")
     assert "Traceback" not in done.stderr
 
 
@@ -86,7 +86,7 @@ def test_any_command_ends_at_once(number, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["info", "x"])
     assert stop.value.code == ENDS[number][0]
-    assert capsys.readouterr().err == f"ftd: {ENDS[number][1]}: run it again\n"
+    assert capsys.readouterr().err == f"ftd: {ENDS[number][1]}: run the same command again\n"
     assert {number: signal.getsignal(number) for number in ENDS} == before
 
 
