@@ -59,14 +59,6 @@ def two_weights(loss, start, **options):
     return [weight.item() for weight in weights]
 
 
-def test_plain_ball_by_hand():
-    # L = w1 * w2 at (4, 3): g = (3, 4), ||g|| = 5; rho 5: eps = (3, 4), so g_p = gradient at (7, 7) = (7, 7).
-    # <g, g_p> / ||g_p||^2 = 49 / 98 = 1/2; g across g_p: (3, 4) - (3.5, 3.5) = (-0.5, 0.5).
-    # alpha 0.5: direction (7, 7) - 0.5 * (-0.5, 0.5) = (7.25, 6.75); w = (4, 3) - 0.1 * direction.
-    landed = two_weights(lambda a, b: a * b, (4.0, 3.0), rho=5.0, alpha=0.5)
-    assert landed == pytest.approx([3.275, 2.325])
-
-
 def test_adaptive_ball_by_hand():
     # L = -a^2 + a b - 3/8 b^2 + 3 a + 5/2 b at (1, 2): g = (-2a + b + 3, a - 3/4 b + 5/2) = (3, 2).
     # w g = (3, 4), norm 5; w^2 g = (3, 8); rho 5: eps = (3, 8); g_p = gradient at (4, 10) = (5, -1).

@@ -123,7 +123,7 @@ def _cloned(result: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    # Dynamo wraps a backend's error in one of its own, whose first line only names the backend.
+    # Dynamo wraps a backend's error in another one, whose first line only names the backend.
     error = getattr(error, "inner_exception", error)
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0].strip()}"

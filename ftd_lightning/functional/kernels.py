@@ -127,7 +127,7 @@ def target_probabilities(targets: Tensor, *, scale: float = 1.0) -> Tensor:
 
     Args:
         targets: (N, K), any finite values.
-        scale: that of :func:`centred_targets`.
+        scale: as for :func:`centred_targets`.
 
     Returns:
         (N, K), non-negative, each row with sum 1.

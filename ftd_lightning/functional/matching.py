@@ -104,7 +104,7 @@ def pruned_distance(student: Tensor, start: Tensor, target: Tensor, keep: Tensor
         target: theta*_{t+m}, (P,).
         keep: (P,) bool, e.g. from ``DropLargest.keep``.
     """
-    # Zeros in place of what is dropped, instead of shorter vectors: no synchronisation, and the same order of sums.
+    # Zeros for dropped parameters, instead of shorter vectors: no synchronisation, and the same order of sums.
     movement = (start - target).square()
     kept = torch.where(keep, movement, 0.0).sum()
     denominator = torch.where(kept > 0, kept, movement.sum())

@@ -77,7 +77,7 @@ def require_function(network: nn.Module, weights: Tensor, images: Tensor, index:
 class Adjoint(torch.autograd.Function):
     """theta_n as a function of the weights after ``done`` steps, images, labels, step size(s) and optimizer state.
 
-    Plain SGD has a branch of its own: its step and adjoint are one compiled function each, update included.
+    Plain SGD has a separate branch, because its step and its adjoint are one compiled function each, update included.
     """
 
     @staticmethod

@@ -89,16 +89,6 @@ def test_a_compiler_that_fails_is_told_in_one_line_and_the_eager_function_is_use
     ]
 
 
-def test_what_dynamo_cannot_trace_runs_eagerly():
-    def branching(x):
-        return x + 1 if bool(x.sum() > 0) else x - 1
-
-    function = compiled(branching, compile=True, device=CPU, backend=Backend())
-    with pytest.warns(UserWarning, match="torch.compile failed, continuing in eager mode: ") as told:
-        assert [float(function(torch.tensor(x))) for x in (1.0, -1.0)] == [2.0, -2.0]
-    assert "\n" not in str(told[0].message)
-
-
 def test_the_functions_own_error_is_raised_as_it_is_and_is_no_failure_to_compile():
     backend = Backend()
     function = compiled(affine, compile=True, device=CPU, backend=backend)
@@ -173,7 +163,7 @@ def test_only_another_size_of_the_mini_batch_compiles_again(backend):
     backend.inner = lambda graph, inputs: graph.forward
     drawn = [make_generator(seed, "inner", step) for seed in range(5) for step in range(4)]
     assert {int(torch.randint(6, (1,), generator=g)) for g in drawn} == set(range(6)), "all of DSA's operations"
-    network, _ = trained(compile=True)
+    network, _ = trained(compile=True, network=nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double())
     for seed in range(1, 5):
         trained(compile=True, seed=seed, network=network)
     assert backend.compilations == 2

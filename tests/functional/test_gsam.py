@@ -60,11 +60,6 @@ def test_alphas_part_is_orthogonal_to_the_perturbed_gradient(alpha, seed):
     assert abs(float(torch.cosine_similarity(rest, flat(g_p), dim=0))) == pytest.approx(1, rel=1e-12)
 
 
-def test_alpha_zero_is_sam():
-    g, g_p = tensors(0), tensors(1)
-    assert all(d.equal(p) for d, p in zip(gsam_direction(g, g_p, alpha=0.0), g_p, strict=True))
-
-
 @pytest.mark.parametrize(("adaptive", "dtype"), [(False, torch.float32), (True, torch.float64)])
 def test_zero_gradient_gives_zeros_and_no_nan(adaptive, dtype):
     w = tensors(0, dtype=dtype)

@@ -92,17 +92,6 @@ def test_the_identity_of_eq_8_to_rounding(problem):
         before = error.accumulated
 
 
-def test_a_student_that_is_the_teacher_has_no_error(problem):
-    """Teacher epochs made with the student's own steps."""
-    teacher, advance, _ = problem
-    own = [teacher[0]]
-    for segment in range(SEGMENTS):
-        own.append(advance(own[-1], segment))
-    for error in trajectory_errors(advance, own):
-        for part in (error.accumulated, error.matching, error.initialization):
-            assert not part.any()
-
-
 def test_a_linear_model_by_hand():
     """Quadratic loss around c: n = 1 step takes w to (1 - lr) w + lr c. With lr 0.5 and c 0 every step halves."""
     teacher = [torch.tensor([8.0]), torch.tensor([6.0]), torch.tensor([5.0])]

@@ -157,9 +157,3 @@ def test_size_that_is_too_small_is_refused_and_the_least_is_not(name, channels, 
         build_network(name, channels, 10, least - 1, **options)
     logits = network_of(name, channels, 10, least, **options)(pictures(3, least, channels))
     assert not logits[0].allclose(logits[1], rtol=1e-4), "what comes out depends on what goes in"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_unknown_norm_is_refused_with_the_known_ones(name, refused):
-    with refused(f"{LABELS[name]} has no norm 'swish': choose from", list(get_args(Norm))):
-        build_network(name, 3, 10, 32, norm="swish")
