@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from ftd_lightning.contracts import BringsBatches, DataSource, PlansBatches, TrainsTeachers, data_source
-from ftd_lightning.core.module import refuse_other_batch, run_folder
+from ftd_lightning.core.module import run_folder
 from ftd_lightning.core.resume import fix_loop_progress
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, versions, write_tensors
@@ -30,15 +31,62 @@ from ftd_lightning.models.description import describe_network
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor, nn
+    from torch import nn
 
     from ftd_lightning.contracts import DataDescription
+
+
+FEWEST = 8  # images; the pixels of fewer vary too much
+SAMPLED = 1000  # described images whose pixels are measured
+TOLERANCE = 0.6  # pixels in [0, 1] have a standard deviation of at most 0.5, standardised ones of about 1
+
+
+def refuse_other_batch(batch: Any, described: DataSource) -> None:
+    """Refuse a training batch whose images have another shape than described, or another mean and deviation.
+
+    The deviations may differ by a factor below 1/0.6, the means by less than 0.6 deviations. This tells images in
+    [0, 1], or in [0, 255], from standardised ones. Pixels of fewer than 8 images are not checked.
+
+    Args:
+        batch: a tensor (N, C, H, W), or a list or mapping with one; others are not checked.
+        described: the source of the description.
+
+    Raises:
+        InputError: for such images.
+    """
+    images = _images(batch)
+    if images is None:
+        return
+    shape, found = tuple(described.description().shape.zeros(0).shape[1:]), tuple(images.shape[1:])
+    contradiction = f"of shape {shape}, but the first training batch has {found}" if shape != found else ""
+    if not contradiction and len(images) >= FEWEST:
+        known = described.part("train").images
+        known = known[:: -(-len(known) // SAMPLED)]
+        (mean, std), (wanted, spread) = ((float(x.float().mean()), float(x.float().std())) for x in (images, known))
+        least = TOLERANCE * spread
+        if not (least < std < spread / TOLERANCE and abs(mean - wanted) < least):
+            contradiction = (
+                f"whose pixels have mean {wanted:.2f} and standard deviation {spread:.2f}, but the first training "
+                f"batch has {mean:.2f} and {std:.2f}"
+            )
+    if contradiction:
+        raise InputError(
+            f"TrajectoryRecorder: data= describes images {contradiction}: give data= that describes the loader's images"
+        )
+
+
+def _images(batch: Any) -> Tensor | None:
+    """Find the first (N, C, H, W) tensor in a batch."""
+    if isinstance(batch, Tensor):
+        return batch.detach() if batch.ndim == 4 else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((found for part in parts if (found := _images(part)) is not None), None)
 
 
 SNAPSHOT = "snapshot"  # the kind of a snapshot's file, and the name of its tensor
 
 
-class Trajectory(Sequence["Tensor"]):
+class Trajectory(Sequence[Tensor]):
     """The weights of a teacher after each epoch, (P,) each, read from disk one at a time.
 
     Epochs without a snapshot are read from the teacher's own file: it was recorded, and its fit then continued.

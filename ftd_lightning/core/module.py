@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
 
@@ -11,7 +10,6 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 
 from ftd_lightning.contracts import DataDescription, ImageShape, Stateful, data_source
 from ftd_lightning.core.arguments import plain, plain_settings
@@ -33,6 +31,8 @@ from ftd_lightning.models.description import same_network
 from ftd_lightning.models.registry import recorded_network
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from lightning.pytorch import Callback, Trainer
 
     from ftd_lightning.contracts import DataSource
@@ -373,50 +373,3 @@ def _loaded_data(state: Mapping[str, Any]) -> DataDescription:
         dataset=state["dataset"],
         batch_size=state["batch_size"],
     )
-
-
-FEWEST = 8  # images; the pixels of fewer vary too much
-SAMPLED = 1000  # described images whose pixels are measured
-TOLERANCE = 0.6  # pixels in [0, 1] have a standard deviation of at most 0.5, standardised ones of about 1
-
-
-def refuse_other_batch(batch: Any, described: DataSource) -> None:
-    """Refuse a training batch whose images have another shape than described, or another mean and deviation.
-
-    The deviations may differ by a factor below 1/0.6, the means by less than 0.6 deviations. This tells images in
-    [0, 1], or in [0, 255], from standardised ones. Pixels of fewer than 8 images are not checked.
-
-    Args:
-        batch: a tensor (N, C, H, W), or a list or mapping with one; others are not checked.
-        described: the source of the description.
-
-    Raises:
-        InputError: for such images.
-    """
-    images = _images(batch)
-    if images is None:
-        return
-    shape, found = tuple(described.description().shape.zeros(0).shape[1:]), tuple(images.shape[1:])
-    contradiction = f"of shape {shape}, but the first training batch has {found}" if shape != found else ""
-    if not contradiction and len(images) >= FEWEST:
-        known = described.part("train").images
-        known = known[:: -(-len(known) // SAMPLED)]
-        (mean, std), (wanted, spread) = ((float(x.float().mean()), float(x.float().std())) for x in (images, known))
-        least = TOLERANCE * spread
-        if not (least < std < spread / TOLERANCE and abs(mean - wanted) < least):
-            contradiction = (
-                f"whose pixels have mean {wanted:.2f} and standard deviation {spread:.2f}, but the first training "
-                f"batch has {mean:.2f} and {std:.2f}"
-            )
-    if contradiction:
-        raise InputError(
-            f"TrajectoryRecorder: data= describes images {contradiction}: give data= that describes the loader's images"
-        )
-
-
-def _images(batch: Any) -> Tensor | None:
-    """Find the first (N, C, H, W) tensor in a batch."""
-    if isinstance(batch, Tensor):
-        return batch.detach() if batch.ndim == 4 else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((found for part in parts if (found := _images(part)) is not None), None)
