@@ -14,7 +14,6 @@ from jsonargparse import ArgumentParser
 from ftd_lightning.data.coresets import BASELINES
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import TrajectoryStore
-from ftd_lightning.files.trajectory_store import teacher_file
 from ftd_lightning.shipped_configs import find_config, read_config
 from ftd_lightning.studies.fits import Fit, FitNames, Settings, split_by_phase
 
@@ -236,7 +235,7 @@ class Comparison:
             except InputError:  # not there yet
                 return None, Path(entry.store), [entry.store]
         options = [*entry.options(), *self.overrides["teacher"]]
-        fit = self._fit(f"teachers {row.teachers}", entry, options, [], output=str(teacher_file("trajectories", 0)))
+        fit = self._fit(f"teachers {row.teachers}", entry, options, [], output="trajectories/teacher_0000.safetensors")
         return fit, fit.folder / "trajectories", [fit.folder.name]
 
     def _evaluation(self, row: Row) -> Settings:
