@@ -95,9 +95,7 @@ def _boards(trainer: Trainer) -> list[Any]:
 
 
 class TensorBoardPictures(Callback):
-    """Shows the synthetic images in real colours, whitening undone, and histograms of their values.
-
-    Of images with two channels the first is shown, of those with more than three the first three.
+    """Shows the synthetic images by :func:`picture_grid`, whitening undone, and histograms of their values.
 
     Args:
         every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``, and at the beginning and the end;

@@ -58,9 +58,3 @@ def test_ten_gradients_of_zero_in_a_row_end_the_run(refused) -> None:
         guard.after(optimizer)
     with refused("the images' gradient was exactly zero 10 iterations in a row", "the last one 19", "no_grad"):
         guard.check(19)
-
-
-def test_counts_go_through_a_checkpoint() -> None:
-    guard = StepGuard()
-    guard.load((7, 2, 0, 0))
-    assert guard.state() == (7, 2, 0, 0)
