@@ -22,7 +22,7 @@ from ftd_lightning.callbacks.progress import PeakMemory
 from ftd_lightning.data import decoding
 from ftd_lightning.studies import compare, plots
 from ftd_lightning.studies.comparison import Comparison
-from ftd_lightning.studies.fits import Deadline, Fit, Settings, kept, run_fit
+from ftd_lightning.studies.fits import Deadline, Fit, Settings, kept, resolved, run_fit
 from ftd_lightning.studies.tables import collect, full_lines, markdown, short_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -414,12 +414,16 @@ STEMS = ("compare", "cross", "study", "demo")
 SHIPPED = sorted(file for stem in STEMS for file in CONFIGS.parent.rglob(f"{stem}*.yaml"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", SHIPPED)
+def few(file: Path) -> list:
+    return [pytest.mark.slow if file.stem in ("compare_all", "compare_w32_ipc1") else pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize("file", [pytest.param(file, marks=few(file)) for file in SHIPPED])
 def test_every_shipped_comparison_can_be_planned(file: Path, here: Path) -> None:
     job = Comparison.from_file(file)
-    assert job.folder.parts[0] == "runs"
-    assert all(folder.is_relative_to("runs") for row in job.rows for folder in folders(job, row))
+    fits = [fit for row in job.rows for fit in job.fits_of(row).each()]
+    assert all(fit.folder.is_relative_to("runs") for fit in fits)
+    assert not [fit for fit in fits if resolved(fit.config, fit.options) is None], "the parser takes all options"
     values = [row.x for row in job.rows.values() if row.x is not None]
     assert values == sorted(values)
     assert bool(values) == (job.plot is not None)
