@@ -34,7 +34,6 @@ class Running:
         arguments: for the function.
         cwd: working folder.
         env: environment variables beside those of this process.
-        stdout: a file or named pipe to write to, instead of a file that :meth:`wait` reads.
 
     Attributes:
         pid: of the process.
@@ -46,11 +45,10 @@ class Running:
         *arguments: Any,
         cwd: Path | str | None = None,
         env: dict[str, str] | None = None,
-        stdout: Path | None = None,
     ) -> None:
         self._arguments = arguments
         self._folder = Path(tempfile.mkdtemp())
-        self._streams = [str(stdout or self._folder / "stdout"), str(self._folder / "stderr")]
+        self._streams = [str(self._folder / "stdout"), str(self._folder / "stderr")]
         environment = {**os.environ, **(env or {})}
         settings = (str(cwd or Path.cwd()), environment, self._streams, function, arguments)
         self._process = FORKED.Process(target=_run, args=settings)

@@ -159,6 +159,7 @@ STORES = [
 ]
 
 
+@pytest.mark.slow
 def test_stores(shelf: Path, here: Path, capsys) -> None:
     for number, (change, words) in enumerate(STORES):
         store = here / f"store{number}"
@@ -183,6 +184,7 @@ def test_configs(here: Path, capsys) -> None:
         assert words in line
 
 
+@pytest.mark.slow
 def test_checkpoints(here: Path, capsys) -> None:
     (here / "folder.ckpt").mkdir()
     torch.save({"a": 1}, "other.ckpt")
@@ -212,6 +214,7 @@ VALUES = [
 ]
 
 
+@pytest.mark.slow
 def test_values_are_refused_before_anything_is_trained(shelf: Path, here: Path, capsys) -> None:
     for command, option, value, words in VALUES:
         store = [f"--model.trajectories={shelf / 'trajectories'}"] * (command is DISTILL)
@@ -248,8 +251,9 @@ def test_what_the_operating_system_refuses(shelf: Path, here: Path, capsys) -> N
     assert "evaluation.json: is a folder" in line
 
 
+@pytest.mark.slow
 def test_processes(shelf: Path, here: Path, command) -> None:
-    """Exit codes and streams of the program; a terminal that is not UTF-8, and a reader that has had enough."""
+    """Exit codes and streams of the program; a terminal that is not UTF-8."""
     for arguments, code in ((["info", "gone.safetensors"], 1), (["fit", "-c", "gone.yaml"], 1), (["exprot"], 2)):
         done = command(*arguments)
         assert done.returncode == code, done.stderr
@@ -259,12 +263,6 @@ def test_processes(shelf: Path, here: Path, command) -> None:
     done = command("info", "named.safetensors", env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert "gr?n +- x" in done.stdout
-    os.mkfifo("pipe")
-    running = command.start("info", "--json", shelf / "trajectories", stdout=here / "pipe")
-    with open("pipe") as pipe:
-        assert pipe.read(1) == "{"
-    assert running.wait().returncode in (0, 141)
-    assert running.output()[1] == ""
 
 
 def test_json_of_info_holds_no_nan(shelf: Path, here: Path, capsys) -> None:

@@ -32,6 +32,8 @@ from ftd_lightning.modules import (
 from ftd_lightning.optim import GSAM
 from ftd_lightning.rules import ClosestStep, DropSmallest, LearnedLabels, LossGate, StartWindow, TargetLabels
 
+pytestmark = pytest.mark.slow
+
 
 def check_steps(steps, *, may_read: str | None = None) -> None:
     assert steps.steps

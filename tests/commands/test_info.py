@@ -161,6 +161,7 @@ def test_what_is_none_of_these_is_refused(tmp_path: Path, capsys) -> None:
     assert "is a tea pot" in refusal(capsys, path)
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_had_enough_ends_it_quietly(tmp_path: Path) -> None:
     colour_set().save(tmp_path / "set.safetensors")
     readable, writable = os.pipe()
@@ -171,6 +172,7 @@ def test_a_reader_that_has_had_enough_ends_it_quietly(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_it_does_not_import_lightning() -> None:
     loads = (
         "import ftd_lightning.commands.info, sys; print({'lightning', 'torchmetrics', 'torchvision'} & {*sys.modules})"

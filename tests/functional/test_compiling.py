@@ -146,6 +146,7 @@ def backend(monkeypatch):
     return backend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "norm"), [(InnerSGD(), "batch"), (InnerAdam(eps=1e-3), "none")])
 def test_compiled_is_eager(backend, optimizer, norm):
     (network, fast), (_, plain) = (trained(optimizer=optimizer, norm=norm, compile=c) for c in (True, False))
@@ -159,6 +160,7 @@ def test_compiled_is_eager(backend, optimizer, norm):
     assert held() is None
 
 
+@pytest.mark.slow
 def test_only_another_size_of_the_mini_batch_compiles_again(backend):
     backend.inner = lambda graph, inputs: graph.forward
     drawn = [make_generator(seed, "inner", step) for seed in range(5) for step in range(4)]

@@ -102,6 +102,7 @@ def test_the_loss_is_that_of_real_images_after_training_on_the_set(tmp_path):
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     seen = Losses()
     distil(tmp_path, steps=40, lr_images=0.1, syn_steps=8, trainer={"callbacks": [seen]})

@@ -151,6 +151,7 @@ def test_a_loop_trains_its_network_one_time_less_than_it_updates_images(tmp_path
     assert len(trained) == 4, "with one image a class a network is never trained"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path) -> None:
     """Interrupted in mid-loop, after the loop's network was trained; with running statistics."""
     norm, steps = "batch", 5
@@ -175,6 +176,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path) -> None:
         assert torch.equal(longer._network[0].state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tmp_path) -> None:
     seen = Losses()
     distil(tmp_path, steps=30, augment="crop_scale_rotate", callbacks=[seen], lr_images=1.0)

@@ -137,6 +137,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not any(counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_compiled_teachers_are_the_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
     """With another backend than the default, which takes a minute; Dynamo is the same."""

@@ -42,6 +42,7 @@ def test_two_iterations_are_two_steps_of_sgd_with_momentum(tmp_path: Path, traje
     torch.testing.assert_close(module.step_size.detach(), step_size, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tmp_path: Path, trajectories: Path) -> None:
     seen = Losses()
     distil(tmp_path, trajectories, steps=80, callbacks=[seen])
