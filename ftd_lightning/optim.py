@@ -139,6 +139,10 @@ class GSAM(Optimizer):
     def _gradients(parameters: list[Tensor]) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"base_optimizer": self.base_optimizer, "reduce": self.reduce, "perturbed": self.perturbed}
+        return {**super().__getstate__(), **own}  # torch's has the settings of its own class alone
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load parameter groups and the base optimizer's state."""
         super().load_state_dict(state_dict)
