@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 def run_rows(
     job: Comparison, names: Sequence[str], deadline: Deadline, run: Runner = run_child
 ) -> tuple[dict[str, str], bool]:
-    """Run the fits of rows that are not done, as far as there is time.
-
-    Args:
-        job: the comparison.
-        names: of the rows.
-        deadline: of this slice.
-        run: starts a fit.
+    """Run the fits of rows, by name, that are not done, as far as there is time; ``run`` starts a fit.
 
     Returns:
         Why rows failed, by their names, and whether there was time for all.
@@ -72,12 +66,7 @@ def run_rows(
 
 
 def write_results(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
-    """Write pictures, plot, ``compare.json`` and ``compare.md``; return the content of ``compare.json``.
-
-    Args:
-        job: the comparison; a row may be done or not.
-        failures: why rows failed, by name.
-    """
+    """Write pictures, plot, ``compare.json`` and ``compare.md``; return the content of ``compare.json``."""
     results = collect(job, failures)
     write_pictures(job, [row["name"] for row in results["rows"] if row["state"] == "done"])
     if job.plot is not None:
@@ -89,13 +78,7 @@ def write_results(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
 
 
 def run_comparison(job: Comparison, names: Sequence[str], stop_after: float | None, run: Runner = run_child) -> None:
-    """Run rows, and print and write the results.
-
-    Args:
-        job: the comparison.
-        names: of the rows; the others are tabulated as far as they are done.
-        stop_after: minutes; the same command continues.
-        run: starts a fit.
+    """Run rows, by name, for so many minutes; print and write the results of all rows.
 
     Raises:
         SystemExit: with code 1 where a row failed.

@@ -97,12 +97,9 @@ def write_pictures(job: Comparison, names: Sequence[str]) -> None:
 
 
 def write_plot(path: Path, draw: Callable[[Any], None], *, size: tuple[float, float] = (5.5, 4.0)) -> None:
-    """Draw a plot and write it as a PNG; without matplotlib, print how to install it.
+    """Write what ``draw`` draws on matplotlib's ``Axes`` as a PNG of a size in inches.
 
-    Args:
-        path: of the PNG.
-        draw: draws on matplotlib's ``Axes``.
-        size: width and height in inches.
+    Without matplotlib, print how to install it.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -193,16 +193,8 @@ def reproduce(
         InputError: for settings that do not ship.
         SystemExit: with code 1 if a fit fails.
     """
-    job = plan(
-        dataset,
-        ipc,
-        method,
-        teachers=teachers,
-        iterations=iterations,
-        epochs=epochs,
-        teacher_epochs=teacher_epochs,
-        overrides=overrides,
-    )
+    sizes: dict[str, Any] = {"teachers": teachers, "iterations": iterations, "epochs": epochs}
+    job = plan(dataset, ipc, method, **sizes, teacher_epochs=teacher_epochs, overrides=overrides)
     run_comparison(job, list(job.rows), stop_after)
 
 
