@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
 from ftd_lightning.contracts import Images
+from ftd_lightning.core.evaluation import on_device
 from ftd_lightning.core.labels import StudentLabels
 from ftd_lightning.core.module import BaseModule
 from ftd_lightning.core.ranks import mean_over_ranks
 from ftd_lightning.core.step_guard import MAX_SKIPPED, StepGuard
 from ftd_lightning.data.coresets import random_real_images
 from ftd_lightning.data.datamodule import NoLoaders, given_images
-from ftd_lightning.data.loaders import IterationCounter, IterationLoader, fits_on
+from ftd_lightning.data.loaders import IterationCounter, IterationLoader
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.files.synthetic_set import SyntheticSet
@@ -263,9 +264,7 @@ class Distillation(BaseModule):
 
     def real_on_device(self) -> Images:
         """Return the real images on the device, or in host memory where they do not fit."""
-        real = self.real_images()
-        place = self.device if fits_on(self.device, real.images) else torch.device("cpu")
-        return Images(real.images.to(place), real.labels.to(place))
+        return on_device(self.real_images(), self.device)
 
     def draw_real(self, real: Images, count: int, *keys: int | str) -> Images:
         """Draw ``count`` real images without replacement (all, if there are fewer); equal keys give equal images.
