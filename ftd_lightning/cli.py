@@ -46,25 +46,22 @@ def help_text() -> str:
         usage: ftd [--debug] COMMAND [ARGUMENT ...]
     """
     width = max(map(len, COMMANDS))
-    verbs = [f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items()]
-    commands = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: ftd [--debug] COMMAND [ARGUMENT ...]",
-            "",
-            "Dataset distillation by trajectory matching.",
-            "",
-            "Verbs of LightningCLI, configured by --config FILE (-c), --model.*, --data.* and --trainer.*:",
-            *verbs,
-            "",
-            "Commands on sets, stores and many fits:",
-            *commands,
-            "",
-            "ftd COMMAND --help explains a command. Options before it:",
-            f"  {'--debug':<{width}}  show the traceback of an error that is otherwise one line",
-            f"  {'--version':<{width}}  print the version",
-        ]
-    )
+    verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return f"""\
+usage: ftd [--debug] COMMAND [ARGUMENT ...]
+
+Dataset distillation by trajectory matching.
+
+Verbs of LightningCLI, configured by --config FILE (-c), --model.*, --data.* and --trainer.*:
+{verbs}
+
+Commands on sets, stores and many fits:
+{commands}
+
+ftd COMMAND --help explains a command. Options before it:
+  {"--debug":<{width}}  show the traceback of an error that is otherwise one line
+  {"--version":<{width}}  print the version"""
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import io
 import signal
@@ -14,31 +13,11 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import TextIO
 
-PLAIN = {"\u00b1": "+-", "\u2016": "||", "\u00d7": "x", "\u2026": "...", "\u03b5": "epsilon", "\u03b4": "delta"}
-ERRORS = "ftd_plain"
-
-
-def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Replace characters that an encoding lacks by their plain spelling, or by a question mark."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    return "".join(PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
-
-
-codecs.register_error(ERRORS, _plain)
-
 
 def plain_where_needed(stream: TextIO) -> None:
-    """Let a stream that is not UTF-8 write plain characters instead of failing.
-
-    Example:
-        >>> stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-        >>> plain_where_needed(stream); _ = stream.write("93.7 \u00b1 0.4"); stream.flush()
-        >>> stream.buffer.getvalue()
-        b'93.7 +- 0.4'
-    """
+    """Let a stream write "?" for characters that its encoding lacks, instead of failing."""
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors=ERRORS)
+        stream.reconfigure(errors="replace")
 
 
 class TerminatedError(SystemExit):
