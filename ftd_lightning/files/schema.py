@@ -171,11 +171,12 @@ def check_labels(labels: Tensor, count: int, classes: int | None, kind: str, whe
     """
     if kind not in ("class", "probability", "target"):
         refuse(where, "label_kind", f"is {kind!r:.60}, class, probability or target is needed")
+    most = classes or MOST_CLASSES
     if kind != "class":
         check_tensor(labels, "labels", where, (count, classes))
     elif labels.dtype != torch.int64 or tuple(labels.shape) != (count,):
         refuse(where, "labels", f"are {labels.dtype} {tuple(labels.shape)}, classes are int64 ({count},)")
-    elif not 0 <= int(labels.min()) <= int(labels.max()) < (most := classes or MOST_CLASSES):
+    elif not 0 <= int(labels.min()) <= int(labels.max()) < most:
         refuse(where, "labels", f"run from {labels.min()} to {labels.max()}, classes from 0 to {most - 1}")
     if kind == "probability" and (labels.min() < 0 or (labels.double().sum(1) - 1).abs().max() > SUM_TOLERANCE):
         refuse(where, "labels", "are not probabilities: each row is non-negative and has sum 1")
