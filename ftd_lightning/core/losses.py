@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import cross_entropy
 
-from ftd_lightning.data.coresets import class_probabilities
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.compiling import Compile, compiled, compiles
 from ftd_lightning.functional.gsam import gsam_perturbation
@@ -151,25 +150,15 @@ class IndependentLosses:
         device: of the networks.
         rho: take each gradient at the worst point of a ball of this radius around the network's weights (SAM; "MTT +
             flat minimum", Sec. 4.3), on the same augmented batch. 0: at the weights.
-        teacher: a trained network on the same device, put into evaluation mode. It labels the augmented batch of each
-            network, and the labels that come with the images are not used.
 
     Raises:
         InputError: for an unknown setting of ``compile``, or a radius that is negative or not finite.
     """
 
-    def __init__(
-        self,
-        compile: Compile,  # noqa: A002
-        device: torch.device,
-        *,
-        rho: float = 0.0,
-        teacher: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, compile: Compile, device: torch.device, *, rho: float = 0.0) -> None:  # noqa: A002
         if not 0 <= rho < float("inf"):
             raise InputError(f"rho={rho} must be 0 or a positive number")
         self.rho = rho
-        self.teacher = teacher
         self._compiles = compiles(compile, device)
         self._run = compiled(loss_and_gradients, compile=compile, device=device, eager=_at_own_weights)
 
@@ -191,23 +180,18 @@ class IndependentLosses:
             seeds: n, of the augmentations.
             augment: of the images, drawn anew for each network.
         """
-
-        def batch(seed: int) -> tuple[Tensor, Tensor]:
-            augmented = augment(images, make_generator(seed))
-            return augmented, labels if self.teacher is None else class_probabilities(self.teacher, augmented)
-
         if not self.rho and not self._compiles and images.numel() <= SMALL_BATCH:
-            batches = [batch(seed) for seed in seeds]
-            return torch.stack([cross_entropy(one(x), y) for one, (x, y) in zip(networks, batches, strict=True)])
+            batches = [augment(images, make_generator(seed)) for seed in seeds]
+            return torch.stack([cross_entropy(one(x), labels) for one, x in zip(networks, batches, strict=True)])
 
         def step(network: nn.Module, seed: int, weights: list[nn.Parameter]) -> Any:
-            x, y = batch(seed)
-            loss, _, *rest = self._run(network, x, y, *weights)
+            x = augment(images, make_generator(seed))
+            loss, _, *rest = self._run(network, x, labels, *weights)
             gradients, buffers = rest[: len(weights)], rest[len(weights) :]
             for buffer, value in zip(network.buffers(), buffers, strict=False):  # the eager function returns none
                 buffer.copy_(value)
             if self.rho:
-                gradients = self._at_worst_point(network, x, y, weights, gradients)
+                gradients = self._at_worst_point(network, x, labels, weights, gradients)
             return loss, *gradients
 
         weights = [[p for p in network.parameters() if p.requires_grad] for network in networks]

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.command_line import command_parser
+from ftd_lightning.contracts import Images
 from ftd_lightning.core.evaluation import (
     REAL_STEPS,
     EvaluationProtocol,
@@ -24,12 +25,10 @@ from ftd_lightning.core.evaluation import (
     mean_and_std,
     train_fresh_networks,
 )
-from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.networks import NetworkFactory
 from ftd_lightning.core.results import held_out_seen
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.coresets import class_probabilities
-from ftd_lightning.data.datasets import check_name
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, replacing, versions, write_json, write_tensors
@@ -40,7 +39,6 @@ from ftd_lightning.models.description import same_network
 from ftd_lightning.models.registry import recorded_network
 from ftd_lightning.shipped_configs import with_home
 from ftd_lightning.studies.fits import held, kept, minor_version
-from ftd_lightning.studies.plots import write_plot
 from ftd_lightning.studies.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -48,12 +46,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ftd_lightning.contracts import Images, ImageShape
+    from ftd_lightning.contracts import ImageShape
 
 
 SCORES = ("hlr", "ior", "lrs", "ars")
 PLAIN = "not augmented"
-COLUMNS = ("hard", "soft", "teacher", PLAIN)
+COLUMNS = ("hard", "soft", PLAIN)
 SIDES = ("set", "random")
 KIND = "ranking_network"
 SPLIT = {"val_fraction", "max_per_class", "seed"}  # may differ between sets
@@ -67,7 +65,7 @@ class RankSettings:
     Options --data.* that are not given are those that the sets agree on, or else the defaults below.
 
     Args:
-        out: folder of rank.json, rank.md, rank.png, and of finished trainings (evaluations).
+        out: folder of rank.json, rank.md, and of finished trainings (evaluations).
         networks: trained on everything that is compared; each mean and standard deviation is over them.
         epochs: over a set, and over as many random real images.
         real_epochs: over all real images; null: 60, or more where that is less than 360 steps.
@@ -78,7 +76,6 @@ class RankSettings:
         augment: DSA strategy, "" for none; null takes that of the sets that have one.
         ema: use the averaged images of sets that have them.
         seed: draws random real images, initialisations, batches and augmentation.
-        threads: of the CPU; null leaves torch's own choice. They decide no number.
     """
 
     out: str = "runs/rank"
@@ -92,7 +89,6 @@ class RankSettings:
     augment: str | None = None
     ema: bool = False
     seed: int = 0
-    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_bounds(RankSettings, vars(self))
@@ -110,14 +106,7 @@ def normalised(value: Tensor) -> Tensor:
     return (value.exp() - math.exp(-1)) / (math.e - math.exp(-1))
 
 
-def scores(
-    real: Sequence[float],
-    hard: Sequence[float],
-    own: Sequence[float],
-    random: Sequence[float],
-    plain: Sequence[float],
-    plain_random: Sequence[float],
-) -> dict[str, dict[str, float | int]]:
+def scores(real: Sequence[float], columns: Mapping[str, Any], own: str) -> dict[str, dict[str, float | int]]:
     """Compute the four scores of a set, network by network, so that networks of one seed are compared.
 
     Hard-label recovery HLR = real - hard, in [-1, 1], lower is better. Improvement over random IOR = own - random, in
@@ -126,36 +115,17 @@ def scores(
 
     Args:
         real: accuracies of networks trained on all real images, fractions.
-        hard: on the set with hard labels.
-        own: on the set with labels of its own kind.
-        random: on as many random real images, with labels of that kind.
-        plain: as ``own``, without augmentation.
-        plain_random: as ``random``, without augmentation.
-
-    Example:
-        >>> found = scores([0.9, 0.8], [0.5, 0.6], [0.5, 0.6], [0.25, 0.35], [0.5, 0.6], [0.5, 0.6])
-        >>> {name: round(score["mean"], 4) for name, score in found.items()}
-        {'hlr': 0.3, 'ior': 0.25, 'lrs': 0.259, 'ars': 0.3256}
+        columns: accuracies by column, side and "each".
+        own: the column of the set's kind of labels, "hard" or "soft".
     """
-    columns = torch.tensor([real, hard, own, random, plain, plain_random], dtype=torch.float64)
-    hlr, ior, without = columns[0] - columns[1], columns[2] - columns[3], columns[4] - columns[5]
+
+    def each(column: str, side: str) -> Tensor:
+        return torch.tensor(columns[column][side]["each"], dtype=torch.float64)
+
+    hlr = torch.tensor(real, dtype=torch.float64) - each("hard", "set")
+    ior, without = (each(column, "set") - each(column, "random") for column in (own, PLAIN))
     lrs, ars = normalised(0.5 * ior - 0.5 * hlr), normalised(0.5 * ior + 0.5 * without)
     return {name: mean_and_std(values) for name, values in zip(SCORES, (hlr, ior, lrs, ars), strict=True)}
-
-
-@dataclass
-class Lesson:
-    """What one network learns: images, and their labels or the teacher that labels every augmented batch."""
-
-    images: Tensor
-    labels: Tensor
-    teacher: nn.Module | None = None
-
-    @cached_property
-    def identity(self) -> list[str]:
-        """Fingerprints of images, labels and teacher."""
-        weights = [] if self.teacher is None else self.teacher.state_dict().values()
-        return [fingerprint(self.images), fingerprint(self.labels), fingerprint(*weights)]
 
 
 @dataclass
@@ -168,7 +138,7 @@ class RankedSet:
     name: str
     synthetic: SyntheticSet
     data: DistillationDataModule
-    whole: Lesson
+    whole: Images
     fresh: NetworkFactory
     settings: RankSettings
     augment: Augmentation
@@ -176,23 +146,17 @@ class RankedSet:
     def __post_init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.folder = Path(self.settings.out) / "evaluations"
-
-    @cached_property
-    def own(self) -> Lesson:
-        """Its images, averaged ones where they are asked for, and its labels."""
+        # Averaged images where they are asked for.
         ema = self.settings.ema and self.synthetic.ema_images is not None
-        return Lesson(self.synthetic.chosen(ema=ema), self.synthetic.training_labels())
+        self.own = Images(self.synthetic.chosen(ema=ema), self.synthetic.training_labels())
+        self.kind = "hard" if self.own.labels.ndim == 1 else "soft"
+        self.hard_labels = self.own.labels if self.kind == "hard" else self.own.labels.argmax(1)
+        self.counts: list[int] = self.hard_labels.bincount(minlength=self.data.num_classes).tolist()
 
     @property
     def columns(self) -> dict[str, str]:
         """Its columns, and the kind of labels in each."""
-        kind = "hard" if self.own.labels.ndim == 1 else "soft"
-        return {"hard": "hard", kind: kind, "teacher": "teacher", PLAIN: kind}
-
-    @property
-    def counts(self) -> list[int]:
-        """Images of each class; soft labels count for the class of the largest value."""
-        return _classes(self.own.labels).bincount(minlength=self.data.num_classes).tolist()
+        return {"hard": "hard", self.kind: self.kind, PLAIN: self.kind}
 
     @property
     def learning_rates(self) -> list[float]:
@@ -213,20 +177,16 @@ class RankedSet:
             chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
         return train.take(torch.cat(chosen))
 
-    def lessons(self, labels: str, side: str) -> list[Lesson]:
-        """Return what each network learns from the set or from random images, with labels of a kind."""
-        networks = range(self.settings.networks)
+    def lessons(self, labels: str, side: str) -> list[Images]:
+        """Return the images that each network learns, of the set or random ones, with labels of a kind."""
+        count = self.settings.networks
         if side == "set":
-            given = self.own.labels if labels == "soft" else _classes(self.own.labels)
-            lessons = [Lesson(self.own.images, given)] * len(networks)
-        else:
-            lessons = [Lesson(*self.random_images(index)) for index in networks]
-        if labels == "teacher":
-            return [replace(one, teacher=teacher) for one, teacher in zip(lessons, self.teachers, strict=True)]
-        if labels == "soft" and side == "random":
-            pairs = zip(lessons, self.teachers, strict=True)
-            return [replace(one, labels=class_probabilities(teacher, one.images)) for one, teacher in pairs]
-        return lessons
+            return [Images(self.own.images, self.own.labels if labels == "soft" else self.hard_labels)] * count
+        drawn = [self.random_images(index) for index in range(count)]
+        if labels == "hard":
+            return drawn
+        pairs = zip(drawn, self.teachers, strict=True)
+        return [Images(one.images, class_probabilities(teacher, one.images)) for one, teacher in pairs]
 
     def protocol(self, lr: float, *, augmented: bool = True, real: bool = False) -> EvaluationProtocol:
         """Return how networks are trained: SGD, as for the published numbers."""
@@ -236,33 +196,28 @@ class RankedSet:
         steps = -(-len(self.whole.labels) // protocol.batch_size)
         return replace(protocol, epochs=self.settings.real_epochs or max(60, -(-REAL_STEPS // steps)))
 
-    def trained(self, lesson: Lesson, protocol: EvaluationProtocol, index: int) -> nn.Module:
-        """Train a network; those of one index have equal initial weights, batches and augmentation everywhere."""
-        network = self.fresh.build(self.settings.seed, "fresh", index).to(self.device)
-        losses = None if lesson.teacher is None else IndependentLosses(False, self.device, teacher=lesson.teacher)
-        draws = derive_seed(self.settings.seed, "rank", index)
-        options: dict[str, Any] = {"compile": False, "indices": [index], "losses": losses}
-        images, labels = lesson.images.to(self.device), lesson.labels.to(self.device)
-        train_fresh_networks([network], images, labels, protocol, seed=draws, **options)
-        return network
-
-    def measured(self, lesson: Lesson, protocol: EvaluationProtocol, index: int) -> dict[str, Any]:
+    def measured(self, lesson: Images, protocol: EvaluationProtocol, index: int) -> dict[str, Any]:
         """Return accuracies of a trained network, fractions, "val" (held out) and "test"; trained once, then read.
 
-        Of a network that was trained on all real images "weights" names the file.
+        Networks of one index have equal initial weights, batches and augmentation everywhere. Of a network that was
+        trained on all real images "weights" names the file.
         """
+        seed = self.settings.seed
         identity = {
-            "lesson": lesson.identity,
+            "lesson": fingerprint(*lesson),
             "version": minor_version(),
             "data": self.data.describe(),
             "network": self.fresh.describe(),
             "protocol": asdict(protocol),
-            "seed": self.settings.seed,
+            "seed": seed,
             "index": index,
         }
 
         def make() -> dict[str, Any]:
-            network = self.trained(lesson, protocol, index)
+            network = self.fresh.build(seed, "fresh", index).to(self.device)
+            images = (tensor.to(self.device) for tensor in lesson)
+            draws = derive_seed(seed, "rank", index)
+            train_fresh_networks([network], *images, protocol, seed=draws, compile=False, indices=[index])
             parts = {"val": self.data.val, "test": self.data.test}
             found: dict[str, Any] = {name: accuracies([network], *part)[0] for name, part in parts.items()}
             if lesson is self.whole:
@@ -274,7 +229,7 @@ class RankedSet:
         return kept(self.folder, identity, make)
 
     def scored(
-        self, protocols: Sequence[EvaluationProtocol], choosing: Sequence[Lesson], final: Sequence[Lesson] | None = None
+        self, protocols: Sequence[EvaluationProtocol], choosing: Sequence[Images], final: Sequence[Images] | None = None
     ) -> dict[str, Any]:
         """Choose a learning rate by the mean held-out accuracy of a few networks, then measure all on test images.
 
@@ -303,17 +258,17 @@ class RankedSet:
         """
         protocols = [self.protocol(lr, real=True) for lr in sorted(self.settings.learning_rates)]
         count = self.settings.networks
-        found = self.scored(protocols, [Lesson(*self.data.train)] * count, [self.whole] * count)
+        found = self.scored(protocols, [self.data.train] * count, [self.whole] * count)
         return {**found, "epochs": protocols[0].epochs, "images": len(self.whole.labels)}
 
     @cached_property
     def teachers(self) -> list[nn.Module]:
-        """The networks that were trained on all real images; network i of anything is taught by the i-th."""
+        """The networks that were trained on all real images; the i-th labels the random images of network i."""
         protocol = self.protocol(self.real["lr"], real=True)
         networks = [self.fresh.architecture() for _ in range(self.settings.networks)]
         for index, network in enumerate(networks):
             file = TensorFile(self.folder / self.measured(self.whole, protocol, index)["weights"], kind=KIND)
-            network.load_state_dict({name: file[name] for name in file.names})
+            network.load_state_dict(file.with_prefix(""))
         return [network.to(self.device).eval() for network in networks]
 
     def score(self, bar: tqdm[Any]) -> dict[str, Any]:
@@ -325,31 +280,24 @@ class RankedSet:
             for side in SIDES:
                 sides[side] = self.scored(protocols, self.lessons(labels, side))
                 bar.update()
-            columns[column] = {
-                "labels": labels,
-                "augmented": bool(protocols[0].augment),
-                "teacher_at_evaluation": labels == "teacher",
-                **sides,
-                "difference": _summary([a - b for a, b in zip(*(sides[side]["each"] for side in SIDES), strict=True)]),
-            }
-        kind, one, (stored, trained_on) = self.columns[PLAIN], self.synthetic, self.synthetic.image_counts
-        pairs = [columns[name][side]["each"] for name in (kind, PLAIN) for side in SIDES]
+            differences = [a - b for a, b in zip(*(found["each"] for found in sides.values()), strict=True)]
+            columns[column] = {"labels": labels, **sides, "difference": _summary(differences)}
+        one, (stored, trained_on) = self.synthetic, self.synthetic.image_counts
         return {
-            **scores(self.real["each"], columns["hard"]["set"]["each"], *pairs),
+            **scores(self.real["each"], columns, self.kind),
             "method": one.metadata.get("method"),
             "labels": one.label_description,
-            "compared_by": kind,
+            "compared_by": self.kind,
             "images": "averaged" if self.own.images is one.ema_images else "last",
             "images_stored": stored,
             "images_trained_on": trained_on,
             "images_per_class": self.counts,
-            "teacher_at_evaluation": False,  # of the scores; the column "teacher" has one
             "step_size": one.learning_rate,
             "learning_rates": self.learning_rates,
             "columns": columns,
             "real": self.real,
             "held_out_seen": held_out_seen(one.metadata.get("dataset"), self.data.describe()["dataset"]),
-            "fingerprint": "-".join(self.own.identity[:2]),
+            "fingerprint": "-".join(map(fingerprint, self.own)),
             "transform": one.transform.describe(),
         }
 
@@ -358,13 +306,9 @@ def _summary(values: Sequence[float]) -> dict[str, float | int]:
     return mean_and_std(torch.tensor(values, dtype=torch.float64))
 
 
-def _classes(labels: Tensor) -> Tensor:
-    return labels if labels.ndim == 1 else labels.argmax(1)
-
-
 def read_data(
     sets: Mapping[str, SyntheticSet], given: Mapping[str, Any]
-) -> dict[str, tuple[DistillationDataModule, Lesson]]:
+) -> dict[str, tuple[DistillationDataModule, Images]]:
     """Read the real images through the transform of each set, or refuse the set; sets of one transform share them."""
     described = [one.metadata.get("dataset") or {} for one in sets.values()]
     described = [one if isinstance(one, dict) else {"name": one} for one in described]  # a name alone
@@ -374,27 +318,21 @@ def read_data(
     options |= {"val_fraction": agreed.get("val_fraction") or 0.1, "dataset": recorded[0].get("name"), **given}
     if options["dataset"] is None:
         raise InputError(f"{next(iter(sets))}: does not name its data set: give --data.dataset")
-    check_name(options["dataset"])
-    for name, one in zip(sets, described, strict=True):
-        if (made_of := one.get("name", options["dataset"])) != options["dataset"]:
-            raise InputError(f"{name}: was made of {made_of!r:.60}, not of {options['dataset']!r}")
-    by_transform: dict[str, tuple[DistillationDataModule, Lesson]] = {}
+    by_transform: dict[str, tuple[DistillationDataModule, Images]] = {}
     found = {}
-    for name, one in zip(sets, described, strict=True):
-        own = sets[name]
+    for (name, own), one in zip(sets.items(), described, strict=True):
         transform = json.dumps([own.transform.describe(), own.class_names, own.images.shape[1:]])
         if transform not in by_transform:
             data = DistillationDataModule(synthetic=str(Path(name).resolve()), **options)  # "random" is no file
             data.prepare_data()
             data.setup()
-            images, labels = (torch.cat(pair) for pair in zip(data.train, data.val, strict=True))
-            by_transform[transform] = data, Lesson(images, labels)
+            if not len(data.val.labels):
+                raise InputError("ftd rank chooses learning rates on held-out images: give --data.val_fraction above 0")
+            by_transform[transform] = data, Images(*map(torch.cat, zip(data.train, data.val, strict=True)))
         found[name] = data, _ = by_transform[transform]
         here = data.description().dataset
         if differ := [key for key in (here.keys() & one.keys()) - SPLIT if here[key] != one[key]]:
             raise InputError(f"{name}: was made of other images than those here (another {', '.join(differ)})")
-        if not len(data.val.labels):
-            raise InputError("ftd rank chooses learning rates on held-out images: give --data.val_fraction above 0")
     return found
 
 
@@ -417,18 +355,13 @@ def choose_network(sets: Mapping[str, SyntheticSet], settings: RankSettings, sha
         images = shape._asdict()
         first, chosen = agreed(named, "network", lambda a, b: same_network({**a, **images}, {**b, **images}))
         network, options = recorded_network(chosen, first, "give --network")
-    fresh = NetworkFactory(network, options, shape)
-    fresh.architecture()  # refuses options that it does not take
-    return fresh
+    return NetworkFactory(network, options, shape)
 
 
 def prepare(files: Sequence[str], settings: RankSettings, data: Mapping[str, Any]) -> list[RankedSet]:
     """Read sets and real images, and refuse what cannot be ranked, before anything is trained.
 
-    Args:
-        files: the sets.
-        settings: of the ranking.
-        data: arguments of the datamodule that are to be other than those of the sets.
+    ``data`` are arguments of the datamodule that are to be other than those of the sets.
     """
     sets = {name: SyntheticSet.load(name) for name in files}
     augment = Augmentation() if settings.augment is None else Augmentation(settings.augment)
@@ -451,7 +384,7 @@ def rank_sets(ranked: Sequence[RankedSet], *, progress: bool = False) -> dict[st
         for one in ranked:
             bar.set_description(one.name)
             found[one.name] = one.score(bar)
-    settings = {key: value for key, value in asdict(first.settings).items() if key not in ("out", "threads")}
+    settings = {key: value for key, value in asdict(first.settings).items() if key != "out"}
     protocol = {key: value for key, value in asdict(first.protocol(1.0)).items() if key not in ("lr", "augment")}
     resolved = {"real_epochs": first.real["epochs"], "network": first.fresh.describe(), "protocol": protocol}
     resolved |= {"augment": first.augment.plain(), "dataset": first.data.describe()["dataset"]}
@@ -498,24 +431,6 @@ def markdown(results: Mapping[str, Any]) -> str:
     return f"{markdown_table(scores)}\n\n{markdown_table(measured)}\n{NOTES}{seen}"
 
 
-def draw(results: Mapping[str, Any], axes: Any) -> None:
-    """Draw accuracy over images kept per class: sets, random real images below them, and all real images as lines."""
-    for index, (name, one) in enumerate(in_order(results)):
-        label = f"{'/'.join(Path(name).parts[-2:])}, {one['labels']} labels"
-        # Sets of one size are drawn beside each other.
-        size = 1.03**index * one["images_trained_on"] / len(one["images_per_class"])
-        for side, colour, legend in (("set", f"C{index % 10}", label), ("random", "0.6", None)):
-            found = one["columns"][one["compared_by"]][side]["accuracy"]
-            mean, std = 100 * found["mean"], 100 * found["std"]
-            axes.errorbar(size, mean, yerr=std, color=colour, label=legend, marker="o", capsize=2, linestyle="none")
-        axes.axhline(100 * one["real"]["accuracy"]["mean"], color="black", linestyle="--", linewidth=0.8)
-    axes.set(xscale="log", xlabel="images kept per class", ylabel="test accuracy, %")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.set_title("grey: random real images, with labels of the same kind; dashed: all real images", fontsize=9)
-    axes.figure.legend(fontsize=8, loc="outside lower center")
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd rank``."""
     parser = command_parser(RankSettings, "rank")
@@ -526,8 +441,6 @@ def main(arguments: Sequence[str]) -> None:
     files, data = given.pop("sets"), given.pop("data", {})
     settings = RankSettings(**given)
     out = Path(settings.out)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("high")
     ranked = prepare(files, settings, data)
     with held(out):
@@ -536,5 +449,4 @@ def main(arguments: Sequence[str]) -> None:
         write_json(out / "rank.json", results)
         with replacing(out / "rank.md") as part:
             part.write_text(table, encoding="utf-8")
-        write_plot(out / "rank.png", partial(draw, results), size=(7, 4.8))
     print(f"\n{table}\nbest by LRS: {in_order(results)[0][0]}\nresults   {out}")

@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy
 from ftd_lightning.core import losses as losses_module
 from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.core.losses import IndependentLosses
-from ftd_lightning.data.coresets import class_probabilities
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import seeded
 from ftd_lightning.functional.augment import Augmentation
@@ -87,39 +86,3 @@ def test_a_share_of_networks_is_augmented_by_its_own_numbers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(both[1].parameters(), second[0].parameters(), strict=True))
     with pytest.raises(InputError, match="compile='sometimes' is unknown"):
         train_fresh_networks(second, IMAGES, LABELS, protocol, compile="sometimes")
-
-
-class Watched(nn.Module):
-    """A teacher that keeps the images it was shown."""
-
-    def __init__(self, teacher: nn.Module) -> None:
-        super().__init__()
-        self.teacher, self.seen = teacher, []
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.seen.append(images.clone())
-        return self.teacher(images)
-
-
-@pytest.mark.parametrize("small", [0, 10**6], ids=["one by one", "one graph"])
-def test_a_teacher_labels_the_batch_that_each_network_sees(monkeypatch, small: int) -> None:
-    monkeypatch.setattr(losses_module, "SMALL_BATCH", small)
-    teacher, students = Watched(network(9)), [network(0, "instance"), network(1, "instance")]
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    losses = IndependentLosses(False, CPU, teacher=teacher)(students, IMAGES, LABELS, **DRAWS)
-    losses.sum().backward()
-    found = [p.grad.clone() for p in students[0].parameters()]
-    assert all(value.equal(before[name]) for name, value in teacher.state_dict().items())
-    assert all(p.grad is None for p in teacher.parameters())
-    expected = []
-    for student, seed, seen in zip(students, DRAWS["seeds"], teacher.seen, strict=True):
-        batch = AUGMENT(IMAGES, make_generator(seed))
-        assert seen.equal(batch)
-        student.zero_grad()
-        expected.append(cross_entropy(student(batch), teacher.teacher(batch).softmax(1).detach()))
-    torch.testing.assert_close(losses, torch.stack(expected))
-    torch.stack(expected).sum().backward()
-    for gradient, p in zip(found, students[0].parameters(), strict=True):
-        torch.testing.assert_close(gradient, p.grad)
-    labels = class_probabilities(teacher, IMAGES.repeat(200, 1, 1, 1))  # more than one forward pass takes
-    torch.testing.assert_close(labels[:10], teacher.teacher(IMAGES).detach().softmax(1))
