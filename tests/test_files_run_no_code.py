@@ -273,7 +273,7 @@ def test_a_network_of_ones_own_is_passed_by_whoever_runs_the_command(here, refus
     with refused("not of this library: give --network"):
         SET_READERS["rank"]("set.safetensors")
     prepare(["set.safetensors"], RankSettings(out="ranked", network=OWN), {"max_per_class": 14})
-    with refused("not of this library: pass it to measure_trajectory_error"):
+    with refused("not of this library: pass it as network"):
         trajectory_error(Path("set.safetensors"), Path("own"), output=Path("curve"))
     synthetic, store = SyntheticSet.load("set.safetensors"), TrajectoryStore("own")
     measure_trajectory_error(synthetic, store, small_data().part("test"), own(1, 10, 8))

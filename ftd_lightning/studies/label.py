@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftd_lightning.command_line import parse_command
-from ftd_lightning.contracts import Images
 from ftd_lightning.core.evaluation import (
     DEFAULT_LR,
     EvaluationProtocol,
@@ -33,47 +32,7 @@ from ftd_lightning.models import NETWORKS
 from ftd_lightning.modules import SyntheticEvaluation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import Tensor, nn
-
-
-def try_labels(
-    labels: Mapping[int, Tensor],
-    images: Tensor,
-    held_out: Images,
-    build: Callable[[], Sequence[nn.Module]],
-    protocol: EvaluationProtocol,
-    *,
-    seed: int = 0,
-    losses: IndependentLosses | None = None,
-    progress: bool = False,
-) -> list[dict[str, Any]]:
-    """Train fresh networks on images with each of several labellings, and measure them on held-out images.
-
-    Batches and augmentation are the same for every labelling, and so are the initial weights that ``build`` returns.
-
-    Args:
-        labels: epoch of a teacher -> its labels (N, K) of the images (N, C, H, W).
-        images: on the device of the networks.
-        held_out: real images that the networks do not train on.
-        build: returns the fresh networks.
-        protocol: of the training.
-        seed: decides batches and augmentation.
-        losses: computes the losses.
-        progress: show bars.
-
-    Returns:
-        {"epoch", "mean", "std", "n"} for each: accuracy on the held-out images, fractions, over the networks.
-    """
-    measured = []
-    for epoch, given in labels.items():
-        networks = build()
-        bar = f"labels of epoch {epoch}" if progress else None
-        draws = derive_seed(seed, "label epoch")
-        train_fresh_networks(networks, images, given, protocol, seed=draws, losses=losses, progress=bar)
-        measured.append({"epoch": epoch, **mean_and_std(torch.tensor(accuracies(networks, *held_out)))})
-    return measured
+    from torch import Tensor
 
 
 def label_random_images(
@@ -88,7 +47,8 @@ def label_random_images(
     """Label random real images by a teacher, after the one of at most eight epochs whose labels train best.
 
     Fresh networks are trained on the images with the labels of each epoch, as the evaluation trains its own, and
-    measured on held-out images. Of equally good epochs the first is taken.
+    measured on held-out images. Initial weights, batches and augmentation are the same for every epoch. Of equally good
+    epochs the first is taken.
 
     Args:
         module: an evaluation, not fitted, whose networks, optimizer and augmentation are taken.
@@ -100,8 +60,8 @@ def label_random_images(
         progress: show bars.
 
     Returns:
-        The set, without a step size, with ``metadata["label_teacher"]``: {"teacher", "epoch", "held_out_accuracy": a
-        list as from :func:`try_labels`}.
+        The set, without a step size, with ``metadata["label_teacher"]``: {"teacher", "epoch", "held_out_accuracy":
+        [{"epoch", "mean", "std", "n"}]}, accuracies as fractions over the networks.
     """
     options, device = data.hparams, device or torch.device("cpu")
     if options["trajectories"] is None:
@@ -111,8 +71,8 @@ def label_random_images(
     chosen = data.synthetic_set
     if chosen is None or options["synthetic"] != "random":
         raise InputError(f"data.synthetic={options['synthetic']!r}: labels are for random real images, give random")
-    held_out = Images(*(values.to(device) for values in data.val))
-    if not len(held_out.labels):
+    held_out = [values.to(device) for values in data.val]
+    if not len(data.val.labels):
         raise InputError(
             "the teacher's epoch is chosen on held-out images, and none are held out: give data.val_fraction above 0"
         )
@@ -121,6 +81,7 @@ def label_random_images(
     module.data = data.description()
     architecture = module.make_networks()
     hparams, images = module.hparams, chosen.images.to(device)
+    seed = hparams["seed"]
     protocol = EvaluationProtocol(
         epochs=epochs,
         lr=DEFAULT_LR if hparams["lr"] is None else hparams["lr"],
@@ -129,30 +90,28 @@ def label_random_images(
         weight_decay=hparams["weight_decay"],
         augment=module.augment,
     )
-
-    def fresh() -> list[nn.Module]:
-        return [architecture.build(hparams["seed"], "label epoch", index).to(device) for index in range(networks)]
-
     # A teacher's network that is not of this library has to be the evaluation's.
     own = () if store.metadata["network"]["name"] in NETWORKS else (architecture.network, architecture.options)
     network = student_networks(store, *own).architecture()
-    labels = {
-        epoch: teacher_labels(
-            store, chosen.images, epoch=epoch, teacher=teacher, statistics=data.train.images, network=network
-        ).to(device)
-        for epoch in candidate_epochs(store.teacher_metadata(teacher)["epochs"])
-    }
     losses = IndependentLosses(hparams["compile"], device, rho=hparams["rho"])
-    measured = try_labels(
-        labels, images, held_out, fresh, protocol, seed=hparams["seed"], losses=losses, progress=progress
-    )
-    epoch = max(measured, key=lambda one: float(one["mean"]))["epoch"]
+    labels: dict[int, Tensor] = {}
+    measured: list[dict[str, Any]] = []
+    for epoch in candidate_epochs(store.teacher_metadata(teacher)["epochs"]):
+        labels[epoch] = teacher_labels(
+            store, chosen.images, epoch=epoch, teacher=teacher, statistics=data.train.images, network=network
+        )
+        fresh = [architecture.build(seed, "label epoch", index).to(device) for index in range(networks)]
+        bar = f"labels of epoch {epoch}" if progress else None
+        draws = derive_seed(seed, "label epoch")
+        train_fresh_networks(fresh, images, labels[epoch].to(device), protocol, seed=draws, losses=losses, progress=bar)
+        measured.append({"epoch": epoch, **mean_and_std(torch.tensor(accuracies(fresh, *held_out)))})
+    best = max(measured, key=lambda one: float(one["mean"]))["epoch"]
     made = {
         "labels_made": "teacher",
-        "label_teacher": {"teacher": teacher, "epoch": epoch, "held_out_accuracy": measured},
+        "label_teacher": {"teacher": teacher, "epoch": best, "held_out_accuracy": measured},
         "versions": versions(),
     }
-    return replace(chosen, labels=labels[epoch].cpu(), metadata={**chosen.metadata, **made})
+    return replace(chosen, labels=labels[best], metadata={**chosen.metadata, **made})
 
 
 # Follow the user's options: the config is read, nothing is fitted or recorded.

@@ -143,7 +143,6 @@ class SearchSettings:
         real_lr: on real images.
         augment: DSA strategy of both.
         seed: draws architectures, initialisations, batches and augmentation.
-        threads: of the CPU; null leaves torch's own choice. They decide no number.
     """
 
     out: str
@@ -158,7 +157,6 @@ class SearchSettings:
     real_lr: float = 0.01
     augment: str = STRATEGY
     seed: int = 0
-    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_bounds(SearchSettings, vars(self))
@@ -226,7 +224,7 @@ def search(settings: SearchSettings, data: DistillationDataModule) -> dict[str, 
         results[one.name][side] = measured(side, one)
     both = {one.name: results[one.name] for one in also_real}
     accuracy = {side: [sides[side]["mean"] for sides in both.values()] for side in SIDES}
-    recorded = {key: value for key, value in asdict(settings).items() if key not in ("out", "threads")}
+    recorded = {key: value for key, value in asdict(settings).items() if key != "out"}
     best = max(both, key=lambda name: float(both[name]["proxy"]["mean"]))
     return {
         "correlation": rank_correlations(accuracy["proxy"], accuracy["real"]),
@@ -260,8 +258,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_class_arguments(DistillationDataModule, "data")
     parsed = with_home(parser.parse_args(with_config_files(arguments)[0]).as_dict())
     settings = SearchSettings(**{option.name: parsed[option.name] for option in fields(SearchSettings)})
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("high")
     out = Path(settings.out)
     with held(out):

@@ -215,9 +215,9 @@ class RankedSet:
 
         def make() -> dict[str, Any]:
             network = self.fresh.build(seed, "fresh", index).to(self.device)
-            images = (tensor.to(self.device) for tensor in lesson)
+            images, labels = (tensor.to(self.device) for tensor in lesson)
             draws = derive_seed(seed, "rank", index)
-            train_fresh_networks([network], *images, protocol, seed=draws, compile=False, indices=[index])
+            train_fresh_networks([network], images, labels, protocol, seed=draws, compile=False, indices=[index])
             parts = {"val": self.data.val, "test": self.data.test}
             found: dict[str, Any] = {name: accuracies([network], *part)[0] for name, part in parts.items()}
             if lesson is self.whole:

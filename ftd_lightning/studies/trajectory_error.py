@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from ftd_lightning.command_line import parse_command
@@ -29,7 +28,6 @@ from ftd_lightning.functional.matching import chunked_permutations
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.trajectory_error import trajectory_errors
 from ftd_lightning.functional.unroll import load_flat, unroll
-from ftd_lightning.models.registry import recorded_network
 from ftd_lightning.studies.plots import write_plot
 from ftd_lightning.studies.tables import markdown_table
 
@@ -80,15 +78,12 @@ def inner_settings(
         InputError: where the set does not record them, has no step size, or records other images or another network
             than the teachers.
     """
-    values = []
-    for name, given in (("syn_steps", syn_steps), ("expert_epochs", expert_epochs)):
-        value = synthetic.metadata.get("settings", {}).get(name) if given is None else given
-        if value is None:
-            raise InputError(f"the set does not record its {name}: pass --{name.replace('_', '-')}")
-        if value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
-        values.append(int(value))
-    n, m = values
+    given = {"syn_steps": syn_steps, "expert_epochs": expert_epochs}
+    settings = synthetic.metadata.get("settings", {})
+    n, m = (settings.get(name) if value is None else value for name, value in given.items())
+    if not n or not m:
+        missing = "expert_epochs" if n else "syn_steps"
+        raise InputError(f"the set does not record its {missing}: pass --{missing.replace('_', '-')}")
     recorded: dict[str, Any] = {key: synthetic.metadata.get(key) for key in ("network", "dataset")}
     recorded["transform"] = synthetic.transform.describe()
     check_compatible(store, {key: value for key, value in recorded.items() if value is not None})
@@ -103,8 +98,8 @@ def inner_settings(
 def mean_loss(network: nn.Module, weights: Tensor, real: Images, *, batch_size: int = 1024) -> float:
     """Compute the mean cross entropy of a network with certain weights, without augmentation.
 
-    Convention: the network stays in its mode. Students are in training mode: a trajectory holds no running statistics,
-    so BatchNorm uses those of the batch.
+    Convention: students are in training mode. A trajectory holds no running statistics, so BatchNorm uses those of the
+    batch.
     """
     load_flat(network, weights)
     total = 0.0
@@ -159,7 +154,7 @@ def measure_trajectory_error(
     """
     n, m = inner_settings(synthetic, store, syn_steps, expert_epochs)
     network = network.to(device).train()
-    real = Images(real.images.to(device), real.labels.to(device))
+    real = Images(*(part.to(device) for part in real))
     images, labels = synthetic.chosen(ema=ema).to(device), synthetic.training_labels().to(device)
     assert synthetic.step_size is not None  # checked
     step_size = synthetic.step_size.to(device)
@@ -212,17 +207,7 @@ def summarize(curves: Sequence[TrajectoryErrorCurve]) -> dict[str, dict[str, lis
     }
 
 
-KIND = "trajectory_error"
 RECORDED = ("val_fraction", "max_per_class", "seed", "image_size")  # of the teachers' data
-TAGS = {
-    "evaluation": "loss_difference/evaluation",
-    "distillation": "loss_difference/distillation",
-    "teacher_loss": "loss/teacher",
-    "epsilon": "norm/epsilon_accumulated",
-    "delta": "norm/delta_matching",
-    "initialization": "norm/I_initialization",
-    "segment": "norm/teacher_segment",
-}
 
 
 def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: str) -> DistillationDataModule:
@@ -304,14 +289,9 @@ def trajectory_error(
         seed: of mini-batches and augmentation.
     """
     others = [json.loads(path.read_text(encoding="utf-8")) for path in against]
-    folder = output or set_file.parent / KIND
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is not a folder; give another --output")
+    folder = output or set_file.parent / "trajectory_error"
     synthetic, store = SyntheticSet.load(set_file), TrajectoryStore(store_folder)
     n, m = inner_settings(synthetic, store, syn_steps, expert_epochs)
-    if not 1 <= teachers <= len(store):
-        raise InputError(f"{store.path}: {teachers} teachers are asked for, {len(store)} are recorded")
-    recorded_network(store.metadata["network"], store.path, "pass it to measure_trajectory_error as network")
     curves = measure_trajectory_error(
         synthetic,
         store,
@@ -326,7 +306,7 @@ def trajectory_error(
         progress=True,
     )
     curve = {
-        "kind": KIND,
+        "kind": "trajectory_error",
         "method": synthetic.metadata.get("method", "set"),
         "on": on,
         "ema": ema,
@@ -342,13 +322,8 @@ def trajectory_error(
     }
     write_json(folder / "curve.json", curve)
     write_plot(folder / "curve.png", partial(draw, [curve, *others]), size=(7, 8))
-    # purge_step: TensorBoard forgets the curve that an earlier run left in this folder.
-    with SummaryWriter(str(folder), purge_step=0) as board:
-        for name, tag in TAGS.items():
-            for epoch, value in zip(curve["epochs"], curve["mean"][name], strict=True):
-                board.add_scalar(f"trajectory_error/{tag}", value, epoch)
     print(table(curve))
-    print(f"{folder / 'curve.json'}, curve.png and TensorBoard scalars are written")
+    print(f"{folder / 'curve.json'}, curve.png are written")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -7,11 +7,8 @@ import torch
 from fits import SMALL, small_data
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet, TrajectoryStore, cli
-from ftd_lightning.core.evaluation import EvaluationProtocol
 from ftd_lightning.data.coresets import teacher_labels
-from ftd_lightning.functional import Augmentation
-from ftd_lightning.models import build_network
-from ftd_lightning.studies.label import label_random_images, try_labels
+from ftd_lightning.studies.label import label_random_images
 
 PLAIN = {"--data.max_per_class": "14", "--trainer.accelerator": "cpu", "--trainer.enable_progress_bar": "false"}
 PLAIN |= {"--model.network_options": '{"width": 4, "depth": 1}', "--epochs": "3"}
@@ -19,22 +16,6 @@ PLAIN |= {"--model.network_options": '{"width": 4, "depth": 1}', "--epochs": "3"
 
 def evaluation(**options) -> SyntheticEvaluation:
     return SyntheticEvaluation(**{"network_options": SMALL, "augment": "", **options})
-
-
-def test_the_better_labels_win_and_equal_ones_score_alike() -> None:
-    data = small_data(val_fraction=0.3)
-    right = torch.nn.functional.one_hot(data.train.labels, 10).float()
-
-    def fresh() -> list[torch.nn.Module]:
-        torch.manual_seed(1)
-        return [build_network("convnet", 1, 10, 8, width=8, depth=1) for _ in range(2)]
-
-    protocol = EvaluationProtocol(epochs=20, lr=0.05, batch_size=32, augment=Augmentation(""))
-    labels = {1: right.roll(1, dims=1), 2: right, 7: right}
-    first, second, third = try_labels(labels, data.train.images, data.val, fresh, protocol)
-    assert first["mean"] < 0.2 < 0.6 < second["mean"]
-    assert {**second, "epoch": 7} == third
-    assert (first["epoch"], second["n"]) == (1, 2)
 
 
 def test_a_set_is_the_random_images_with_labels_of_the_best_epoch(trajectories: Path) -> None:

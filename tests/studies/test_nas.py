@@ -15,7 +15,7 @@ from ftd_lightning.studies import nas
 from ftd_lightning.studies.nas import rank_correlations, sample_architectures, search_space
 
 WORDS = ["--data.synthetic", "random", "--data.ipc", "2", "--data.max_per_class", "14", "--depths", "[1]", "--widths"]
-WORDS += ["[4]", "--epochs", "4", "--real_epochs", "1", "--architectures", "6", "--augment", "crop", "--threads", "1"]
+WORDS += ["[4]", "--epochs", "4", "--real_epochs", "1", "--architectures", "6", "--augment", "crop"]
 
 
 def search(out: Path, *words: str) -> dict:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from fits import small_data
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning import SyntheticSet, TrajectoryStore, cli
@@ -19,7 +18,6 @@ from ftd_lightning.functional import chunked_permutations, flatten_parameters, l
 from ftd_lightning.models import ConvNet
 from ftd_lightning.studies.trajectory_error import (
     QUANTITIES,
-    TAGS,
     TrajectoryErrorCurve,
     mean_loss,
     measure_trajectory_error,
@@ -181,7 +179,7 @@ def run(*arguments: object) -> None:
     cli.main(["trajectory-error", *map(str, arguments)])
 
 
-def test_the_command_writes_a_curve_a_plot_scalars_and_a_table(here: Path, trajectories: Path, capsys) -> None:
+def test_the_command_writes_a_curve_a_plot_and_a_table(here: Path, trajectories: Path, capsys) -> None:
     run("set.safetensors", "store", "--teachers", 2, "--output", "out")
     curve = json.loads(Path("out/curve.json").read_text())
     assert (curve["kind"], curve["method"], curve["on"], curve["ema"]) == ("trajectory_error", "mtt", "test", False)
@@ -196,12 +194,6 @@ def test_the_command_writes_a_curve_a_plot_scalars_and_a_table(here: Path, traje
 
     with Image.open("out/curve.png") as picture:
         assert len(picture.convert("RGB").getcolors(10**6)) > 10, "not a blank sheet"
-
-    board = EventAccumulator("out").Reload()
-    assert set(board.Tags()["scalars"]) == {f"trajectory_error/{tag}" for tag in TAGS.values()}
-    shown = board.Scalars("trajectory_error/norm/epsilon_accumulated")
-    assert [event.step for event in shown] == curve["epochs"]
-    assert [event.value for event in shown] == pytest.approx(curve["mean"]["epsilon"])
 
     last = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 4 |"))
     assert f"{curve['mean']['evaluation'][-1]:.4f}" in last
@@ -219,8 +211,6 @@ def test_options_and_a_second_run_in_the_folder_of_the_set(here: Path) -> None:
     run("set.safetensors", "store", *words)
     curve = json.loads(Path("trajectory_error/curve.json").read_text())
     assert (curve["epochs"], curve["ema"], curve["syn_steps"]) == ([2, 4], True, 6)
-    board = EventAccumulator("trajectory_error").Reload()
-    assert [event.step for event in board.Scalars("trajectory_error/loss/teacher")] == [2, 4]
 
 
 def test_bad_input_is_one_line_before_anything_is_written(here: Path, capsys) -> None:
@@ -229,10 +219,9 @@ def test_bad_input_is_one_line_before_anything_is_written(here: Path, capsys) ->
         (["nowhere.safetensors", "store"], "nowhere.safetensors: no such file"),
         (["set.safetensors", "nowhere"], "nowhere: no teachers here"),
         (["store/teacher_0000.safetensors", "store"], "a synthetic set is needed here"),
-        ([*both, "--teachers", 3], "3 teachers are asked for, 2 are recorded"),
+        ([*both, "--teachers", 3], "teacher 2 is asked for"),
         ([*both, "--dataset", "digit"], "did you mean 'digits'"),
         ([*both, "--against", "nowhere/curve.json"], "nowhere/curve.json: No such file"),
-        ([*both, "--output", "set.safetensors"], "is not a folder"),
     ]
     for arguments, words in cases:
         with pytest.raises(SystemExit) as stop:
