@@ -58,13 +58,9 @@ def _read_torch(path: Path) -> Any:
 
 
 def read_tensor(path: Path) -> Tensor:
-    """Read a file of one tensor; no code that it may contain is run.
+    """Read a file of one dense tensor of finite numbers, to the CPU; no code that it may contain is run.
 
-    Args:
-        path: ``.npy``, ``.safetensors``, or anything else for what ``torch.save`` wrote.
-
-    Returns:
-        A dense tensor on the CPU, of finite integers or real numbers.
+    It is ``.npy``, ``.safetensors``, or anything else for what ``torch.save`` wrote.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -130,12 +126,7 @@ def read_labels(path: Path, count: int, num_classes: int, *, soft: Soft = "proba
 
 
 def in_order_of(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> Tensor:
-    """Renumber labels whose classes are in another order.
-
-    Args:
-        labels: (N,) classes or (N, K) probabilities, in the order of ``names``.
-        names: K names.
-        wanted: the same names in the order that is needed.
+    """Renumber labels, (N,) classes or (N, K) probabilities, from the order of K ``names`` to the ``wanted`` one.
 
     Example:
         >>> in_order_of(torch.tensor([0, 1, 1]), ["b", "a"], ["a", "b"])
@@ -152,16 +143,12 @@ def read_step_size(text: str) -> Tensor | None:
     """Read the step size from the command line: a number above 0, a file of one, or "none"."""
     if text.lower() == "none":
         return None
-    if Path(text).is_file():
-        tensor = read_tensor(Path(text))
-        value = float(tensor) if tensor.numel() == 1 else math.nan
-    else:
-        try:
-            value = float(text)
-        except ValueError:
-            raise InputError(f"--step-size {text}: neither a number, nor a file, nor none") from None
+    try:
+        value = float(read_tensor(Path(text)) if Path(text).is_file() else text)
+    except (ValueError, RuntimeError):
+        value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise InputError(f"--step-size {text}: must be one finite number above 0")
+        raise InputError(f"--step-size {text}: is a finite number above 0, a file of one, or none")
     return torch.tensor(value)
 
 
@@ -199,10 +186,7 @@ def import_set(
         zca_eps: of the whitening.
     """
     if step_size is None:
-        raise InputError(
-            "such files do not record the step size that their images were learned with: pass --step-size (a number, "
-            "or a file of one), or --step-size none"
-        )
+        raise InputError("such files do not record the step size: pass --step-size, a number, a file of one, or none")
     learned_step_size = read_step_size(step_size)
     flags = {"whitened": whitened, "standardized": standardized, "pictures": pictures}
     read_as = [name for name, given in flags.items() if given]

@@ -13,7 +13,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore, synthetic_set, trajectory_store
 from ftd_lightning.files.safetensors_io import TensorFile, without_nan
 from ftd_lightning.files.schema import label_kind, per_cent
-from ftd_lightning.files.trajectory_store import check_teacher, epoch_name, load_store_data
+from ftd_lightning.files.trajectory_store import check_teacher, epoch_name
 from ftd_lightning.files.transforms import Whitening
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def _named(value: Any) -> str:
     return phrase(value.get("name")) + (f" ({phrase(rest)})" if rest else "")
 
 
-def _transform(description: Mapping[str, Any] | None) -> str:
+def format_transform(description: Mapping[str, Any] | None) -> str:
+    """Format the description of a transform."""
     if description is None:
         return "unknown: the images came from a datamodule that does not describe it"
     if description.get("kind") == "zca":
@@ -76,7 +77,7 @@ def _scores(scores: Any) -> str:
     )
 
 
-FORMATS = {"network": _named, "dataset": _named, "transform": _transform, "scores": _scores, "chosen_on": _scores}
+FORMATS = {"network": _named, "dataset": _named, "transform": format_transform, "scores": _scores, "chosen_on": _scores}
 
 
 def _recorded(metadata: Mapping[str, Any], *keys: str) -> list[tuple[str, str]]:
@@ -193,23 +194,14 @@ def describe_whitening(path: Path) -> Description:
     """Describe a cached whitening."""
     whitening = Whitening.load(path)
     values, described = whitening.mean.numel(), whitening.describe()
-    rows = [("transform", f"{_transform(described)}, {values} values per image")]
+    rows = [("transform", f"{format_transform(described)}, {values} values per image")]
     rows += [("fitted on", f"images of fingerprint {whitening.fitted_on}")]
     return Description("whitening", rows, {"values": values, "metadata": {"transform": described}})
-
-
-def describe_store_data(path: Path) -> Description:
-    """Describe the images that the teachers of a store were trained on."""
-    data = load_store_data(path)
-    metadata = {**data.metadata(), "class_names": data.class_names, "shape": data.shape._asdict()}
-    rows = [("images", phrase(metadata["shape"])), ("classes", phrase(", ".join(data.class_names)))]
-    return Description("trajectory data", rows + _recorded(metadata, "dataset", "transform"), {"metadata": metadata})
 
 
 KINDS = {
     synthetic_set.KIND: describe_set,
     trajectory_store.KIND: describe_teacher,
-    trajectory_store.DATA_KIND: describe_store_data,
     "whitening": describe_whitening,
 }
 

@@ -143,12 +143,11 @@ def test_classes_in_another_order_are_renumbered(here: Path, capsys) -> None:
 
 
 def test_step_size_and_preprocessing_are_asked_for(here: Path, capsys) -> None:
-    assert "--step-size none" in refusal(capsys, *FILES, "--standardized")
+    assert "pass --step-size" in refusal(capsys, *FILES, "--standardized")
     for words in ([], ["--whitened", "--pictures"]):
         assert "pass one of --whitened" in refusal(capsys, *FILES, "--step-size", "0.01", *words)
-    for value in ("0", "nan", "labels.pt"):
-        assert "must be one finite number above 0" in refusal(capsys, *FILES, "--standardized", "--step-size", value)
-    assert "neither a number" in refusal(capsys, *FILES, "--standardized", "--step-size", "much")
+    for value in ("0", "nan", "labels.pt", "much"):
+        assert "is a finite number above 0" in refusal(capsys, *FILES, "--standardized", "--step-size", value)
     assert "above 0" in refusal(capsys, *WORDS, "--zca-eps", "0")
 
 
