@@ -43,7 +43,7 @@ class RecordedTeachers:
         """Classify images (N, C, H, W) with a teacher; (N, K), on the images' device."""
         device = next(self._network.parameters()).device
         if teacher != self._loaded:
-            load_flat(self._network, self._store.trained(teacher).to(device))
+            load_flat(self._network, self._store.weights(teacher).to(device))
             if batch_norms(self._network):  # else all of the training images would go to the device for nothing
                 estimate_running_statistics(self._network, self._real.to(device))
             self._loaded = teacher

@@ -50,15 +50,10 @@ def coreset(train: Images, kind: str, ipc: int, features: Tensor) -> Images:
 def teacher_network(
     store: TrajectoryStore, teacher: int, epoch: int | None = None, network: nn.Module | None = None
 ) -> nn.Module:
-    """Build a recorded teacher with its weights after an epoch, by default its last one, in evaluation mode.
+    """Build a recorded teacher with its weights after an epoch, None being its last one, in evaluation mode.
 
-    Trajectories hold no running statistics; see :func:`estimate_running_statistics`.
-
-    Args:
-        store: the teachers.
-        teacher: its number, from 0.
-        epoch: from 0, the initialisation; None takes the last one.
-        network: of the teachers' architecture, which receives the weights; None builds it, if it is of this library.
+    Trajectories hold no running statistics; see :func:`estimate_running_statistics`. ``network``, of the teachers'
+    architecture, receives the weights; None builds one, if it is of this library.
     """
     if network is None:
         recorded, instead = store.metadata["network"], f"choose by teachers of {', '.join(NETWORKS)}"
@@ -66,7 +61,7 @@ def teacher_network(
         if store.shape is None:
             raise InputError(f"{store.path}: does not tell the size of the images; record other teachers")
         network = build_network(name, **store.shape._asdict(), **options)
-    load_flat(network.eval(), store.trained(teacher) if epoch is None else store.weights(teacher, epoch))
+    load_flat(network.eval(), store.weights(teacher, epoch))
     return network
 
 
@@ -138,10 +133,9 @@ def teacher_labels(
     statistics: Tensor | None = None,
     network: nn.Module | None = None,
 ) -> Tensor:
-    """Label images (N, C, H, W) with a teacher's softmax, (N, K) float32, without augmentation.
+    """Label images (N, C, H, W) with the softmax of a teacher (see :func:`teacher_network`), (N, K) float32.
 
-    Running statistics of BatchNorm layers are estimated over ``statistics``, by default ``images``. For the other
-    arguments see :func:`teacher_network`.
+    Running statistics of BatchNorm layers are estimated over ``statistics``, by default ``images``.
     """
     network = teacher_network(store, teacher, epoch, network).to(images.device)
     estimate_running_statistics(network, (images if statistics is None else statistics).to(images.device))

@@ -74,18 +74,15 @@ class RealImages:
         """Return the images of a part; later calls, with the same transform, return the same tensors."""
         if name not in self._images:
             (pictures, labels), index = self._parts[name]
+            same = self._applied is not None and self._applied.describe() == transform.describe()
             images = torch.empty(len(index), *pictures.shape[1:])  # filled chunk by chunk: torch.cat would take twice
             for i in tqdm(range(0, len(index), CHUNK), desc=f"transforming {name} images", leave=False, delay=1):
-                images[i : i + CHUNK] = self._transformed(pictures[index[i : i + CHUNK]], transform)
+                chunk = pictures[index[i : i + CHUNK]]
+                if not same:  # a set may have another transform than images that are normalised already
+                    chunk = transform.apply(self._applied.invert(chunk) if self._applied else unit_range(chunk))
+                images[i : i + CHUNK] = chunk
             self._images[name] = Images(images, labels[index])
         return self._images[name]
-
-    def _transformed(self, pictures: Tensor, transform: ImageTransform) -> Tensor:
-        if self._applied is None:
-            return transform.apply(unit_range(pictures))
-        # They are images already; a set may have another transform, though.
-        same = self._applied.describe() == transform.describe()
-        return pictures if same else transform.apply(self._applied.invert(pictures))
 
 
 def given_images(real: Sequence[Tensor]) -> Images:
@@ -101,17 +98,11 @@ def given_images(real: Sequence[Tensor]) -> Images:
 class NoLoaders(CombinedLoader):
     """The combination of no loaders, on which Lightning skips validation; of an empty list it warns."""
 
+    # Lightning sets the loaders that it has read, which is ignored.
+    flattened = property(lambda self: [], lambda self, loaders: None)  # type: ignore[assignment]
+
     def __init__(self) -> None:
         super().__init__([], "sequential")
-
-    @property
-    def flattened(self) -> list[Any]:
-        """Return no loaders."""
-        return []
-
-    @flattened.setter
-    def flattened(self, flattened: list[Any]) -> None:
-        """Ignore Lightning, which sets the loaders that it has read."""
 
     def __len__(self) -> int:
         return 0
@@ -124,8 +115,7 @@ class DistillationDataModule(LightningDataModule):
     ``synthetic`` given, others get its images, else the real training images. It is a ``contracts.DataSource``.
 
     Args:
-        dataset: a name of the table in ``ftd_lightning.data.datasets``. Images that are given as objects are for
-            :meth:`from_datasets` and :meth:`from_datamodule`.
+        dataset: a name of the table in ``ftd_lightning.data.datasets``.
         root: folder of the images or of their downloads.
         batch_size: images per batch, on each rank.
         val_fraction: share of every class's *training* images held out, so that an iterate can be chosen without the
@@ -134,9 +124,8 @@ class DistillationDataModule(LightningDataModule):
         zca: whiten instead of standardising; fitted on the training images that are not held out.
         zca_eps: added to the eigenvalues; above 0.
         max_per_class: keep at most so many images of each class, in training and in test; None keeps all.
-        synthetic: train on a synthetic set: its file, "real" (all real images), or ipc real images of each class:
-            "random", or chosen by a teacher's features, "herding" and "k-center" (greedy). A file contains its own
-            transform, which the test images then go through.
+        synthetic: train on a synthetic set: its file, whose transform the test images then go through; "real" (all
+            real images); or ipc real images of each class: "random", or by a teacher's features "herding", "k-center".
         ema: use the averaged images of the file.
         ipc: images per class of "random", "herding" and "k-center".
         download: fetch missing files.
@@ -211,16 +200,12 @@ class DistillationDataModule(LightningDataModule):
         Items are read once. Mean and standard deviation are measured on ``train``; the contents identify the data.
 
         Args:
-            train: e.g. a torchvision dataset, with or without ``ToTensor``.
+            train: e.g. a torchvision dataset, with or without ``ToTensor``; labels are 0 .. K-1.
             test: the test images.
             val: the images that are held out; None: the share ``val_fraction`` of ``train`` is.
             class_names: in label order; None: ``train.classes``, or numbers.
             transform: of images that are normalised already, which are taken as they are.
             options: arguments of the constructor, but those that say where files are.
-
-        Raises:
-            InputError: for images that are not pictures, images of different sizes without ``image_size``, and labels
-                other than 0 .. K-1.
         """
         for name in ("dataset", "root", "download", "test_fraction"):
             if name in options:
@@ -347,13 +332,10 @@ class DistillationDataModule(LightningDataModule):
             return labels[source][index].bincount(minlength=len(names)).tolist()
         return self._read().labels(name).bincount(minlength=self.num_classes).tolist()
 
-    def _part(self, name: Part) -> Images:
-        return self._read().images(name, self.transform)
-
     def part(self, name: Part) -> Images:
         """Return the images of a part, transformed at first use: "train", "val" (possibly none) or "test"."""
         self.setup("fit")
-        return self._part(name)
+        return self._read().images(name, self.transform)
 
     @property
     def train(self) -> Images:
@@ -417,7 +399,7 @@ class DistillationDataModule(LightningDataModule):
         hparams = self.hparams
         if (kind := hparams["synthetic"]) is None:
             return None
-        real, described = self._part("train"), self.describe()
+        real, described = self._read().images("train", self.transform), self.describe()
         metadata = {"method": kind, **described}
         if kind == "random":
             real = random_real_images(real, hparams["ipc"], hparams["seed"])
@@ -446,16 +428,10 @@ class DistillationDataModule(LightningDataModule):
         device, ranks = torch.device("cpu"), (0, 1)
         if trainer is not None:
             device, ranks = trainer.strategy.root_device, (trainer.global_rank, trainer.world_size)
-        plan = module.batch_plan() if isinstance(module, PlansBatches) else BatchPlan(*ranks, _same_epoch)
-        order = BatchOrder(
-            len(images.labels),
-            hparams["batch_size"],
-            shuffle=shuffle,
-            seed=hparams["seed"],
-            rank=plan.rank,
-            world_size=plan.world_size,
-            epoch_map=plan.epoch,
-        )
+        plan = module.batch_plan() if isinstance(module, PlansBatches) else BatchPlan(*ranks, lambda epoch: epoch)
+        shares: dict[str, Any] = {"rank": plan.rank, "world_size": plan.world_size, "epoch_map": plan.epoch}
+        size, seed = hparams["batch_size"], hparams["seed"]
+        order = BatchOrder(len(images.labels), size, shuffle=shuffle, seed=seed, **shares)
         place = hparams["on_device"]
         if place in ("no", False) or (place == "auto" and not fits_on(device, images.images)):
             return host_loader(images.images.cpu(), images.labels.cpu(), order, num_workers=hparams["num_workers"])
@@ -486,7 +462,3 @@ class DistillationDataModule(LightningDataModule):
         return self._loader(self.test, shuffle=False)
 
     predict_dataloader = test_dataloader
-
-
-def _same_epoch(epoch: int) -> int:
-    return epoch

@@ -265,18 +265,11 @@ class DecodedImages:
 def cache_file(
     cache_dir: str | Path | None, name: str, size: int | str, base: Path, parts: Mapping[str, LabelledFiles]
 ) -> Path:
-    """Name the cache of decoded files by all that it depends on: their paths, labels, lengths and times of change.
-
-    Raises:
-        InputError: for a file that does not exist, such as a dangling link.
-    """
+    """Name the cache of decoded files by all that it depends on: their paths, labels, lengths and times of change."""
     digest = hashlib.blake2b(f"{VERSION}|{base.resolve()}\n".encode(errors="surrogateescape"), digest_size=8)
     for part, (files, labels) in parts.items():
         for file, label in zip(files, labels, strict=True):
-            try:
-                stat = file.stat()
-            except OSError as error:
-                raise InputError(f"{file}: cannot be read ({error.strerror}); replace it or remove it") from error
+            stat = file.stat()
             line = f"{part}|{label}|{file.relative_to(base).as_posix()}|{stat.st_size}|{stat.st_mtime_ns}\n"
             digest.update(line.encode(errors="surrogateescape"))
     return cache_folder(cache_dir) / "decoded" / f"{name}_{size}_{digest.hexdigest()}.safetensors"

@@ -313,7 +313,8 @@ def find_folder(request: Request) -> ImageDataset:
             the folder or file.
     """
     names, parts = _find_parts(request)
-    path = cache_file(request.cache_dir, "folder", request.image_size or "native", request.root, parts)
+    with os_errors_as_input_errors():
+        path = cache_file(request.cache_dir, "folder", request.image_size or "native", request.root, parts)
     decoded = DecodedImages(path, parts, partial(_form, names, parts, request.image_size))
     metadata = decoded.metadata()
     # Only where it was used, so that whoever reads a description can ask for the same images.

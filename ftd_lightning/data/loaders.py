@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator, to_device
@@ -129,11 +129,26 @@ class BatchOrder(DistributedSampler[Tensor]):
         return -(-(self.num_images // self.num_replicas) // self.batch_size)
 
 
-class ResumableLoader:
-    """The state of loaders that resume within an epoch: the number of batches of it that they have yielded."""
+class ResumableLoader(ABC):
+    """Loaders that resume within an epoch; their state is the number of batches of it that they have yielded."""
 
+    sampler: Any  # a :class:`BatchOrder`
     _batch = 0
     _resumes = _epoch_ended = False
+
+    def __iter__(self) -> Iterator[Any]:
+        # The position is taken now, because Lightning may leave an ended epoch without asking for a batch; the order
+        # when the first batch is asked for, because only then the epoch has been set.
+        if self._epoch_ended:
+            self._batch = len(self.sampler)
+        elif not self._resumes or self._batch >= len(self.sampler):
+            self._batch = 0
+        self._resumes = self._epoch_ended = False
+        return self._batches(self._batch)
+
+    @abstractmethod
+    def _batches(self, first: int) -> Iterator[Any]:
+        """Yield the batches of an epoch from a first one on, and count them."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of batches of the present epoch that were yielded."""
@@ -147,15 +162,6 @@ class ResumableLoader:
         self._batch = state_dict["batch"]
         self._epoch_ended = state_dict.get("epoch_ended", False)
         self._resumes = True
-
-    def _begin_epoch(self, length: int) -> int:
-        """Return the first batch of the iteration that begins."""
-        if self._epoch_ended:
-            self._batch = length
-        elif not self._resumes or self._batch >= length:
-            self._batch = 0
-        self._resumes = self._epoch_ended = False
-        return self._batch
 
 
 class TensorLoader(ResumableLoader):
@@ -173,11 +179,6 @@ class TensorLoader(ResumableLoader):
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # The position is taken now, because Lightning may leave an ended epoch without asking for a batch; the order
-        # when the first batch is asked for, because only then the epoch has been set.
-        return self._batches(self._begin_epoch(len(self)))
-
     def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         for index in islice(self.sampler, first, None):
             index = to_device(index, self.images.device)
@@ -185,30 +186,15 @@ class TensorLoader(ResumableLoader):
             yield self.images[index], self.labels[index]
 
 
-class _Batches(Dataset[tuple[Tensor, Tensor]]):
-    """A dataset whose items are whole batches, so that workers index once instead of collating."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
-
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self.images[index], self.labels[index]
-
-
-class HostLoader(ResumableLoader, DataLoader[Any]):
+class HostLoader(ResumableLoader, DataLoader[Any]):  # type: ignore[misc]
     """A DataLoader that resumes within an epoch, because its sampler is a :class:`BatchOrder`."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return self._batches(self._begin_epoch(len(self)))
 
     def _batches(self, first: int) -> Iterator[Any]:
         # A generator: workers read ahead only once the first batch is asked for, when the epoch is known. What they
         # have read ahead does not count.
-        order = cast("BatchOrder", self.sampler)
-        order.first_batch = first
-        batches = super().__iter__()  # asks for the order once or, with new workers, twice
-        order.first_batch = 0
+        self.sampler.first_batch = first
+        batches = DataLoader.__iter__(self)  # asks for the order once or, with new workers, twice
+        self.sampler.first_batch = 0
         for batch in batches:
             self._batch += 1
             yield batch
@@ -217,7 +203,7 @@ class HostLoader(ResumableLoader, DataLoader[Any]):
 def host_loader(images: Tensor, labels: Tensor, order: BatchOrder, *, num_workers: int = 0) -> HostLoader:
     """Make a DataLoader over tensors in host memory, whose batches are those of :class:`TensorLoader`, in its order."""
     return HostLoader(
-        _Batches(images, labels),  # type: ignore[arg-type]
+        TensorDataset(images, labels),  # whole batches are its items: workers index once instead of collating
         sampler=order,  # type: ignore[arg-type]
         batch_size=None,
         num_workers=num_workers,

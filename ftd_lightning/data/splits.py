@@ -45,13 +45,6 @@ def limit_per_class(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     return torch.cat(kept).sort().values
 
 
-def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return indices of the images used and of those held out, the same share in [0, 1) of every class, ascending."""
-    is_held_out = torch.zeros(len(labels), dtype=torch.bool)
-    is_held_out[sample_per_class(labels, float(fraction), make_generator(seed, "held out"))] = True
-    return (~is_held_out).nonzero().squeeze(1), is_held_out.nonzero().squeeze(1)
-
-
 def split(
     labels: Mapping[str, Tensor], *, val_fraction: float, max_per_class: int | None, seed: int
 ) -> dict[Part, tuple[str, Tensor]]:
@@ -67,5 +60,7 @@ def split(
     train, test = kept["train"], kept["test"]
     if "val" in labels:
         return {"train": ("train", train), "val": ("val", kept["val"]), "test": ("test", test)}
-    used, held_out = hold_out(labels["train"][train], val_fraction, seed)
-    return {"train": ("train", train[used]), "val": ("train", train[held_out]), "test": ("test", test)}
+    held_out = torch.zeros(len(train), dtype=torch.bool)
+    share, generator = float(val_fraction), make_generator(seed, "held out")
+    held_out[sample_per_class(labels["train"][train], share, generator)] = True
+    return {"train": ("train", train[~held_out]), "val": ("train", train[held_out]), "test": ("test", test)}

@@ -130,7 +130,7 @@ def without_nan(value: Any) -> Any:
     """Replace NaN and infinities, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: without_nan(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list | tuple):
         return [without_nan(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -180,10 +180,8 @@ class TensorFile:
             found = f"a {self.kind.replace('_', ' '):.60}" if self.kind else "a file that another program wrote"
             raise InputError(f"{path}: a {kind.replace('_', ' ')} is needed here, this is {found}")
         recorded = header.get("format", FORMAT)
-        if type(recorded) is not int or recorded < 1:
-            raise InputError(f"{path}: format is {recorded!r:.60}, which no version of ftd_lightning writes")
-        if recorded > FORMAT:
-            raise InputError(f"{path}: has format {recorded!r:.60}, of a newer ftd_lightning; upgrade to read it")
+        if type(recorded) is not int or recorded != FORMAT:
+            raise InputError(f"{path}: has format {recorded!r:.60}, {FORMAT} is needed; a newer version may read it")
         own, self._checksums = header.pop("checksum", None), header.pop("checksums", None)
         if (own, self._checksums) != (None, None):
             content = text.replace(f'"checksum": "{own}"', f'"checksum": "{UNKNOWN}"')
@@ -201,11 +199,7 @@ class TensorFile:
         return self.read(name)
 
     def read(self, name: str, *, verify: bool = True) -> Tensor:
-        """Map a tensor into memory; to ``verify`` it, all of it is read.
-
-        Raises:
-            InputError: where there is no such tensor, or it is damaged.
-        """
+        """Map a tensor into memory; to ``verify`` its checksum, all of it is read."""
         try:
             tensor: Tensor = self._file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
@@ -228,11 +222,7 @@ class TensorFile:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder beside ``folder`` to fill; on a clean exit it becomes ``folder``, otherwise it is removed.
-
-    Raises:
-        InputError: if ``folder`` exists and is not an empty folder.
-    """
+    """Yield a folder beside ``folder`` to fill; on a clean exit it becomes ``folder``, otherwise it is removed."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder.name}: is there already and not an empty folder; name another")
     folder.parent.mkdir(parents=True, exist_ok=True)

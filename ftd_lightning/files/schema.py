@@ -52,12 +52,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _are_counts(value: Any) -> bool:
-    return _is_list(value, _is_count)
-
-
 def _is_parameter(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and _are_counts(value[1])
+    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and _is_list(value[1], _is_count)
 
 
 def _is_network(value: Any) -> bool:
@@ -65,7 +61,7 @@ def _is_network(value: Any) -> bool:
         _is_mapping(value)
         and _is_text(value.get("name"))
         and _is_mapping(value.get("options", {}))
-        and _is_mapping(value.get("shapes", {}), _are_counts)
+        and _is_mapping(value.get("shapes", {}), lambda shape: _is_list(shape, _is_count))
         and _is_list(value.get("parameters", []), _is_parameter)
     )
 
@@ -192,11 +188,7 @@ def check_step_size(step_size: Tensor, where: object) -> None:
 
 
 def per_cent(value: Mapping[str, Any] | None, *, count: bool = False) -> str:
-    """Format recorded accuracies: mean ± standard deviation, in per cent.
-
-    Args:
-        value: {"mean", "std", "n"}, fractions; None gives "-".
-        count: add the number of networks.
+    """Format recorded accuracies, fractions, as mean ± standard deviation in per cent; ``count`` adds "n".
 
     Example:
         >>> per_cent({"mean": 0.937, "std": 0.004, "n": 5}), per_cent({"mean": 0.5, "std": 0.0, "n": 2}, count=True)

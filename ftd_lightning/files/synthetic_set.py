@@ -36,10 +36,6 @@ def _own(header: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in header.items() if key not in ("kind", "format", "class_names", "transform")}
 
 
-def _identity() -> ImageTransform:
-    return Standardization([0.0], [1.0])
-
-
 @dataclass
 class SyntheticSet:
     """Synthetic images, their labels and the step size they were learned with.
@@ -66,7 +62,7 @@ class SyntheticSet:
     step_size: Tensor | None = None
     ema_images: Tensor | None = None
     class_names: list[str] = field(default_factory=list)
-    transform: ImageTransform = field(default_factory=_identity)
+    transform: ImageTransform = field(default_factory=lambda: Standardization([0.0], [1.0]))
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,12 +87,9 @@ class SyntheticSet:
         return self.metadata.get("images_stored", count), self.metadata.get("images_trained_on", count)
 
     def training_labels(self) -> Tensor:
-        """Return labels for cross entropy: the set's own, or the probabilities of a regression's targets (KIP, FRePo).
+        """Return labels for cross entropy, (N,) int64 classes or (N, K) float32 probabilities.
 
-        See ``functional.target_probabilities``. The set itself keeps targets as they were learned.
-
-        Returns:
-            (N,) int64 classes, or (N, K) float32 probabilities.
+        The targets of a regression (KIP, FRePo) become probabilities by ``functional.target_probabilities``.
         """
         if schema.label_kind(self.labels, self.metadata) != "target":
             return self.labels

@@ -233,11 +233,7 @@ class TrajectoryStore:
         return TensorFile(self.files[teacher], kind=KIND)
 
     def weights(self, teacher: int, epoch: int | None = None) -> Tensor:
-        """Read the weights of a teacher after an epoch, 0 being its initialisation, None its last one: (P,).
-
-        Raises:
-            InputError: for a teacher or an epoch that was not recorded, or a file that broke since it was recorded.
-        """
+        """Read the weights of a teacher after an epoch, 0 being its initialisation, None its last one: (P,)."""
         file, last = self._file(teacher), self.lengths[teacher]
         epoch = last if epoch is None else epoch
         if not 0 <= epoch <= last:
@@ -249,18 +245,8 @@ class TrajectoryStore:
             self._checked.add((teacher, epoch))
         return weights
 
-    def trained(self, teacher: int) -> Tensor:
-        """Read the weights of a teacher after its last epoch: (P,)."""
-        return self.weights(teacher)
-
     def segment(self, teacher: int, start_epoch: int, expert_epochs: int) -> Segment:
-        """Read the two ends of a segment and nothing else; see :meth:`weights`.
-
-        Args:
-            teacher: index, 0 <= teacher < len(store).
-            start_epoch: t, >= 0.
-            expert_epochs: m; t + m is at most the teacher's length.
-        """
+        """Read the two ends of a teacher's segment, epochs t and t + m, and nothing else."""
         return Segment(self.weights(teacher, start_epoch), self.weights(teacher, start_epoch + expert_epochs))
 
     def trajectory(self, teacher: int) -> Tensor:
@@ -298,11 +284,7 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
 
 
 def check_compatible(store: TrajectoryStore, wanted: Mapping[str, Any]) -> None:
-    """Refuse teachers whose metadata, such as network, data set or transform, differ from the wanted values.
-
-    Raises:
-        InputError: naming the first difference.
-    """
+    """Refuse teachers whose metadata, such as network, data set or transform, differ from the wanted values."""
     for key in differences(store.metadata, wanted):
         found = store.metadata.get(key)
         unnamed = key == "dataset" and "unnamed" in (found or {})

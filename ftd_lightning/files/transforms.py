@@ -6,7 +6,8 @@ Convention: pictures are float32 in [0, 1], (N, C, H, W); images lie around 0 an
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -60,28 +61,6 @@ class Standardization:
         """Return nothing: the description has all constants."""
         return {}
 
-    @staticmethod
-    def check(
-        description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: object, shape: Sequence[int] | None
-    ) -> None:
-        """Refuse constants that make no sense; see :func:`check_transform`."""
-        for key, low in (("mean", -math.inf), ("std", 0.0)):
-            values = description.get(key)
-            if not isinstance(values, list) or not values or not all(is_number(value, low) for value in values):
-                refuse(where, f"transform.{key}", f"is {values!r:.60}, finite numbers, one per channel, are needed")
-        if 0 in description["std"]:
-            refuse(where, "transform.std", "has a 0, standard deviations are above 0")
-        channels = len(description["mean"])
-        if len(description["std"]) != channels:
-            refuse(where, "transform", "has another number of means than of standard deviations")
-        if shape is not None and channels not in (1, shape[0]):
-            refuse(where, "transform", f"has {channels} channels, the images have {shape[0]}")
-
-    @classmethod
-    def build(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """Build from what :meth:`describe` returned."""
-        return cls(description["mean"], description["std"])
-
 
 class Whitening:
     """ZCA whitening, fitted by kornia: ``(x - mean) W`` of flattened pictures, and its inverse.
@@ -101,7 +80,8 @@ class Whitening:
         self.inverse = inverse
         self.eps = eps
         self.fitted_on = fitted_on
-        self._matrix = matrix
+        if matrix is not None:
+            self.matrix = matrix
 
     @classmethod
     def fit(cls, pictures: Tensor, *, eps: float = 0.1, fitted_on: str | None = None) -> Whitening:
@@ -119,12 +99,10 @@ class Whitening:
         name = fitted_on or fingerprint(pictures)
         return cls(zca.mean_vector, zca.transform_inv, eps=eps, fitted_on=name, matrix=zca.transform_matrix)
 
-    @property
+    @cached_property
     def matrix(self) -> Tensor:
         """W, (D, D) float32."""
-        if self._matrix is None:  # seconds, at D = 3072
-            self._matrix = torch.linalg.inv(self.inverse.double()).float()
-        return self._matrix
+        return torch.linalg.inv(self.inverse.double()).float()  # seconds, at D = 3072
 
     def apply(self, pictures: Tensor) -> Tensor:
         """``(x - mean) W``."""
@@ -143,26 +121,6 @@ class Whitening:
         """Return "mean" (1, D) and "inverse" (D, D), from which W follows: one matrix travels instead of two."""
         return {"mean": self.mean, "inverse": self.inverse}
 
-    @staticmethod
-    def check(
-        description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: object, shape: Sequence[int] | None
-    ) -> None:
-        """Refuse a description or tensors that make no whitening; see :func:`check_transform`."""
-        if not is_number(description.get("eps"), 0):
-            refuse(where, "transform.eps", f"is {description.get('eps')!r:.60}, a number of at least 0 is needed")
-        if not isinstance(description.get("fitted_on"), str):
-            refuse(where, "transform.fitted_on", "is missing; make it again")
-        for name in ("mean", "inverse"):
-            if name not in tensors:
-                refuse(where, f"transform.{name}", "is missing; make it again")
-        values = len(tensors["inverse"]) if tensors["inverse"].ndim else 0
-        check_tensor(tensors["mean"], "transform.mean", where, (1, values))
-        for name in ("inverse", "matrix"):
-            if name in tensors:
-                check_tensor(tensors[name], f"transform.{name}", where, (values, values))
-        if shape is not None and values != math.prod(shape):
-            refuse(where, "transform", f"is of {values} values per image, the images have {math.prod(shape)}")
-
     def save(self, path: Path) -> None:
         """Write mean and both matrices to a file."""
         tensors = {**self.tensors(), "matrix": self.matrix}
@@ -178,14 +136,35 @@ class Whitening:
             refuse(path, "transform.kind", "is not zca; make it again")
         return transform
 
-    @classmethod
-    def build(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """Build from a description and tensors; "matrix" may be missing."""
-        eps, fitted_on, matrix = description["eps"], description["fitted_on"], tensors.get("matrix")
-        return cls(tensors["mean"], tensors["inverse"], eps=eps, fitted_on=fitted_on, matrix=matrix)
+
+def _check_standardization(description: Mapping[str, Any], where: object, shape: Sequence[int] | None) -> None:
+    means: Any = description.get("mean")
+    deviations: Any = description.get("std")
+    for key, values in (("mean", means), ("std", deviations)):
+        if not isinstance(values, list) or not values or not all(map(is_number, values)):
+            refuse(where, f"transform.{key}", f"is {values!r:.60}, finite numbers, one per channel, are needed")
+    if min(deviations) <= 0:
+        refuse(where, "transform.std", f"has a {min(deviations):g}, standard deviations are above 0")
+    if len(deviations) != len(means):
+        refuse(where, "transform", "has another number of means than of standard deviations")
+    if shape is not None and len(means) not in (1, shape[0]):
+        refuse(where, "transform", f"has {len(means)} channels, the images have {shape[0]}")
 
 
-KINDS: dict[str, type[Standardization | Whitening]] = {"standardization": Standardization, "zca": Whitening}
+def _check_whitening(
+    description: Mapping[str, Any], tensors: Mapping[str, Tensor], where: object, shape: Sequence[int] | None
+) -> None:
+    if not is_number(description.get("eps"), 0) or not isinstance(description.get("fitted_on"), str):
+        refuse(where, "transform", "needs eps, a number of at least 0, and fitted_on; make it again")
+    for name in ("mean", "inverse"):
+        if name not in tensors:
+            refuse(where, f"transform.{name}", "is missing; make it again")
+    values = len(tensors["inverse"]) if tensors["inverse"].ndim else 0
+    for name, rows in (("mean", 1), ("inverse", values), ("matrix", values)):
+        if name in tensors:
+            check_tensor(tensors[name], f"transform.{name}", where, (rows, values))
+    if shape is not None and values != math.prod(shape):
+        refuse(where, "transform", f"is of {values} values per image, the images have {math.prod(shape)}")
 
 
 def check_transform(
@@ -197,8 +176,10 @@ def check_transform(
     """
     if not isinstance(description, dict):
         refuse(where, "transform", f"is {description!r:.60}, a mapping is needed; make it again")
-    if kind := KINDS.get(str(description.get("kind"))):
-        kind.check(description, tensors, where, shape)
+    if description.get("kind") == "standardization":
+        _check_standardization(description, where, shape)
+    elif description.get("kind") == "zca":
+        _check_whitening(description, tensors, where, shape)
 
 
 def load_transform(description: Any, tensors: Mapping[str, Tensor], *, where: object = "this file") -> ImageTransform:
@@ -208,9 +189,10 @@ def load_transform(description: Any, tensors: Mapping[str, Tensor], *, where: ob
         InputError: for an unknown kind, or constants that are missing or make no sense; ``where`` names the file.
     """
     check_transform(description, tensors, where)
-    kind = KINDS.get(str(description.get("kind")))
-    if kind is None:
-        raise InputError(
-            f"{where}: has the unknown image transform {description.get('kind')!r:.60}: it needs a newer ftd_lightning"
-        )
-    return kind.build(description, tensors)
+    kind = description.get("kind")
+    if kind == "standardization":
+        return Standardization(description["mean"], description["std"])
+    if kind == "zca":
+        eps, fitted_on, matrix = description["eps"], description["fitted_on"], tensors.get("matrix")
+        return Whitening(tensors["mean"], tensors["inverse"], eps=eps, fitted_on=fitted_on, matrix=matrix)
+    raise InputError(f"{where}: has the unknown image transform {kind!r:.60}: it needs a newer ftd_lightning")

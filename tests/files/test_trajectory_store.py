@@ -61,7 +61,7 @@ def test_segment_is_two_rows_of_the_trajectory(folder, refused):
         trajectory = store.trajectory(index)
         assert torch.equal(trajectory, torch.stack(snapshots(teacher)))
         assert torch.equal(store.weights(index, 2), trajectory[2])
-        assert torch.equal(store.trained(index), trajectory[4])
+        assert torch.equal(store.weights(index), trajectory[4])
         start, target = store.segment(index, 1, 3)
         assert torch.equal(start, trajectory[1])
         assert torch.equal(target, trajectory[4])
@@ -109,7 +109,7 @@ def test_the_shortest_teacher_decides_how_far_segments_reach(folder, refused):
     write_teacher(folder, 3, snapshots(3, epochs=2), RECORDED)
     store = TrajectoryStore(folder)
     assert (store.epochs, store.lengths) == (2, [4, 4, 4, 2])
-    assert torch.equal(store.trained(3), snapshots(3)[2])
+    assert torch.equal(store.weights(3), snapshots(3)[2])
     with refused(folder, "epoch 3", "0 to 2"):
         store.weights(3, 3)
 

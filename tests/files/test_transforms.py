@@ -78,7 +78,7 @@ def test_whitening_without_its_matrix_inverts_it_once_and_only_to_whiten(whiteni
     calls, inv = [], torch.linalg.inv
     monkeypatch.setattr(torch.linalg, "inv", lambda matrix: calls.append(matrix.shape) or inv(matrix))
     assert "matrix" not in whitening.tensors()  # one (D, D) tensor in a synthetic set is enough
-    built = Whitening.build(whitening.describe(), whitening.tensors())
+    built = load_transform(whitening.describe(), whitening.tensors())
     assert (built.invert(whitening.apply(others)) - others).abs().max() < 1e-4
     assert not calls
     assert torch.allclose(built.apply(others), whitening.apply(others), atol=1e-4)
