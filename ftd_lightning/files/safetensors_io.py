@@ -181,7 +181,9 @@ class TensorFile:
             raise InputError(f"{path}: a {kind.replace('_', ' ')} is needed here, this is {found}")
         recorded = header.get("format", FORMAT)
         if type(recorded) is not int or recorded != FORMAT:
-            raise InputError(f"{path}: has format {recorded!r:.60}, {FORMAT} is needed; a newer version may read it")
+            raise InputError(
+                f"{path}: has format {recorded!r:.60}, not {FORMAT}: is damaged, or of a newer ftd_lightning"
+            )
         own, self._checksums = header.pop("checksum", None), header.pop("checksums", None)
         if (own, self._checksums) != (None, None):
             content = text.replace(f'"checksum": "{own}"', f'"checksum": "{UNKNOWN}"')
