@@ -126,25 +126,6 @@ def data_source(datamodule: object) -> DataSource | None:
     return datamodule if isinstance(datamodule, DataSource) else None
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """A loader whose position is part of a checkpoint; Lightning asks for the same two methods."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at a position, with the next iteration."""
-
-
-@runtime_checkable
-class BringsBatches(Protocol):
-    """A module with its own training batches, such as a distillation."""
-
-    def iteration_loader(self) -> Iterable[Any]:
-        """Return the training loader; it is sized and :class:`Stateful`."""
-
-
 class BatchPlan(NamedTuple):
     """How images are dealt out to processes.
 
@@ -189,7 +170,9 @@ class TeacherProgress(NamedTuple):
 
 @runtime_checkable
 class TrainsTeachers(Protocol):
-    """A module that trains several teachers in one fit, one after the other."""
+    """A module that trains several teachers in one fit, one after the other; ``data`` describes their images."""
+
+    data: DataDescription | None
 
     def teacher_progress(self) -> TeacherProgress:
         """Return the progress of the fit."""
@@ -200,15 +183,15 @@ class TrainsTeachers(Protocol):
     def trajectory_metadata(self) -> dict[str, Any]:
         """Return the store's entries for the current teacher beside its weights and its data."""
 
-    def data_description(self) -> DataDescription | None:
-        """Describe the training data; None where the datamodule does not."""
-
 
 @runtime_checkable
 class LearnsSet(Protocol):
-    """A module that learns a synthetic set, as callbacks see it; ``augment`` is the one of its training."""
+    """A module that learns a synthetic set; ``augment`` is the augmentation of its training."""
 
     augment: Augmentation
+
+    def train_dataloader(self) -> Iterable[Any]:
+        """Return the module's own batches, which it is fitted on with any datamodule; sized, and with a state."""
 
     @property
     def iterations(self) -> int:

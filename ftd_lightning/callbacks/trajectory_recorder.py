@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from ftd_lightning.contracts import BringsBatches, DataSource, PlansBatches, TrainsTeachers, data_source
+from ftd_lightning.contracts import DataSource, LearnsSet, PlansBatches, TrainsTeachers, data_source
 from ftd_lightning.core.module import run_folder
 from ftd_lightning.core.resume import fix_loop_progress
 from ftd_lightning.errors import InputError
@@ -202,7 +202,7 @@ class TrajectoryRecorder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that holds other teachers, or all teachers of this fit."""
-        self._active = isinstance(pl_module, TrainsTeachers) or not isinstance(pl_module, (BringsBatches, PlansBatches))
+        self._active = isinstance(pl_module, TrainsTeachers) or not isinstance(pl_module, (LearnsSet, PlansBatches))
         self._active = self._active and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if not self._active:
             return
@@ -256,7 +256,7 @@ class TrajectoryRecorder(Callback):
             )
 
     def _description(self, trainer: Trainer, module: LightningModule) -> DataDescription | None:
-        described = module.data_description() if isinstance(module, TrainsTeachers) else None
+        described = module.data if isinstance(module, TrainsTeachers) else None
         source = data_source(trainer.datamodule) or data_source(self.data)  # type: ignore[attr-defined]
         return described or (None if source is None else source.description())
 

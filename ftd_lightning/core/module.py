@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from ftd_lightning.contracts import DataDescription, ImageShape, Stateful, data_source
+from ftd_lightning.contracts import DataDescription, ImageShape, data_source
 from ftd_lightning.core.arguments import plain, plain_settings
 from ftd_lightning.core.networks import NetworkFactory, refuse_object
 from ftd_lightning.core.resume import (
@@ -299,7 +299,7 @@ class BaseModule(LightningModule):
         if "settings" not in state:
             raise InputError("the checkpoint was not saved by this version of ftd_lightning; begin this fit anew")
         if self.attached:
-            if state["module"] != type(self).__name__:
+            if state["module"] not in (kind.__name__ for kind in type(self).mro()):
                 raise InputError(f"is a checkpoint of a {state['module']}, the model here is a {type(self).__name__}")
             refuse_changes(state["settings"], self.settings(), free=(*HARMLESS, *LIMITS))
             fits = self.trainer.state.fn == "fit"
@@ -347,7 +347,7 @@ class BaseModule(LightningModule):
     def warn_of_unordered_loader(self) -> None:
         """Warn that the order of a foreign loader is not restored, where a fit resumes with one."""
         loader = self.trainer.train_dataloader
-        if self._resumed and not isinstance(loader, Stateful):
+        if self._resumed and not hasattr(loader, "state_dict"):
             rank_zero_warn(
                 f"the order of batches of this {type(loader).__name__} is not restored: the resumed fit differs from "
                 "one that was never interrupted; a DistillationDataModule (from_datamodule) restores it"

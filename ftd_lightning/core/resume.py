@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from ftd_lightning.contracts import BringsBatches
+from ftd_lightning.contracts import LearnsSet
 from ftd_lightning.core.arguments import plain_settings
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.trajectory_store import differences
@@ -177,7 +177,7 @@ def refuse_other_data(
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(datamodule, LightningDataModule):
         # A distillation draws its own batches.
-        free = (*PLACES, "batch_size") if isinstance(trainer.lightning_module, BringsBatches) else PLACES
+        free = (*PLACES, "batch_size") if isinstance(trainer.lightning_module, LearnsSet) else PLACES
         refuse_changes(plain_settings(options), plain_settings(datamodule.hparams), free=free, prefix="data.")
     images = [{key: (state["data"] or {}).get(key) for key in CONTENTS} for state in (before, now)]
     refuse_changes(*({key: state[key] for key in differences(*images)} for state in images), prefix="data.")

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import (
     BatchPlan,
-    BringsBatches,
     DataDescription,
     Images,
     ImageShape,
     ImageTransform,
+    LearnsSet,
     PlansBatches,
 )
 from ftd_lightning.data.coresets import BASELINES, random_real_images, teacher_coreset
@@ -440,8 +440,8 @@ class DistillationDataModule(LightningDataModule):
     def train_dataloader(self) -> Iterable[Any]:
         """Return the module's own batches, synthetic images or real ones; see the class."""
         module = self._module()
-        if isinstance(module, BringsBatches):
-            return module.iteration_loader()
+        if isinstance(module, LearnsSet):
+            return module.train_dataloader()
         if self.synthetic_set is not None:
             chosen = Images(self.synthetic_set.chosen(ema=self.hparams["ema"]), self.synthetic_set.training_labels())
             return self._loader(chosen, shuffle=True)
@@ -451,7 +451,7 @@ class DistillationDataModule(LightningDataModule):
         """Return the held-out images, in order; nothing where there are none, or the module's fit does not validate."""
         module, doing = self._module(), None if self.trainer is None else self.trainer.state.fn
         measures_itself = doing == "fit" and isinstance(module, PlansBatches) and not module.batch_plan().validates
-        if measures_itself or isinstance(module, BringsBatches) or not len(self._read().labels("val")):
+        if measures_itself or isinstance(module, LearnsSet) or not len(self._read().labels("val")):
             if doing == "validate":
                 raise InputError("no training images are held out to validate on: set data.val_fraction")
             return [] if self.trainer is None else NoLoaders()

@@ -54,7 +54,7 @@ class Distillation(BaseModule):
 
     Automatic optimization: one optimizer, one global step per iteration; the number of iterations is the trainer's
     ``max_steps``. A method defines its loss (``training_step``, which returns it through :meth:`log_loss`), its batches
-    (``iteration_loader``), and its name (``method``). A ``SyntheticSetWriter`` writes the set; the module adds one
+    (``train_dataloader``), and its name (``method``). A ``SyntheticSetWriter`` writes the set; the module adds one
     where the trainer has none.
 
     A step whose loss or gradient is not finite is skipped (images and momentum stay as they are), counted in
@@ -288,18 +288,11 @@ class Distillation(BaseModule):
 
     # The fit
 
-    def iteration_loader(self) -> IterationLoader[Any]:
-        """Make the training loader, starting at the current iteration; the datamodule asks for it.
-
-        Here one of bare iterations, for methods that draw real images themselves.
-        """
+    def train_dataloader(self) -> IterationLoader[Any]:
+        """Make a loader of bare iterations from the current one, for methods that draw real images themselves."""
         loader = IterationCounter(self.iterations_per_epoch)
         loader.load_state_dict({"iteration": self.global_step})  # loaders may be built again in every epoch
         return loader
-
-    def train_dataloader(self) -> IterationLoader[Any]:
-        """Return the iterations to a trainer without a datamodule."""
-        return self.iteration_loader()
 
     def val_dataloader(self) -> NoLoaders:
         """Return nothing: see :meth:`validation_step`."""

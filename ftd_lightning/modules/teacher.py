@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.trajectory_recorder import TrajectoryRecorder
-from ftd_lightning.contracts import BatchPlan, DataDescription, TeacherProgress
+from ftd_lightning.contracts import BatchPlan, TeacherProgress
 from ftd_lightning.core.losses import CompiledPass
 from ftd_lightning.core.module import BaseModule
 from ftd_lightning.core.networks import Network, refuse_dropout, right_answers
@@ -173,10 +173,6 @@ class FlatTeacher(BaseModule):
         """Return the network being trained."""
         assert self.network is not None
         return self.network
-
-    def data_description(self) -> DataDescription | None:
-        """Describe the training data, where the datamodule does."""
-        return self.data
 
     def progress_label(self) -> str:
         """Name teacher and epoch."""

@@ -173,7 +173,7 @@ class TrajectoryMatching(Distillation):
         fresh = student_networks(self.store, *self._network_arguments, shape)
         self._teachers = self.store.set_metadata()
         self.data = self.data or self.store.description()
-        self.iteration_loader()  # refuses segments beyond the record before anything else is done
+        self.train_dataloader()  # refuses segments beyond the record before anything else is done
         return fresh
 
     def build(self) -> None:
@@ -192,7 +192,7 @@ class TrajectoryMatching(Distillation):
         if self._built and self.source is not None:
             check_compatible(self.store, self.source.description().metadata())
 
-    def iteration_loader(self) -> SegmentLoader:
+    def train_dataloader(self) -> SegmentLoader:
         """Make the loader of teacher segments."""
         loader = SegmentLoader(
             self.store,

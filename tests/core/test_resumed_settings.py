@@ -158,6 +158,12 @@ def test_what_decides_no_result_may_change(fits: Fits, checkpoints) -> None:
     assert fits.resume(checkpoints["teacher"], "teacher", teachers=3).current_epoch == 12
 
 
+def test_a_subclass_of_ones_own_resumes_its_base(fits: Fits, checkpoints, monkeypatch) -> None:
+    own = type("Own", (DistributionMatching,), {})
+    monkeypatch.setattr(fits, "module", lambda kind: own(network_options=SMALL, iterations_per_epoch=3, batch_real=4))
+    assert type(fits.resume(checkpoints["dm"], "dm")) is own
+
+
 def test_the_rhythm_of_files_may_change(fits: Fits, checkpoints) -> None:
     whole = fits.module("dm")
     make_trainer(fits.folder / "whole", max_steps=8).fit(whole, datamodule=small_data())

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from ftd_lightning.core.step_guard import StepGuard
+from ftd_lightning.errors import DivergenceError
 
 
 def run(gradients, *, guarded=True, reduce=None):
@@ -41,6 +42,14 @@ def test_a_bad_step_leaves_no_trace_in_weights_or_momentum(where: int, bad: floa
 def test_it_counts_all_and_those_in_a_row() -> None:
     bad = [float("nan"), 0.0]
     assert run([bad, GOOD[0], bad, bad, bad])[1].state() == (4, 3, 0, 0)
+
+
+def test_nine_skipped_steps_in_a_row_go_on_and_ten_end_the_run() -> None:
+    bad = [float("nan"), 0.0]
+    run([bad] * 9)[1].check(8)
+    run([*[bad] * 9, GOOD[0], *[bad] * 9])[1].check(18)
+    with pytest.raises(DivergenceError, match="not finite 10 iterations in a row, the last one 9"):
+        run([bad] * 10)[1].check(9)
 
 
 def test_one_rank_s_bad_step_is_everyone_s() -> None:

@@ -9,7 +9,7 @@ from fits import make_trainer, small_data
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
-from ftd_lightning.contracts import BatchPlan
+from ftd_lightning.contracts import BatchPlan, LearnsSet
 from ftd_lightning.data import DistillationDataModule, SegmentLoader, random_real_images
 from ftd_lightning.data.loaders import BatchOrder, TensorLoader
 from ftd_lightning.files import Standardization, SyntheticSet, TrajectoryStore, Whitening, write_teacher
@@ -293,13 +293,13 @@ class Asking(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class AskingForSegments(Asking):
+class AskingForSegments(Asking, LearnsSet):
     def __init__(self, folder):
         super().__init__()
         write_teacher(folder, 0, [torch.zeros(2), torch.ones(2)], {"network": {"name": "tiny"}})
         self.store = TrajectoryStore(folder)
 
-    def iteration_loader(self):
+    def train_dataloader(self):
         return SegmentLoader(self.store, expert_epochs=1, max_start_epoch=1, length=3)
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -116,12 +117,14 @@ def test_pictures_are_restored_after_loading(full, pictures, whitening, path):
     assert (full.pictures().min(), full.pictures().max()) == (0, 1)
 
 
-@pytest.mark.parametrize("name", ["images", "ema_images", "step_size"])
-def test_values_that_are_not_finite_are_refused_and_the_old_file_stays(full, refused, path, name):
+@pytest.mark.parametrize(
+    ("name", "value"), [("images", math.inf), ("images", math.nan), ("ema_images", -math.inf), ("step_size", math.nan)]
+)
+def test_values_that_are_not_finite_are_refused_and_the_old_file_stays(full, refused, path, name, value):
     full.save(path)
     before = path.read_bytes()
     bad = getattr(full, name).clone()
-    bad.view(-1)[-1] = float("nan")
+    bad.view(-1)[-1] = value
     setattr(full, name, bad)
     with refused(path, name):
         full.save(path)

@@ -141,7 +141,7 @@ class Source(LightningDataModule):
         return None
 
     def train_dataloader(self):
-        return self.trainer.lightning_module.iteration_loader()
+        return self.trainer.lightning_module.train_dataloader()
 
 
 @WITHOUT_VAL

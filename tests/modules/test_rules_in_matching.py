@@ -116,7 +116,7 @@ def test_correct_images_are_classified_correctly(tmp_path, teachers):
 def test_teacher_labels_are_what_the_target_says_of_the_images_before_the_step(tmp_path, teachers):
     module = distil(tmp_path, teachers, steps=1, rules=[TargetLabels()])
     first = distil(tmp_path, teachers, steps=0, rules=[TargetLabels()])
-    segment = first.iteration_loader().draw(0)
+    segment = first.train_dataloader().draw(0)
     network = first.fresh.architecture()
     load_flat(network, segment["target"])
     wanted = torch.softmax(network.eval()(first.images.detach()), 1)
@@ -175,7 +175,7 @@ def test_a_gate_that_never_opens_ends_the_run(tmp_path, teachers):
 
 def test_the_window_decides_on_segments_and_is_checked_before_anything_is_learned(tmp_path, teachers):
     module = distil(tmp_path, teachers, steps=0, rules=[StartWindow(ceiling=1, growth_iterations=4)])
-    loader = module.iteration_loader()
+    loader = module.train_dataloader()
     starts = [{loader.draw(i, slot)["start_epoch"] for slot in range(40)} for i in (0, 1, 2, 3, 4, 100)]
     assert starts == [{0}, {0}, {0, 1}, {0, 1}, {0, 1, 2}, {0, 1, 2}]
     for first in (3, 7):
@@ -215,7 +215,7 @@ def dropped(end: torch.Tensor, target: torch.Tensor, rule: MatchingRule) -> torc
 def test_an_iteration_matches_what_is_left(tmp_path: Path, trajectories: Path, rule: MatchingRule) -> None:
     module = distil(tmp_path, trajectories, steps=1, rules=[rule], momentum=0.0)
     store, network = TrajectoryStore(trajectories), ConvNet(1, 10, 8, width=4, depth=1)
-    drawn = module.iteration_loader().draw(0)
+    drawn = module.train_dataloader().draw(0)
     start, target = store.segment(drawn["teacher"], drawn["start_epoch"], 1)
     images, step_size = module.initial_images.clone().requires_grad_(), torch.tensor(0.1, requires_grad=True)
     batches = chunked_permutations(10, 3, make_generator(0))
@@ -243,7 +243,7 @@ def test_an_iteration_is_eq_9_with_the_noise_of_its_seed(tmp_path: Path, traject
     """Two iterations of gradient descent without momentum, written out with the full graph."""
     module = distil(tmp_path, trajectories, steps=2, rules=[RobustStart(0.3, residual)], momentum=0.0, seed=5)
     store, network = TrajectoryStore(trajectories), ConvNet(1, 10, 8, width=4, depth=1)
-    images, step_size, loader = module.initial_images.clone(), torch.tensor(0.1), module.iteration_loader()
+    images, step_size, loader = module.initial_images.clone(), torch.tensor(0.1), module.train_dataloader()
     for iteration in range(2):
         drawn = loader.draw(iteration)
         start, target = store.segment(drawn["teacher"], drawn["start_epoch"], 1)

@@ -21,7 +21,7 @@ def test_two_iterations_are_two_steps_of_sgd_with_momentum(tmp_path: Path, traje
     store, network = TrajectoryStore(trajectories), ConvNet(1, 10, 8, width=4, depth=1)
     images, step_size = module.initial_images.clone(), torch.tensor(0.1)
     velocity = [torch.zeros_like(images), torch.zeros(())]
-    loader = module.iteration_loader()
+    loader = module.train_dataloader()
     for iteration in range(2):
         segment = loader.draw(iteration)
         inputs = [images.requires_grad_(), step_size.requires_grad_()]
