@@ -76,8 +76,12 @@ def regress(folder: Path, ranks: int) -> dict:
     """FRePo: real images of each rank's own, one set, one pool."""
     module = FeatureRegression(network_options=SMALL, batch_target=16, learn_labels=True, pool_size=2)
     trainer_of(folder, ranks, max_steps=6).fit(module, datamodule=small_data())
-    pool = {f"{place}.{name}": value for place in range(2) for name, value in module.pool[place].state_dict().items()}
-    made = {"images": module.images.detach(), "targets": module.targets.values.detach(), **pool}
+    pool = {
+        f"{place}.{name}": value
+        for place in range(2)
+        for name, value in module.pool.networks[place].state_dict().items()
+    }
+    made = {"images": module.images.detach(), "targets": module.soft_labels.values.detach(), **pool}
     return {**made, "scores": module.synthetic_set().metadata["scores"], "start": module.initial_images}
 
 

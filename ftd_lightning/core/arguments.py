@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.inner_optimizers import InnerOptimizer
-from ftd_lightning.rules.base import MatchingRule, check_together
+from ftd_lightning.rules.base import EXCLUSIVE, MatchingRule, only_one
 
 Built = TypeVar("Built")
 
@@ -52,7 +52,8 @@ def matching_rules(rules: Iterable[MatchingRule | Mapping[str, Any]]) -> list[Ma
         [RobustStart(kappa=0.1, residual='displacement')]
     """
     built = [rule if isinstance(rule, MatchingRule) else _built(MatchingRule, rule, "rules") for rule in rules]
-    check_together(built)
+    for hook in EXCLUSIVE:
+        only_one(built, hook)
     return built
 
 

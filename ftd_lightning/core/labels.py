@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from ftd_lightning.data.coresets import estimate_running_statistics, logits_of
 from ftd_lightning.functional.gradient_matching import batch_norms
@@ -15,7 +14,7 @@ from ftd_lightning.functional.inner_step import student_logits
 from ftd_lightning.functional.unroll import load_flat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from ftd_lightning.files.trajectory_store import TrajectoryStore
     from ftd_lightning.rules.base import LabelRule
@@ -110,14 +109,6 @@ class StudentLabels(SetLabels):
         super().__init__(logits, given, options=rule.optimizer_options(), metadata={"labels_made": rule.made})
         self._rule = rule
         self._latest: Tensor | None = None
-
-    @classmethod
-    def start(
-        cls, rule: LabelRule, classes: Tensor, num_classes: int, answers: Callable[[], Iterable[Tensor]]
-    ) -> StudentLabels:
-        """Ask a rule where to start; see ``LabelRule.initial_logits`` for the arguments."""
-        logits = rule.initial_logits(classes, num_classes, answers)
-        return cls(rule, logits, one_hot(classes, num_classes).float() if logits is None else None)
 
     @property
     def logits(self) -> Tensor | None:

@@ -36,13 +36,8 @@ if TYPE_CHECKING:
 def clip_by_average(gradient: Tensor, average: Tensor, *, factor: float, decay: float = 0.9) -> None:
     """Scale a gradient down to ``factor`` times the moving average of its norm, in place and without synchronising.
 
-    As in the code of RaT-BPTT (Feng et al., ICLR 2024): the average is updated by the unclipped norm first.
-
-    Args:
-        gradient: of any shape.
-        average: a scalar >= 0, updated in place; 0 before the first call. A norm that is not finite leaves it as it is.
-        factor: > 0.
-        decay: of the average, in [0, 1).
+    As in the code of RaT-BPTT (Feng et al., ICLR 2024): the average, a scalar that is 0 before the first call, is
+    updated in place by the unclipped norm first. A norm that is not finite leaves it as it is.
     """
     norm = gradient.norm()
     moved = torch.where(average > 0, decay * average + (1 - decay) * norm, norm)
@@ -194,8 +189,9 @@ class BilevelDistillation(Distillation):
             optimizer=self.optimizer,
             skip=skip,
         )
-        images, answers = self._real_batch(*keys)
-        return cross_entropy(student_logits(student, weights, images), answers)
+        real = self.draw_real(self._real, hparams["batch_real"], *keys)
+        images = self.augment(real.images, self.generator("real dsa", *keys))
+        return cross_entropy(student_logits(student, weights, images), real.labels)
 
     def draw_window(self, iteration: int, slot: int) -> tuple[int, int]:
         """Return how many steps are made, and how many of them come before the window."""
@@ -214,11 +210,6 @@ class BilevelDistillation(Distillation):
         # The first image of every class, then the second of every class, and so on.
         chunks = torch.arange(count).view(-1, self.hparams["ipc"]).T.reshape(-1).split(size or count)
         return [chunks[step % len(chunks)] for step in range(steps)]
-
-    def _real_batch(self, iteration: int, slot: int) -> tuple[Tensor, Tensor]:
-        """Draw real images without replacement, augmented, and their classes."""
-        images, labels = self.draw_real(self._real, self.hparams["batch_real"], iteration, slot)
-        return self.augment(images, self.generator("real dsa", iteration, slot)), labels
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *arguments: Any, **options: Any) -> None:
         """Clip images and labels at multiples of their average norms, then as the trainer says."""

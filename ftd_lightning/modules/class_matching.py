@@ -24,14 +24,7 @@ TRAIN_BATCH = 256  # synthetic images per step of the network's own training, in
 
 
 class ClassBatches:
-    """Synthetic and real images of each class, of a distillation whose fit begins.
-
-    Under DDP every rank draws other real images.
-
-    Args:
-        module: whose images and device they are.
-        batch_real: real images per class and draw.
-    """
+    """Synthetic and real images of each class; under DDP every rank draws other real ones."""
 
     def __init__(self, module: Distillation, batch_real: int) -> None:
         self.module, self.batch_real = module, batch_real
@@ -44,15 +37,9 @@ class ClassBatches:
         return self.module.images[label * ipc : (label + 1) * ipc]
 
     def real(self, *keys: int | str, count: int | None = None, on_all_ranks: bool = False) -> Iterator[Tensor]:
-        """Draw real images of each class without replacement; all, if it has fewer.
+        """Draw ``count`` (or ``batch_real``) real images of each class without replacement; all, if it has fewer.
 
-        Args:
-            keys: of the draw; equal keys give equal images.
-            count: of each class; None draws ``batch_real``.
-            on_all_ranks: draw the same images on every rank.
-
-        Yields:
-            (n, C, H, W) of class 0, then of class 1, and so on, on the device, in the trainer's precision.
+        Equal keys give equal images. Yields (n, C, H, W) class by class, on the device, in the trainer's precision.
         """
         module, drawn = self.module, []
         rank = 0 if on_all_ranks else module.global_rank
@@ -64,9 +51,14 @@ class ClassBatches:
             yield to_device(self._pool[part], module.device, module.images.dtype)
 
     def siamese(self, images: Tensor, label: int, *keys: int | str) -> Tensor:
-        """Augment images of a class: with equal keys in the same way, be they real or synthetic, few or many."""
+        """Augment images of a class; equal keys augment real and synthetic ones alike."""
         module = self.module
         return module.augment(images, module.generator("siamese", label, *keys, module.global_rank), siamese=True)
+
+    def pairs(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield synthetic and real images of each class, augmented alike."""
+        for label, real in enumerate(self.real(iteration)):
+            yield self.siamese(self.synthetic(label), label, iteration), self.siamese(real, label, iteration)
 
 
 class _Summed(torch.autograd.Function):
@@ -97,14 +89,9 @@ def summed(images: Tensor, losses: Iterable[Tensor]) -> Tensor:
 
 
 def train_on_set(module: Distillation, network: nn.Module, lr: float, epochs: int, *keys: int | str) -> None:
-    """Train a network on the present synthetic set by plain SGD, in place; each image augmented for itself.
+    """Train a network on a module's present set by plain SGD, in place; each image augmented for itself.
 
-    Args:
-        module: whose set it is.
-        network: on its device.
-        lr: learning rate.
-        epochs: over the set.
-        keys: of the order and the augmentation.
+    The keys decide the order and the augmentation.
     """
     images, optimizer = module.images.detach(), torch.optim.SGD(network.parameters(), lr=lr)
     for epoch in range(epochs):
@@ -139,6 +126,8 @@ class DistributionMatching(Distillation):
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
     """
 
+    method = "dm"
+
     def __init__(
         self,
         network: Network = "convnet",
@@ -163,11 +152,6 @@ class DistributionMatching(Distillation):
         )
         self.save_arguments(locals(), augment=self.augment)
 
-    @property
-    def method(self) -> str:
-        """The method's short name."""
-        return "dm"
-
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the real images to the device, or leave them in host memory where they do not fit."""
         self.batches = ClassBatches(self, self.hparams["batch_real"])
@@ -177,14 +161,7 @@ class DistributionMatching(Distillation):
         iteration = batch["iteration"]
         network = self.fresh_network("network", iteration).requires_grad_(False)
         distances = self._joint_distance if batch_norms(network) else self._distances
-        return self.log_loss(summed(self.images, distances(network, self._pairs(iteration))))
-
-    def _pairs(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield synthetic and real images of each class, augmented alike."""
-        batches = self.batches
-        for label, real in enumerate(batches.real(iteration)):
-            synthetic = batches.synthetic(label)
-            yield batches.siamese(synthetic, label, iteration), batches.siamese(real, label, iteration)
+        return self.log_loss(summed(self.images, distances(network, self.batches.pairs(iteration))))
 
     def _distances(self, network: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         for synthetic, real in pairs:
@@ -261,12 +238,11 @@ class GradientMatching(Distillation):
             momentum=momentum,
         )
         self.save_arguments(locals(), augment=self.augment)
-        published = PUBLISHED_LOOPS.get(ipc, (None, None))
-        loops = (outer_loops or published[0], inner_epochs or published[1])
-        for name, value in zip(("outer_loops", "inner_epochs"), loops, strict=True):
-            if value is None:
-                raise InputError(f"ipc={ipc} has no published loops (those are {list(PUBLISHED_LOOPS)}): give {name}")
-        self.outer_loops, self.inner_epochs = (int(value) for value in loops if value)
+        if ipc not in PUBLISHED_LOOPS and not (outer_loops and inner_epochs):
+            missing = "inner_epochs" if outer_loops else "outer_loops"
+            raise InputError(f"ipc={ipc} has no published loops (those are {list(PUBLISHED_LOOPS)}): give {missing}")
+        published = PUBLISHED_LOOPS.get(ipc, (1, 1))
+        self.outer_loops, self.inner_epochs = outer_loops or published[0], inner_epochs or published[1]
         self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
 
     @property
@@ -309,10 +285,7 @@ class GradientMatching(Distillation):
             norm.eval()
 
     def _distances(self, network: nn.Module, iteration: int) -> Iterator[Tensor]:
-        batches = self.batches
-        for label, drawn in enumerate(batches.real(iteration)):
-            real = batches.siamese(drawn, label, iteration)
-            synthetic = batches.siamese(batches.synthetic(label), label, iteration)
+        for label, (synthetic, real) in enumerate(self.batches.pairs(iteration)):
             target = loss_gradients(network, real, self.labels.new_full((len(real),), label))
             labels = self.labels.new_full((len(synthetic),), label)
             yield gradient_distance(loss_gradients(network, synthetic, labels, keep_graph=True), target)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
 from ftd_lightning.contracts import Images
@@ -24,7 +24,7 @@ from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.files.synthetic_set import SyntheticSet
 from ftd_lightning.files.transforms import Standardization
 from ftd_lightning.functional.seeding import network_to_device, to_device
-from ftd_lightning.rules.base import MatchingRule, having, label_rule
+from ftd_lightning.rules.base import LabelRule, MatchingRule, having, only_one
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,7 +45,7 @@ COMMON = ("network", "network_options", "ipc", "init", "iterations_per_epoch", "
 
 
 def common(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Select the arguments that all methods share from a constructor's ``locals()``."""
+    """Select them from a constructor's ``locals()``."""
     return {name: arguments[name] for name in COMMON}
 
 
@@ -152,19 +152,16 @@ class Distillation(BaseModule):
         return random_real_images(real, self.ipc, self.seed)
 
     def student_labels(self, answers: Callable[[], Iterable[Tensor]]) -> StudentLabels | None:
-        """Make the labels of a label rule; None without one.
-
-        Args:
-            answers: returns the logits (N, K) that each teacher gives the initial images.
-        """
-        rule = label_rule(self.rules)
-        if rule is None:
+        """Make the labels of a label rule; None without one. ``answers`` is as for ``LabelRule.initial_logits``."""
+        rule = only_one(self.rules, "labels")
+        if not isinstance(rule, LabelRule):
             return None
         if self._loaded_shapes:  # the checkpoint's labels follow
             empty = torch.zeros(self._loaded_shapes["soft_labels.values"])
-            learned = rule.made == "learned"
-            return StudentLabels(rule, empty if learned else None, None if learned else empty)
-        return StudentLabels.start(rule, self.labels, self.num_classes, answers)
+            return StudentLabels(rule, *((empty, None) if rule.made == "learned" else (None, empty)))
+        logits = rule.initial_logits(self.labels, self.num_classes, answers)
+        given = one_hot(self.labels, self.num_classes).float() if logits is None else None
+        return StudentLabels(rule, logits, given)
 
     @property
     def method(self) -> str:
@@ -191,7 +188,7 @@ class Distillation(BaseModule):
         return self._guard.applied
 
     def learned_images(self) -> dict[str, Tensor]:
-        """Return the live images by kind; see ``contracts.LearnsSet``."""
+        """Return the live images; see ``contracts.LearnsSet``."""
         return {"raw": self.images, **({} if self.ema_images is None else {"ema": self.ema_images})}
 
     def keep_average(self, average: Tensor, initial_weight: Tensor, settings: dict[str, Any]) -> None:
@@ -207,7 +204,7 @@ class Distillation(BaseModule):
         return self.fresh.build(*seed)
 
     def exported_labels(self) -> Tensor:
-        """Return the labels of the set as it is: (N,) classes, or (N, K)."""
+        """Return the labels of the present set: (N,) classes, or (N, K)."""
         labels = None if self.soft_labels is None else self.soft_labels.of_set()
         return self.labels if labels is None else labels
 
@@ -267,15 +264,10 @@ class Distillation(BaseModule):
         return on_device(self.real_images(), self.device)
 
     def draw_real(self, real: Images, count: int, *keys: int | str) -> Images:
-        """Draw ``count`` real images without replacement (all, if there are fewer); equal keys give equal images.
-
-        Args:
-            real: from :meth:`real_on_device`.
-            count: of images.
-            keys: of the draw.
+        """Draw from :meth:`real_on_device` without replacement; equal keys give equal images.
 
         Returns:
-            Images (n, C, H, W) in the trainer's precision and classes (n,), on the device.
+            ``count`` images (all, if there are fewer) in the trainer's precision and their classes, on the device.
         """
         order = torch.randperm(len(real.labels), generator=self.generator("real", *keys))
         index = to_device(order[:count], real.labels.device)
@@ -299,10 +291,7 @@ class Distillation(BaseModule):
         return NoLoaders()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing: to measure a set is to train networks on it, which ``EvaluateSynthetic`` does.
-
-        Lightning warns of every datamodule with held-out images whose module lacks this.
-        """
+        """Do nothing, where Lightning would warn of a missing step; ``EvaluateSynthetic`` measures the set."""
 
     @property
     def verbs(self) -> list[str]:
@@ -327,8 +316,8 @@ class Distillation(BaseModule):
     def on_fit_start(self) -> None:
         """Check the trainer; then call :meth:`begin` on the device."""
         super().on_fit_start()
-        state, self._loaded_state = self._loaded_state, None
-        self.begin(state)
+        self.begin(self._loaded_state)
+        self._loaded_state = None
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Prepare a fit on the device: networks, real images.
@@ -338,11 +327,7 @@ class Distillation(BaseModule):
         """
 
     def on_train_start(self) -> None:
-        """Refuse batches that are not this module's iterations.
-
-        Raises:
-            InputError: for another loader.
-        """
+        """Refuse batches that are not this module's iterations."""
         if not isinstance(self.trainer.train_dataloader, IterationLoader):
             raise InputError(
                 "a distillation iterates over its own loader, but the datamodule brings another: wrap it with "
@@ -377,11 +362,9 @@ class Distillation(BaseModule):
     def _accepted(self, loss: Tensor) -> Tensor | None:
         """Return whether all rules accept a step of this loss, a bool scalar, the same on all ranks; None: yes."""
         gates = having(self.rules, "accepts")
-        if not gates:
-            return None
-        mean = mean_over_ranks(loss, self.trainer.world_size)
+        mean = mean_over_ranks(loss, self.trainer.world_size) if gates else loss
         said = [answer for rule in gates if (answer := rule.accepts(mean)) is not None]
-        return reduce(torch.logical_and, said) if said else None
+        return torch.stack(said).all() if said else None
 
     def _minimum_over_ranks(self, flag: Tensor) -> Tensor:
         if self.trainer.world_size > 1:
@@ -400,10 +383,10 @@ class Distillation(BaseModule):
         theirs.
         """
         if gradient_clip_val is None or gradient_clip_algorithm == "value":
-            return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
         for value in self.learned().values():
             torch.nn.utils.clip_grad_norm_(value, gradient_clip_val)
-        return None
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None

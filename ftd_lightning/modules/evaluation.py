@@ -13,13 +13,7 @@ from torchmetrics import MeanMetric
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import BatchPlan
-from ftd_lightning.core.evaluation import (
-    EvaluationProtocol,
-    PartsOnDevice,
-    learned_lr,
-    mean_and_std,
-    set_lr,
-)
+from ftd_lightning.core.evaluation import EvaluationProtocol, PartsOnDevice, learned_lr, mean_and_std, set_lr
 from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.module import BaseModule, run_folder
 from ftd_lightning.core.networks import Network, right_answers
@@ -71,6 +65,8 @@ class SyntheticEvaluation(BaseModule):
         results: after ``test``, the contents of ``evaluation.json`` (and as a table ``evaluation.md``) beside the logs.
     """
 
+    networks: nn.ModuleList
+
     def __init__(
         self,
         network: Network = "convnet",
@@ -90,7 +86,6 @@ class SyntheticEvaluation(BaseModule):
         super().__init__(network=network, network_options=network_options, augment=Augmentation.of(augment), seed=seed)
         self.save_arguments(locals(), augment=self.augment)
         self._sgd: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
-        self.networks: nn.ModuleList | None = None
         self.results: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.own: list[int] = []  # numbers of this rank's networks, of which the first ``counted`` are asked for
@@ -162,7 +157,6 @@ class SyntheticEvaluation(BaseModule):
 
     def configure_optimizers(self) -> torch.optim.SGD:
         """Make the protocol's optimizer; its learning rate is set epoch by epoch."""
-        assert self.networks is not None
         return EvaluationProtocol(lr=self.lr, **self._sgd).optimizer(self.networks)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -171,7 +165,6 @@ class SyntheticEvaluation(BaseModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Sum the losses. Augmentation seeds do not depend on the rank: a network is trained alike wherever it runs."""
-        assert self.networks is not None
         losses = self._losses(
             list(self.networks),
             *batch,
@@ -184,7 +177,6 @@ class SyntheticEvaluation(BaseModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, C, H, W) to the logits of n networks (n, N, K)."""
-        assert self.networks is not None
         return torch.stack([network(images) for network in self.networks])
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -192,12 +184,11 @@ class SyntheticEvaluation(BaseModule):
         return self(batch[0]).mean(0)  # type: ignore[no-any-return]
 
     def _measure(self, batch: tuple[Tensor, Tensor]) -> None:
-        assert self.networks is not None
         for network, metric in zip(self.networks, self.accuracies, strict=True):
             metric.update(right_answers(network(batch[0]), batch[1]))  # type: ignore[operator]
 
     def _measured(self) -> Tensor:
-        """Clear the metrics; returns the accuracies of all ranks' networks, (n,)."""
+        """Return the accuracies of all ranks' networks, (n,), and clear the metrics."""
         own = torch.stack([metric.compute() for metric in self.accuracies]).tolist()  # type: ignore[operator]
         for metric in self.accuracies:
             metric.reset()  # type: ignore[operator]
@@ -225,7 +216,7 @@ class SyntheticEvaluation(BaseModule):
             return
         self.trained_epochs, every = self.current_epoch + 1, self.hparams["measure_every"]
         due = every > 0 and self.trained_epochs % every == 0
-        if not due or self._real is None or self.networks is None or not len(self._real("val").labels):
+        if not due or self._real is None or not len(self._real("val").labels):
             return
         measured = self._real.accuracies(list(self.networks), self.hparams["networks"])
         self._log_accuracies("val", measured["val"])
@@ -265,7 +256,6 @@ class SyntheticEvaluation(BaseModule):
         chosen = choose_iterates(self.history, values)
         if chosen and self.data is not None and held_out_seen(metadata.get("dataset"), self.data.dataset):
             chosen["held_out_seen"] = "the set was distilled from images that are held out here"
-        assert self.networks is not None
         failed = check_learning(self.trainer, self.networks, self.device, self.hparams["networks"])
         self.results = {
             "accuracy": {metadata.get("method", "set"): mean_and_std(values)},

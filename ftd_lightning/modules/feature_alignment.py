@@ -120,6 +120,7 @@ class FeatureAlignment(Distillation):
     Attributes:
         round: number of the present network, from 0; -1 before there is one.
         round_steps: iterations that the present round has had.
+        accuracies: query accuracies of the present round.
 
     Raises:
         InputError: for numbers out of range, or unknown loops or augmentation.
@@ -157,7 +158,7 @@ class FeatureAlignment(Distillation):
         self.save_arguments(locals(), augment=self.augment, loops=self.loops)
         self.round, self.round_steps = -1, 0
         self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
-        self._accuracies: list[float] = []  # of the present round
+        self.accuracies: list[float] = []
 
     @property
     def method(self) -> str:
@@ -172,14 +173,9 @@ class FeatureAlignment(Distillation):
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the real images and a checkpoint's network to the device."""
         self.batches = ClassBatches(self, self.hparams["batch_real"])
-        if state is None:
-            return
-        saved = state["round"]
-        self.round, self.round_steps = saved["round"], saved["round_steps"]
-        self._accuracies = list(saved["accuracies"])
-        if saved["network"] is not None:
+        if state is not None and state["loop_network"] is not None:
             self._network = [self.fresh_network("network", "resumed")]
-            self._network[0].load_state_dict(saved["network"])
+            self._network[0].load_state_dict(state["loop_network"])
 
     def on_train_start(self) -> None:
         """End a run at once that had been done; see the base."""
@@ -202,7 +198,7 @@ class FeatureAlignment(Distillation):
                 # An extended run begins with this iteration.
                 self.trainer.train_dataloader.iteration = iteration  # type: ignore[union-attr]
                 return -1  # Lightning skips the rest of the epoch
-            self._network, self._accuracies = [self.fresh_network("network", self.round)], []
+            self._network, self.accuracies = [self.fresh_network("network", self.round)], []
         else:
             self._inner_loop(iteration)
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
@@ -221,8 +217,8 @@ class FeatureAlignment(Distillation):
             return self.round_steps >= loops.outer_max
         accuracy = self.query_accuracy(iteration)
         self.log("matching/query_accuracy", accuracy, prog_bar=True, batch_size=1)
-        self._accuracies.append(accuracy)
-        return len(self._accuracies) >= loops.outer_max or spread(self._accuracies, loops.window) < loops.lambda_1
+        self.accuracies.append(accuracy)
+        return len(self.accuracies) >= loops.outer_max or spread(self.accuracies, loops.window) < loops.lambda_1
 
     def _inner_loop(self, iteration: int) -> None:
         network, loops = self._network[0].requires_grad_(True).train(), self.loops
@@ -297,15 +293,12 @@ class FeatureAlignment(Distillation):
 
     def extra_state(self) -> dict[str, Any]:
         """Add the current network and the progress of its round."""
-        round_state = {
-            "round": self.round,
-            "round_steps": self.round_steps,
-            "network": self._network[0].state_dict() if self._network else None,
-            "accuracies": self._accuracies,
-        }
-        return {**super().extra_state(), "round": round_state}
+        network = self._network[0].state_dict() if self._network else None
+        progress = {name: getattr(self, name) for name in ("round", "round_steps", "accuracies")}
+        return {**super().extra_state(), **progress, "loop_network": network}
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
         """Continue to count rounds."""
         super().restore(state, checkpoint)
-        self.round = state["round"]["round"]
+        self.round, self.round_steps = state["round"], state["round_steps"]
+        self.accuracies = list(state["accuracies"])

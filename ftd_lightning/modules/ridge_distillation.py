@@ -39,6 +39,12 @@ Kernel = Literal["ntk", "nngp"]
 BATCH = 2048  # real images whose kernel with the set is in memory at a time
 
 
+def closed_form(kernel: Mapping[str, Any], images: Tensor, others: Tensor) -> Tensor:
+    """Return the kernel of ``metadata["kernel"]``, of (M, C, H, W) and (N, C, H, W) images: (M, N) float64."""
+    rows = (images.double().flatten(1), others.double().flatten(1))
+    return KERNELS[kernel["name"]](*rows, depth=kernel["depth"], bias_variance=kernel["bias_variance"])
+
+
 def ridge_accuracy(cross: Callable[[Tensor], Tensor], own: Tensor, targets: Tensor, reg: float, real: Images) -> Tensor:
     """Measure the share of real images that ridge regression classifies correctly, in [0, 1]: a scalar.
 
@@ -57,13 +63,11 @@ def ridge_accuracy(cross: Callable[[Tensor], Tensor], own: Tensor, targets: Tens
 
 
 def record_accuracies(module: Distillation, name: str, measure: Callable[[Images], Tensor], every: int) -> None:
-    """Measure by the method's own protocol where that is due or the fit ends, at the end of a batch.
-
-    The accuracy is logged (``evaluation/ridge_test_accuracy``) and recorded in the set's scores.
+    """Log and record accuracies by the method's own protocol, where that is due, at the end of a batch.
 
     Args:
         module: KIP or FRePo.
-        name: of the protocol, in the scores.
+        name: of the protocol, in the set's scores.
         measure: returns the accuracy of each kernel on real images, (n,).
         every: Lightning epochs between measurements; 0: only when the fit ends.
     """
@@ -118,10 +122,6 @@ class RidgeTargets(SetLabels):
         wanted = centred_targets(classes, self._num_classes, scale=self._scale).to(self.values.dtype)
         return half_squared_error(ridge_predictions(k_ts, k_ss, self.values, reg=self._reg), wanted)
 
-    def accuracy(self, cross: Callable[[Tensor], Tensor], own: Tensor, real: Images) -> Tensor:
-        """Measure the accuracy of the regression; see :func:`ridge_accuracy`."""
-        return ridge_accuracy(cross, own, self.values, self._reg, real)
-
 
 @torch.no_grad()
 def kernel_accuracy(synthetic: SyntheticSet, real: Images) -> float:
@@ -148,13 +148,8 @@ def kernel_accuracy(synthetic: SyntheticSet, real: Images) -> float:
         raise InputError(f"kernel_accuracy: {len(real.labels)} real images of {shapes[0]}, the set's are {shapes[1]}")
     labels, scale = synthetic.labels, synthetic.metadata.get("target_scale", 1.0)
     targets = centred_targets(labels, len(synthetic.class_names), scale=scale) if labels.ndim == 1 else labels
-    options = {"depth": kernel["depth"], "bias_variance": kernel["bias_variance"]}
-
-    def between(images: Tensor, others: Tensor) -> Tensor:
-        return KERNELS[kernel["name"]](images.double().flatten(1), others.double().flatten(1), **options)
-
-    own = between(synthetic.images, synthetic.images)
-    cross = lambda images: between(images, synthetic.images)  # noqa: E731
+    own = closed_form(kernel, synthetic.images, synthetic.images)
+    cross = partial(closed_form, kernel, others=synthetic.images)
     return float(ridge_accuracy(cross, own, targets, kernel["reg"], real))
 
 
@@ -192,6 +187,9 @@ class KernelInducingPoints(Distillation):
         InputError: for numbers out of range and an unknown kernel.
     """
 
+    method = "kip"
+    soft_labels: RidgeTargets
+
     def __init__(
         self,
         network: Network = "convnet",
@@ -215,11 +213,7 @@ class KernelInducingPoints(Distillation):
         check_bounds(KernelInducingPoints, locals())
         if kernel not in KERNELS:
             raise InputError(f"KernelInducingPoints: kernel={kernel!r} must be one of {', '.join(KERNELS)}")
-        super().__init__(
-            **common(locals()),
-            augment=Augmentation(""),
-            step_size=lr_network,
-        )
+        super().__init__(**common(locals()), augment=Augmentation(""), step_size=lr_network)
         self.save_arguments(locals())
 
     def build(self) -> None:
@@ -229,20 +223,9 @@ class KernelInducingPoints(Distillation):
         lr = hparams["lr_labels"] if hparams["learn_labels"] else None
         self.soft_labels = RidgeTargets(self.labels, self.num_classes, reg=hparams["reg"], lr=lr)
 
-    @property
-    def targets(self) -> RidgeTargets:
-        """The targets of the synthetic images."""
-        assert isinstance(self.soft_labels, RidgeTargets)
-        return self.soft_labels
-
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the real images to the device, or leave them in host memory where they do not fit."""
         self._real = self.real_on_device()
-
-    @property
-    def method(self) -> str:
-        """The method's short name."""
-        return "kip"
 
     def describe(self) -> dict[str, Any]:
         """Describe the data, the network and the kernel."""
@@ -251,34 +234,24 @@ class KernelInducingPoints(Distillation):
 
     def kernel(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the kernel of (M, C, H, W) and (N, C, H, W) images, (M, N) float64."""
-        rows = (images.double().flatten(1), others.double().flatten(1))
-        options = {key: self.hparams[key] for key in ("depth", "bias_variance")}
-        return KERNELS[self.hparams["kernel"]](*rows, **options)
+        return closed_form({**self.hparams, "name": self.hparams["kernel"]}, images, others)
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Predict a batch of real images."""
         real = self.draw_real(self._real, self.hparams["batch_target"], batch["iteration"], self.global_rank)
         cross, own = self.kernel(real.images, self.images), self.kernel(self.images, self.images)
-        return self.log_loss(self.targets.loss(cross, own, real.labels))
+        return self.log_loss(self.soft_labels.loss(cross, own, real.labels))
 
     def own_accuracies(self, real: Images) -> Tensor:
         """Measure the accuracy of the kernel regression, (1,)."""
         own = self.kernel(self.images, self.images)
         cross = partial(self.kernel, others=self.images)
-        return torch.stack([self.targets.accuracy(cross, own, real)])
+        return ridge_accuracy(cross, own, self.soft_labels.values, self.hparams["reg"], real)[None]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure by the method's own protocol where that is due: before the set is written."""
         super().on_train_batch_end(outputs, batch, batch_idx)
         record_accuracies(self, "kernel regression", self.own_accuracies, self.hparams["measure_every"])
-
-
-class _Member:
-    """A network of the pool, with its optimizer, age in steps, and number in its place."""
-
-    def __init__(self, network: nn.Module, lr: float, age: int, generation: int) -> None:
-        self.network, self.age, self.generation = network, age, generation
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=lr)
 
 
 class NetworkPool:
@@ -293,53 +266,49 @@ class NetworkPool:
         size: number of places.
         max_steps: steps after which a network is replaced by a fresh one.
         lr: of Adam.
+
+    Attributes:
+        networks: the present ones, by place.
+        ages: of each, in steps.
     """
 
     def __init__(self, build: Callable[[int, int], nn.Module], size: int, max_steps: int, lr: float) -> None:
-        self._build, self._max_steps, self._lr = build, max_steps, lr
-        self._members = [_Member(build(place, 0), lr, place * max_steps // size, 0) for place in range(size)]
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def __getitem__(self, place: int) -> nn.Module:
-        """Return the present network of a place."""
-        return self._members[place].network
-
-    @property
-    def ages(self) -> list[int]:
-        """Age of each network in steps."""
-        return [member.age for member in self._members]
+        self._build, self._max_steps = build, max_steps
+        self._adam = partial(torch.optim.Adam, lr=lr)
+        self.networks = [build(place, 0) for place in range(size)]
+        self.ages = [place * max_steps // size for place in range(size)]
+        self._generations = [0] * size
+        self._optimizers = [self._adam(network.parameters()) for network in self.networks]
 
     def step(self, place: int, images: Tensor, targets: Tensor) -> None:
         """Train a network one step on half the squared error for images (N, C, H, W); replace it after its last."""
-        member = self._members[place]
-        member.optimizer.zero_grad()
-        half_squared_error(member.network(images), targets).backward()  # type: ignore[no-untyped-call]
-        member.optimizer.step()
-        member.age += 1
-        if member.age >= self._max_steps:
-            generation = member.generation + 1
-            self._members[place] = _Member(self._build(place, generation), self._lr, 0, generation)
+        optimizer = self._optimizers[place]
+        optimizer.zero_grad()
+        half_squared_error(self.networks[place](images), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        self.ages[place] += 1
+        if self.ages[place] >= self._max_steps:
+            self.ages[place] = 0
+            self._generations[place] += 1
+            self.networks[place] = self._build(place, self._generations[place])
+            self._optimizers[place] = self._adam(self.networks[place].parameters())
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Return weights, states of the optimizers, ages and generations, place by place."""
-        return [
-            {
-                "network": member.network.state_dict(),
-                "optimizer": member.optimizer.state_dict(),
-                "age": member.age,
-                "generation": member.generation,
-            }
-            for member in self._members
-        ]
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, states of the optimizers, ages and generations, by place."""
+        return {
+            "networks": [network.state_dict() for network in self.networks],
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "ages": list(self.ages),
+            "generations": list(self._generations),
+        }
 
-    def load_state_dict(self, states: list[Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the :meth:`state_dict` of a pool of the same size and network."""
-        for member, state in zip(self._members, states, strict=True):
-            member.network.load_state_dict(state["network"])
-            member.optimizer.load_state_dict(state["optimizer"])
-            member.age, member.generation = state["age"], state["generation"]
+        self.ages, self._generations = list(state["ages"]), list(state["generations"])
+        parts = zip(self.networks, state["networks"], self._optimizers, state["optimizers"], strict=True)
+        for network, weights, optimizer, moments in parts:
+            network.load_state_dict(weights)
+            optimizer.load_state_dict(moments)
 
 
 class FeatureRegression(Distillation):
@@ -381,6 +350,10 @@ class FeatureRegression(Distillation):
         InputError: for numbers out of range; in the fit, for a network that runs no ``nn.Linear``.
     """
 
+    method = "frepo"
+    soft_labels: RidgeTargets
+    pool: NetworkPool  # from the start of a fit; no submodule, so not among DDP's parameters
+
     def __init__(
         self,
         network: Network = "convnet",
@@ -403,13 +376,8 @@ class FeatureRegression(Distillation):
         measure_every: int = 0,
     ) -> None:
         check_bounds(FeatureRegression, locals())
-        super().__init__(
-            **common(locals()),
-            augment=Augmentation(""),
-            step_size=lr_network,
-        )
+        super().__init__(**common(locals()), augment=Augmentation(""), step_size=lr_network)
         self.save_arguments(locals())
-        self._pool: NetworkPool | None = None  # no submodule, so not among DDP's parameters
 
     def build(self) -> None:
         """Make the initial synthetic set and its targets, smaller for more than 10 classes, as published."""
@@ -417,17 +385,6 @@ class FeatureRegression(Distillation):
         hparams, scale = self.hparams, math.sqrt(10 / self.num_classes)
         lr = hparams["lr_labels"] if hparams["learn_labels"] else None
         self.soft_labels = RidgeTargets(self.labels, self.num_classes, reg=hparams["reg"], scale=scale, lr=lr)
-
-    @property
-    def targets(self) -> RidgeTargets:
-        """The targets of the synthetic images."""
-        assert isinstance(self.soft_labels, RidgeTargets)
-        return self.soft_labels
-
-    @property
-    def method(self) -> str:
-        """The method's short name."""
-        return "frepo"
 
     def describe(self) -> dict[str, Any]:
         """Describe the data, the network and the kernel, which is made of networks' features."""
@@ -437,20 +394,13 @@ class FeatureRegression(Distillation):
         """Move the real images to the device; make the pool, or continue with a checkpoint's."""
         self._real = self.real_on_device()
         hparams, build = self.hparams, partial(self.fresh_network, "pool")
-        self._pool = NetworkPool(build, hparams["pool_size"], hparams["max_steps_per_network"], hparams["lr_pool"])
-        if state is not None and state["pool"] is not None:
-            self._pool.load_state_dict(state["pool"])
-
-    @property
-    def pool(self) -> NetworkPool:
-        """The pool, once a fit has started."""
-        assert self._pool is not None
-        return self._pool
+        self.pool = NetworkPool(build, hparams["pool_size"], hparams["max_steps_per_network"], hparams["lr_pool"])
+        if state is not None:
+            self.pool.load_state_dict(state["pool"])
 
     def place_of(self, iteration: int) -> int:
         """Draw the network of an iteration, in [0, pool_size), the same on every rank."""
-        drawn = torch.randint(len(self.pool), (), generator=self.generator("place", iteration))
-        return int(drawn)
+        return int(torch.randint(self.hparams["pool_size"], (), generator=self.generator("place", iteration)))
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Predict a batch of real images by a network's features."""
@@ -459,11 +409,11 @@ class FeatureRegression(Distillation):
         if iteration > 0:
             self._train_network(iteration - 1)
         images, classes = self.draw_real(self._real, self.hparams["batch_target"], iteration, self.global_rank)
-        network = self.pool[self.place_of(iteration)]
+        network = self.pool.networks[self.place_of(iteration)]
         own = self.features(network, self.images)
         with torch.no_grad():
             real = self.features(network, images)
-        return self.log_loss(self.targets.loss(real @ own.T, own @ own.T, classes))
+        return self.log_loss(self.soft_labels.loss(real @ own.T, own @ own.T, classes))
 
     def features(self, network: nn.Module, images: Tensor) -> Tensor:
         """Return a network's features, (N, D) float64; no gradient reaches its weights."""
@@ -474,19 +424,18 @@ class FeatureRegression(Distillation):
         """Train the network of an iteration on the set that it has led to."""
         index = torch.randperm(len(self.images), generator=self.generator("set", iteration))
         index = to_device(index[: self.hparams["pool_batch"]], self.device)
-        self.pool.step(self.place_of(iteration), self.images.detach()[index], self.targets.values.detach()[index])
+        self.pool.step(self.place_of(iteration), self.images.detach()[index], self.soft_labels.values.detach()[index])
 
     def own_accuracies(self, real: Images) -> Tensor:
         """Measure the accuracy of the regression on the features of each network of the pool, (n,)."""
         measured = []
-        for place in range(len(self.pool)):
-            network = self.pool[place]
+        for network in self.pool.networks:
             own = self.features(network, self.images)
 
             def cross(images: Tensor, network: nn.Module = network, own: Tensor = own) -> Tensor:
                 return self.features(network, images.to(self.images.dtype)) @ own.T
 
-            measured.append(self.targets.accuracy(cross, own @ own.T, real))
+            measured.append(ridge_accuracy(cross, own @ own.T, self.soft_labels.values, self.hparams["reg"], real))
         return torch.stack(measured)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -497,4 +446,4 @@ class FeatureRegression(Distillation):
 
     def extra_state(self) -> dict[str, Any]:
         """Add the pool."""
-        return {**super().extra_state(), "pool": None if self._pool is None else self._pool.state_dict()}
+        return {**super().extra_state(), "pool": self.pool.state_dict()}

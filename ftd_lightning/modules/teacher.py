@@ -31,29 +31,12 @@ from ftd_lightning.optim import GSAM
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lightning.pytorch import Trainer
     from torch import Tensor
 
 
 LONGEST = 1 << 20  # epochs; no teacher has as many
 
 Parallel = Literal["teachers", "data"]
-
-
-def refuse_callbacks(trainer: Trainer, *, several: bool) -> None:
-    """Refuse callbacks that treat the teachers of a fit, trained one after the other, as one network.
-
-    Raises:
-        InputError: for StochasticWeightAveraging, and for ``several`` teachers EarlyStopping on a teacher's metric.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging):
-            raise InputError("StochasticWeightAveraging would average weights of different teachers: leave it out")
-        if several and isinstance(callback, EarlyStopping) and callback.monitor.startswith("teacher/"):
-            raise InputError(
-                f"EarlyStopping compares {callback.monitor} of a teacher with the best of earlier teachers, and ends "
-                "the whole fit: leave it out, or fit one teacher"
-            )
 
 
 class FlatTeacher(BaseModule):
@@ -95,6 +78,8 @@ class FlatTeacher(BaseModule):
             starts, a network with dropout: a student must be a function of its weights.
     """
 
+    network: nn.Module
+
     def __init__(
         self,
         network: Network = "convnet",
@@ -122,7 +107,6 @@ class FlatTeacher(BaseModule):
         self.automatic_optimization = False
         self.teachers = teachers
         self._compile: Compile = compile
-        self.network: nn.Module | None = None
         self._states = RankStates()
 
     @property
@@ -154,29 +138,20 @@ class FlatTeacher(BaseModule):
         rank, world_size = (0, 1) if self.independent_ranks else (self.global_rank, self.trainer.world_size)
         return BatchPlan(rank, world_size, epoch=self.data_epoch)
 
-    @property
-    def teacher(self) -> int:
-        """Number of the teacher being trained in this process, from 0."""
-        return self.teacher_at(self.current_epoch)[0]
-
-    @property
-    def teacher_epoch(self) -> int:
-        """Epoch of that teacher, from 0."""
-        return self.teacher_at(self.current_epoch)[1]
-
     def teacher_progress(self) -> TeacherProgress:
         """Return the progress of the fit; see ``contracts.TrainsTeachers``."""
-        records = self.teacher < self.teachers if self.independent_ranks else self.global_rank == 0
-        return TeacherProgress(self.teacher, self.teacher_epoch, self.hparams["epochs"], self.teachers, records)
+        teacher, epoch = self.teacher_at(self.current_epoch)
+        records = teacher < self.teachers if self.independent_ranks else self.global_rank == 0
+        return TeacherProgress(teacher, epoch, self.hparams["epochs"], self.teachers, records)
 
     def teacher_network(self) -> nn.Module:
         """Return the network being trained."""
-        assert self.network is not None
         return self.network
 
     def progress_label(self) -> str:
         """Name teacher and epoch."""
-        return f"teacher {min(self.teacher, self.teachers - 1) + 1}/{self.teachers}, epoch {self.teacher_epoch + 1}"
+        teacher, epoch = self.teacher_at(self.current_epoch)
+        return f"teacher {min(teacher, self.teachers - 1) + 1}/{self.teachers}, epoch {epoch + 1}"
 
     def planned_epochs(self) -> int:
         """Return the number of epochs that all teachers take."""
@@ -208,12 +183,20 @@ class FlatTeacher(BaseModule):
         sgd = partial(torch.optim.SGD, **{key: self.hparams[key] for key in ("lr", "momentum", "weight_decay")})
         ball = {key: self.hparams[key] for key in ("rho", "alpha", "adaptive")}
         reduce = None if self.independent_ranks else partial(average_over_ranks, self.trainer)
-        return GSAM(list(self.teacher_network().parameters()), sgd, **ball, reduce=reduce)
+        return GSAM(list(self.network.parameters()), sgd, **ball, reduce=reduce)
 
     def on_fit_start(self) -> None:
-        """Refuse unsuitable settings and callbacks; restore this rank's weights."""
+        """Refuse settings and callbacks that take several teachers for one network; restore this rank's weights."""
         super().on_fit_start()
-        refuse_callbacks(self.trainer, several=self.planned_epochs() > self.hparams["epochs"])
+        several = self.planned_epochs() > self.hparams["epochs"]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging):
+                raise InputError("StochasticWeightAveraging would average weights of different teachers: leave it out")
+            if several and isinstance(callback, EarlyStopping) and callback.monitor.startswith("teacher/"):
+                raise InputError(
+                    f"EarlyStopping compares {callback.monitor} of a teacher with the best of earlier teachers, and "
+                    "ends the whole fit: leave it out, or fit one teacher"
+                )
         self._states.restore(self)
 
     def on_train_start(self) -> None:
@@ -221,7 +204,7 @@ class FlatTeacher(BaseModule):
         self.warn_of_unordered_loader()
         batch = None if self.data is None else self.data.batch_size
         split = not self.independent_ranks and self.trainer.world_size > 1
-        self._pass = CompiledPass(self.teacher_network(), self._compile, self.device, None if split else batch)
+        self._pass = CompiledPass(self.network, self._compile, self.device, None if split else batch)
         if self.independent_ranks:
             refuse_split_loaders(self.trainer, or_else="--model.parallel data, which splits the batches of one teacher")
         self.trainer.should_stop = self.trainer.should_stop or self.current_epoch >= self.planned_epochs()
@@ -244,19 +227,19 @@ class FlatTeacher(BaseModule):
 
     def on_train_epoch_start(self) -> None:
         """Begin a new teacher where the last one ended."""
-        if self.teacher_epoch > 0:
+        teacher, epoch = self.teacher_at(self.current_epoch)
+        if epoch > 0:
             return
-        fresh = self.fresh.build(self.seed, "teacher", self.teacher)
-        self.teacher_network().load_state_dict(fresh.state_dict())
+        self.network.load_state_dict(self.fresh.build(self.seed, "teacher", teacher).state_dict())
         self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]  # momentum, where there is any
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Take one GSAM step on a batch of (images, labels)."""
         images, labels = batch
-        network, gsam = self.teacher_network(), self.optimizers(use_pl_optimizer=False)
+        gsam = self.optimizers(use_pl_optimizer=False)
         assert isinstance(gsam, GSAM)
         if self.global_step == 0 and self.data is None:
-            refuse_dropout(network, images)
+            refuse_dropout(self.network, images)
         epoch, rank = self.data_epoch(self.current_epoch), 0 if self.independent_ranks else self.global_rank
         images = self.augment(images, self.generator("dsa", epoch, batch_idx, rank))
         first: dict[str, Tensor] = {}
@@ -277,8 +260,7 @@ class FlatTeacher(BaseModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, C, H, W) to logits (N, K) of the teacher being trained."""
-        logits: Tensor = self.teacher_network()(images)
-        return logits
+        return self.network(images)  # type: ignore[no-any-return]
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return logits (N, K)."""
@@ -286,7 +268,7 @@ class FlatTeacher(BaseModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure accuracy on held-out images."""
-        self.val_accuracy.update(right_answers(self.teacher_network()(batch[0]), batch[1]))
+        self.val_accuracy.update(right_answers(self.network(batch[0]), batch[1]))
         self.log("teacher/val_accuracy", self.val_accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
@@ -296,8 +278,7 @@ class FlatTeacher(BaseModule):
 
     def trajectory_metadata(self) -> dict[str, Any]:
         """Return the store's entries beside the weights; see ``TrajectoryStore.metadata``."""
-        keys = ("rho", "alpha", "adaptive", "lr", "momentum", "weight_decay")
-        data = self.data
+        keys, data = ("rho", "alpha", "adaptive", "lr", "momentum", "weight_decay"), self.data
         return {
             **{key: self.hparams[key] for key in keys},
             **({"transform": None} if data is None else data.metadata()),
@@ -305,6 +286,6 @@ class FlatTeacher(BaseModule):
             "batch_size": None if data is None else data.batch_size,
             "augmentation": self.augment.describe(),
             "network": self.fresh.describe(),
-            "seed": derive_seed(self.seed, "teacher", self.teacher),
+            "seed": derive_seed(self.seed, "teacher", self.teacher_at(self.current_epoch)[0]),
             "versions": versions(),
         }

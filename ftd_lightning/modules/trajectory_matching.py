@@ -33,18 +33,11 @@ if TYPE_CHECKING:
 
 
 def start_window(rules: Sequence[MatchingRule], max_start_epoch: int) -> Callable[[int], range]:
-    """Return the start epochs of an iteration as a function of its number.
-
-    Raises:
-        InputError: where the first iteration has none, or some outside {0 .. max_start_epoch - 1}.
-    """
-    rule = only_one(rules, "start_epochs")
-    everything = range(max_start_epoch)
-    if rule is None:
-        return lambda iteration: everything
+    """Return the start epochs of an iteration as a function of its number; raises InputError for impossible ones."""
+    rule, everything = only_one(rules, "start_epochs"), range(max_start_epoch)
 
     def epochs(iteration: int) -> range:
-        found = rule.start_epochs(iteration, max_start_epoch)
+        found = None if rule is None else rule.start_epochs(iteration, max_start_epoch)
         if found is None:
             return everything
         if not found or not all(end in everything for end in (found[0], found[-1])):
@@ -59,11 +52,7 @@ def start_window(rules: Sequence[MatchingRule], max_start_epoch: int) -> Callabl
 
 
 def choose_images(rule: MatchingRule, real: Images, ipc: int, seed: int, teachers: Teachers) -> Images:
-    """Take ipc real images of each class, class by class, as a rule chooses them.
-
-    Raises:
-        InputError: where a class has fewer than ipc images, or the rule says so.
-    """
+    """Take ipc real images of each class, class by class, as a rule chooses them."""
     members = []
     for label in real.labels.unique().tolist():
         of_class = (real.labels == label).nonzero()[:, 0]
@@ -72,11 +61,8 @@ def choose_images(rule: MatchingRule, real: Images, ipc: int, seed: int, teacher
         order = torch.randperm(len(of_class), generator=make_generator(seed, "initial images", label))
         members.append(of_class[order.to(of_class.device)])
     chosen = rule.initial_images([real.images[index] for index in members], ipc, teachers)
-    if chosen is None:
-        chosen = [torch.arange(ipc)] * len(members)
+    chosen = chosen or [torch.arange(ipc)] * len(members)
     picked = [index[choice.to(index.device)] for index, choice in zip(members, chosen, strict=True)]
-    if any(len(index.unique()) != ipc for index in picked):
-        raise InputError(f"{rule}: initial_images has to choose ipc={ipc} different images of each class")
     return real.take(torch.cat(picked))
 
 
@@ -213,8 +199,7 @@ class TrajectoryMatching(Distillation):
 
     def training_step(self, batch: list[SegmentBatch], batch_idx: int) -> Tensor:
         """Average the matching losses of this rank's segments."""
-        # In full precision whatever the trainer's: the backward run is not under its autocast, and would differentiate
-        # another function.
+        # In full precision whatever the trainer's: the backward run is not under its autocast.
         with torch.autocast(self.device.type, enabled=False):
             matches = [self._match(segment) for segment in batch]
             loss = torch.stack([found.loss for found in matches]).mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ftd_lightning.errors import InputError
 
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor
+
+# Hooks that at most one rule may override.
+EXCLUSIVE = ("distance", "start_epochs", "initial_images", "labels")
 
 
 class Teachers(Protocol):
@@ -27,10 +30,12 @@ class MatchingRule:
     """A change of trajectory matching.
 
     Subclasses are frozen dataclasses that override the hooks they need; the hooks here change nothing. All are pure
-    functions of their arguments. ``TrajectoryMatching`` applies a list of rules in order: ``begin`` of one rule takes
+    functions of their arguments. Constructors raise InputError (a ValueError) for arguments out of their range.
+
+    ``TrajectoryMatching`` applies a list of rules in order: ``begin`` of one rule takes
     the start that the rules before it return, the distance is over the parameters that all rules keep, and a step is
     made if all accept it. At most one rule may override each exclusive hook: ``distance``, ``start_epochs``,
-    ``initial_images``, and the labels of a ``LabelRule``. ``trajectory_matching_loss`` uses ``begin``, ``compared``,
+    ``initial_images``, and ``labels`` of a ``LabelRule``. ``trajectory_matching_loss`` uses ``begin``, ``compared``,
     ``keep`` and ``distance``.
 
     Attributes:
@@ -153,34 +158,15 @@ class LabelRule(MatchingRule):
         raise NotImplementedError
 
 
-Rule = TypeVar("Rule", bound=MatchingRule)
-
-
 def having(rules: Sequence[MatchingRule], hook: str) -> list[MatchingRule]:
-    """Return the rules that override a hook."""
-    return [rule for rule in rules if getattr(type(rule), hook) is not getattr(MatchingRule, hook)]
+    """Return the rules that override a hook, which may be the labels of a ``LabelRule``."""
+    return [rule for rule in rules if getattr(type(rule), hook, None) is not getattr(MatchingRule, hook, None)]
 
 
 def only_one(rules: Sequence[MatchingRule], hook: str) -> MatchingRule | None:
     """Return the rule that overrides an exclusive hook, or None; raises InputError for several."""
-    return _single(having(rules, hook), hook)
-
-
-def label_rule(rules: Sequence[MatchingRule]) -> LabelRule | None:
-    """Return the rule for labels, or None; raises InputError for several."""
-    found = [rule for rule in rules if isinstance(rule, LabelRule)]
-    return _single(found, "labels")
-
-
-def check_together(rules: Sequence[MatchingRule]) -> None:
-    """Raise InputError for rules that override the same exclusive hook."""
-    for hook in ("distance", "start_epochs", "initial_images"):
-        only_one(rules, hook)
-    label_rule(rules)
-
-
-def _single(rules: Sequence[Rule], hook: str) -> Rule | None:
-    if len(rules) > 1:
-        names = " and ".join(type(rule).__name__ for rule in rules)
+    found = having(rules, hook)
+    if len(found) > 1:
+        names = " and ".join(type(rule).__name__ for rule in found)
         raise InputError(f"rules: {names} each decide {hook}: give one of them")
-    return rules[0] if rules else None
+    return found[0] if found else None

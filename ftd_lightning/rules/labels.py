@@ -51,9 +51,6 @@ class LearnedLabels(LabelRule):
             last recorded epoch. "one_hot": 0.9 on the image's class, the rest equally on the others; an exact one-hot
             softmax has no gradient.
 
-    Raises:
-        InputError: (a ValueError) for numbers out of range or an unknown ``init``.
-
     Example:
         >>> logits = LearnedLabels(lr=1.0, init="one_hot").initial_logits(torch.tensor([1]), 3, list)
         >>> torch.softmax(logits, 1)

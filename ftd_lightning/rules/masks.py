@@ -21,9 +21,6 @@ class DropShallow(MatchingRule):
 
     Args:
         rate: alpha, the fraction of the parameters to drop, in [0, 1).
-
-    Raises:
-        InputError: (a ValueError) for a rate out of range.
     """
 
     rate: float
@@ -47,9 +44,6 @@ class DropSmallest(MatchingRule):
 
     Args:
         rate: fraction of the parameters to drop, in [0, 1).
-
-    Raises:
-        InputError: (a ValueError) for a rate out of range.
     """
 
     rate: float
@@ -59,7 +53,6 @@ class DropSmallest(MatchingRule):
     def __post_init__(self) -> None:
         check_bounds(DropSmallest, vars(self))
 
-    @torch.no_grad()
     def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor:
         """Return the mask, (P,) bool."""
         count = student.numel() - int(student.numel() * self.rate)
@@ -77,9 +70,6 @@ class DropLargest(MatchingRule):
     Args:
         rate: fraction of the parameters to drop, in [0, 1); DPD's is 0.1.
 
-    Raises:
-        InputError: (a ValueError) for a rate out of range.
-
     Example:
         >>> student, target = torch.tensor([1.0, -2.0, 3.0, 0.0]), torch.tensor([2.0, 2.0, 3.5, 0.0])
         >>> DropLargest(rate=0.25).keep(student, torch.zeros(4), target)
@@ -93,7 +83,6 @@ class DropLargest(MatchingRule):
     def __post_init__(self) -> None:
         check_bounds(DropLargest, vars(self))
 
-    @torch.no_grad()
     def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor:
         """Return the mask, (P,) bool."""
         dropped = (student - target).abs().topk(int(student.numel() * self.rate), sorted=False).indices
@@ -109,9 +98,6 @@ class KeepSimilar(MatchingRule):
 
     Args:
         epsilon: least similarity, in [0, 1].
-
-    Raises:
-        InputError: (a ValueError) for an epsilon out of range.
     """
 
     epsilon: float
@@ -121,7 +107,6 @@ class KeepSimilar(MatchingRule):
     def __post_init__(self) -> None:
         check_bounds(KeepSimilar, vars(self))
 
-    @torch.no_grad()
     def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor:
         """Return the mask, (P,) bool."""
         smaller, larger = torch.minimum(student.abs(), target.abs()), torch.maximum(student.abs(), target.abs())

@@ -55,9 +55,6 @@ class RobustStart(MatchingRule):
     Args:
         kappa: size of the noise relative to the teacher's displacement, >= 0 and finite.
         residual: "displacement" or "endpoint".
-
-    Raises:
-        InputError: (a ValueError) for a kappa out of range or an unknown residual.
     """
 
     kappa: float
@@ -92,8 +89,8 @@ class StartWindow(MatchingRule):
         growth_iterations: E, iterations until the ceiling reaches T+.
 
     Raises:
-        InputError: (a ValueError) for numbers out of range, a ceiling that is not above ``first``, or ``ceiling`` and
-            ``growth_iterations`` without each other.
+        InputError: for a ceiling that is not above ``first``, or ``ceiling`` and ``growth_iterations`` without each
+            other.
 
     Example:
         >>> window = StartWindow(first=1, ceiling=3, growth_iterations=100)
@@ -133,7 +130,7 @@ class CorrectImages(MatchingRule):
     epoch; if they are too few, add images that teacher 1 classifies correctly, and so on.
 
     Raises:
-        InputError: (a ValueError) if all teachers together classify too few images of a class correctly.
+        InputError: if all teachers together classify too few images of a class correctly.
     """
 
     name: ClassVar[str] = "correct"
@@ -142,7 +139,6 @@ class CorrectImages(MatchingRule):
         """Return (ipc,) indices into the candidates of each class."""
         return [self._of_class(label, images, ipc, teachers) for label, images in enumerate(candidates)]
 
-    @torch.no_grad()
     def _of_class(self, label: int, images: Tensor, ipc: int, teachers: Teachers) -> Tensor:
         chosen: dict[int, None] = {}  # in order
         for teacher in range(len(teachers)):
@@ -182,9 +178,6 @@ class LossGate(MatchingRule):
 
     Args:
         threshold: above 0; published: 1 to 1.5.
-
-    Raises:
-        InputError: (a ValueError) for a threshold out of range.
     """
 
     threshold: float

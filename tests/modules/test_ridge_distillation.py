@@ -86,7 +86,7 @@ def test_kip_is_the_equation_written_out(tmp_path, doubles, kernel, function) ->
         for optimizer in optimizers:
             optimizer.step()
     torch.testing.assert_close(module.images.detach(), images.detach(), rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(module.targets.values.detach(), labels.detach(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(module.soft_labels.values.detach(), labels.detach(), rtol=1e-6, atol=1e-8)
 
 
 def test_frepo_is_the_equation_written_out(tmp_path, doubles) -> None:
@@ -124,7 +124,7 @@ def test_frepo_is_the_equation_written_out(tmp_path, doubles) -> None:
             pool[place] = network, torch.optim.Adam(network.parameters(), lr=3e-4)
     assert sum(born) >= 2
     torch.testing.assert_close(module.images.detach(), images.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(module.targets.values.detach(), labels.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(module.soft_labels.values.detach(), labels.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -138,7 +138,7 @@ def test_it_learns(tmp_path, method) -> None:
     with torch.no_grad():
         assert learned == pytest.approx(float(module.own_accuracies(test).mean()))
         module.images.copy_(module.initial_images)
-        module.targets.values.copy_(centred_targets(module.labels, 10))
+        module.soft_labels.values.copy_(centred_targets(module.labels, 10))
         start = float(module.own_accuracies(test).mean())
     assert learned > start + 0.05
 
@@ -164,7 +164,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, method) -> None:
     """An infinite real image: the loss is not a number, nor is any gradient."""
     images, labels = torch.randn(20, 1, 8, 8), torch.arange(10).repeat(2)
     module = fit(tmp_path, method, steps=2, real=(images, labels), init="noise")
-    good = [value.detach().clone() for value in (module.images, module.targets.values)]
+    good = [value.detach().clone() for value in (module.images, module.soft_labels.values)]
     assert module.skipped_steps == 0
     images = images.clone()
     images[3] = 1e30
@@ -176,9 +176,9 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, method) -> None:
     module = fit(tmp_path, method, steps=2, real=(images, labels), init="noise", callbacks=[Poison()])
     assert module.skipped_steps == 2
     assert torch.equal(module.images, module.initial_images)
-    assert torch.equal(module.targets.values, centred_targets(module.labels, 10))
+    assert torch.equal(module.soft_labels.values, centred_targets(module.labels, 10))
     assert not torch.equal(module.images, good[0])
-    assert not torch.equal(module.targets.values, good[1])
+    assert not torch.equal(module.soft_labels.values, good[1])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -191,7 +191,7 @@ def test_the_set_says_what_made_it(tmp_path, method) -> None:
     assert (metadata["method"], metadata["kernel"]["name"], metadata["kernel"]["reg"]) == (name, kernel, 1e-6)
     assert set(metadata["scores"]) == {f"{PROTOCOLS[method]}, {p} images" for p in ("test", "held-out training")}
     assert (metadata["label_kind"], metadata["labels_made"]) == ("target", "learned")
-    assert torch.equal(written.labels, module.targets.values.detach())
+    assert torch.equal(written.labels, module.soft_labels.values.detach())
     assert float(written.labels.sum(1).abs().max()) > 1e-4, "learned: neither probabilities nor centred"
 
 
