@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
 from lightning.pytorch import Callback, Trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ftd_lightning import DistillationDataModule, FlatTeacher, TrajectoryMatching
+from ftd_lightning import DistillationDataModule, FlatTeacher, TrajectoryMatching, cli
 from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.files.safetensors_io import KEY
 
@@ -95,3 +96,13 @@ def rewrite(path: Path, target: Path, change) -> None:
     metadata = change(tensors, metadata) or metadata
     text = metadata if isinstance(metadata, str) else json.dumps(metadata)
     save_file({name: value.contiguous() for name, value in tensors.items()}, target, metadata={KEY: text})
+
+
+def refusal(capsys, *arguments: object) -> str:
+    """Run an ``ftd`` command that has to end with exit code 1, one line of error and no output; give the line."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*map(str, arguments)])
+    shown = capsys.readouterr()
+    (line,) = (line for line in shown.err.splitlines() if line.startswith("ftd: error: "))
+    assert (stop.value.code, shown.out) == (1, "")
+    return line

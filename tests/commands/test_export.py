@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fits import refusal
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -56,23 +57,10 @@ def front_matter(folder: Path) -> dict:
     return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[1])
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["export", *map(str, arguments)])
-    shown = capsys.readouterr()
-    assert (stop.value.code, shown.out, len(shown.err.splitlines())) == (1, "", 1)
-    return shown.err
-
-
 @pytest.mark.parametrize(
     ("synthetic", "ema"),
-    [
-        (make_set(1, 8, zca=False, names=DIGITS), True),
-        (make_set(1, 8, zca=True, names=DIGITS), False),
-        (make_set(3, 32, zca=False, names=ANIMALS), False),
-        (make_set(3, 16, zca=True, names=ANIMALS), True),
-    ],
-    ids=["grey", "whitened grey", "colours", "whitened colours"],
+    [(make_set(1, 8, zca=False, names=DIGITS), True), (make_set(3, 16, zca=True, names=ANIMALS), False)],
+    ids=["grey", "whitened colours"],
 )
 def test_image_folder_reads_the_pictures_with_their_labels(synthetic, ema: bool, tmp_path: Path, capsys) -> None:
     folder = exported(synthetic, tmp_path, *(["--ema"] if ema else []))
@@ -98,10 +86,9 @@ def test_the_layout_is_what_hugging_face_documents_for_imagefolder(soft: bool, t
     names = ["yes", "12", "a: 'b' # \"c\"", "train\n"]
     labels = torch.softmax(random(12, 4, seed=2) * 5, dim=1) if soft else torch.arange(12) % 4
     folder = exported(make_set(3, 8, zca=False, names=names, labels=labels), tmp_path)
-    lines, header = table(folder), front_matter(folder)
+    lines, (config,) = table(folder), front_matter(folder)["configs"]
     images = {str(path.relative_to(folder)) for path in folder.glob("*/*.png")}
     assert {line["file_name"] for line in lines} == images
-    (config,) = header["configs"]
     (split,) = config["data_files"]
     assert split["split"] == "train"
     found = {str(path.relative_to(folder)) for pattern in split["path"] for path in folder.glob(pattern)}
@@ -138,9 +125,6 @@ def test_the_card_and_what_lies_beside_it(tmp_path: Path) -> None:
     names = front_matter(folder)["configs"][0]["features"][1]["dtype"]["class_label"]["names"]
     assert names == {"0": "0_a_b", "1": "1_c", "2": "2_a_b", "3": "3_d"}, "classes of one name are told apart"
     assert (folder / "set.safetensors").read_bytes() == (tmp_path / "some.safetensors").read_bytes()
-    with Image.open(folder / "grid.png") as grid:
-        # Three columns under their names and four rows of 8 pixels enlarged to 96, two pixels apart.
-        assert (grid.mode, grid.size) == ("RGB", (3 * 98 + 2, 20 + 4 * 98 + 2))
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     assert files == ["README.md", "grid.png", "metadata.jsonl", "set.safetensors"]
 
@@ -160,24 +144,16 @@ def test_a_folder_that_is_taken_is_left_alone_and_an_empty_one_is_filled(tmp_pat
     folder = exported(make_set(1, 8, zca=False, names=DIGITS), tmp_path)
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert "out: is there already" in refusal(capsys, tmp_path / "some.safetensors", folder)
+    assert "out: is there already" in refusal(capsys, "export", tmp_path / "some.safetensors", folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_an_export_that_is_cut_short_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "some.safetensors"
     make_set(1, 8, zca=False, names=DIGITS).save(path)
-    write, written = module.write_png, []
-
-    def cut_short(picture, file) -> None:
-        if len(written) == 5:
-            raise KeyboardInterrupt
-        written.append(file)
-        write(picture, file)
-
-    monkeypatch.setattr(module, "write_png", cut_short)
-    with pytest.raises(KeyboardInterrupt):
-        module.main([str(path), str(tmp_path / "out")])
+    monkeypatch.setattr(module, "card", None)
+    with pytest.raises(TypeError):
+        module.export(path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -265,13 +241,12 @@ def test_what_cannot_be_written_is_refused_in_one_line(tmp_path: Path, capsys) -
     for changes, said in (
         ({"step_size": None}, "has no step size"),
         ({"labels": torch.tensor([0] * 11 + list(range(1, 10)))}, "has 1 to 11 images per class"),
-        ({"labels": torch.arange(20) % 9}, "has 0 to 3 images per class"),
         ({"labels": unequal, "metadata": {"method": "imported"}}, "has 1 to 3 images per class"),
         (targets, "targets of a regression"),
     ):
         digits_set(**{"labels": IN_TURNS, **changes}).save(path)
-        assert said in refusal(capsys, path, out, "--format", "tensors")
-    assert "no EMA images" in refusal(capsys, path, out, "--ema")
+        assert said in refusal(capsys, "export", path, out, "--format", "tensors")
+    assert "no EMA images" in refusal(capsys, "export", path, out, "--ema")
     make_set(2, 8, zca=False, names=DIGITS).save(path)
-    assert "2 channels" in refusal(capsys, path, out)
+    assert "2 channels" in refusal(capsys, "export", path, out)
     assert not out.exists()

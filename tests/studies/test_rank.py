@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import SMALL, small_data
+from fits import SMALL, refusal, small_data
 from torch.nn.functional import one_hot
 
 from ftd_lightning import DistillationDataModule, SyntheticSet, cli
@@ -283,20 +283,10 @@ def test_a_ranking_that_was_ended_goes_on_and_gives_the_same(ranked, sets, tmp_p
     assert every(other)[0] != every(resumed)[0], "other settings are trained anew"
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["rank", *map(str, arguments)])
-    shown = capsys.readouterr()
-    assert (stop.value.code, shown.out) == (1, "")
-    (line,) = (line for line in shown.err.splitlines() if line.startswith("ftd: error: "))
-    return line
-
-
 def test_bad_input_is_one_line_before_anything_is_trained(sets, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rank, "train_fresh_networks", None)
     hard, _ = sets
-    Path("file").write_text("")
     one = SyntheticSet.load(hard)
     names = [f"class {index}" for index in range(10)]
     images, labels = one.images.repeat(14, 1, 1, 1), one.labels.repeat(14)
@@ -308,9 +298,7 @@ def test_bad_input_is_one_line_before_anything_is_trained(sets, tmp_path: Path, 
 
     replace(one, metadata={}).save("bare.safetensors")
     cases = [
-        (["file"], "file: "),
         ([hard, made("few", images=one.images[:3], labels=torch.arange(3), class_names=names[:3])], "few.safetensors"),
-        ([made("renamed", class_names=names)], "has (1, 8, 8) images of 0, 1, 2"),
         ([made("many", images=images, labels=labels)], "has 14 images of class 0, real ones are 13"),
         (
             [hard, made("other", metadata={"dataset": described})],
@@ -320,15 +308,11 @@ def test_bad_input_is_one_line_before_anything_is_trained(sets, tmp_path: Path, 
         ([hard, made("flip", metadata={"augmentation": {"strategy": "flip"}})], "give --augment for all"),
         (["bare.safetensors"], "give --data.dataset"),
         (["bare.safetensors", "--data.dataset=digits"], "does not name its network: give --network"),
-        ([hard, "--learning-rates", "0.1", "-1"], "learning_rates[1]=-1.0 must be above 0"),
-        ([hard, "--out=file"], "file"),
         ([hard, "--network=convnet", "--network-options={depht: 1}"], "depht"),
         ([hard, "--network-options={depth: 1}"], "give network as well"),
-        ([hard, "--augment=flop"], "DSA has no operation 'flop'"),
-        ([hard, "--data.dataset=digit"], "unknown data set 'digit'"),
         ([hard, "--data.val_fraction=0"], "give --data.val_fraction above 0"),
     ]
     for arguments, message in cases:
-        assert message in refusal(capsys, *arguments), arguments
+        assert message in refusal(capsys, "rank", *arguments), arguments
     prepared([hard, "wide.safetensors"], tmp_path, network="convnet", network_options=SMALL)
     prepared([hard, "flip.safetensors", made("classless", class_names=[])], tmp_path, augment="crop")

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import small_data
+from fits import refusal, small_data
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning import SyntheticSet, TrajectoryStore, cli
 from ftd_lightning.contracts import Images
 from ftd_lightning.errors import DivergenceError
-from ftd_lightning.files import write_teacher
-from ftd_lightning.functional import chunked_permutations, flatten_parameters, load_flat, make_generator, unroll
+from ftd_lightning.functional import flatten_parameters, load_flat
 from ftd_lightning.models import ConvNet
 from ftd_lightning.studies.trajectory_error import (
     QUANTITIES,
@@ -99,20 +98,6 @@ def test_against_the_parts_written_out(synthetic, trajectories: Path, data, netw
         before = epsilon
     assert curve.evaluation[0] == curve.distillation[0], "the same student"
     assert curve.initialization[0] == 0
-
-
-def test_a_teacher_made_by_the_students_own_steps_is_followed_exactly(tmp_path, synthetic, data, network) -> None:
-    snapshots = [flatten_parameters(network)]
-    for _ in range(3):
-        batches = chunked_permutations(10, 3, make_generator(0))
-        with torch.no_grad():
-            lr = synthetic.step_size
-            snapshots.append(unroll(network, snapshots[-1], synthetic.images, synthetic.labels, lr, batches=batches))
-    write_teacher(tmp_path, 0, snapshots, {"network": NETWORK, **data.describe()})
-    curve = measured(synthetic, tmp_path, data, network)[0]
-    for name in ("evaluation", "distillation", "epsilon", "delta", "initialization"):
-        assert getattr(curve, name) == [0.0] * 3, name
-    assert all(value > 0 for value in curve.segment)
 
 
 def test_settings_change_the_measurement(synthetic, trajectories: Path, data, network) -> None:
@@ -224,10 +209,5 @@ def test_bad_input_is_one_line_before_anything_is_written(here: Path, capsys) ->
         ([*both, "--against", "nowhere/curve.json"], "nowhere/curve.json: No such file"),
     ]
     for arguments, words in cases:
-        with pytest.raises(SystemExit) as stop:
-            run(*arguments)
-        shown = capsys.readouterr()
-        (line,) = (line for line in shown.err.splitlines() if line.startswith("ftd: error: "))
-        assert (stop.value.code, shown.out) == (1, "")
-        assert words in line
+        assert words in refusal(capsys, "trajectory-error", *arguments)
     assert {path.name for path in here.iterdir()} == {"set.safetensors", "store"}
