@@ -25,7 +25,7 @@ from ftd_lightning.contracts import (
 from ftd_lightning.data.coresets import BASELINES, random_real_images, teacher_coreset
 from ftd_lightning.data.datasets import DATASETS, check_name
 from ftd_lightning.data.decoding import cached_whitening
-from ftd_lightning.data.folder import folder_labels, take_folder_census
+from ftd_lightning.data.folder import Census, find_parts
 from ftd_lightning.data.in_memory import read_datamodule, read_datasets
 from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on, host_loader
 from ftd_lightning.data.sources import OWN_IMAGES, ImageDataset, Request, unit_range
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ftd_lightning.contracts import Part
-    from ftd_lightning.data.folder import Census
+    from ftd_lightning.data.decoding import LabelledFiles
 
 
 CHUNK = 5000  # images transformed at a time: bounds the memory of whitening
@@ -274,7 +274,7 @@ class DistillationDataModule(LightningDataModule):
     @cached_property
     def census(self) -> Census | None:
         """Counts over the files of a "folder", by their headers, without decoding; None for other data sets."""
-        return take_folder_census(self._request) if self.hparams["dataset"] == "folder" else None
+        return Census.take(*self._folder) if self.hparams["dataset"] == "folder" else None
 
     @property
     def num_classes(self) -> int:
@@ -321,13 +321,14 @@ class DistillationDataModule(LightningDataModule):
         return self._real
 
     @cached_property
-    def _folder_labels(self) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-        return folder_labels(self._request)
+    def _folder(self) -> tuple[tuple[str, ...], dict[str, LabelledFiles]]:
+        return find_parts(self._request)
 
     def count(self, name: Part) -> list[int]:
         """Count the images of each class in a part, in label order; those of a "folder" are not decoded for it."""
         if self._real is None and self.hparams["dataset"] == "folder":
-            names, labels = self._folder_labels
+            names, parts = self._folder
+            labels = {part: torch.tensor(listed.labels) for part, listed in parts.items()}
             source, index = split(labels, **self._split_options)[name]
             return labels[source][index].bincount(minlength=len(names)).tolist()
         return self._read().labels(name).bincount(minlength=self.num_classes).tolist()

@@ -78,22 +78,16 @@ def _load_cifar(title: str, source: type[CIFAR10], root: Path, download: bool) -
     }
 
 
-def find_cifar10(request: Request) -> ImageDataset:
-    """Describe CIFAR-10 without looking at files; ``load`` downloads it where it is missing."""
-    load = partial(_load_cifar, "CIFAR-10", CIFAR10, request.root, request.download)
-    return ImageDataset(CIFAR10_CLASSES, 3, 32, CIFAR_MEAN, CIFAR_STD, load).at(request.image_size)
-
-
-def find_cifar100(request: Request) -> ImageDataset:
-    """Describe CIFAR-100 with its fine labels, as :func:`find_cifar10` does CIFAR-10."""
-    load = partial(_load_cifar, "CIFAR-100", CIFAR100, request.root, request.download)
-    return ImageDataset(CIFAR100_CLASSES, 3, 32, CIFAR_MEAN, CIFAR_STD, load).at(request.image_size)
+def find_cifar(title: str, source: type[CIFAR10], names: tuple[str, ...], request: Request) -> ImageDataset:
+    """Describe CIFAR-10, or CIFAR-100 with its fine labels, without looking at files; ``load`` downloads them."""
+    load = partial(_load_cifar, title, source, request.root, request.download)
+    return ImageDataset(names, 3, 32, CIFAR_MEAN, CIFAR_STD, load).at(request.image_size)
 
 
 DATASETS: dict[str, Callable[[Request], ImageDataset]] = {
     "digits": find_digits,
-    "cifar10": find_cifar10,
-    "cifar100": find_cifar100,
+    "cifar10": partial(find_cifar, "CIFAR-10", CIFAR10, CIFAR10_CLASSES),
+    "cifar100": partial(find_cifar, "CIFAR-100", CIFAR100, CIFAR100_CLASSES),
     "tiny-imagenet": find_tiny_imagenet,
     **{name: partial(find_subset, name) for name in SUBSETS},
     "folder": find_folder,
@@ -114,16 +108,10 @@ def check_name(name: str) -> None:
 
 
 def get_dataset(name: str, request: Request | None = None) -> ImageDataset:
-    """Find a data set by name.
+    """Find a data set by its name in the table.
 
-    Args:
-        name: a name of the table.
-        request: where its files are, and the size of its images. "tiny-imagenet" and "folder" are described by their
-            files, which are listed ("tiny-imagenet" is downloaded if missing, "folder" is decoded).
-
-    Raises:
-        InputError: for an unknown name; the nearest ones are offered. For files that are missing or in the wrong
-            layout.
+    "tiny-imagenet" and "folder" are described by their files, which are listed ("tiny-imagenet" is downloaded if
+    missing, "folder" is decoded). An InputError refuses an unknown name and files that are missing or misplaced.
 
     Example:
         >>> get_dataset("cifar10").image_size

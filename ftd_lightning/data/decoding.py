@@ -112,13 +112,8 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 def pixels(image: Image.Image, *, channels: int, size: tuple[int, int] | None = None) -> NDArray[Any]:
     """Turn a Pillow image of any mode into (channels, height, width), as a person sees it.
 
-    Args:
-        image: of 1, 8 or 16 bits per value; 32 bits, whose range is not known, are a ValueError.
-        channels: 3 for RGB, 1 for grey; images of the other kind are converted.
-        size: width and height to resize to; None leaves them.
-
-    Returns:
-        uint8; of an image of 16 bits uint16, the values as they are stored.
+    Of 16 bits per value the result has the stored values, uint16, else uint8; 32 bits, whose range is not known, are a
+    ValueError. ``channels`` is 3 for RGB and 1 for grey; ``size`` (width, height) is resized to.
     """
     image.load()
     if (turn := turn_of(image)) is not None:  # Pillow's exif_transpose fails where it cannot write the other tags again
@@ -141,14 +136,11 @@ def pixels(image: Image.Image, *, channels: int, size: tuple[int, int] | None = 
 
 
 def decode(parts: Mapping[str, LabelledFiles], *, channels: int, size: int, deep: bool) -> tuple[Parts, int]:
-    """Decode the files of all parts of a data set in parallel.
+    """Decode the files of all parts of a data set in parallel; unreadable ones are refused together.
 
     Returns:
         By part, pictures (N, channels, size, size) and labels; and the largest value of the images of 16 bits, or 0.
         Pictures are uint8, or if ``deep`` float32 in [0, 1]: 16 bits divided by that largest value, 8 bits by 255.
-
-    Raises:
-        InputError: for files that are not readable images, naming the first and counting the others.
     """
     files = [file for part in parts.values() for file in part.files]
     pictures = torch.empty(len(files), channels, size, size, dtype=torch.float32 if deep else torch.uint8)
@@ -238,10 +230,8 @@ class DecodedImages:
         )
 
     def _read(self, read: Callable[[TensorFile], T]) -> T:
-        def open_and_read(path: Path) -> T:
-            return read(TensorFile(path, kind=KIND))
-
-        return _cached(self.path, open_and_read, self.fill, "the images are decoded again")
+        again = "the images are decoded again"
+        return _cached(self.path, lambda path: read(TensorFile(path, kind=KIND)), self.fill, again)
 
     def fill(self) -> None:
         """Decode all parts and write the cache, all at once; an interruption leaves no file.

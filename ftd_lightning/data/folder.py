@@ -12,7 +12,6 @@ from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from PIL import ImageFile
-    from torch import Tensor
 
 
 @contextmanager
@@ -140,8 +138,8 @@ def _name_hash(root: Path, file: Path) -> bytes:
 
 
 @os_errors_as_input_errors()
-def _find_parts(request: Request) -> tuple[tuple[str, ...], dict[str, LabelledFiles]]:
-    """The names of the classes, and the parts: "train", "test" and, if all three have folders, "val"."""
+def find_parts(request: Request) -> tuple[tuple[str, ...], dict[str, LabelledFiles]]:
+    """List, unopened, the names of the classes and the parts: "train", "test" and, if all three have folders, "val"."""
     root, tree = request.root, ImageTree(request.root)
     there = [name for name in PARTS if (root / name).is_dir()]
     if not there:
@@ -169,8 +167,6 @@ def _find_parts(request: Request) -> tuple[tuple[str, ...], dict[str, LabelledFi
 
 
 class _Header(NamedTuple):
-    """The fields of an image file's header that a :class:`Census` counts."""
-
     size: tuple[int, int]
     mode: str
     turned: bool
@@ -269,26 +265,11 @@ class Census:
         second = [f"{count:,} {'is' if count == 1 else 'are'} {change}" for change, count in changes.items() if count]
         return [first, "; ".join(second)] if second else [first]
 
-    def resizing(self, size: int) -> str | None:
-        """Say how resizing to squares of a height and width in pixels changes the images; None where it does not."""
-        return resizing(self.sizes, size)
-
-
-def take_folder_census(request: Request) -> Census:
-    """Look at the headers of all images of a folder; see :func:`find_folder`."""
-    return Census.take(*_find_parts(request))
-
-
-def folder_labels(request: Request) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """List the images of a folder without opening them: the names of its classes, and the labels of each part."""
-    names, parts = _find_parts(request)
-    return names, {name: torch.tensor(part.labels) for name, part in parts.items()}
-
 
 def _form(names: Sequence[str], parts: Mapping[str, LabelledFiles], image_size: int | None) -> dict[str, Any]:
     census = Census.take(names, parts)
     size = image_size or census.size
-    if change := census.resizing(size):
+    if change := resizing(census.sizes, size):
         rank_zero_info(change)
     deep = any(mode.startswith("I;16") for mode in census.modes)
     return {"channels": census.channels, "size": size, "deep": deep, "native_size": census.size}
@@ -308,11 +289,9 @@ def find_folder(request: Request) -> ImageDataset:
     divided by their largest value, the "maximum" of fingerprints, which hold all of this and hashes of the decoded
     images. GIFs and files that are not images are skipped and counted.
 
-    Raises:
-        InputError: for another layout, a class that a part lacks or has no images of, or an unreadable image, naming
-            the folder or file.
+    An InputError names the folder or file of another layout, an empty class or an unreadable image.
     """
-    names, parts = _find_parts(request)
+    names, parts = find_parts(request)
     with os_errors_as_input_errors():
         path = cache_file(request.cache_dir, "folder", request.image_size or "native", request.root, parts)
     decoded = DecodedImages(path, parts, partial(_form, names, parts, request.image_size))

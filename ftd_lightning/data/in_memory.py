@@ -83,7 +83,7 @@ def read_images(data: Any, part: str, *, image_size: int | None = None, transfor
     Args:
         data: a Dataset whose images are Pillow images, tensors (C, H, W) or (H, W), or arrays (H, W, C) or (H, W); or a
             pair of tensors, images (N, C, H, W) or (N, H, W) and labels (N,).
-        part: "train", "val" or "test", for messages.
+        part: its name, for messages.
         image_size: height and width to resize to; None: all images must have one size.
         transform: of images that are normalised already; None: they are pictures.
     """
@@ -141,7 +141,8 @@ def warn_of_random(first: Iterable[Batch], again: Iterable[Batch], part: str) ->
 def as_batch(images: Any, labels: Any, part: str) -> Batch:
     """Check a batch of images (B, C, H, W) or (B, H, W) with labels (B,)."""
     if not isinstance(images, Tensor | np.ndarray) or images.ndim not in (3, 4):
-        raise InputError(f"{part}: images must be a tensor (N, C, H, W) or (N, H, W), not {_shape(images)}")
+        found = getattr(images, "shape", type(images).__name__)
+        raise InputError(f"{part}: images must be Pillow images or tensors (C, H, W), this is {found}")
     pictures, labels = torch.as_tensor(images).detach().cpu(), _as_labels(labels, part)
     pictures = pictures.unsqueeze(1) if pictures.ndim == 3 else pictures
     if labels.shape != pictures.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
@@ -170,16 +171,9 @@ def _as_item(item: Any, part: str) -> Batch:
         except ValueError as error:
             raise InputError(f"{part}: {error}") from error
     elif isinstance(image, np.ndarray):
-        image = torch.as_tensor(image)
-        image = image.permute(2, 0, 1) if image.ndim == 3 else image
-    if not isinstance(image, Tensor) or image.ndim not in (2, 3):
-        raise InputError(f"{part}: an image must be a Pillow image or of shape (C, H, W), not {_shape(image)}")
-    image = image if image.ndim == 3 else image.unsqueeze(0)
-    return as_batch(image.unsqueeze(0), _as_labels(label, part).reshape(-1), part)
-
-
-def _shape(value: Any) -> str:
-    return f"{type(value).__name__} {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+        image = image.transpose(2, 0, 1) if image.ndim == 3 else image
+    images = image[None] if isinstance(image, Tensor | np.ndarray) else image
+    return as_batch(images, _as_labels(label, part).reshape(-1), part)
 
 
 def joined(
@@ -253,10 +247,13 @@ def describe_images(
     Those of uint16 are divided by their largest value, the "maximum" of the fingerprint; ``maximum`` is one by which
     they have been divided already.
     """
-    deep = [int(part.pictures.int().max()) for part in parts.values() if part.pictures.dtype == torch.uint16]
+    deep = {name: part for name, part in parts.items() if part.pictures.dtype == torch.uint16}
     if deep:
-        maximum = max(1, *deep)  # all of them may be black
-        parts = {name: _scaled(part, maximum) for name, part in parts.items()}
+        maximum = max(1, *(int(part.pictures.int().max()) for part in deep.values()))  # all of them may be black
+        scaled = {
+            name: Pictures(_as_bytes(part.pictures.float() / maximum), part.labels) for name, part in deep.items()
+        }
+        parts = {**parts, **scaled}
     train = parts["train"]
     names, shape = _class_names(train.labels, class_names), tuple(train.pictures.shape[1:])
     for part, (pictures, labels) in parts.items():
@@ -283,11 +280,6 @@ def describe_images(
         contents=partial(dict, contents),
         transform=transform,
     )
-
-
-def _scaled(part: Pictures, maximum: int) -> Pictures:
-    deep = part.pictures.dtype == torch.uint16
-    return Pictures(_as_bytes(part.pictures.float() / maximum), part.labels) if deep else part
 
 
 def _class_names(labels: Tensor, names: Sequence[str] | None) -> tuple[str, ...]:

@@ -238,7 +238,7 @@ class SegmentLoader(IterationLoader[list[SegmentBatch]]):
     what one process with W segments per step sees.
 
     Args:
-        store: the teachers.
+        store: the teachers; no segment may reach beyond what was recorded.
         expert_epochs: m.
         max_start_epoch: start epochs are below it.
         length: iterations that make one Lightning epoch.
@@ -246,11 +246,7 @@ class SegmentLoader(IterationLoader[list[SegmentBatch]]):
         rank: of this process.
         segments: s, segments per step on each rank.
         start: the first iteration.
-        window: gives the start epochs of an iteration, at least one and all below ``max_start_epoch``, of which each is
-            as likely; None: all of them.
-
-    Raises:
-        InputError: if a segment could reach beyond what was recorded.
+        window: gives the start epochs of an iteration, all below ``max_start_epoch`` and equally likely; None: all.
     """
 
     def __init__(

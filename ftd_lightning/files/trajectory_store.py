@@ -258,15 +258,13 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
     """Write one teacher's file, atomically, and return its path.
 
     Args:
-        folder: of the store; made where it is missing.
+        folder: of the store.
         teacher: its number.
-        snapshots: weights at initialisation and after every epoch, (P,) each; those that are read from files take no
-            memory.
+        snapshots: weights at initialisation and after every epoch, (P,) each; those that are mapped take no memory.
         metadata: of the teacher, with at least its "network"; "epochs" and "teacher" are added.
 
     Raises:
-        DivergenceError: if an epoch is not finite, or equal to the one before: such a trajectory matches nothing. No
-            file is written.
+        DivergenceError: if an epoch is not finite, or equal to the one before: such a trajectory matches nothing.
     """
     path, tensors, before = teacher_file(folder, teacher), {}, None
     recorded = {**metadata, "teacher": teacher, "epochs": len(snapshots) - 1}

@@ -21,6 +21,7 @@ from ftd_lightning.core.evaluation import REAL_STEPS
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.datasets import DATASETS
 from ftd_lightning.data.in_memory import read_datasets, write_images_file
+from ftd_lightning.data.sources import resizing
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import read_json, replacing, write_json
@@ -310,7 +311,7 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         distillation = configs.distill
         if real.data:
             label = f"real images, {real.data['max_per_class']} per class"
-        if data.census and (told := data.census.resizing(options["image_size"])):
+        if data.census and (told := resizing(data.census.sizes, options["image_size"])):
             print(f"{told}; --data.image_size asks for another size")
     # Decodes the images into the cache that the fits read.
     described = DistillationDataModule(**{key: options[key] for key in WHERE if key in options}).describe()
