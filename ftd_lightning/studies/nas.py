@@ -106,17 +106,7 @@ def rank_correlations(
 
 
 def nas_table(results: Mapping[str, Any]) -> str:
-    """Format correlations and times as a Markdown table.
-
-    Example:
-        >>> print(nas_table({"correlation": {"all": 0.5}, "minutes": {"proxy": 2.0, "real": 9.0}, "compared": 4}))
-        | trained on | architectures | all | minutes |
-        | --- | --- | --- | --- |
-        | synthetic set | 4 | 0.50 | 2.0 |
-        | real images | 4 | 1.00 | 9.0 |
-        <BLANKLINE>
-        Accuracy on the test images makes both rankings, as in the paper; top k: the k best by real images.
-    """
+    """Format correlations and times as a Markdown table."""
     lines = [["trained on", "architectures", *results["correlation"], "minutes"]]
     for side, title in SIDES.items():
         values = [value if side == "proxy" else 1.0 for value in results["correlation"].values()]
@@ -163,17 +153,10 @@ class SearchSettings:
 
 
 def search(settings: SearchSettings, data: DistillationDataModule) -> dict[str, Any]:
-    """Train every architecture on the synthetic set and on real images, and correlate the rankings.
+    """Train every architecture on the synthetic set and on real images of ``data``; return the content of ``nas.json``.
 
     The two sides draw different initialisations and augmentation, so that chance does not correlate them. Every
     measurement is recorded in ``out/evaluations`` and not repeated.
-
-    Args:
-        settings: of the search.
-        data: its real images and the synthetic set.
-
-    Returns:
-        The content of ``nas.json``.
     """
     data.prepare_data()
     data.setup()
@@ -243,11 +226,8 @@ def search(settings: SearchSettings, data: DistillationDataModule) -> dict[str, 
 def draw(results: Mapping[str, Any], axes: Any) -> None:
     """Draw accuracy on the synthetic set over accuracy on real images, one point an architecture."""
     both = [sides for sides in results["measured"].values() if sides.keys() == SIDES.keys()]
-    real, proxy = ([100 * sides[side]["mean"] for sides in both] for side in ("real", "proxy"))
-    axes.scatter(real, proxy, s=14)
+    axes.scatter(*([100 * sides[side]["mean"] for sides in both] for side in ("real", "proxy")), s=14)
     axes.set(xlabel="test accuracy, trained on real images, %", ylabel="trained on the synthetic set, %")
-    correlations = {top: "-" if value is None else f"{value:.2f}" for top, value in results["correlation"].items()}
-    axes.set_title(", ".join(f"{top}: {value}" for top, value in correlations.items()), fontsize=10)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -69,31 +69,6 @@ class TrajectoryErrorCurve(NamedTuple):
 QUANTITIES = TrajectoryErrorCurve._fields[3:]
 
 
-def inner_settings(
-    synthetic: SyntheticSet, store: TrajectoryStore, syn_steps: int | None, expert_epochs: int | None
-) -> tuple[int, int]:
-    """Return n and m: as given, else those that the set was distilled with.
-
-    Raises:
-        InputError: where the set does not record them, has no step size, or records other images or another network
-            than the teachers.
-    """
-    given = {"syn_steps": syn_steps, "expert_epochs": expert_epochs}
-    settings = synthetic.metadata.get("settings", {})
-    n, m = (settings.get(name) if value is None else value for name, value in given.items())
-    if not n or not m:
-        missing = "expert_epochs" if n else "syn_steps"
-        raise InputError(f"the set does not record its {missing}: pass --{missing.replace('_', '-')}")
-    recorded: dict[str, Any] = {key: synthetic.metadata.get(key) for key in ("network", "dataset")}
-    recorded["transform"] = synthetic.transform.describe()
-    check_compatible(store, {key: value for key, value in recorded.items() if value is not None})
-    if m > store.epochs:
-        raise InputError(f"{store.path}: expert_epochs={m} is asked for, but its teachers have {store.epochs} epochs")
-    if synthetic.step_size is None:
-        raise InputError("this synthetic set has no learned step size, which a student needs")
-    return n, m
-
-
 @torch.no_grad()
 def mean_loss(network: nn.Module, weights: Tensor, real: Images, *, batch_size: int = 1024) -> float:
     """Compute the mean cross entropy of a network with certain weights, without augmentation.
@@ -149,17 +124,25 @@ def measure_trajectory_error(
         One curve per teacher.
 
     Raises:
-        InputError: for a set and a store that do not fit, or a teacher that was not recorded.
+        InputError: for a set and a store that do not fit, n or m that are unknown, or a teacher that was not recorded.
         DivergenceError: if a student's weights do not stay finite.
     """
-    n, m = inner_settings(synthetic, store, syn_steps, expert_epochs)
+    settings = synthetic.metadata.get("settings", {})
+    n, m = syn_steps or settings.get("syn_steps"), expert_epochs or settings.get("expert_epochs")
+    if not n or not m:
+        raise InputError("the set does not record its inner loop: pass --syn-steps and --expert-epochs")
+    recorded: dict[str, Any] = {key: synthetic.metadata.get(key) for key in ("network", "dataset")}
+    recorded["transform"] = synthetic.transform.describe()
+    check_compatible(store, {key: value for key, value in recorded.items() if value is not None})
+    if m > store.epochs:
+        raise InputError(f"{store.path}: expert_epochs={m} is asked for, but its teachers have {store.epochs} epochs")
+    if synthetic.step_size is None:
+        raise InputError("this synthetic set has no learned step size, which a student needs")
     network = network.to(device).train()
     real = Images(*(part.to(device) for part in real))
     images, labels = synthetic.chosen(ema=ema).to(device), synthetic.training_labels().to(device)
-    assert synthetic.step_size is not None  # checked
     step_size = synthetic.step_size.to(device)
     augment = Augmentation.of(synthetic.metadata.get("augmentation") or "") or None
-    syn_batch = synthetic.metadata.get("settings", {}).get("syn_batch")
 
     def ends(teacher: int) -> Iterator[Tensor]:
         yield store.segment(teacher, 0, m).start.to(device)
@@ -169,7 +152,7 @@ def measure_trajectory_error(
     def curve(teacher: int) -> TrajectoryErrorCurve:
         def advance(weights: Tensor, segment: int) -> Tensor:
             order = make_generator(seed, "error batches", teacher, segment)
-            batches = chunked_permutations(len(images), n, order, batch_size=syn_batch)
+            batches = chunked_permutations(len(images), n, order, batch_size=settings.get("syn_batch"))
             draws = derive_seed(seed, "error dsa", teacher, segment)
             return unroll(network, weights, images, labels, step_size, batches=batches, augment=augment, seed=draws)
 
@@ -291,15 +274,14 @@ def trajectory_error(
     others = [json.loads(path.read_text(encoding="utf-8")) for path in against]
     folder = output or set_file.parent / "trajectory_error"
     synthetic, store = SyntheticSet.load(set_file), TrajectoryStore(store_folder)
-    n, m = inner_settings(synthetic, store, syn_steps, expert_epochs)
     curves = measure_trajectory_error(
         synthetic,
         store,
         real_images(store, set_file, dataset, root).part(on),
         student_networks(store).build(0),
         teachers=range(teachers),
-        syn_steps=n,
-        expert_epochs=m,
+        syn_steps=syn_steps,
+        expert_epochs=expert_epochs,
         ema=ema,
         seed=seed,
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -310,8 +292,8 @@ def trajectory_error(
         "method": synthetic.metadata.get("method", "set"),
         "on": on,
         "ema": ema,
-        "syn_steps": n,
-        "expert_epochs": m,
+        "syn_steps": syn_steps or synthetic.metadata["settings"]["syn_steps"],
+        "expert_epochs": curves[0].epochs[0],
         "seed": seed,
         "epochs": curves[0].epochs,
         **summarize(curves),

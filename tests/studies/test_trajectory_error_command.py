@@ -147,7 +147,7 @@ def test_sets_and_stores_that_do_not_fit_are_refused(synthetic, trajectories: Pa
     synthetic.metadata |= {"dataset": described, "network": {**NETWORK, "options": {"width": 8}}}
     refuses("its teachers have network", "'width': 8")
     del synthetic.metadata["network"], synthetic.metadata["settings"]
-    refuses("does not record its syn_steps", "--syn-steps")
+    refuses("does not record its inner loop", "--syn-steps")
     assert measured(synthetic, trajectories, data, network, syn_steps=1, expert_epochs=4)[0].epochs == [4]
 
 
