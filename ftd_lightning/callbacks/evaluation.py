@@ -85,24 +85,19 @@ class EvaluateSynthetic(Callback):
         compile: Compile = "auto",  # noqa: A002
     ) -> None:
         check_bounds(EvaluateSynthetic, locals())
-        self.every_n_epochs = every_n_epochs
-        self.networks = networks
-        self.epochs = epochs
-        self.keep_best = keep_best
-        self.seed = seed
-        self.lr = lr
-        self.compile = compile
+        self.every_n_epochs, self.networks, self.epochs = every_n_epochs, networks, epochs
+        self.keep_best, self.seed, self.lr, self.compile = keep_best, seed, lr, compile
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
         self.best_accuracy = -1.0
         self.history: list[dict[str, Any]] = []
         self._regular: list[dict[str, Any]] = []  # history without the final measurement that was not due
         self._losses: IndependentLosses | None = None
         self._real: PartsOnDevice | None = None
-        self._loaded = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the checkpoint of an earlier run; this run's is loaded later."""
-        self._loaded = False
+        """Forget an earlier fit; the checkpoint of this one is loaded later."""
+        if stage == "fit":
+            self.best_accuracy, self.history, self._regular = -1.0, [], []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse fits that cannot be measured before anything is learned."""
@@ -116,8 +111,6 @@ class EvaluateSynthetic(Callback):
             )
         self._real = PartsOnDevice(source, trainer.strategy.root_device)
         pl_module.evaluation_network(self.seed)
-        if not self._loaded:
-            self.best_accuracy, self.history, self._regular = -1.0, [], []
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the memory of the real images back."""
@@ -168,14 +161,14 @@ class EvaluateSynthetic(Callback):
     ) -> dict[Part, torch.Tensor]:
         device = trainer.strategy.root_device
         assert self._real is not None
+        if self.lr is None and synthetic.step_size is None:
+            raise InputError("EvaluateSynthetic: this method learns no step size: give lr")
+        lr = float(synthetic.step_size.mean()) if self.lr is None else self.lr  # type: ignore[union-attr]
         keys = (self.seed, "evaluation", module.iterations, name)
         own = ranks_share(self.networks, rank=trainer.global_rank, world_size=trainer.world_size)
         networks = [module.evaluation_network(*keys, index).to(device, images.dtype) for index in own]
         if self._losses is None:  # one for all measurements, which compiles once
             self._losses = IndependentLosses(self.compile, device)
-        if self.lr is None and synthetic.step_size is None:
-            raise InputError("EvaluateSynthetic: this method learns no step size: give lr")
-        lr = float(synthetic.step_size.mean()) if self.lr is None else self.lr  # type: ignore[union-attr]
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         train_fresh_networks(
             networks,
@@ -197,4 +190,4 @@ class EvaluateSynthetic(Callback):
         """Continue the list of measurements."""
         self.best_accuracy = state_dict["best_accuracy"]
         self._regular = list(state_dict["history"])
-        self.history, self._loaded = list(self._regular), True
+        self.history = list(self._regular)

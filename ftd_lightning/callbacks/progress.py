@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,9 @@ class FitProgress(ProgressBar):
         epochs = [limit for limit in (planned, trainer.max_epochs) if limit is not None and limit >= 0]
         limits = [limit * trainer.num_training_batches for limit in epochs]
         limits += [trainer.max_steps] if trainer.max_steps >= 0 else []
-        total = min(limits, default=float("inf"))
+        total = min(limits, default=math.inf)
         self._bar = tqdm(
-            total=None if total == float("inf") else int(total),
+            total=None if total == math.inf else int(total),
             initial=trainer.fit_loop.epoch_loop.total_batch_idx + 1,
             desc=type(pl_module).__name__,
             disable=not self._enabled,

@@ -28,19 +28,19 @@ class SyntheticEMA(Callback):
         decay: d in [0, 1).
         bias_correction: average the updated images alone, with the weights of the same decay: ``(S_ema - d^k S_0) /
             (1 - d^k)``, as Adam corrects its averages (Kingma and Ba, ICLR 2015).
-
-    Raises:
-        InputError: for a decay outside [0, 1).
     """
 
     def __init__(self, decay: float = 0.9995, bias_correction: bool = False) -> None:
         check_bounds(SyntheticEMA, locals())
         self.settings = {"decay": decay, "bias_correction": bias_correction}
         self.average: torch.Tensor | None = None
-        self.updates = torch.tensor(0)
-        self.initial_weight = torch.tensor(1.0)
-        self._loaded = False
+        self.updates, self.initial_weight = torch.tensor(0), torch.tensor(1.0)
         self._module: LearnsSet | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; the checkpoint of this one is loaded later."""
+        if stage == "fit":
+            self.average, self.updates, self.initial_weight = None, torch.tensor(0), torch.tensor(1.0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the images as they are, unless a checkpoint contained an average."""
@@ -48,10 +48,7 @@ class SyntheticEMA(Callback):
         if self._module is None:
             return
         images = self._module.learned_images()["raw"]
-        if self.average is None or not self._loaded:
-            self.average, self.updates, self.initial_weight = images, torch.tensor(0), torch.tensor(1.0)
-        self._loaded = False
-        self.average = self.average.detach().to(images.device, copy=True)
+        self.average = (images if self.average is None else self.average).detach().to(images.device, copy=True)
         self.initial_weight = self.initial_weight.to(images.device, copy=True)
         # The module holds these very tensors, which are updated in place.
         self._module.keep_average(self.average, self.initial_weight, self.settings)
@@ -95,4 +92,3 @@ class SyntheticEMA(Callback):
         refuse_changes(state_dict, self.settings, prefix="SyntheticEMA.")
         self.average, self.updates = state_dict["average"], torch.tensor(state_dict["updates"])
         self.initial_weight = torch.tensor(state_dict["initial_weight"])
-        self._loaded = self.average is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,14 +45,8 @@ def refuse_other_batch(batch: Any, described: DataSource) -> None:
     """Refuse a training batch whose images have another shape than described, or another mean and deviation.
 
     The deviations may differ by a factor below 1/0.6, the means by less than 0.6 deviations. This tells images in
-    [0, 1], or in [0, 255], from standardised ones. Pixels of fewer than 8 images are not checked.
-
-    Args:
-        batch: a tensor (N, C, H, W), or a list or mapping with one; others are not checked.
-        described: the source of the description.
-
-    Raises:
-        InputError: for such images.
+    [0, 1], or in [0, 255], from standardised ones. Pixels of fewer than 8 images are not checked, nor batches without a
+    tensor (N, C, H, W).
     """
     images = _images(batch)
     if images is None:
@@ -86,34 +80,6 @@ def _images(batch: Any) -> Tensor | None:
 SNAPSHOT = "snapshot"  # the kind of a snapshot's file, and the name of its tensor
 
 
-class Trajectory(Sequence[Tensor]):
-    """The weights of a teacher after each epoch, (P,) each, read from disk one at a time.
-
-    Epochs without a snapshot are read from the teacher's own file: it was recorded, and its fit then continued.
-    """
-
-    def __init__(self, files: Sequence[Path], recorded: Path) -> None:
-        self._files = files
-        self._recorded = TensorFile(recorded, kind=KIND) if recorded.exists() else None
-
-    def _find(self, epoch: int) -> tuple[TensorFile, str]:
-        if self._recorded is not None and not self._files[epoch].exists():
-            return self._recorded, epoch_name(epoch)
-        return TensorFile(self._files[epoch], kind=SNAPSHOT), SNAPSHOT
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, epoch: Any) -> Any:
-        file, name = self._find(epoch)
-        return file[name]
-
-    def accuracies(self) -> list[float | None]:
-        """Return the accuracies measured after epochs 1, 2, ..., in [0, 1] or None."""
-        found = [(epoch, self._find(epoch)[0].metadata) for epoch in range(1, len(self))]
-        return [told["accuracy"] if "accuracy" in told else told["accuracies"][epoch - 1] for epoch, told in found]
-
-
 class Snapshots:
     """Snapshots of unfinished teachers, a small file per epoch in ``.unfinished`` of a store, and their numbers."""
 
@@ -143,10 +109,18 @@ class Snapshots:
         weights = {SNAPSHOT: flatten_parameters(network)}
         write_tensors(self._file(teacher, epoch), weights, kind=SNAPSHOT, metadata={"accuracy": accuracy})
 
-    def read(self, teacher: int, epochs: int) -> Trajectory:
-        """Return the weights of a teacher after epochs 0 .. ``epochs``."""
-        files = [self._file(teacher, epoch) for epoch in range(epochs + 1)]
-        return Trajectory(files, teacher_file(self.store, teacher))
+    def read(self, teacher: int, epochs: int) -> tuple[list[Tensor], list[float | None]]:
+        """Map the weights of a teacher after epochs 0 .. ``epochs``, (P,) each; give the accuracies from epoch 1 on."""
+        weights, accuracies = [], []
+        for epoch in range(epochs + 1):
+            if (path := self._file(teacher, epoch)).exists():
+                file, name = TensorFile(path, kind=SNAPSHOT), SNAPSHOT
+                accuracies.append(file.metadata["accuracy"])
+            else:  # the teacher was recorded, and its fit then continued
+                file, name = TensorFile(teacher_file(self.store, teacher), kind=KIND), epoch_name(epoch)
+                accuracies.append(file.metadata["accuracies"][epoch - 1] if epoch else None)
+            weights.append(file[name])
+        return weights, accuracies[1:]
 
     def clear(self, teacher: int) -> None:
         """Delete the snapshots of a teacher that is in the store, and its claim."""
@@ -197,8 +171,8 @@ class TrajectoryRecorder(Callback):
         self._unchecked: DataSource | None = None  # describes batches, the first of which has not been compared yet
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the checkpoint of an earlier run; this run's is loaded later."""
-        self._resumed = False
+        """Forget an earlier run; this run's checkpoint is loaded later."""
+        self._resumed, self._claimed, self._open = False, None, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that holds other teachers, or all teachers of this fit."""
@@ -210,17 +184,12 @@ class TrajectoryRecorder(Callback):
         self.path = Path(trainer.strategy.broadcast(str(self._path or run_folder(trainer) / "trajectories")))
         self._token = trainer.strategy.broadcast(self._token)
         self._snapshots = Snapshots(self.path)
-        if not self._resumed:
-            self._claimed = self._open = None
         described = data_source(trainer.datamodule) is not None  # type: ignore[attr-defined]
         self._unchecked = None if described else data_source(self.data)
-        if self._count():  # on every rank, so that none waits for one that refuses
+        if any(self.path.glob("teacher_*.safetensors")):  # on every rank, so that none waits for one that refuses
             self._refuse_other_teachers(TrajectoryStore(self.path), self._metadata(trainer, pl_module))
             if isinstance(pl_module, TrainsTeachers):
                 self._refuse_recorded(pl_module)
-
-    def _count(self) -> int:
-        return len(list(self.path.glob("teacher_*.safetensors")))
 
     def _recorded(self, teacher: int) -> dict[str, Any]:
         file = teacher_file(self.path, teacher)
@@ -334,14 +303,14 @@ class TrajectoryRecorder(Callback):
         (teacher, epochs), self._open = self._open, None
         # A run resumed from a checkpoint before the end of this teacher trains it to the same bits again.
         if epochs > self._recorded(teacher)["epochs"]:
-            snapshots = self._snapshots.read(teacher, epochs)
-            metadata = {**self._metadata(trainer, module), "accuracies": snapshots.accuracies()}
+            weights, accuracies = self._snapshots.read(teacher, epochs)
+            metadata = {**self._metadata(trainer, module), "accuracies": accuracies}
             if trainer.limit_train_batches not in (None, 1.0):
                 metadata["batches_per_epoch"] = int(trainer.num_training_batches)
             description = self._description(trainer, module)
             if description is not None:
                 write_store_data(self.path, description)
-            write_teacher(self.path, teacher, snapshots, metadata)
+            write_teacher(self.path, teacher, weights, metadata)
         self._snapshots.clear(teacher)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -362,7 +331,7 @@ class TrajectoryRecorder(Callback):
                     f"{self.path}: {complete} of {plan.teachers} teachers of {plan.epochs} epochs are recorded: "
                     "the fit ended early; resume it with ckpt_path for the rest"
                 )
-        if count := self._count():
+        if count := len(list(self.path.glob("teacher_*.safetensors"))):
             rank_zero_info(f"wrote {self.path}: {count} teacher{'s' * (count > 1)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

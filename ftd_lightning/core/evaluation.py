@@ -48,14 +48,9 @@ class PartsOnDevice:
         return self._parts[name]
 
     def accuracies(self, networks: Sequence[nn.Module], count: int) -> dict[Part, Tensor]:
-        """Measure networks on held-out and on test images; a part without images is left out.
+        """Measure ``count`` networks on held-out and on test images: (count,) float32; empty parts are left out.
 
-        Args:
-            networks: of this rank, as ``ranks.ranks_share`` deals them out; their modes (training, evaluation) stay.
-            count: number of networks on all ranks.
-
-        Returns:
-            The accuracies of all networks, (count,) float32 on the CPU.
+        ``networks`` are those that ``ranks_share`` deals out to this rank; their modes (training, evaluation) stay.
         """
         modes = [(module, module.training) for network in networks for module in network.modules()]
         parts: tuple[Part, ...] = ("val", "test")
@@ -75,14 +70,10 @@ DEFAULT_LR = 0.01  # of this line's code, for sets without a learned step size
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """Training of a fresh network on a synthetic set; the published numbers were made with the defaults.
+    """Training of a fresh network by SGD on a synthetic set; the published numbers were made with the defaults.
 
     Attributes:
-        epochs: over the set.
         lr: learning rate; x0.1 from half of the epochs on.
-        batch_size: images per step.
-        momentum: of SGD.
-        weight_decay: of SGD.
         augment: of every batch, drawn for each network.
     """
 
@@ -139,21 +130,13 @@ def accuracies(networks: Iterable[nn.Module], images: Tensor, labels: Tensor, *,
         batch_size: images per forward pass.
     """
     networks = [network.eval() for network in networks]
-    device = next((weight.device for network in networks for weight in network.parameters()), images.device)
+    weights = [next(network.parameters()) for network in networks]
     counts = []
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        on_device, answers = to_device(x, device), to_device(y, device)
-        right = []
-        for network in networks:
-            weight = next(network.parameters(), on_device)
-            right.append(right_answers(network(on_device.to(weight.dtype)), answers).sum())
-        counts.append(torch.stack(right))
+        x, y = (to_device(values, weights[0].device) for values in (x, y))
+        answers = [network(x.to(weight.dtype)) for network, weight in zip(networks, weights, strict=True)]
+        counts.append(torch.stack([right_answers(logits, y).sum() for logits in answers]))
     return [count / len(labels) for count in torch.stack(counts).sum(dim=0).tolist()]
-
-
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 1024) -> float:
-    """Measure the share of images that a network classifies correctly, in [0, 1]."""
-    return accuracies([network], images, labels, batch_size=batch_size)[0]
 
 
 def train_fresh_networks(
@@ -199,11 +182,6 @@ def train_fresh_networks(
 
 
 def mean_and_std(values: Tensor) -> dict[str, float | int]:
-    """Mean and population standard deviation (numpy's, as in this line's tables) of accuracies, as JSON holds them.
-
-    Example:
-        >>> mean_and_std(torch.tensor([0.5, 1.0]))
-        {'mean': 0.75, 'std': 0.25, 'n': 2}
-    """
+    """Give "mean", population standard deviation "std" (numpy's, as in this line's tables) and "n" of accuracies."""
     values = values.double()
     return {"mean": float(values.mean()), "std": float(values.std(correction=0)), "n": len(values)}

@@ -26,8 +26,7 @@ class RecordedTeachers:
     Args:
         store: the teachers.
         network: of their architecture; its weights are overwritten.
-        real: training images (M, C, H, W), from which the running statistics of BatchNorm layers are estimated:
-            trajectories hold none.
+        real: training images (M, C, H, W) for the running statistics of BatchNorm layers, which trajectories lack.
     """
 
     def __init__(self, store: TrajectoryStore, network: nn.Module, real: Tensor) -> None:
@@ -54,17 +53,16 @@ class RecordedTeachers:
 
 
 class SetLabels(nn.Module):
-    """Labels of a synthetic set that are learned, or given and not learned.
+    """Labels of a synthetic set, (N, K), that are learned, or given and not learned.
 
     Args:
-        learned: initial values of learned labels, (N, K); None where none are learned.
-        given: (N, K), where nothing is learned.
+        learned: initial values of learned labels; None where none are learned.
+        given: where nothing is learned.
         options: of the optimizer's parameter group.
         metadata: the set's entries about its labels.
 
     Attributes:
-        values: (N, K), a parameter where it is learned, else a buffer.
-        metadata: the argument.
+        values: a parameter where it is learned, else a buffer.
     """
 
     values: nn.Parameter | Tensor
@@ -98,11 +96,8 @@ class SetLabels(nn.Module):
 class StudentLabels(SetLabels):
     """Labels of a student's images, made by a rule of learned logits, or by teachers.
 
-    Args:
-        rule: makes them.
-        logits: initial learned logits, (N, K); None where nothing is learned.
-        given: initial labels of the set, (N, K), replaced by a teacher's after the first step; None where labels are
-            learned.
+    Either ``logits``, (N, K), are learned, or the set has the ``given`` labels, (N, K), until a teacher's take their
+    place after the first step.
     """
 
     def __init__(self, rule: LabelRule, logits: Tensor | None, given: Tensor | None) -> None:
@@ -124,13 +119,7 @@ class StudentLabels(SetLabels):
         return self._rule.labels(self.logits, self._no_answers)
 
     def of_segment(self, student: nn.Module, target: Tensor, images: Tensor) -> Tensor:
-        """Return the labels of a segment's student, (N, K).
-
-        Args:
-            student: the network, in training mode.
-            target: theta*_{t+m}, (P,).
-            images: the synthetic images, (N, C, H, W), detached.
-        """
+        """Return the labels of detached images (N, C, H, W) in a segment with a target theta*_{t+m}, (P,): (N, K)."""
         answers = torch.no_grad()(partial(student_logits, student, target, images))
         labels = self._rule.labels(self.logits, answers)
         if self._latest is None:  # the set takes those of an iteration's first segment

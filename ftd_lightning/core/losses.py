@@ -24,17 +24,10 @@ if TYPE_CHECKING:
 
 
 def loss_and_gradients(network: nn.Module, images: Tensor, labels: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Compute a network's cross entropy and logits at given weights, and its gradient, as one function to compile.
+    """Compute a network's cross entropy, logits (N, K) and gradients, as one function to compile.
 
-    Args:
-        network: its buffers (running statistics) are read only.
-        images: (N, C, H, W).
-        labels: (N,) or (N, K).
-        weights: in place of the parameters of ``network`` that require gradients, in their order.
-
-    Returns:
-        The loss, a scalar; the logits (N, K); a gradient for each of the weights; every buffer as the forward pass
-        leaves it.
+    The weights take the place of the network's parameters that require gradients, in their order. Its buffers (running
+    statistics) are read only: last, every buffer is returned as the forward pass leaves it.
     """
     names = [name for name, p in network.named_parameters() if p.requires_grad]
 
@@ -78,14 +71,8 @@ class _OneByOne(torch.autograd.Function):
 class CompiledPass:
     """Computes a network's loss and logits, and sets the gradients of its weights.
 
-    Compiled, forward and backward pass are one function of the weights. A batch of another size than the full one, the
-    last of an epoch, would be compiled separately, and is passed eagerly.
-
-    Args:
-        network: on its device, in training mode.
-        compile: True, False, "auto" (on a GPU only) or "cuda_graphs".
-        device: of the network.
-        full_batch: images of a full batch; None takes the first batch as full.
+    Compiled, forward and backward pass are one function of the weights. A batch of another size than ``full_batch``
+    (None: the first one's), the last of an epoch, would be compiled separately, and is passed eagerly.
     """
 
     def __init__(
@@ -103,16 +90,13 @@ class CompiledPass:
     def __call__(
         self, images: Tensor, labels: Tensor, *, perturbed: bool, backward: Callable[[Tensor], None]
     ) -> tuple[Tensor, Tensor]:
-        """Pass a batch, and set the gradients of all weights.
+        """Pass a batch, set the gradients of all weights, and return loss and logits (N, K), both detached.
 
         Args:
             images: (N, C, H, W).
             labels: (N,) or (N, K).
             perturbed: at the worst point of GSAM's ball, where running statistics are left alone.
             backward: runs the backward pass of a loss, eagerly.
-
-        Returns:
-            The loss, a scalar, and the logits (N, K), both detached.
         """
         if self.full_batch is None:
             self.full_batch = len(labels)
@@ -171,14 +155,9 @@ class IndependentLosses:
         seeds: Sequence[int],
         augment: Augmentation,
     ) -> Tensor:
-        """Compute the networks' losses (n,), differentiable in their weights.
+        """Compute the losses of n networks, (n,), differentiable in their weights.
 
-        Args:
-            networks: n, in training mode.
-            images: (N, C, H, W).
-            labels: (N,) or (N, K).
-            seeds: n, of the augmentations.
-            augment: of the images, drawn anew for each network.
+        The images (N, C, H, W), with labels (N,) or (N, K), are augmented anew for each network, by its own seed.
         """
         if not self.rho and not self._compiles and images.numel() <= SMALL_BATCH:
             batches = [augment(images, make_generator(seed)) for seed in seeds]

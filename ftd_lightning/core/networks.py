@@ -98,13 +98,9 @@ def student_networks(
     options: Mapping[str, Any] | None = None,
     shape: ImageShape | None = None,
 ) -> NetworkFactory:
-    """Return the networks that the teachers of a store can be matched with.
+    """Return the networks that the teachers of a store can be matched with; None takes the teachers' own.
 
-    Args:
-        store: the teachers.
-        network: as for :class:`NetworkFactory`; None takes the teachers' own.
-        options: for a named network.
-        shape: of the images, where the store does not know it.
+    The shape of the images is for stores that do not know it.
 
     Raises:
         InputError: for parameters of other names or shapes, or None where the teachers' network is a user's.
@@ -125,10 +121,5 @@ def student_networks(
 
 
 def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mark correct classifications: (N,) float, 1 or 0, for logits (N, K) and classes (N,).
-
-    Example:
-        >>> right_answers(torch.eye(2), torch.tensor([0, 0]))
-        tensor([1., 0.])
-    """
+    """Mark correct classifications: (N,) float, 1 or 0, for logits (N, K) and classes (N,)."""
     return (logits.argmax(1) == labels).float()

@@ -49,12 +49,7 @@ def all_ranks(value: Any) -> list[Any]:
 
 
 def from_all_ranks(own: list[T], total: int) -> list[T]:
-    """Collect one value per network on every rank, in the networks' order.
-
-    Args:
-        own: a value for each number that ``ranks_share`` dealt out to this rank.
-        total: number of networks; values beyond it are left out.
-    """
+    """Collect a value for each number below ``total`` on every rank; ``ranks_share`` dealt out the ``own`` ones."""
     ranks = all_ranks(own)
     return [ranks[index % len(ranks)][index // len(ranks)] for index in range(total)]
 
@@ -83,12 +78,7 @@ def average_over_ranks(trainer: Trainer, gradients: list[Tensor]) -> None:
 
 
 def refuse_split_loaders(trainer: Trainer, *, or_else: str) -> None:
-    """Refuse loaders that give each rank a part of the images, as Lightning makes them of any DataLoader under DDP.
-
-    Args:
-        trainer: of a fit whose loaders are set up.
-        or_else: the other remedy, for the message.
-    """
+    """Refuse loaders that give each rank a part of the images, as Lightning makes them of any DataLoader under DDP."""
     for loader in CombinedLoader([trainer.train_dataloader, trainer.val_dataloaders]).flattened:
         for owner in (loader, getattr(loader, "batch_sampler", None)):
             sampler = getattr(owner, "sampler", None)
@@ -129,12 +119,9 @@ class RankStates:
 
     @staticmethod
     def joined(checkpoint: dict[str, Any], name: str, count: int) -> dict[str, Any]:
-        """Return the weights of a checkpoint as one process would have saved them.
+        """Return the weights of a checkpoint of any number of ranks as one process would have saved them.
 
-        Args:
-            checkpoint: of any number of ranks.
-            name: of the ModuleList whose entries ``ranks_share`` dealt out; other weights are the first rank's.
-            count: number of its entries over all ranks.
+        ``ranks_share`` dealt out the ``count`` entries of the ModuleList ``name``; other weights are the first rank's.
         """
         ranks = [state["state_dict"] for state in checkpoint.get("ranks") or [checkpoint]]
         joined = {key: value for key, value in ranks[0].items() if not key.startswith(f"{name}.")}

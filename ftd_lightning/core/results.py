@@ -23,29 +23,16 @@ if TYPE_CHECKING:
 
 
 class Fit(NamedTuple):
-    """How well a network fits its training images.
-
-    Attributes:
-        loss: mean cross entropy.
-        accuracy: share of images that it classifies correctly, in [0, 1].
-        guessing: accuracy of always naming the most frequent class.
-        images: number of images.
-    """
+    """How well a network fits its training images: mean cross entropy and share of correct answers in [0, 1]."""
 
     loss: float
     accuracy: float
-    guessing: float
+    guessing: float  # accuracy of always naming the most frequent class
     images: int
 
 
 def failure(fit: Fit) -> str | None:
-    """Say why a network failed: its loss is not finite, or its accuracy within two standard errors of guessing.
-
-    Example:
-        >>> failure(Fit(loss=0.1, accuracy=1.0, guessing=0.1, images=10))
-        >>> failure(Fit(loss=2.3, accuracy=0.2, guessing=0.1, images=10))
-        'its training accuracy, 20.0 %, is no better than guessing'
-    """
+    """Say why a network failed: its loss is not finite, or its accuracy within two standard errors of guessing."""
     if not math.isfinite(fit.loss):
         return "its loss is not finite"
     # With few images two standard errors may reach 1, which is not guessing.
@@ -68,7 +55,7 @@ def fits(networks: Sequence[nn.Module], batches: Iterable[tuple[Tensor, Tensor]]
         classes, targets = (labels.argmax(1), labels.float()) if labels.ndim == 2 else (labels, labels)
         seen.append(classes)
         for index, network in enumerate(networks):
-            weight = next(network.eval().parameters(), images)
+            weight = next(network.eval().parameters())
             logits = network(images.to(weight.dtype)).float()
             losses[index] += cross_entropy(logits, targets, reduction="sum")
             right[index] += (logits.argmax(1) == classes).sum()
@@ -88,16 +75,13 @@ def summary(failed: Mapping[str, str], total: int) -> str:
 
 
 def check_learning(trainer: Trainer, networks: Iterable[nn.Module], device: torch.device, total: int) -> dict[str, str]:
-    """Find the networks of all ranks that did not learn their training images, and warn of them.
+    """Warn of networks of all ranks that did not learn their training images, and give the reasons by their numbers.
 
     Args:
         trainer: with the training batches, or else with a datamodule that has them; without either nothing is found.
-        networks: of this rank, as ``ranks.ranks_share`` deals them out.
+        networks: of this rank, as ``ranks_share`` deals them out.
         device: of the networks.
         total: number of networks of all ranks.
-
-    Returns:
-        The reason by the number of each such network.
     """
     batches, data = trainer.train_dataloader, trainer.datamodule  # type: ignore[attr-defined]
     if batches is None and data is not None:
@@ -114,13 +98,7 @@ def check_learning(trainer: Trainer, networks: Iterable[nn.Module], device: torc
 def held_out_seen(of_set: Any, here: Any) -> bool:
     """Tell whether a set was distilled from images that this data source holds out: by another share or seed.
 
-    Args:
-        of_set: ``metadata["dataset"]`` of the set; anything but a mapping is unknown data.
-        here: the description of the data source.
-
-    Example:
-        >>> held_out_seen({"name": "a", "val_fraction": 0.0, "seed": 0}, {"name": "a", "val_fraction": 0.1, "seed": 0})
-        True
+    Both are described as in ``metadata["dataset"]`` of a set; anything but a mapping is unknown data.
     """
     if not isinstance(of_set, dict) or not isinstance(here, dict) or not here.get("val_fraction"):
         return False
@@ -130,16 +108,10 @@ def held_out_seen(of_set: Any, here: Any) -> bool:
 
 
 def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str, Any]:
-    """Summarise the test accuracy of other iterates than the last.
+    """Summarise the test accuracy of other iterates than the last, (n,); empty without a history.
 
-    Args:
-        history: measurements during training, each with accuracies "held_out" and "test" of every network.
-        last: test accuracy of every network after the last epoch, (n,).
-
-    Returns:
-        "chosen_on_held_out", and "best_on_test", which is chosen on the images that measure it: an upper bound. Empty
-        without a history.
-
+    The history lists measurements with accuracies "held_out" and "test" of every network. Returned are
+    "chosen_on_held_out", and "best_on_test", which is chosen on the images that measure it: an upper bound.
     """
     if not history:
         return {}

@@ -25,14 +25,9 @@ Counts = dict[str, Any]
 
 
 def read_checkpoint(source: str | Path | IO[bytes], **options: Any) -> dict[str, Any]:
-    """Read a checkpoint of Lightning.
+    """Read a checkpoint of Lightning from a local file, by its path or open; other files raise InputError.
 
-    Args:
-        source: a local file, by its path or open.
-        options: for ``torch.load``; without ``weights_only=False`` no code in the file is run.
-
-    Raises:
-        InputError: for a file that is missing, broken or something else.
+    The options are those of ``torch.load``; without ``weights_only=False`` no code in the file is run.
     """
     if isinstance(source, (str, Path)):
         source = Path(source).expanduser()
@@ -50,17 +45,12 @@ def read_checkpoint(source: str | Path | IO[bytes], **options: Any) -> dict[str,
 
 
 def refuse_own_network(source: str | Path | IO[bytes]) -> None:
-    """Refuse a checkpoint whose hyper-parameters name a network that is not of this library.
-
-    Args:
-        source: as for :func:`read_checkpoint`; an open file is put back to its beginning.
-    """
-    local = isinstance(source, (str, Path))
-    hparams = read_checkpoint(source, mmap=local).get("hyper_parameters", {})
+    """Refuse a checkpoint whose hyper-parameters name a network that is not of this library."""
+    hparams = read_checkpoint(source, mmap=isinstance(source, (str, Path))).get("hyper_parameters", {})
     if hparams.get("network") is not None:
         recorded_network({"name": hparams["network"], "options": {}}, source, "pass network=")
     if not isinstance(source, (str, Path)):
-        source.seek(0)
+        source.seek(0)  # it is read again
 
 
 def fix_loop_progress(checkpoint: dict[str, Any]) -> None:
@@ -145,12 +135,6 @@ def refuse_changes(
 ) -> None:
     """Refuse values that differ from a checkpoint's, compared as JSON gives them back; keys of one side only pass.
 
-    Args:
-        before: values of the checkpoint.
-        now: values of the fit that resumes from it.
-        free: keys that may change.
-        prefix: of the keys in the message.
-
     Example:
         >>> refuse_changes({"lr": 30.0, "betas": (0, 1)}, {"lr": 3.0, "betas": [0, 1]})
         Traceback (most recent call last):
@@ -168,11 +152,7 @@ def refuse_other_data(
 ) -> None:
     """Refuse to resume with other images, or with another set instead of them; see :func:`refuse_changes`.
 
-    Args:
-        before: "data" and "set" as the checkpoint holds them.
-        now: the same of the fit that resumes.
-        options: the checkpoint's hyper-parameters of the datamodule.
-        trainer: of the fit that resumes.
+    ``before`` holds "data" and "set" of the checkpoint, ``options`` its hyper-parameters of the datamodule.
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(datamodule, LightningDataModule):

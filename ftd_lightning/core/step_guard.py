@@ -52,10 +52,10 @@ class StepGuard:
         still: Tensor | None = None,
         reduce: Callable[[Tensor], Tensor] = lambda flag: flag,
     ) -> None:
-        """Judge a step, and copy the tensors that it changes.
+        """Judge a step that the optimizer is about to make, and copy the tensors that it changes.
 
         Args:
-            optimizer: about to step.
+            optimizer: steps next.
             values: scalars that all have to be finite: the loss, norms of the gradients.
             accepted: a bool scalar, the same on all ranks; None accepts.
             still: a bool scalar: whether the gradient is exactly zero; None: it is not.
@@ -91,10 +91,7 @@ class StepGuard:
         self.still_in_a_row = (self.still_in_a_row + 1) * self._still
 
     def check(self, iteration: int) -> None:
-        """Stop a run that only diverges, or learns nothing; waits for the device.
-
-        Args:
-            iteration: the last one.
+        """Stop a run that only diverges, or learns nothing, after an iteration; waits for the device.
 
         Raises:
             DivergenceError: after ``MAX_SKIPPED`` skipped or ``MAX_GATED`` gated steps in a row.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def run_rows(
     job: Comparison, names: Sequence[str], deadline: Deadline, run: Runner = run_child
 ) -> tuple[dict[str, str], bool]:
-    """Run the fits of rows, by name, that are not done, as far as there is time; ``run`` starts a fit.
+    """Run the fits of rows that are not done, as far as there is time; ``run`` starts a fit.
 
     Returns:
         Why rows failed, by their names, and whether there was time for all.

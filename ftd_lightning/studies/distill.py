@@ -102,12 +102,7 @@ def depth_of(size: int) -> int:
 
 
 def buildable_size(channels: int, size: int) -> int:
-    """Give a size for which the ConvNet of a plan can be built: this one, or the nearest that can be halved.
-
-    Example:
-        >>> [buildable_size(3, size) for size in (8, 28, 32, 50, 60, 100)]
-        [8, 32, 32, 48, 64, 96]
-    """
+    """Give a size for which the ConvNet of a plan can be built: this one, or the nearest that can be halved."""
     halved = 2 ** depth_of(size)
     # The network pads grey images of 28 px itself.
     return size if (channels, size) == (1, 28) else halved * max(round(size / halved), 1)
@@ -126,13 +121,6 @@ def plan_configs(
     """Plan a job within its budget, print the plan, and write it as configs into ``out/configs``.
 
     Teachers, distillation and evaluations have limits of time. The number of real images follows from the minutes.
-
-    Args:
-        found: the images.
-        source: their data set.
-        out: the folder of the job.
-        command: as for :func:`plan_job`.
-        gpu: whether the job runs on one.
 
     Returns:
         The configs, the settings of an evaluation on real images, and the size of the images.
@@ -263,13 +251,8 @@ def _say(title: str, data: DistillationDataModule, found: Survey) -> None:
 def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: Sequence[str]) -> Comparison:
     """Plan a job and print the plan; return what it runs.
 
-    ``plan.json`` in the folder ``out`` records the command and the images; others are refused there.
-
-    Args:
-        source: the images.
-        out: the folder of the job.
-        command: "ipc", "method", "minutes", "config" and "seed", as :func:`distill_source` takes them.
-        overrides: options for the fits.
+    ``plan.json`` in the folder ``out`` records the command ("ipc", "method", "minutes", "config" and "seed" of
+    :func:`distill_source`) and the images; others are refused there.
     """
     ipc, method, minutes, config = (command[key] for key in ("ipc", "method", "minutes", "config"))
     if config is not None and minutes is not None:

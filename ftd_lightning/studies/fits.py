@@ -65,17 +65,11 @@ class Settings:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def options(self) -> list[str]:
-        """Write the settings as options of ``ftd fit``.
-
-        Example:
-            >>> Settings(model={"network_options": {"width": 32}, "augment": ""}).options()
-            ['--model.network_options={"width": 32}', '--model.augment=']
-        """
-        parts = {"model": self.model, "data": self.data, "trainer": self.trainer}
+        """Write the settings as options of ``ftd fit``, e.g. ``--model.network_options={"width": 32}``."""
         return [
             f"--{part}.{key}={value if isinstance(value, str) else json.dumps(value)}"
-            for part, settings in parts.items()
-            for key, value in settings.items()
+            for part in ("model", "data", "trainer")
+            for key, value in getattr(self, part).items()
         ]
 
     def having(self, **further: dict[str, Any]) -> Settings:
@@ -103,7 +97,7 @@ def split_by_phase(options: Sequence[str]) -> dict[str, list[str]]:
 
 
 def minor_version() -> str:
-    """Return the version up to its minor number: within it, a fit gives the same numbers."""
+    """Return the version up to its minor number, within which a fit gives the same numbers."""
     return ".".join(ftd_lightning.__version__.split(".")[:2])
 
 
@@ -144,9 +138,8 @@ class FitNames:
     def __init__(self) -> None:
         self._images: dict[str, dict[str, Any] | None] = {}
 
-    def _contents(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _contents(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
         """Describe the images of a fit by their contents, unless the data set's name identifies them."""
-        given = (settings.get("data") or {}).get("init_args") or {}
         if given.get("dataset") not in BY_CONTENTS:
             return None
         options: dict[str, Any] = {name: given.get(name) for name in WHERE}
@@ -163,40 +156,32 @@ class FitNames:
         That is the settings, however they are spelled, with all defaults; the contents of the images; the identities of
         the inputs, as JSON can hold them; and the version to its minor number.
         """
-        found = resolved(config, options)
-        settings: Any = [read_config(config), list(options)]
-        if found is not None:
-            settings = copy.deepcopy({key: value for key, value in found.items() if key != "config"})
-            for part, keys in NO_RESULT.items():
-                values = settings.get(part) or {}
+        settings: Any = copy.deepcopy(resolved(config, options))
+        contents = None
+        if settings is None:
+            settings = [read_config(config), list(options)]
+        else:
+            del settings["config"]
+            data, trainer = (settings.get("data") or {}).get("init_args") or {}, settings["trainer"]
+            contents = self._contents(data)
+            for values, keys in ((data, NO_RESULT["data"]), (trainer, NO_RESULT["trainer"])):
                 for key in keys:
-                    (values if part == "trainer" else values.get("init_args") or {}).pop(key, None)
-        identity = [minor_version(), settings, self._contents(found or {}), depends]
-        text = json.dumps(identity, sort_keys=True, default=str)
+                    values.pop(key, None)
+        text = json.dumps([minor_version(), settings, contents, depends], sort_keys=True, default=str)
         return f"{config.stem}_{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One fit of a study, or another command that takes as long.
-
-    Args:
-        title: for people.
-        config: its file.
-        options: of the command, after the config; they decide the result.
-        folder: of logs and checkpoints; studies that name the same folder share the fit.
-        output: file in ``folder`` that exists when the fit is done.
-        inputs: options that do not decide the result, or follow from identities in the folder's name.
-        subcommand: "fit", or "label", which writes the output itself and starts anew after a stop.
-    """
+    """One fit of a study, or another command that takes as long."""
 
     title: str
     config: Path
-    options: tuple[str, ...]
-    folder: Path
-    output: str
-    inputs: Callable[[], Sequence[str]] = tuple
-    subcommand: str = "fit"
+    options: tuple[str, ...]  # of the command, after the config; they decide the result
+    folder: Path  # of logs and checkpoints; studies that name the same folder share the fit
+    output: str  # file in the folder that exists when the fit is done
+    inputs: Callable[[], Sequence[str]] = tuple  # options that decide no result, or follow from the folder's name
+    subcommand: str = "fit"  # or "label", which writes the output itself and starts anew after a stop
 
     @property
     def checkpoint(self) -> Path:
@@ -242,7 +227,7 @@ def device_name() -> str:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a folder against other commands: raise InputError if another process is at work there."""
+    """Hold a folder; raise InputError if another process is at work there."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -252,24 +237,10 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def kept(folder: Path, identity: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return a result that is kept in a folder; make it where there is none.
+    """Return the result of an identity from a folder of JSON files; make it where there is none.
 
-    Two processes that want the same result make it once: the second one waits.
-
-    Args:
-        folder: of results, one JSON file each: ``{"identity": ..., "result": ...}``.
-        identity: everything that the result depends on, as JSON can hold it.
-        make: computes the result, which JSON can hold too.
-
-    Returns:
-        The result as JSON gives it back: lists for tuples, None for NaN.
-
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> with tempfile.TemporaryDirectory() as name:
-        ...     [kept(Path(name), {"seed": 0}, lambda: {"accuracy": value}) for value in (0.5, 0.6)]
-        [{'accuracy': 0.5}, {'accuracy': 0.5}]
+    Two processes that want the same result make it once: the second one waits. The result is as JSON gives it back:
+    lists for tuples, None for NaN.
     """
     text = json.dumps(identity, sort_keys=True)
     file = folder / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
@@ -286,6 +257,13 @@ def kept(folder: Path, identity: Mapping[str, Any], make: Callable[[], dict[str,
 def run_child(command: Sequence[str], log: Path, seconds: float | None) -> int | None:
     """Run a command in a child process, which ends with this one; see ``Runner``."""
     with log.open("ab") as out:
+        with suppress(ImportError):  # Windows
+            import fcntl
+
+            try:  # the child inherits the lock, and holds it if this process is killed
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"{log}: the fit of a killed command still writes there; end it, or wait") from error
         child = subprocess.Popen(
             [sys.executable, "-m", "ftd_lightning", *command], stdout=out, stderr=subprocess.STDOUT
         )

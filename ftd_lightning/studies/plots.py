@@ -46,10 +46,7 @@ def write_sheet(rows: Mapping[str, Image.Image], path: Path) -> None:
 
 
 def count_images(folder: Path) -> dict[str, Any]:
-    """Count the images of an evaluation, and draw those that it trained on as ``images.png`` beside its logs; once.
-
-    Args:
-        folder: of an evaluation that is done.
+    """Count the images of a done evaluation, and draw those that it trained on as ``images.png`` in its folder; once.
 
     Returns:
         "images" and "steps_per_epoch" of the training, "training_images" (held-out ones included) and "test_images" of
@@ -115,12 +112,9 @@ def write_plot(path: Path, draw: Callable[[Any], None], *, size: tuple[float, fl
 
 
 def draw_study(results: Mapping[str, Any], x: str, path: Path) -> None:
-    """Draw accuracy over x with bars of one standard deviation, references as lines; nothing where nothing is done.
+    """Draw accuracy over x, the axis of that label, with bars of one standard deviation, and references as lines.
 
-    Args:
-        results: the content of ``compare.json``.
-        x: label of the axis.
-        path: of the PNG.
+    Nothing is drawn where nothing of ``results``, the content of ``compare.json``, is done.
     """
     done = [row for row in results["rows"] if row["state"] == "done"]
     points = sorted((row for row in done if "x" in row), key=lambda row: float(row["x"]))

@@ -37,19 +37,9 @@ class Published(NamedTuple):
 
 
 def published(dataset: str, ipc: int, method: str) -> Published:
-    """Find the shipped configs of a method on a data set.
+    """Find the shipped configs of a method on a data set, or in a folder of shipped configs (cifar10-part).
 
-    Args:
-        dataset: a data set's name, or a folder of shipped configs (cifar10-part).
-        ipc: images per class.
-        method: as in ``distill_METHOD`` or ``distill_METHOD_ipcN``.
-
-    Raises:
-        InputError: if there are none, naming those that there are.
-
-    Example:
-        >>> published("imagewoof", 10, "ftd").evaluate.options()
-        ['--data.dataset=imagewoof']
+    Where there are none, InputError names those that there are.
     """
     shipped = shipped_names()
     folder = "imagenet" if dataset in SUBSETS else dataset
@@ -71,10 +61,7 @@ def published(dataset: str, ipc: int, method: str) -> Published:
 def belonging(distill: Path, ipc: int, data: Mapping[str, Any] | None = None) -> Published:
     """Find the configs that belong to a distillation: its teachers by their folder, and the evaluation beside it.
 
-    Args:
-        distill: its file.
-        ipc: images per class.
-        data: arguments of the DataModule for all of them, which the files leave to the command line.
+    ``data`` holds arguments of the DataModule for all of them, which the files leave to the command line.
     """
     model = read_config(distill).get("model", {})
     own = model.get("init_args") if isinstance(model, dict) else None

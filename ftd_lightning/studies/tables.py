@@ -25,28 +25,18 @@ if TYPE_CHECKING:
 
 
 def paired_difference(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Compare two evaluations network by network.
+    """Compare two evaluations, contents of ``evaluation.json``, network by network.
 
     Accuracies of networks of the same seed are correlated over sets: the mean of their differences has a smaller
     standard error, of n - 1 degrees of freedom, than either mean.
 
-    Args:
-        own: the content of an ``evaluation.json``: "each" accuracy and the "seeds", in the same order.
-        base: the content of the other one.
-
     Returns:
         "mean", "standard_error" (None for one network) and "n"; None where no network is in both.
-
-    Example:
-        >>> own, base = {"each": [0.5, 0.7], "seeds": [1, 2]}, {"each": [0.4, 0.6], "seeds": [1, 2]}
-        >>> {key: round(value, 6) for key, value in paired_difference(own, base).items()}
-        {'mean': 0.1, 'standard_error': 0.0, 'n': 2}
     """
     known = dict(zip(base["seeds"], base["each"], strict=True))
-    pairs = [(value, known[seed]) for seed, value in zip(own["seeds"], own["each"], strict=True) if seed in known]
-    if not pairs:
+    differences = [each - known[seed] for seed, each in zip(own["seeds"], own["each"], strict=True) if seed in known]
+    if not differences:
         return None
-    differences = [value - other for value, other in pairs]
     count, mean = len(differences), math.fsum(differences) / len(differences)
     variance = math.fsum((d - mean) ** 2 for d in differences) / (count - 1) if count > 1 else None
     error = None if variance is None else math.sqrt(variance / count)
@@ -71,11 +61,6 @@ def points(found: Mapping[str, Any]) -> str:
     """Format a difference in percentage points."""
     error = found["standard_error"]
     return f"{100 * found['mean']:+.1f}{'' if error is None else f' ± {100 * error:.1f}'}"
-
-
-def _accuracy(measured: Mapping[str, Any]) -> dict[str, Any]:
-    last = next(iter(measured["accuracy"].values()))
-    return {"last": last, **{key: measured.get(key) for key in ("chosen_on_held_out", "best_on_test")}}
 
 
 def _seconds(fits: Iterable[Fit | None]) -> float | None:
@@ -104,7 +89,13 @@ def row_result(job: Comparison, name: str, failures: Mapping[str, str]) -> dict[
     if not all(fit.is_done() for fit in fits.each()):
         return facts
     measured = {network: read_json(fit.folder / EVALUATION) for network, fit in fits.evaluations.items()}
-    accuracy = {network: _accuracy(found) for network, found in measured.items()}
+    accuracy = {
+        network: {
+            "last": next(iter(found["accuracy"].values())),
+            **{key: found.get(key) for key in ("chosen_on_held_out", "best_on_test")},
+        }
+        for network, found in measured.items()
+    }
     first, folder = next(iter(measured.values())), next(iter(fits.evaluations.values())).folder
     counts = count_images(folder)
     if row.synthetic == "real":
@@ -181,12 +172,12 @@ def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def copy_set(job: Comparison, name: str, path: Path) -> Path | None:
-    """Copy the set of a row; None for a row of real images."""
-    file = job.set_file(name)
-    if file is not None:
-        with replacing(path) as part:
-            shutil.copyfile(file, part)
-    return None if file is None else path
+    """Copy the set of a row, and return the path; None for a row of real images."""
+    if (file := job.set_file(name)) is None:
+        return None
+    with replacing(path) as part:
+        shutil.copyfile(file, part)
+    return path
 
 
 def verdict(results: Mapping[str, Any]) -> str | None:
@@ -247,19 +238,15 @@ def full_lines(results: Mapping[str, Any]) -> list[list[str]]:
     head = ["method", *(networks or kinds), "iterations", "peak, MiB", "labels", "images", "share"]
     differences = any("difference" in row for row in results["rows"])
     return [[*head, *(["paired difference"] if differences else [])]] + [
-        [*_cells(row, networks), *([_difference(row)] if differences else [])]
+        _cells(row, networks, differences)
         if row["state"] == "done"
         else [row["label"], "to do" if row["state"] == "to do" else f"failed: {row['reason']}"]
         for row in results["rows"]
     ]
 
 
-def _difference(row: Mapping[str, Any]) -> str:
-    found = row.get("difference")
-    return f"{points(found)} to {found['to_label']}" if found else "-"
-
-
-def _cells(row: Mapping[str, Any], networks: Sequence[str]) -> list[str]:
+def _cells(row: Mapping[str, Any], networks: Sequence[str], differences: bool) -> list[str]:
+    difference = row.get("difference")
     found = [row["networks"][name]["last"] for name in networks] or list(row["accuracy"].values())
     peak = row["peak_memory_MiB"] or {}
     numbers = [row.get("iterations"), peak.get("device", peak.get("process"))]
@@ -271,19 +258,12 @@ def _cells(row: Mapping[str, Any], networks: Sequence[str]) -> list[str]:
         row.get("labels", "hard"),
         str(row["images"]) if stored == row["images"] else f"{stored} -> {row['images']}",
         "-" if share is None else f"{100 * share:.3g} %",
+        *([f"{points(difference)} to {difference['to_label']}" if difference else "-"] if differences else []),
     ]
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Format lines of cells as a Markdown table; the first one is its head, and short ones are filled with "-".
-
-    Example:
-        >>> print(markdown_table([["set", "accuracy"], ["DC", "88.3"], ["DM"]]))
-        | set | accuracy |
-        | --- | --- |
-        | DC | 88.3 |
-        | DM | - |
-    """
+    """Format lines of cells as a Markdown table; the first one is its head, and short ones are filled with "-"."""
     width = len(lines[0])
     cells = [[cell.replace("|", "\\|") for cell in line] + ["-"] * (width - len(line)) for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], ["---"] * width, *cells[1:]])

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
-from ftd_lightning.core.evaluation import EvaluationProtocol, accuracy, mean_and_std, train_fresh_networks
+from ftd_lightning.core.evaluation import EvaluationProtocol, accuracies, mean_and_std, train_fresh_networks
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.schema import per_cent
 from ftd_lightning.functional import Augmentation, flatten_parameters, seeded
@@ -61,7 +61,7 @@ def test_module_and_function_train_the_same_networks(tmp_path: Path) -> None:
         network = ConvNet(1, 10, 8, **SMALL)
     train_fresh_networks([network], *images_and_labels(), EvaluationProtocol(epochs=5, lr=0.01, augment=NONE))
     torch.testing.assert_close(flatten_parameters(module.networks[1]), flatten_parameters(network))
-    assert module.results["each"][1] == pytest.approx(accuracy(network, *data.test))
+    assert module.results["each"][1] == pytest.approx(accuracies([network], *data.test)[0])
 
 
 def test_results_are_written_with_seeds_and_all(tmp_path: Path, caplog) -> None:

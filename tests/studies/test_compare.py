@@ -1,8 +1,10 @@
 """``ftd compare``: rows, what they share, what a stop and a failure leave, and what is written."""
 
+import fcntl
 import json
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -22,7 +24,7 @@ from ftd_lightning.callbacks.progress import PeakMemory
 from ftd_lightning.data import decoding
 from ftd_lightning.studies import compare, plots
 from ftd_lightning.studies.comparison import Comparison
-from ftd_lightning.studies.fits import Deadline, Fit, Settings, kept, resolved, run_fit
+from ftd_lightning.studies.fits import Deadline, Fit, Settings, kept, resolved, run_child, run_fit
 from ftd_lightning.studies.tables import collect, full_lines, markdown, short_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +148,7 @@ def test_children_end_with_the_command_and_resume(here: Path, trajectories: Path
     running.wait_for(lambda: list(Path("runs").rglob("last.ckpt")))
     running.send_signal(signal.SIGTERM)
     done = running.wait()
-    assert done.stderr.splitlines()[-1] == "ftd: terminated: run it again"
+    assert done.stderr.splitlines()[-1] == "ftd: terminated: run the same command again"
     job = Comparison.from_file(Path("study"))
     fit = job.fits_of("mtt").distill
     assert "resume with the same command" in (fit.folder / "output.txt").read_text(), "it ended after a checkpoint"
@@ -338,6 +340,17 @@ def test_a_fit_is_done_when_it_ended_by_itself_and_its_output_is_there(here: Pat
     assert not fit.is_done()
     (fit.folder / "fit.json").write_text('{"done"')
     assert fit.status()["done"] is False
+
+
+def test_a_child_holds_its_fit_when_the_command_was_killed(tmp_path: Path, refused) -> None:
+    log = tmp_path / "output.txt"
+    with log.open("ab") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)  # as run_child does
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=out)
+    with refused(log, "still writes there"):
+        run_child(["info"], log, None)
+    child.communicate()
+    assert run_child(["info", "--help"], log, None) == 0
 
 
 def test_a_result_is_kept_for_its_identity(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fits import SMALL, refusal, small_data
 from torch.nn.functional import one_hot
 
 from ftd_lightning import DistillationDataModule, SyntheticSet, cli
-from ftd_lightning.core.evaluation import EvaluationProtocol, accuracy, train_fresh_networks
+from ftd_lightning.core.evaluation import EvaluationProtocol, accuracies, train_fresh_networks
 from ftd_lightning.data.coresets import class_probabilities, random_real_images
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed
@@ -155,7 +155,7 @@ def test_random_images_are_as_many_of_each_class(sets, tmp_path: Path) -> None:
 def test_random_images_of_a_soft_set_have_the_labels_of_a_teacher(sets, tmp_path: Path) -> None:
     """Teachers are read again, running statistics included, and are the networks that were measured."""
     (one,) = prepared([sets[1]], tmp_path, network="convnet", network_options={**SMALL, "norm": "batch"})
-    assert [accuracy(teacher, *one.data.test) for teacher in one.teachers] == one.real["each"]
+    assert accuracies(one.teachers, *one.data.test) == one.real["each"]
     assert all(lesson.labels.equal(one.synthetic.labels) for lesson in one.lessons("soft", "set"))
     for index, (lesson, teacher) in enumerate(zip(one.lessons("soft", "random"), one.teachers, strict=True)):
         assert not teacher.training
@@ -218,7 +218,7 @@ def test_accuracy_is_that_after_the_last_epoch(sets, ranked) -> None:
         network = build_network("convnet", 1, 10, 8, **SMALL)
     images, seed = (synthetic.images, synthetic.labels), derive_seed(0, "rank", 1)
     train_fresh_networks([network], *images, protocol, seed=seed, indices=[1])
-    assert column["each"][1] == accuracy(network, *data.test)
+    assert column["each"][1] == accuracies([network], *data.test)[0]
 
 
 def test_held_out_images_are_trained_on_but_not_where_the_rate_is_chosen(sets, tmp_path: Path) -> None:
