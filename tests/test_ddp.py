@@ -16,7 +16,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from processes import on_ranks
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet, TrajectoryStore
 from ftd_lightning.callbacks import (
@@ -27,7 +26,6 @@ from ftd_lightning.callbacks import (
     TrajectoryRecorder,
 )
 from ftd_lightning.data.loaders import BatchOrder
-from ftd_lightning.errors import InputError
 from ftd_lightning.functional import InnerAdam, gsam_direction, gsam_perturbation, load_flat
 from ftd_lightning.models import ConvNet
 from ftd_lightning.modules import BilevelDistillation, FeatureRegression
@@ -126,23 +124,6 @@ def teach(folder: Path, ranks: int, *callbacks: Callback, ckpt_path: str | None 
 THREE = {"teachers": 3, "momentum": 0.9, "augment": "crop_scale", **BATCH_NORM}
 
 
-def refuse(folder: Path, ranks: int) -> dict:
-    """Loaders of which Lightning gives each rank a part."""
-    loader = DataLoader(TensorDataset(torch.randn(12, 1, 8, 8), torch.arange(12) % 10), batch_size=4)
-    modules = {
-        "teachers": small_teacher(network=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), network_options=None),
-        "evaluation": SyntheticEvaluation(partial(ConvNet, 1, 10, 8, **SMALL), networks=2, lr=0.1),
-    }
-    told = {}
-    for name, module in modules.items():
-        with pytest.raises(InputError) as caught:
-            trainer_of(folder / name, ranks, max_epochs=1).fit(module, loader)
-        told[name] = str(caught.value)
-    unsplit = trainer_of(folder / "whole", ranks, use_distributed_sampler=False)
-    unsplit.fit(modules["teachers"], loader)
-    return {**told, "batches": unsplit.num_training_batches}
-
-
 JOBS = {
     "match": match,
     "learned_labels": match,
@@ -154,7 +135,6 @@ JOBS = {
     "measure": measure,
     "teachers": partial(teach, **THREE),
     "data": partial(teach, parallel="data"),
-    "refuse": refuse,
 }
 
 
@@ -300,13 +280,6 @@ def test_ranks_that_share_batches_step_along_the_mean_direction(two: Path) -> No
             directions += gsam_direction([g], [g_p], alpha=1.0)
         weights = weights - 0.1 * torch.stack(directions).mean(0)
     torch.testing.assert_close(weights, store.trajectory(0)[1], rtol=1e-4, atol=1e-5)
-
-
-def test_loaders_that_lightning_splits_are_refused_and_whole_ones_are_not(two: Path) -> None:
-    for told in saved(two, "refuse"):
-        assert "--trainer.use_distributed_sampler false" in told["teachers"]
-        assert "use a DistillationDataModule" in told["evaluation"]
-        assert told["batches"] == 3
 
 
 class Killed(Callback):

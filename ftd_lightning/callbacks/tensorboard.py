@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -132,12 +131,6 @@ class TensorBoardPictures(Callback):
                 logger.experiment.add_histogram(f"values/{name}", images, step)
 
 
-def _settings(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Drop LightningCLI's own entries, ``_class_path`` and ``_instantiator``."""
-    own = {key: value for key, value in values.items() if not str(key).startswith("_")}
-    return {key: _settings(value) if isinstance(value, Mapping) else value for key, value in own.items()}
-
-
 class HyperparameterReport(Callback):
     """Writes the hyper-parameters with the run's last scalars to TensorBoard's HPARAMS page, once, at the end.
 
@@ -157,5 +150,7 @@ class HyperparameterReport(Callback):
     @staticmethod
     def _write(trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {f"hp/{name}": float(value) for name, value in trainer.callback_metrics.items()}
+        # LightningCLI's own entries are _class_path and _instantiator.
+        settings = {key: value for key, value in pl_module.hparams.items() if not key.startswith("_")}
         for logger in _boards(trainer):
-            logger.log_hyperparams(_settings(pl_module.hparams), metrics, trainer.global_step)
+            logger.log_hyperparams(settings, metrics, trainer.global_step)

@@ -146,7 +146,7 @@ class Comparison:
     @classmethod
     def from_dict(cls, given: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> Comparison:
         """Build a comparison from the content of a file; a key or a value that is not known raises InputError."""
-        given = {**given, "evaluate": _config(given.get("evaluate"))}
+        given = {**given, "evaluate": _expanded(given.get("evaluate"))}
         for key in ("rows", "teachers", "networks"):
             if isinstance(given.get(key), dict):
                 given[key] = {str(name): _expanded(entry) for name, entry in given[key].items()}
@@ -156,19 +156,15 @@ class Comparison:
             missing = [key for key in ("dataset", "run", "evaluate", "rows") if not given.get(key)]
             if missing:
                 raise ValueError(f"lacks {', '.join(missing)}")
-            found = parser.parse_object(given).as_dict()
+            found: dict[str, Any] = parser.parse_object(given).as_dict()
         except Exception as error:  # jsonargparse raises several kinds
             raise InputError(f"{file}: {' '.join(str(error).split())[:400]}") from error
         # Not by the parser: it would make objects of the class paths within settings.
-        made: dict[str, Any] = {key: Settings(**found.pop(key)) for key in SETTINGS}
-        rows = {
-            name: Row(**{key: _settings(key, value) for key, value in row.items()})
-            for name, row in found.pop("rows").items()
-        }
-        teachers = {name: Teachers(**entry) for name, entry in found.pop("teachers").items()}
-        networks = {name: Settings(**entry) for name, entry in found.pop("networks").items()}
-        further: dict[str, Any] = {"file": file, "overrides": split_by_phase(overrides)}
-        return cls(**found, **made, rows=rows, teachers=teachers, networks=networks, **further)
+        for entry in (found, *found["rows"].values()):
+            entry |= {key: Settings(**entry[key]) for key in SETTINGS if entry[key] is not None}
+        for key, kind in {"rows": Row, "teachers": Teachers, "networks": Settings}.items():
+            found[key] = {name: kind(**entry) for name, entry in found[key].items()}
+        return cls(**found, file=file, overrides=split_by_phase(overrides))
 
     def base(self, name: str) -> str | None:
         """Return the row that a row is compared with; None where there is none, or it is the same."""
@@ -287,16 +283,10 @@ def _given(*options: str) -> Callable[[], Sequence[str]]:
     return lambda: options
 
 
-def _config(entry: Any) -> Any:
-    """Expand the name of a config: ``evaluate: NAME`` is ``evaluate: {config: NAME}``."""
-    return {"config": entry} if isinstance(entry, str) else entry
-
-
 def _expanded(entry: Any) -> Any:
+    """Expand names of configs: ``evaluate: NAME`` is ``evaluate: {config: NAME}``."""
+    if isinstance(entry, str):
+        return {"config": entry}
     if not isinstance(entry, dict):
-        return _config(entry)
-    return {key: _config(value) if key in SETTINGS else value for key, value in entry.items()}
-
-
-def _settings(key: str, value: Any) -> Any:
-    return Settings(**value) if key in SETTINGS and value is not None else value
+        return entry
+    return {key: _expanded(value) if key in SETTINGS else value for key, value in entry.items()}

@@ -45,14 +45,6 @@ def test_the_best_is_chosen_on_held_out_images(tmp_path: Path, trajectories: Pat
     assert chosen["iteration"] == 10, "after two epochs; the measurement after the last one was not due"
 
 
-def test_scores_belong_to_the_set_that_they_were_measured_on(tmp_path: Path, trajectories: Path) -> None:
-    module = distil(tmp_path, trajectories, steps=6, callbacks=[EvaluateSynthetic(100, networks=1, epochs=1)])
-    metrics, scores = module.trainer.callback_metrics, module.synthetic_set().metadata["scores"]
-    assert set(scores) == {"raw images, held-out training images", "raw images, test images"}
-    mean = scores["raw images, test images"]["mean"]
-    assert mean == pytest.approx(float(metrics["evaluation/raw_test_accuracy_mean"]))
-
-
 def test_all_measurements_are_listed_on_file_and_survive_a_resumption(tmp_path: Path, trajectories: Path) -> None:
     def fit(name: str, **options) -> tuple[list, Trainer]:
         keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=7)

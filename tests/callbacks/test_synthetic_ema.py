@@ -8,7 +8,6 @@ from lightning.pytorch import Callback
 from ftd_lightning import DistillationDataModule
 from ftd_lightning.callbacks import SyntheticEMA
 from ftd_lightning.cli import main
-from ftd_lightning.errors import InputError
 
 
 class Images(Callback):
@@ -51,18 +50,6 @@ def test_the_share_of_the_initial_images_is_told(tmp_path: Path, trajectories: P
     assert "its averaged images still hold 73 % of the initial ones" in caplog.text
     main(["info", str(file)])
     assert "with EMA images, which hold 73 % of the initial ones" in capsys.readouterr().out
-
-
-def test_state_goes_through_a_checkpoint(refused) -> None:
-    first, second = SyntheticEMA(0.6), SyntheticEMA(0.6)
-    first.average, first.updates, first.initial_weight = torch.rand(3), torch.tensor(5), torch.tensor(0.5)
-    second.load_state_dict(first.state_dict())
-    assert (second.average.tolist(), second.updates, second.initial_weight) == (first.average.tolist(), 5, 0.5)
-    for options in ({"decay": 0.5}, {"decay": 0.6, "bias_correction": True}):
-        with refused("SyntheticEMA.", "but the checkpoint was made with"):
-            SyntheticEMA(**options).load_state_dict(first.state_dict())
-    with pytest.raises(InputError, match="must lie in"):
-        SyntheticEMA(1.0)
 
 
 def test_another_fit_begins_anew(tmp_path: Path, trajectories: Path) -> None:

@@ -7,6 +7,7 @@ from fits import make_trainer, small_teacher
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
+from ftd_lightning import SyntheticEvaluation
 from ftd_lightning.core.ranks import RankStates, ranks_share
 
 IMAGES = TensorDataset(torch.zeros(6, 1, 8, 8), torch.zeros(6, dtype=torch.int64))
@@ -58,3 +59,6 @@ def test_teachers_of_their_own_refuse_parts_of_the_images(tmp_path, refused):
         with refused("splits its images over 2 processes", "use_distributed_sampler false", "--model.parallel"):
             make_trainer(tmp_path).fit(small_teacher(**network), *loaders)
     make_trainer(tmp_path).fit(small_teacher(parallel="data", **network), parts[0], whole)
+    with refused("splits its images over 2 processes", "use a DistillationDataModule"):
+        evaluation = SyntheticEvaluation(network["network"], networks=1, lr=0.1)
+        make_trainer(tmp_path, max_epochs=1).fit(evaluation, parts[0], whole)
