@@ -5,7 +5,6 @@ from ftd_lightning.contracts import Images
 from ftd_lightning.data import get_dataset
 from ftd_lightning.data.coresets import (
     candidate_epochs,
-    coreset,
     estimate_running_statistics,
     teacher_coreset,
     teacher_labels,
@@ -91,14 +90,6 @@ def test_k_center_takes_the_image_farthest_from_the_first(trajectories):
     assert torch.equal(chosen.images[6:8], members[[int(first), int(second)]])
 
 
-def test_choices_are_made_within_each_class():
-    features = torch.tensor([[0.0], [10.0], [1.0], [11.0], [5.0], [12.0]])
-    images = Images(torch.arange(6.0).view(6, 1, 1, 1), torch.tensor([0, 1, 0, 1, 0, 1]))
-    picked = coreset(images, "k-center", 2, features)
-    assert picked.images.flatten().tolist() == [2, 4, 3, 1]
-    assert picked.labels.tolist() == [0, 0, 1, 1]
-
-
 def test_what_cannot_be_chosen_is_refused(trajectories, refused):
     with refused("chooses by a teacher's features", "data.trajectories"):
         choose(trajectories, "herding", trajectories=None)
@@ -108,13 +99,6 @@ def test_what_cannot_be_chosen_is_refused(trajectories, refused):
         choose(trajectories, "herding", teacher=7)
     with refused("cannot choose 99 of a class's"):
         choose(trajectories, "herding", ipc=99)
-
-
-def test_teachers_without_a_name_to_build_them_by_are_refused(tmp_path, refused):
-    network = {"name": "mine.Net", "parameters": [["weight", [2]]]}
-    write_teacher(tmp_path, 0, [torch.zeros(2), torch.ones(2)], {"network": network, **DATASET})
-    with refused(tmp_path, "mine.Net", "not of this library"):
-        choose(tmp_path, "herding")
 
 
 def accuracy(network, images):

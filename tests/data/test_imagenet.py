@@ -48,8 +48,7 @@ def test_classes_and_their_order():
     ]
 
 
-@pytest.mark.parametrize("below", ["imagenet", ""])
-@pytest.mark.parametrize("name", ["imagefruit", "imageyellow"])
+@pytest.mark.parametrize(("name", "below"), [("imagefruit", "imagenet"), ("imageyellow", "")])
 def test_labels_are_in_the_order_of_the_table(tmp_path, image_folder, name, below):
     for part in ("train", "val"):
         for label, wnid in enumerate(SUBSETS[name]):
@@ -84,26 +83,17 @@ def test_missing_tree_is_refused_with_a_word_on_what_to_put_where(tmp_path, refu
 # The real images
 
 
-def test_real_images_are_squashed_and_grey_ones_become_rgb(imagenet_root):
+def test_real_images_are_squashed(imagenet_root):
     data = ready(imagenet_root, val_fraction=0.0)
     assert data.describe()["dataset"]["fingerprint"] == "e6813cb3a2e12aaaf41efa968c3cd9bd"  # as of version 0.1
     assert data.train.images.shape == (500, 3, 128, 128)
     assert data.test.images.shape == (200, 3, 128, 128)
     assert data.test.labels.bincount().tolist() == [20] * 10
-    pictures = data.transform.invert(data.train.images)
-    wnids = list(SUBSETS["imagenette"])
-    files = [file for wnid in wnids for file in sorted((imagenet_root / "imagenet" / "train" / wnid).iterdir())]
-    grey = []
-    for i, file in enumerate(files):
-        with Image.open(file) as image:
-            if image.mode == "L":
-                grey.append(i)
-    assert grey, "the set has some"
-    same = [bool(torch.allclose(p[0], p[1], atol=1e-3) and torch.allclose(p[0], p[2], atol=1e-3)) for p in pictures]
-    assert all(same[i] for i in grey)
-    with Image.open(files[0]) as image:
+    picture = data.transform.invert(data.train.images[:1])[0].permute(1, 2, 0).numpy()
+    first = min((imagenet_root / "imagenet" / "train" / next(iter(SUBSETS["imagenette"]))).iterdir())
+    with Image.open(first) as image:
         wanted = np.asarray(image.convert("RGB").resize((128, 128), Image.Resampling.BILINEAR))
-    assert np.abs(pictures[0].permute(1, 2, 0).numpy() * 255 - wanted).max() < 1e-2
+    assert np.abs(picture * 255 - wanted).max() < 1e-2
 
 
 def test_teachers_distillation_and_evaluation(imagenet_root, tmp_path, run_phases):
@@ -256,9 +246,7 @@ def test_interrupted_unpacking_is_not_taken_for_whole(archive, tmp_path, monkeyp
 
 def test_real_images(tiny_root):
     data = ready(tiny_root, TINY, val_fraction=0.0)
-    assert (data.num_classes, data.in_channels, data.image_size) == (10, 3, 64)
     assert data.train.images.shape == (5000, 3, 64, 64)
-    assert data.train.labels.bincount().tolist() == [500] * 10
     assert data.test.labels.bincount().tolist() == [50] * 10
     assert data.class_names[:3] == ["Egyptian_cat", "reel", "volleyball"]
     # ImageNet's constants fit.

@@ -1,13 +1,9 @@
 """Loaders of batches and of teachers' segments: their order, and exact resumption."""
 
 import threading
-from collections import Counter
 
 import pytest
 import torch
-from fits import make_trainer
-from lightning.pytorch import LightningModule
-from torch.utils.data import DataLoader, DistributedSampler
 
 from ftd_lightning.data import SegmentLoader
 from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on, host_loader
@@ -79,23 +75,6 @@ def epoch_of(loader, epoch, *, stop=None):
     return found
 
 
-@NO_FORK_WARNING
-@pytest.mark.parametrize("soft", [False, True], ids=["classes", "probabilities"])
-def test_device_and_host_give_the_same_batches_in_the_same_order(soft):
-    labels = torch.eye(11) if soft else LABELS
-    found = loaders(batch_size=4, labels=labels)
-    for epoch in range(2):
-        for loader in found.values():
-            loader.sampler.set_epoch(epoch)
-            assert isinstance(loader.sampler, DistributedSampler)  # which Lightning leaves alone
-            batches = list(loader)
-            assert len(loader) == len(batches) == 3
-            for index, (images, classes) in zip(found["device"].sampler, batches, strict=True):
-                assert torch.equal(images, IMAGES[index])
-                assert torch.equal(classes, labels[index])
-    assert isinstance(found["host"], DataLoader)
-
-
 KINDS = pytest.mark.parametrize("kind", ["device", "host", "workers"])
 
 
@@ -139,30 +118,6 @@ def test_an_epoch_that_has_ended_yields_nothing_once(kind, batch):
             iter(loader)
         assert loader.state_dict() == {"batch": 6}
         assert [epoch_of(loader, epoch) for epoch in (1, 2)] == whole[1:]
-
-
-class Watcher(LightningModule):
-    """Learns nothing; writes down which images came."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = {}
-
-    def training_step(self, batch, batch_idx):
-        self.seen.setdefault(self.current_epoch, []).append(batch[1].tolist())
-        return self.weight * 0
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-@pytest.mark.parametrize("kind", ["device", "host"])
-def test_trainer_tells_the_order_its_epoch(kind, tmp_path):
-    # Nobody else does: without it every epoch would come in the order of the first.
-    module = Watcher()
-    make_trainer(tmp_path, max_epochs=3).fit(module, loaders()[kind])
-    assert [module.seen[epoch] for epoch in range(3)] == [epoch_of(loaders()["device"], epoch) for epoch in range(3)]
 
 
 def test_images_fit_on_a_gpu_where_they_take_at_most_half_of_its_free_memory(monkeypatch):
@@ -249,17 +204,6 @@ def test_the_next_batch_is_read_while_this_one_is_used(loader):
     assert reads.acquire(timeout=30)
     assert reads.acquire(timeout=30)  # nobody has asked for the second one
     assert threading.current_thread().name not in seen
-
-
-def test_start_epochs_and_teachers_are_uniform(loader):
-    count = 400
-    batches = flat(loader(length=count))
-    for key, values in (("start_epoch", 5), ("teacher", TEACHERS)):
-        seen, share = Counter(batch[key] for batch in batches), 1 / values
-        assert set(seen) == set(range(values))
-        sigma = (count * share * (1 - share)) ** 0.5
-        assert all(abs(n - count * share) < 4.5 * sigma for n in seen.values())
-    assert len({(batch["teacher"], batch["start_epoch"]) for batch in batches}) == 5 * TEACHERS
 
 
 @pytest.mark.parametrize("done", [0, 3, 7, 13, 14])

@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ftd_lightning.files.safetensors_io import KEY, TensorFile, fingerprint, replacing, versions, write_tensors
+from ftd_lightning.files.safetensors_io import KEY, TensorFile, fingerprint, replacing, write_tensors
 
 METADATA = {"network": {"name": "convnet", "width": 8}, "epochs": 3, "accuracies": [0.1, 0.25], "note": "naïve"}
 TENSORS = {
@@ -157,31 +156,8 @@ def test_threads_that_write_one_file_at_the_same_time_do_not_disturb_each_other(
     assert os.listdir(tmp_path) == ["f"]
 
 
-@pytest.mark.slow
-def test_a_kill_in_the_middle_of_a_write_leaves_a_whole_file(tmp_path):
-    path, context = tmp_path / "f", multiprocessing.get_context("fork")
-    write_numbers(path, 0, 1)
-    for _ in range(10):
-        writer = context.Process(target=write_numbers, args=(path, 0, 100_000))
-        writer.start()
-        before = path.stat().st_ino
-        while path.stat().st_ino == before:  # it is at work
-            pass
-        writer.kill()
-        writer.join()
-        file = TensorFile(path, kind="thing")
-        assert bool((file["values"] == file.metadata["number"]).all())
-
-
 def test_fingerprint_tells_values_shapes_and_types_apart():
     zeros = torch.zeros(6)
     different = [zeros, zeros.view(2, 3), zeros.int(), torch.eye(6)[0], torch.zeros(5), torch.zeros(())]
     assert len({fingerprint(tensor) for tensor in different} | {fingerprint(zeros, zeros)}) == 7
     assert fingerprint(torch.arange(6).view(2, 3).t()) == fingerprint(torch.tensor([[0, 3], [1, 4], [2, 5]]))
-
-
-def test_versions_name_what_a_result_depends_on():
-    assert versions()["torch"] == torch.__version__
-    assert set(versions()) == {"ftd_lightning", "python", "torch", "lightning", "float32_matmul_precision"}
-    torch.set_float32_matmul_precision("medium")
-    assert versions()["float32_matmul_precision"] == "medium"
