@@ -37,10 +37,11 @@ def matching(words: Sequence[str]) -> dict[str, str]:
     """
     titles = {name: _title(name) for name in sorted(shipped_names(), key=_order)}
 
-    def holds(text: str) -> bool:
-        return all(word.lower() in text.lower() for word in words)
-
-    return {name: title for name, title in titles.items() if holds(f"{name} {title}")}
+    return {
+        name: title
+        for name, title in titles.items()
+        if all(word.lower() in f"{name} {title}".lower() for word in words)
+    }
 
 
 def configs(words: Sequence[str] = (), *, to: Path | None = None) -> None:

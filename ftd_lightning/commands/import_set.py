@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ftd_lightning.command_line import parse_command
@@ -24,37 +24,15 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Soft = Literal["probabilities", "logits", "targets"]
 
 
-def _read_safetensors(path: Path) -> Tensor:
-    try:
+def _read(path: Path) -> Any:
+    if path.suffix.lower() == ".npy":
+        array = np.load(path, allow_pickle=False)
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))  # torch has one byte order
+    if path.suffix.lower() == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if len(names) != 1:
-                raise InputError(f"{path}: holds {len(names)} tensors, a file of one is needed")
-            tensor: Tensor = file.get_tensor(names[0])
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: truncated, or not a safetensors file ({error})") from error
-    return tensor
-
-
-def _read_numpy(path: Path) -> Tensor:
-    try:
-        with path.open("rb") as file:
-            array = np.load(file, allow_pickle=False)
-        # torch has no arrays of the other byte order.
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-    except Exception as error:  # a foreign file can make numpy raise anything
-        raise InputError(f"{path}: not one plain array of numbers that numpy.save wrote") from error
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    # A foreign file can make torch raise anything. Its advice, to load with code allowed, is left out.
-    except Exception as error:
-        raise InputError(
-            f"{path}: not a plain tensor that torch.save wrote: it is broken or would run code when read, and was not "
-            "read; save the tensor alone"
-        ) from error
+            (name,) = file.keys()
+            return file.get_tensor(name)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_tensor(path: Path) -> Tensor:
@@ -64,8 +42,13 @@ def read_tensor(path: Path) -> Tensor:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    read = {".npy": _read_numpy, ".safetensors": _read_safetensors}.get(path.suffix.lower(), _read_torch)
-    tensor = read(path)
+    try:
+        tensor = _read(path)
+    except Exception as error:  # a foreign file can make readers raise anything; torch advises to allow code
+        raise InputError(
+            f"{path}: not one plain tensor of torch.save, numpy.save or safetensors: it is broken, holds several, or "
+            "would run code when read, and was not read; save the tensor alone"
+        ) from error
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{path}: holds a {type(tensor).__name__}, a file of one tensor is needed")
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
@@ -96,11 +79,7 @@ def read_images(path: Path, shape: tuple[int, int, int], *, pictures: bool) -> T
 
 
 def read_labels(path: Path, count: int, num_classes: int, *, soft: Soft = "probabilities") -> Tensor:
-    """Read labels: classes (N,) int64, or (N, K) float32, targets or else probabilities.
-
-    Soft labels are probabilities, logits before a softmax, as some code keeps learned labels, or targets of a
-    regression, any finite values.
-    """
+    """Read labels: classes (N,) int64, or (N, K) float32, targets of a regression or else probabilities."""
     labels = read_tensor(path)
     if labels.ndim == 1 and len(labels) == count and labels.dtype in INTEGERS:
         if soft != "probabilities":

@@ -69,13 +69,10 @@ def label_random_images(
     data.prepare_data()
     data.setup()
     chosen = data.synthetic_set
-    if chosen is None or options["synthetic"] != "random":
-        raise InputError(f"data.synthetic={options['synthetic']!r}: labels are for random real images, give random")
+    assert chosen is not None, "the random images"
     held_out = [values.to(device) for values in data.val]
     if not len(data.val.labels):
-        raise InputError(
-            "the teacher's epoch is chosen on held-out images, and none are held out: give data.val_fraction above 0"
-        )
+        raise InputError("held-out images choose the epoch, and none are held out: give data.val_fraction above 0")
     store, teacher = TrajectoryStore(options["trajectories"]), options["teacher"]
     check_compatible(store, data.describe())
     module.data = data.description()
@@ -140,7 +137,7 @@ def label(
     if not isinstance(module, SyntheticEvaluation) or not isinstance(data, DistillationDataModule):
         raise InputError(f"{config}: is not a config of a SyntheticEvaluation with a DistillationDataModule")
     epochs = trainer.max_epochs if epochs is None else epochs
-    if epochs is None or epochs < 1:
+    if epochs is None:
         raise InputError(f"{config}: has no trainer.max_epochs: give --epochs")
     torch.set_float32_matmul_precision("high")  # as for a fit
     device, bars = trainer.strategy.root_device, trainer.progress_bar_callback is not None

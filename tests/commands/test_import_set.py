@@ -184,7 +184,7 @@ def test_pickled_code_does_not_run(here: Path, capsys) -> None:
     Path("images.pt").write_bytes(pickle.dumps(Malicious()))
     assert "would run code" in refused(capsys, *WORDS)
     np.save("images.npy", np.array([Malicious()], dtype=object), allow_pickle=True)
-    assert "not one plain array" in refused(capsys, "images.npy", *WORDS[1:])
+    assert "would run code" in refused(capsys, "images.npy", *WORDS[1:])
     assert not Path("pwned").exists()
     # The same file does run it where that is allowed, so the test tests something.
     pickle.loads(Path("images.pt").read_bytes())
@@ -194,11 +194,11 @@ def test_pickled_code_does_not_run(here: Path, capsys) -> None:
 def test_foreign_and_broken_files_are_one_line(here: Path, capsys) -> None:
     whole = Path("images.pt").read_bytes()
     for content in (b"", whole[:-200]):
-        Path("images.pt").write_bytes(content)
-        assert "images.pt: not a plain tensor" in refused(capsys, *WORDS)
-        for name in ("images.npy", "images.safetensors"):
+        for name in ("images.pt", "images.npy", "images.safetensors"):
             Path(name).write_bytes(content)
-            assert name in refused(capsys, name, *WORDS[1:])
+            assert f"{name}: not one plain tensor" in refused(capsys, name, *WORDS[1:])
+    np.save("images.npy", np.array(["a", "b"]))
+    assert "not one plain tensor" in refused(capsys, "images.npy", *WORDS[1:])
     save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, "images.safetensors")
-    assert "holds 2 tensors" in refused(capsys, "images.safetensors", *WORDS[1:])
+    assert "not one plain tensor" in refused(capsys, "images.safetensors", *WORDS[1:])
     assert "nowhere.pt: no such file" in refused(capsys, "nowhere.pt", *WORDS[1:])
