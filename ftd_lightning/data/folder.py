@@ -125,16 +125,13 @@ def _split(part: LabelledFiles, folders: Sequence[Path], fraction: float) -> dic
         if len(files) < 2:
             raise InputError(f"{folder}: holds one image, one to train and one to test are needed at least")
         count = min(max(round(fraction * len(files)), 1), len(files) - 1)
-        chosen = set(sorted(files, key=partial(_name_hash, folder.parent))[:count])
+        names = {file: os.fsencode(file.relative_to(folder.parent).as_posix()) for file in files}
+        chosen = set(sorted(files, key=lambda file: hashlib.blake2b(names[file]).digest())[:count])
         for file in files:
             to = parts["test" if file in chosen else "train"]
             to.files.append(file)
             to.labels.append(label)
     return parts
-
-
-def _name_hash(root: Path, file: Path) -> bytes:
-    return hashlib.blake2b(os.fsencode(file.relative_to(root).as_posix())).digest()
 
 
 @os_errors_as_input_errors()
@@ -283,13 +280,10 @@ def find_folder(request: Request) -> ImageDataset:
     - ``<class>/``: the share ``test_fraction`` of every class becomes the test part, decided by the names of the files;
       a share of the others is held out.
 
-    All parts have the same classes: the folders in alphabetical order, with any folders below. There is one channel if
-    all training images are grey, else three; the default size is the most common one of the training images (of its
-    sides the shorter); mean and std are measured on all pixels of the training images. Images of 16 bits per value are
-    divided by their largest value, the "maximum" of fingerprints, which hold all of this and hashes of the decoded
-    images. GIFs and files that are not images are skipped and counted.
-
-    An InputError names the folder or file of another layout, an empty class or an unreadable image.
+    All parts have the same classes: the folders in alphabetical order, with any folders below. :class:`Census` says
+    which channels and size there are by default. Mean and std are measured on the training images. Images of 16 bits
+    per value are divided by their largest value, the "maximum" of fingerprints. GIFs and files that are not images are
+    skipped and counted.
     """
     names, parts = find_parts(request)
     with os_errors_as_input_errors():

@@ -154,13 +154,12 @@ def read_json(path: Path) -> dict[str, Any]:
 class TensorFile:
     """An open safetensors file: its ``metadata``, and tensors read one by one; both are checked against its checksums.
 
+    An InputError refuses a file that is missing, damaged, of a newer format or of another kind.
+
     Args:
         path: the file.
         kind: the kind of file that is needed, e.g. "synthetic_set"; None takes any. The attribute is the file's own
             kind, None for one that another program wrote.
-
-    Raises:
-        InputError: for a file that is missing, truncated, damaged, of a newer format, or of another kind.
     """
 
     def __init__(self, path: Path, *, kind: str | None = None) -> None:

@@ -122,7 +122,7 @@ class Segment(NamedTuple):
 
 
 class TrajectoryStore:
-    """Recorded teachers, read segment by segment.
+    """Recorded teachers, read segment by segment; an InputError refuses teachers that do not belong together.
 
     Files are opened for a read and closed after it, so memory does not grow with the number of teachers. Weights are
     checked when they are first read.
@@ -140,9 +140,6 @@ class TrajectoryStore:
         lengths: number of epochs of each teacher, the initialisation not counted.
         metadata: what all teachers share: network, data set, transform, optimizer, rho, alpha, adaptive; and
             "parameters", the number of weights P.
-
-    Raises:
-        InputError: for a folder without teachers, a truncated or foreign file, or teachers that do not belong together.
     """
 
     def __init__(self, path: str | Path) -> None:

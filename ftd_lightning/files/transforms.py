@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -126,15 +126,11 @@ class Whitening:
         tensors = {**self.tensors(), "matrix": self.matrix}
         write_tensors(path, tensors, kind="whitening", metadata={"transform": self.describe()})
 
-    @classmethod
-    def load(cls, path: Path) -> Whitening:
+    @staticmethod
+    def load(path: Path) -> Whitening:
         """Read the file that :meth:`save` wrote."""
         file = TensorFile(path, kind="whitening")
-        tensors = {name: file[name] for name in ("mean", "inverse", "matrix")}
-        transform = load_transform(file.metadata.get("transform"), tensors, where=path)
-        if not isinstance(transform, cls):
-            refuse(path, "transform.kind", "is not zca; make it again")
-        return transform
+        return cast("Whitening", load_transform(file.metadata.get("transform"), file.with_prefix(""), where=path))
 
 
 def _check_standardization(description: Mapping[str, Any], where: object, shape: Sequence[int] | None) -> None:

@@ -108,16 +108,9 @@ def test_floats_that_are_no_bytes_stay_floats_and_a_constant_channel_has_deviati
 
 
 def test_contents_and_the_split_identify_the_data():
-    data = own((pictures(30), labels(30)), val_fraction=0.2, max_per_class=5, seed=3)
-    dataset = data.describe()["dataset"]
-    assert dataset == {
-        "name": "own images",
-        "val_fraction": 0.2,
-        "max_per_class": 5,
-        "seed": 3,
-        "fingerprint": dataset["fingerprint"],
-    }
     options = {"val_fraction": 0.2, "max_per_class": 5, "seed": 3}
+    dataset = own((pictures(30), labels(30)), **options).describe()["dataset"]
+    assert dataset == {"name": "own images", **options, "fingerprint": dataset["fingerprint"]}
     others = [
         own((pictures(30), labels(30).flip(0)), **options),
         own((pictures(30), labels(30)), (pictures(6, seed=2), labels(6)), **options),

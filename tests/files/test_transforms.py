@@ -97,10 +97,6 @@ def test_whitening_comes_back_from_its_file(whitening, others, tmp_path, refused
     write_tensors(path, {"mean": torch.zeros(1)}, kind="synthetic_set", metadata={})
     with refused(path, "synthetic set"):
         Whitening.load(path)
-    tensors, standard = {**whitening.tensors(), "matrix": whitening.matrix}, Standardization([0.5], [0.5]).describe()
-    write_tensors(path, tensors, kind="whitening", metadata={"transform": standard})
-    with refused(path, "zca"):
-        Whitening.load(path)
 
 
 def test_equal_descriptions_mean_equal_transforms(whitening, fitted_on, others):
