@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
-from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from ftd_lightning.callbacks.tensorboard import picture_grid
 from ftd_lightning.command_line import parse_command
@@ -126,12 +126,6 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     return [f"{label:0{digits}d}_{name}" for label, name in enumerate(names)]
 
 
-def write_png(picture: Tensor, path: Path) -> None:
-    """Write a picture (C, H, W) uint8, C being 1 or 3."""
-    array = picture.squeeze(0) if len(picture) == 1 else picture.permute(1, 2, 0)
-    Image.fromarray(array.contiguous().numpy()).save(path, format="PNG")
-
-
 CARD = """\
 ---
 {header}---
@@ -190,20 +184,18 @@ def export_pictures(path: Path, folder: Path, *, ema: bool = False) -> int:
     known = synthetic.class_names
     class_names = [*known, *map(str, range(len(known), max(classes) + 1))]
     folders = folder_names(class_names)
-    digits = len(str(max(classes.count(label) for label in set(classes)) - 1))
-    counts = dict.fromkeys(classes, 0)
+    digits = len(str(len(classes) - 1))
     pixels = (pictures * 255).round().to(torch.uint8)
     with new_folder(folder) as part:
         lines = []
         for index, label in enumerate(classes):
-            name = f"{folders[label]}/{counts[label]:0{digits}d}.png"
-            counts[label] += 1
+            name = f"{folders[label]}/{index:0{digits}d}.png"
             (part / name).parent.mkdir(exist_ok=True)
-            write_png(pixels[index], part / name)
+            to_pil_image(pixels[index]).save(part / name)
             line: dict[str, Any] = {"file_name": name, "label": label, "class": class_names[label], "index": index}
             lines.append(line | ({"probabilities": labels[index].tolist()} if labels.ndim == 2 else {}))
         (part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        write_png(picture_grid(pictures, labels, class_names=class_names), part / "grid.png")
+        to_pil_image(picture_grid(pictures, labels, class_names=class_names)).save(part / "grid.png")
         (part / "README.md").write_text(card(path, synthetic, class_names, ema=ema), encoding="utf-8")
         shutil.copyfile(path, part / "set.safetensors")
     return len(classes)

@@ -86,22 +86,20 @@ def test_a_search_ends_in_correlations_a_table_and_a_plot(straight) -> None:
     assert (folder / "nas.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_search_that_was_ended_goes_on_where_it_was(straight, tmp_path: Path, monkeypatch) -> None:
-    train, done = nas.train_fresh_networks, []
+def test_a_search_that_was_ended_goes_on_where_it_was(straight, tmp_path: Path, trained, monkeypatch) -> None:
+    counted = nas.train_fresh_networks
 
     def until_the_fifth(*args, **kwargs):
-        if len(done) == 5:
+        if len(trained) == 5:
             raise KeyboardInterrupt
-        done.append(args)
-        return train(*args, **kwargs)
+        counted(*args, **kwargs)
 
-    monkeypatch.setattr(nas, "train_fresh_networks", until_the_fifth)
-    with pytest.raises(KeyboardInterrupt):
-        search(tmp_path)
-    monkeypatch.setattr(nas, "train_fresh_networks", lambda *a, **k: done.append(a) or train(*a, **k))
-    resumed = search(tmp_path)
-    assert len(done) == 12, "none twice"
-    assert numbers(resumed) == numbers(straight[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(nas, "train_fresh_networks", until_the_fifth)
+        with pytest.raises(KeyboardInterrupt):
+            search(tmp_path)
+    assert numbers(search(tmp_path)) == numbers(straight[1])
+    assert len(trained) == 12, "none twice"
 
 
 def test_only_what_differs_is_trained_anew(straight, trained) -> None:

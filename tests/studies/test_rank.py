@@ -223,21 +223,6 @@ def test_held_out_images_are_trained_on_but_not_where_the_rate_is_chosen(sets, t
     assert one.protocol(0.1, real=True).epochs == 360, "as many as make 360 steps"
 
 
-def test_sets_of_a_folder_of_three_classes(image_folder, refused, tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "images", ["cat", "dog", "eel"], count=12)
-    data = DistillationDataModule("folder", root=str(root), image_size=8)
-    name = save(tmp_path / "own.safetensors", data, 2)
-    cli.main(["rank", name, "--out", str(tmp_path / "out"), *WORDS, "--data.root", str(root)])
-    results = json.loads((tmp_path / "out" / "rank.json").read_text())
-    (one,) = results["sets"].values()
-    assert one["images_per_class"] == [2, 2, 2]
-    network = results["settings"]["network"]
-    assert (network["num_classes"], network["image_size"]) == (3, 8)
-    other = image_folder(tmp_path / "other", ["cat", "dog", "eel"], count=12, seed=1)
-    with refused("was made of other images than those here"):
-        prepare([name], RankSettings(), {"root": str(other)})
-
-
 def test_real_images_go_through_the_transform_of_each_set(sets, tmp_path: Path) -> None:
     whitened = save(tmp_path / "zca.safetensors", small_data(zca=True, cache_dir=str(tmp_path)), 1)
     plain, soft, other = prepared([*sets, whitened], tmp_path / "out")
