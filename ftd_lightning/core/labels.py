@@ -56,26 +56,23 @@ class SetLabels(nn.Module):
     """Labels of a synthetic set, (N, K), that are learned, or given and not learned.
 
     Args:
-        learned: initial values of learned labels; None where none are learned.
-        given: where nothing is learned.
+        values: the initial ones where they are learned; a parameter then, else a buffer.
+        learned: whether they are learned.
         options: of the optimizer's parameter group.
         metadata: the set's entries about its labels.
-
-    Attributes:
-        values: a parameter where it is learned, else a buffer.
     """
 
     values: nn.Parameter | Tensor
 
     def __init__(
-        self, learned: Tensor | None, given: Tensor | None, *, options: Mapping[str, float], metadata: dict[str, Any]
+        self, values: Tensor, *, learned: bool, options: Mapping[str, float], metadata: dict[str, Any]
     ) -> None:
         super().__init__()
-        self.metadata, self._options, self.are_learned = metadata, dict(options), learned is not None
-        if learned is not None:
-            self.values = nn.Parameter(learned.detach().clone(), requires_grad=options.get("lr", 1.0) > 0)
+        self.metadata, self._options, self.are_learned = metadata, dict(options), learned
+        if learned:
+            self.values = nn.Parameter(values.detach().clone(), requires_grad=options.get("lr", 1.0) > 0)
         else:
-            self.register_buffer("values", given)
+            self.register_buffer("values", values)
 
     def learned(self) -> dict[str, Tensor]:
         """Return the learned parameter as "labels"; empty where none is learned."""
@@ -96,12 +93,11 @@ class SetLabels(nn.Module):
 class StudentLabels(SetLabels):
     """Labels of a student's images, made by a rule of learned logits, or by teachers.
 
-    Either ``logits``, (N, K), are learned, or the set has the ``given`` labels, (N, K), until a teacher's take their
-    place after the first step.
+    The ``values``, (N, K), are learned logits, or initial labels that a teacher's replace after the first step.
     """
 
-    def __init__(self, rule: LabelRule, logits: Tensor | None, given: Tensor | None) -> None:
-        super().__init__(logits, given, options=rule.optimizer_options(), metadata={"labels_made": rule.made})
+    def __init__(self, rule: LabelRule, values: Tensor, *, learned: bool) -> None:
+        super().__init__(values, learned=learned, options=rule.optimizer_options(), metadata={"labels_made": rule.made})
         self._rule = rule
         self._latest: Tensor | None = None
 

@@ -94,6 +94,8 @@ def run_folder(trainer: Trainer) -> Path:
 class BaseModule(LightningModule):
     """A module that is built for the data it meets, resumes exactly, and loads with or without a trainer.
 
+    Constructors raise InputError (a ValueError) for arguments out of their range.
+
     Nothing that depends on the images is built in ``__init__``. ``configure_model`` builds it for the trainer's data;
     without a trainer (``load_from_checkpoint``) it is built from the checkpoint's description of them. Both call
     :meth:`build`, once.

@@ -91,9 +91,6 @@ class BilevelDistillation(Distillation):
         seed: of initial images, networks, batches and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
         compile: compile the inner steps: True, False, "auto" or "cuda_graphs"; see ``TrajectoryMatching``.
-
-    Raises:
-        InputError: for numbers out of range, a window longer than all steps, or rules that ask teachers.
     """
 
     gradient_averages: Tensor
@@ -159,15 +156,14 @@ class BilevelDistillation(Distillation):
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the student to the device; the real images too, where they fit."""
-        self.inner_loop.to(self.device, self.images.dtype)
+        self.inner_loop.network.to(self.device, self.images.dtype)
         self._real = self.real_on_device()
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Average the losses of this rank's networks."""
         count = self.hparams["networks_per_step"]
         slots = range(self.global_rank * count, (self.global_rank + 1) * count)
-        # In full precision whatever the trainer's: the backward run is not under its autocast.
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):  # the backward run is not under it either
             return self.log_loss(torch.stack([self._loss_of(batch["iteration"], slot) for slot in slots]).mean())
 
     def _loss_of(self, iteration: int, slot: int) -> Tensor:

@@ -209,8 +209,7 @@ class GradientMatching(Distillation):
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
 
     Raises:
-        InputError: for numbers out of range, an unknown augmentation, or an ipc without published loops that names
-            none.
+        InputError: for an ipc without published loops that names none.
     """
 
     def __init__(

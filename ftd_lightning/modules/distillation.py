@@ -158,10 +158,10 @@ class Distillation(BaseModule):
             return None
         if self._loaded_shapes:  # the checkpoint's labels follow
             empty = torch.zeros(self._loaded_shapes["soft_labels.values"])
-            return StudentLabels(rule, *((empty, None) if rule.made == "learned" else (None, empty)))
+            return StudentLabels(rule, empty, learned=rule.made == "learned")
         logits = rule.initial_logits(self.labels, self.num_classes, answers)
-        given = one_hot(self.labels, self.num_classes).float() if logits is None else None
-        return StudentLabels(rule, logits, given)
+        classes = one_hot(self.labels, self.num_classes).float()
+        return StudentLabels(rule, classes if logits is None else logits, learned=logits is not None)
 
     @property
     def method(self) -> str:

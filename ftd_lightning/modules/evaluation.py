@@ -88,8 +88,8 @@ class SyntheticEvaluation(BaseModule):
         self._sgd: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
         self.results: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        self.own: list[int] = []  # numbers of this rank's networks, of which the first ``counted`` are asked for
-        self.counted = 0
+        # Numbers of this rank's networks, of which the first ``counted`` are asked for.
+        self.own, self.counted = list[int](), 0
         self._states, self._unsynchronised = RankStates(), ExitStack()
         self._real: PartsOnDevice | None = None
         self.trained_epochs = 0  # the trainer's own count is 0 where a checkpoint is tested
@@ -183,10 +183,6 @@ class SyntheticEvaluation(BaseModule):
         """Return the mean logits of the networks (N, K)."""
         return self(batch[0]).mean(0)  # type: ignore[no-any-return]
 
-    def _measure(self, batch: tuple[Tensor, Tensor]) -> None:
-        for network, metric in zip(self.networks, self.accuracies, strict=True):
-            metric.update(right_answers(network(batch[0]), batch[1]))  # type: ignore[operator]
-
     def _measured(self) -> Tensor:
         """Return the accuracies of all ranks' networks, (n,), and clear the metrics."""
         own = torch.stack([metric.compute() for metric in self.accuracies]).tolist()  # type: ignore[operator]
@@ -201,8 +197,11 @@ class SyntheticEvaluation(BaseModule):
         log(f"evaluation/{part}_accuracy_std", summary["std"])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measure on held-out training images."""
-        self._measure(batch)
+        """Measure on held-out training images, or on test images."""
+        for network, metric in zip(self.networks, self.accuracies, strict=True):
+            metric.update(right_answers(network(batch[0]), batch[1]))  # type: ignore[operator]
+
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log their accuracy."""
@@ -242,10 +241,6 @@ class SyntheticEvaluation(BaseModule):
             return
         self.lr = state["lr"]
         checkpoint["state_dict"] = self._states.joined(checkpoint, "networks", self.hparams["networks"])
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measure on test images."""
-        self._measure(batch)
 
     def on_test_epoch_end(self) -> None:
         """Log the accuracy of the last iterates and write ``evaluation.json`` beside the logs."""

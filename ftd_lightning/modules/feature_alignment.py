@@ -40,9 +40,6 @@ class Loops:
         lambda_1: the spread of accuracies below which a round ends, a fraction; 0.04 in the released script.
         lambda_2: the spread above which the training ends, a fraction; 0.03 there.
         window: accuracies that each loop looks at.
-
-    Raises:
-        InputError: for numbers out of range or another kind.
     """
 
     kind: Literal["dynamic", "fixed"] = "dynamic"
@@ -121,9 +118,6 @@ class FeatureAlignment(Distillation):
         round: number of the present network, from 0; -1 before there is one.
         round_steps: iterations that the present round has had.
         accuracies: query accuracies of the present round.
-
-    Raises:
-        InputError: for numbers out of range, or unknown loops or augmentation.
     """
 
     def __init__(
@@ -247,19 +241,7 @@ class FeatureAlignment(Distillation):
         """Align features and discriminate classes on the current network."""
         self.round_steps += 1
         network = self._network[0].requires_grad_(False)
-        alignment, discrimination = self.losses(network, batch["iteration"])
-        self.log("matching/alignment", alignment.detach(), batch_size=1)
-        self.log("matching/discrimination", discrimination.detach(), batch_size=1)
-        self.log("matching/round", float(self.round), batch_size=1)
-        return self.log_loss(alignment + self.hparams["discrimination"] * discrimination)
-
-    def losses(self, network: nn.Module, iteration: int) -> tuple[Tensor, Tensor]:
-        """Compute alignment and discrimination of an iteration, unweighted, differentiable in the images.
-
-        Raises:
-            InputError: for another number of ``level_weights`` than the network has levels.
-        """
-        batches, classes = self.batches, range(self.num_classes)
+        batches, classes, iteration = self.batches, range(self.num_classes), batch["iteration"]
         synthetic = torch.cat([batches.siamese(batches.synthetic(label), label, iteration) for label in classes])
         levels = feature_levels(network, synthetic)
         weights = self.hparams["level_weights"]
@@ -268,7 +250,12 @@ class FeatureAlignment(Distillation):
             raise InputError(f"{len(weights)} level_weights are given, but the network has {len(levels)} levels")
         ours = [class_means(level, counts=[self.hparams["ipc"]] * len(classes)) for level in levels]
         theirs, embeddings, labels = self._real_features(network, iteration)
-        return alignment_loss(ours, theirs, weights=weights), discrimination_loss(embeddings, labels, ours[-1])
+        alignment = alignment_loss(ours, theirs, weights=weights)
+        discrimination = discrimination_loss(embeddings, labels, ours[-1])
+        self.log("matching/alignment", alignment.detach(), batch_size=1)
+        self.log("matching/discrimination", discrimination.detach(), batch_size=1)
+        self.log("matching/round", float(self.round), batch_size=1)
+        return self.log_loss(alignment + self.hparams["discrimination"] * discrimination)
 
     @torch.no_grad()
     def _real_features(self, network: nn.Module, iteration: int) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -23,20 +23,12 @@ class InnerLoop:
         steps: inner steps.
         batch_size: synthetic images per step; None takes all of them.
         compile: see ``functional.compiling``.
-
-    Attributes:
-        network: in training mode, without gradients.
-        compile: the argument.
     """
 
     def __init__(self, network: nn.Module, steps: int, batch_size: int | None, compile: Compile) -> None:  # noqa: A002
         self.network = network.requires_grad_(False).train()
         self.steps, self.batch_size = steps, batch_size
         self.compile: Compile = compile
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the student."""
-        self.network.to(device, dtype)
 
     def batches(self, count: int, generator: torch.Generator) -> list[Tensor]:
         """Draw the mini-batches of all steps: one index tensor into ``count`` images for each."""

@@ -90,12 +90,8 @@ def record_accuracies(module: Distillation, name: str, measure: Callable[[Images
 class RidgeTargets(SetLabels):
     """Targets (N, K) that ridge regression is fitted to: centred one-hot vectors, from which learning starts.
 
-    Args:
-        classes: of the images, (N,) int64.
-        num_classes: K.
-        reg: as for ``functional.ridge_predictions``.
-        scale: factor of the one-hot vectors.
-        lr: learning rate of learned targets; None learns none.
+    ``scale`` is a factor of these vectors; ``reg`` is as for ``functional.ridge_predictions``; without a learning rate
+    nothing is learned.
     """
 
     def __init__(
@@ -103,8 +99,7 @@ class RidgeTargets(SetLabels):
     ) -> None:
         start = centred_targets(classes, num_classes, scale=scale)
         metadata = {"target_scale": scale, **({} if lr is None else {"label_kind": "target", "labels_made": "learned"})}
-        learned, given = (None, start) if lr is None else (start, None)
-        super().__init__(learned, given, options={} if lr is None else {"lr": lr}, metadata=metadata)
+        super().__init__(start, learned=lr is not None, options={} if lr is None else {"lr": lr}, metadata=metadata)
         self._num_classes, self._scale, self._reg = num_classes, scale, reg
 
     def of_set(self) -> Tensor | None:
@@ -114,10 +109,7 @@ class RidgeTargets(SetLabels):
     def loss(self, k_ts: Tensor, k_ss: Tensor, classes: Tensor) -> Tensor:
         """Return half the mean squared distance of predictions for real images from their targets.
 
-        Args:
-            k_ts: (M, N) kernel of real and synthetic images, float64.
-            k_ss: (N, N), float64.
-            classes: of the real images, (M,).
+        ``k_ts`` (M, N) and ``k_ss`` (N, N) are kernels in float64, ``classes`` (M,) are of the real images.
         """
         wanted = centred_targets(classes, self._num_classes, scale=self._scale).to(self.values.dtype)
         return half_squared_error(ridge_predictions(k_ts, k_ss, self.values, reg=self._reg), wanted)
@@ -182,9 +174,6 @@ class KernelInducingPoints(Distillation):
         seed: of initial images and real batches.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
         measure_every: Lightning epochs between measurements by the method's own protocol; 0: when the fit ends alone.
-
-    Raises:
-        InputError: for numbers out of range and an unknown kernel.
     """
 
     method = "kip"
@@ -347,7 +336,7 @@ class FeatureRegression(Distillation):
         measure_every: Lightning epochs between measurements by the method's own protocol; 0: when the fit ends alone.
 
     Raises:
-        InputError: for numbers out of range; in the fit, for a network that runs no ``nn.Linear``.
+        InputError: in the fit, for a network that runs no ``nn.Linear``.
     """
 
     method = "frepo"
@@ -422,8 +411,8 @@ class FeatureRegression(Distillation):
 
     def _train_network(self, iteration: int) -> None:
         """Train the network of an iteration on the set that it has led to."""
-        index = torch.randperm(len(self.images), generator=self.generator("set", iteration))
-        index = to_device(index[: self.hparams["pool_batch"]], self.device)
+        order = torch.randperm(len(self.images), generator=self.generator("set", iteration))
+        index = to_device(order[: self.hparams["pool_batch"]], self.device)
         self.pool.step(self.place_of(iteration), self.images.detach()[index], self.soft_labels.values.detach()[index])
 
     def own_accuracies(self, real: Images) -> Tensor:

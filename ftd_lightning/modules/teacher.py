@@ -72,10 +72,10 @@ class FlatTeacher(BaseModule):
 
     Attributes:
         network: the teacher being trained.
+        independent_ranks: whether each process trains other teachers, on all images.
 
     Raises:
-        InputError: for numbers out of range, another ``parallel``, an ``nn.Module`` as network, or, when the fit
-            starts, a network with dropout: a student must be a function of its weights.
+        InputError: when the fit starts, for a network with dropout: a student must be a function of its weights.
     """
 
     network: nn.Module
@@ -106,13 +106,9 @@ class FlatTeacher(BaseModule):
         self.save_arguments(locals(), leave_out=("teachers", "compile"), augment=self.augment)
         self.automatic_optimization = False
         self.teachers = teachers
+        self.independent_ranks = parallel == "teachers"
         self._compile: Compile = compile
         self._states = RankStates()
-
-    @property
-    def independent_ranks(self) -> bool:
-        """Whether each process trains other teachers, on all images."""
-        return bool(self.hparams["parallel"] == "teachers")
 
     @property
     def _share(self) -> tuple[int, int]:

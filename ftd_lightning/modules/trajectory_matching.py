@@ -101,8 +101,7 @@ class TrajectoryMatching(Distillation):
         rules: ideas beyond FTD, as objects or as in a config; see ``rules.MatchingRule``.
 
     Raises:
-        InputError: for numbers out of range; when the model is configured, for teachers that do not fit or segments
-            that were not recorded.
+        InputError: when the model is configured, for teachers that do not fit or segments that were not recorded.
     """
 
     accepts_module = True
@@ -195,12 +194,11 @@ class TrajectoryMatching(Distillation):
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the student to the device."""
-        self.inner_loop.to(self.device, self.images.dtype)
+        self.inner_loop.network.to(self.device, self.images.dtype)
 
     def training_step(self, batch: list[SegmentBatch], batch_idx: int) -> Tensor:
         """Average the matching losses of this rank's segments."""
-        # In full precision whatever the trainer's: the backward run is not under its autocast.
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):  # the backward run is not under it either
             matches = [self._match(segment) for segment in batch]
             loss = torch.stack([found.loss for found in matches]).mean()
         start_epoch = sum(s["start_epoch"] for s in batch) / len(batch)
