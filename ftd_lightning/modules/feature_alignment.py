@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Loops:
     """When a round of CAFE ends, and the training between two of its iterations.
 
-    Attributes:
+    Args:
         kind: "dynamic" decides by accuracies; "fixed": ``outer_max`` iterations per round, ``inner_max`` epochs between
             two.
         outer_max: most iterations of a round; the released script has no such bound.
@@ -177,10 +177,7 @@ class FeatureAlignment(Distillation):
         self.trainer.should_stop = self.trainer.should_stop or self.finished
 
     def on_train_batch_start(self, batch: dict[str, int], batch_idx: int) -> int | None:
-        """Make the network ready for the iteration: a new one, or the last one after some training.
-
-        The training after an update belongs to the next iteration, so that a checkpoint may lie between them.
-        """
+        """Make the network ready: a new one, or the last one after some training, so that checkpoints lie before it."""
         iteration = batch["iteration"]
         if not self._network or self._leaves_round(iteration):
             # A finished run has no network, but the number of its next round: it may be extended by more rounds.
@@ -241,7 +238,15 @@ class FeatureAlignment(Distillation):
         """Align features and discriminate classes on the current network."""
         self.round_steps += 1
         network = self._network[0].requires_grad_(False)
-        batches, classes, iteration = self.batches, range(self.num_classes), batch["iteration"]
+        alignment, discrimination = self.losses(network, batch["iteration"])
+        self.log("matching/alignment", alignment.detach(), batch_size=1)
+        self.log("matching/discrimination", discrimination.detach(), batch_size=1)
+        self.log("matching/round", float(self.round), batch_size=1)
+        return self.log_loss(alignment + self.hparams["discrimination"] * discrimination)
+
+    def losses(self, network: nn.Module, iteration: int) -> tuple[Tensor, Tensor]:
+        """Compute alignment and discrimination of an iteration, unweighted, differentiable in the images."""
+        batches, classes = self.batches, range(self.num_classes)
         synthetic = torch.cat([batches.siamese(batches.synthetic(label), label, iteration) for label in classes])
         levels = feature_levels(network, synthetic)
         weights = self.hparams["level_weights"]
@@ -250,23 +255,16 @@ class FeatureAlignment(Distillation):
             raise InputError(f"{len(weights)} level_weights are given, but the network has {len(levels)} levels")
         ours = [class_means(level, counts=[self.hparams["ipc"]] * len(classes)) for level in levels]
         theirs, embeddings, labels = self._real_features(network, iteration)
-        alignment = alignment_loss(ours, theirs, weights=weights)
-        discrimination = discrimination_loss(embeddings, labels, ours[-1])
-        self.log("matching/alignment", alignment.detach(), batch_size=1)
-        self.log("matching/discrimination", discrimination.detach(), batch_size=1)
-        self.log("matching/round", float(self.round), batch_size=1)
-        return self.log_loss(alignment + self.hparams["discrimination"] * discrimination)
+        return alignment_loss(ours, theirs, weights=weights), discrimination_loss(embeddings, labels, ours[-1])
 
     @torch.no_grad()
     def _real_features(self, network: nn.Module, iteration: int) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return the class means of each level, and the embeddings with their labels, of real images.
-
-        One class at a time, so that only means of the shallow levels, which are large, stay in memory.
-        """
+        """Return the class means of each level, and the embeddings with their labels, of real images."""
         drawn = self.batches.real(iteration)
         batches = [self.batches.siamese(images, label, iteration) for label, images in enumerate(drawn)]
         groups = [batches] if batch_norms(network) else [[batch] for batch in batches]
         means, embeddings = [], []
+        # One class at a time: of the shallow levels, which are large, only means stay in memory.
         for group in groups:
             levels = feature_levels(network, torch.cat(group))
             means.append([class_means(level, counts=[len(batch) for batch in group]) for level in levels])

@@ -48,12 +48,8 @@ def closed_form(kernel: Mapping[str, Any], images: Tensor, others: Tensor) -> Te
 def ridge_accuracy(cross: Callable[[Tensor], Tensor], own: Tensor, targets: Tensor, reg: float, real: Images) -> Tensor:
     """Measure the share of real images that ridge regression classifies correctly, in [0, 1]: a scalar.
 
-    Args:
-        cross: maps real images (M, C, H, W) to their kernel with the set, (M, N).
-        own: kernel of the set, (N, N).
-        targets: of the set, (N, K).
-        reg: as for ``functional.ridge_predictions``.
-        real: on any device.
+    ``cross`` maps real images (M, C, H, W), on any device, to their kernel with the set (M, N); ``own`` (N, N) is the
+    kernel of the set, ``targets`` (N, K) are its labels, ``reg`` is as for ``functional.ridge_predictions``.
     """
     right, weights = torch.zeros((), device=own.device), ridge_weights(own, targets, reg=reg)
     for images, labels in zip(real.images.split(BATCH), real.labels.split(BATCH), strict=True):
@@ -62,16 +58,12 @@ def ridge_accuracy(cross: Callable[[Tensor], Tensor], own: Tensor, targets: Tens
     return right / len(real.labels)
 
 
-def record_accuracies(module: Distillation, name: str, measure: Callable[[Images], Tensor], every: int) -> None:
-    """Log and record accuracies by the method's own protocol, where that is due, at the end of a batch.
+def record_accuracies(module: Distillation, name: str, measure: Callable[[Images], Tensor]) -> None:
+    """Log and record the accuracies of a protocol on real images at the end of a batch, where that is due.
 
-    Args:
-        module: KIP or FRePo.
-        name: of the protocol, in the set's scores.
-        measure: returns the accuracy of each kernel on real images, (n,).
-        every: Lightning epochs between measurements; 0: only when the fit ends.
+    ``measure`` returns those of each kernel, (n,).
     """
-    trainer, source = module.trainer, module.source
+    trainer, source, every = module.trainer, module.source, module.hparams["measure_every"]
     due = (every and (trainer.current_epoch + 1) % every == 0) or trainer.current_epoch + 1 == trainer.max_epochs
     ends = trainer.should_stop or trainer.global_step == trainer.max_steps
     if source is None or not (ends or (due and trainer.is_last_batch)):
@@ -213,7 +205,7 @@ class KernelInducingPoints(Distillation):
         self.soft_labels = RidgeTargets(self.labels, self.num_classes, reg=hparams["reg"], lr=lr)
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Move the real images to the device, or leave them in host memory where they do not fit."""
+        """Move the real images to the device, where they fit."""
         self._real = self.real_on_device()
 
     def describe(self) -> dict[str, Any]:
@@ -240,25 +232,15 @@ class KernelInducingPoints(Distillation):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure by the method's own protocol where that is due: before the set is written."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        record_accuracies(self, "kernel regression", self.own_accuracies, self.hparams["measure_every"])
+        record_accuracies(self, "kernel regression", self.own_accuracies)
 
 
 class NetworkPool:
-    """Networks of different ages, each trained a little whenever it was used.
+    """Networks of different ages, each trained a little by Adam whenever it was used.
 
-    At the start all weights are fresh, but ages are spread evenly over [0, max_steps), so that the networks are
-    replaced at different times.
-
-    Args:
-        build: makes the network of a place and a generation, on its device and in training mode; equal arguments give
-            equal weights.
-        size: number of places.
-        max_steps: steps after which a network is replaced by a fresh one.
-        lr: of Adam.
-
-    Attributes:
-        networks: the present ones, by place.
-        ages: of each, in steps.
+    ``build`` makes the network of a place and a generation; equal arguments give equal weights. After ``max_steps``
+    steps a fresh one takes its place. At the start all weights are fresh, but ages are spread evenly over
+    [0, max_steps), so that the networks are replaced at different times.
     """
 
     def __init__(self, build: Callable[[int, int], nn.Module], size: int, max_steps: int, lr: float) -> None:
@@ -270,7 +252,7 @@ class NetworkPool:
         self._optimizers = [self._adam(network.parameters()) for network in self.networks]
 
     def step(self, place: int, images: Tensor, targets: Tensor) -> None:
-        """Train a network one step on half the squared error for images (N, C, H, W); replace it after its last."""
+        """Train a network one step on half the squared error; replace it after its last."""
         optimizer = self._optimizers[place]
         optimizer.zero_grad()
         half_squared_error(self.networks[place](images), targets).backward()  # type: ignore[no-untyped-call]
@@ -417,21 +399,17 @@ class FeatureRegression(Distillation):
 
     def own_accuracies(self, real: Images) -> Tensor:
         """Measure the accuracy of the regression on the features of each network of the pool, (n,)."""
-        measured = []
-        for network in self.pool.networks:
-            own = self.features(network, self.images)
+        return torch.stack([self._accuracy_of(network, real) for network in self.pool.networks])
 
-            def cross(images: Tensor, network: nn.Module = network, own: Tensor = own) -> Tensor:
-                return self.features(network, images.to(self.images.dtype)) @ own.T
-
-            measured.append(ridge_accuracy(cross, own @ own.T, self.soft_labels.values, self.hparams["reg"], real))
-        return torch.stack(measured)
+    def _accuracy_of(self, network: nn.Module, real: Images) -> Tensor:
+        own = self.features(network, self.images)
+        cross = lambda images: self.features(network, images.to(self.images.dtype)) @ own.T  # noqa: E731
+        return ridge_accuracy(cross, own @ own.T, self.soft_labels.values, self.hparams["reg"], real)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure by the method's own protocol where that is due: before the set is written."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        name, every = "ridge regression on the pool's features", self.hparams["measure_every"]
-        record_accuracies(self, name, self.own_accuracies, every)
+        record_accuracies(self, "ridge regression on the pool's features", self.own_accuracies)
 
     def extra_state(self) -> dict[str, Any]:
         """Add the pool."""

@@ -112,7 +112,7 @@ class FlatTeacher(BaseModule):
 
     @property
     def _share(self) -> tuple[int, int]:
-        """This rank and the number of ranks, where each trains other teachers; else 0 and 1."""
+        """This rank and their number, where each trains other teachers; else 0 and 1."""
         return (self.global_rank, self.trainer.world_size) if self.attached and self.independent_ranks else (0, 1)
 
     def teacher_at(self, epoch: int) -> tuple[int, int]:
@@ -122,12 +122,9 @@ class FlatTeacher(BaseModule):
         return number * world_size + rank, teacher_epoch
 
     def data_epoch(self, epoch: int) -> int:
-        """Return the number that seeds batches and augmentation, one for each teacher and epoch of it.
-
-        It does not depend on a teacher's number of epochs, so that a longer one begins with the shorter one.
-        """
+        """Return the number that seeds batches and augmentation in an epoch of the fit."""
         teacher, teacher_epoch = self.teacher_at(epoch)
-        return teacher * LONGEST + teacher_epoch
+        return teacher * LONGEST + teacher_epoch  # whatever ``epochs`` is: a longer teacher begins with the shorter one
 
     def batch_plan(self) -> BatchPlan:
         """Deal all images to each process, or each process its share; see ``contracts.PlansBatches``."""

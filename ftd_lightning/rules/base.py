@@ -32,11 +32,13 @@ class MatchingRule:
     Subclasses are frozen dataclasses that override the hooks they need; the hooks here change nothing. All are pure
     functions of their arguments. Constructors raise InputError (a ValueError) for arguments out of their range.
 
-    ``TrajectoryMatching`` applies a list of rules in order: ``begin`` of one rule takes
-    the start that the rules before it return, the distance is over the parameters that all rules keep, and a step is
-    made if all accept it. At most one rule may override each exclusive hook: ``distance``, ``start_epochs``,
-    ``initial_images``, and ``labels`` of a ``LabelRule``. ``trajectory_matching_loss`` uses ``begin``, ``compared``,
-    ``keep`` and ``distance``.
+    ``TrajectoryMatching`` applies a list of rules in order: ``begin`` of one rule takes the start that the rules before
+    it return, the distance is over the parameters that all rules keep, and a step is made if all accept it. At most one
+    rule may override each exclusive hook: ``distance``, ``start_epochs``, ``initial_images``, and ``labels`` of a
+    ``LabelRule``. ``trajectory_matching_loss`` uses ``begin``, ``compared``, ``keep`` and ``distance``.
+
+    Convention: start is theta*_t, target theta*_{t+m}, student the present theta_i or the last theta_n, all flat, (P,).
+    Only ``compared`` gets a student that is not detached.
 
     Attributes:
         name: short name, appended to the name of the method ("ftd+robust"); seeds the rule's random draws.
@@ -55,52 +57,29 @@ class MatchingRule:
     name: ClassVar[str] = ""
 
     def begin(self, start: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the weights that the student starts from, (P,).
-
-        Args:
-            start: theta*_t, the teacher's weights, (P,).
-            target: theta*_{t+m}, (P,).
-            generator: a CPU generator, seeded for this rule and segment.
-        """
+        """Return the weights that the student starts from, (P,); the CPU generator is seeded for rule and segment."""
         return start
 
     def distance(self, student: Tensor, target: Tensor) -> Tensor | None:
         """Return the student's distance from the target after an inner step, a scalar; None to choose no step.
 
         With a distance, the student is unrolled only up to the step of the smallest one, the later of equal steps.
-
-        Args:
-            student: theta_i, (P,), detached.
-            target: theta*_{t+m}, (P,).
         """
         return None
 
     def compared(self, student: Tensor, noise: Tensor) -> Tensor:
         """Return the weights that are compared with the target, (P,), differentiable in ``student``.
 
-        Args:
-            student: theta_n, the student's weights after its last step, (P,).
-            noise: the change that :meth:`begin` made to the start, (P,).
+        ``noise`` is the change that :meth:`begin` made to the start, (P,).
         """
         return student
 
     def keep(self, student: Tensor, start: Tensor, target: Tensor) -> Tensor | None:
-        """Return which parameters the distance is taken over, (P,) bool; None for all.
-
-        Args:
-            student: the weights that are compared with the target, (P,), detached.
-            start: theta*_t, (P,).
-            target: theta*_{t+m}, (P,).
-        """
+        """Return which parameters the distance from the target is taken over, (P,) bool; None for all."""
         return None
 
     def start_epochs(self, iteration: int, max_start_epoch: int) -> range | None:
-        """Return the epochs that segments of an iteration may start at, each as likely; None for all.
-
-        Args:
-            iteration: from 0.
-            max_start_epoch: exclusive upper limit.
-        """
+        """Return the epochs below ``max_start_epoch`` that an iteration's segments may start at; None for all."""
         return None
 
     def initial_images(self, candidates: Sequence[Tensor], ipc: int, teachers: Teachers) -> list[Tensor] | None:
@@ -114,10 +93,9 @@ class MatchingRule:
         return None
 
     def accepts(self, loss: Tensor) -> Tensor | None:
-        """Return whether the optimizer may step, a bool scalar on the device; None for yes.
+        """Return whether the optimizer may step after a loss, averaged over all segments and ranks; None for yes.
 
-        Args:
-            loss: of the iteration, averaged over all of its segments on all ranks; a scalar.
+        Both are scalars on the device.
         """
         return None
 
