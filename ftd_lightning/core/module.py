@@ -238,9 +238,9 @@ class BaseModule(LightningModule):
         return [] if any(isinstance(callback, kind) for callback in callbacks) else [kind()]
 
     @property
-    def verbs(self) -> list[str]:
+    def verbs(self) -> tuple[str, ...]:
         """Commands for this module: "fit", and "validate", "test" and "predict" where it has their step."""
-        return ["fit", *(verb for verb, step in STEPS.items() if is_overridden(step, self))]
+        return ("fit", *(verb for verb, step in STEPS.items() if is_overridden(step, self)))
 
     def configure_callbacks(self) -> list[Callback]:
         """Add no callback; refuse verbs that this module lacks, in the first hook that Lightning calls."""

@@ -153,25 +153,22 @@ class DistributionMatching(Distillation):
         self.save_arguments(locals(), augment=self.augment)
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Move the real images to the device, or leave them in host memory where they do not fit."""
+        """Move the real images to the device, where they fit."""
         self.batches = ClassBatches(self, self.hparams["batch_real"])
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Compare mean embeddings of each class on one new network."""
         iteration = batch["iteration"]
         network = self.fresh_network("network", iteration).requires_grad_(False)
-        distances = self._joint_distance if batch_norms(network) else self._distances
-        return self.log_loss(summed(self.images, distances(network, self.batches.pairs(iteration))))
+        return self.log_loss(summed(self.images, self._distances(network, iteration)))
 
-    def _distances(self, network: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        for synthetic, real in pairs:
-            yield distribution_distance(embed(network, synthetic), embed(network, real))
-
-    def _joint_distance(self, network: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """Embed all classes in one batch per side: statistics of a single class would hide its mean."""
-        sides = zip(*pairs, strict=True)
-        synthetic, real = (embed(network, torch.cat(side)).split([len(x) for x in side]) for side in sides)
-        yield torch.stack([distribution_distance(*pair) for pair in zip(synthetic, real, strict=True)]).sum()
+    def _distances(self, network: nn.Module, iteration: int) -> Iterator[Tensor]:
+        """Yield distances of classes; with BatchNorm one for all: statistics of a single class would hide its mean."""
+        pairs = self.batches.pairs(iteration)
+        for group in [list(pairs)] if batch_norms(network) else ([pair] for pair in pairs):
+            sides = zip(*group, strict=True)
+            synthetic, real = (embed(network, torch.cat(side)).split([len(x) for x in side]) for side in sides)
+            yield torch.stack([distribution_distance(*pair) for pair in zip(synthetic, real, strict=True)]).sum()
 
 
 # By images per class: updates of the images on one network, and epochs that it is trained for between two of them.

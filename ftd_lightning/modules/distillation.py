@@ -62,8 +62,7 @@ class Distillation(BaseModule):
     in which the images' gradient is exactly zero end it with an ``InputError``: the network lets no gradient through.
     On a GPU the counts are read every tenth iteration, so that the host does not wait for the device.
 
-    A learned step size is kept positive by projection: after an update it is raised to 1e-8 where it fell below. It
-    stays a plain parameter, so that a paper's learning rate for it keeps its meaning.
+    A learned step size is kept positive by projection: after an update it is raised to 1e-8 where it fell below.
 
     Args:
         network, network_options, augment, seed: as for ``BaseModule``.
@@ -91,6 +90,7 @@ class Distillation(BaseModule):
     images: nn.Parameter
     step_size: nn.Parameter
     labels: Tensor
+    verbs = ("fit",)  # ``SyntheticEvaluation`` measures a set
 
     def __init__(
         self,
@@ -129,11 +129,7 @@ class Distillation(BaseModule):
     # The set: its start, and answers to callbacks
 
     def build(self) -> None:
-        """Make the initial synthetic set, from the argument ``real`` or the data source's training images.
-
-        Raises:
-            InputError: where there are neither, or too few of a class.
-        """
+        """Make the initial synthetic set, from :meth:`real_images`."""
         if self._loaded_shapes:  # the checkpoint's images follow
             self.images = nn.Parameter(torch.zeros(self._loaded_shapes["images"]))
             self.register_buffer("labels", torch.zeros(len(self.images), dtype=torch.long))
@@ -245,11 +241,7 @@ class Distillation(BaseModule):
     # Real images and networks, for methods that draw them
 
     def real_images(self) -> Images:
-        """Return the argument ``real``, or the data source's training images.
-
-        Raises:
-            InputError: where there are neither.
-        """
+        """Return the argument ``real``, or the data source's training images; raises InputError without both."""
         if self._given is not None:
             return self._given
         if self.source is None:
@@ -292,11 +284,6 @@ class Distillation(BaseModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing, where Lightning would warn of a missing step; ``EvaluateSynthetic`` measures the set."""
-
-    @property
-    def verbs(self) -> list[str]:
-        """A set is fitted; ``SyntheticEvaluation`` measures it."""
-        return ["fit"]
 
     def configure_callbacks(self) -> list[Callback]:
         """Add a writer of the set where the trainer has none."""
