@@ -130,7 +130,7 @@ class BatchPlan(NamedTuple):
     """How images are dealt out to processes.
 
     Attributes:
-        rank: this process's share, in {0 .. world_size - 1}.
+        rank: this process's share.
         world_size: number of shares; 1 gives every process all images.
         epoch: maps the trainer's epoch to the one that decides the order.
         validates: whether Lightning validates on the held-out images while the module is fitted.
@@ -204,12 +204,9 @@ class LearnsSet(Protocol):
         """Return the live images on the module's device: "raw", and "ema" where an average is kept."""
 
     def keep_average(self, average: Tensor, initial_weight: Tensor, settings: dict[str, Any]) -> None:
-        """Take two tensors, updated in place by the caller.
+        """Take the images' moving average and the initial images' share in it, both updated in place by the caller.
 
-        Args:
-            average: the moving average of the images, in their shape.
-            initial_weight: share of the initial images in it, a scalar in [0, 1].
-            settings: of the average, plain values that the set records.
+        The set records the settings, plain values.
         """
 
     def step_was_applied(self) -> Tensor:

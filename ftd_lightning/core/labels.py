@@ -101,23 +101,18 @@ class StudentLabels(SetLabels):
         self._rule = rule
         self._latest: Tensor | None = None
 
-    @property
-    def logits(self) -> Tensor | None:
-        """Learned logits, (N, K), or None."""
-        return self.values if self.are_learned else None
-
     def of_set(self) -> Tensor:
         """Return the labels of the set, (N, K)."""
         return self.learned_labels() if self.are_learned else self.values
 
     def learned_labels(self) -> Tensor:
         """Return learned labels, (N, K), differentiable in the logits."""
-        return self._rule.labels(self.logits, self._no_answers)
+        return self._rule.labels(self.values, self._no_answers)
 
     def of_segment(self, student: nn.Module, target: Tensor, images: Tensor) -> Tensor:
         """Return the labels of detached images (N, C, H, W) in a segment with a target theta*_{t+m}, (P,): (N, K)."""
         answers = torch.no_grad()(partial(student_logits, student, target, images))
-        labels = self._rule.labels(self.logits, answers)
+        labels = self._rule.labels(self.values if self.are_learned else None, answers)
         if self._latest is None:  # the set takes those of an iteration's first segment
             self._latest = labels.detach()
         return labels

@@ -188,7 +188,7 @@ class Distillation(BaseModule):
         return {"raw": self.images, **({} if self.ema_images is None else {"ema": self.ema_images})}
 
     def keep_average(self, average: Tensor, initial_weight: Tensor, settings: dict[str, Any]) -> None:
-        """Take a tensor, which the caller updates in place, as the images' moving average; see ``LearnsSet``."""
+        """Take the images' moving average; see ``contracts.LearnsSet``."""
         self.ema_images, self._initial_weight, self._average_settings = average, initial_weight, settings
 
     def record_scores(self, scores: dict[str, dict[str, float | int]]) -> None:

@@ -98,7 +98,7 @@ def test_learned_labels_start_from_the_teachers_that_are_right(tmp_path, teacher
     for index, label in enumerate(labels.tolist()):
         right = [given[index] for given in answers if int(given[index].argmax()) == label]
         wanted = torch.stack(right or [given[index] for given in answers]).mean(0)
-        torch.testing.assert_close(module.soft_labels.logits[index].detach(), wanted)
+        torch.testing.assert_close(module.soft_labels.values[index].detach(), wanted)
 
 
 def test_correct_images_are_classified_correctly(tmp_path, teachers):
