@@ -175,23 +175,16 @@ def flipped(content, place):
     return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
 
 
-DAMAGES = {
-    "truncated": lambda content: content[:-1],
-    "foreign": lambda _: b"no safetensors file" * 100,
-    "a bit of the values": lambda content: flipped(content, len(content) - 1000),
-    "a bit of the metadata": lambda content: flipped(content, content.index(b"0.") + 3),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_cache_is_made_again_with_a_word(decoded, damage):
+def test_damaged_cache_is_made_again_with_a_word(decoded):
     content = decoded.path.read_bytes()
-    decoded.path.write_bytes(DAMAGES[damage](content))
-    with pytest.warns(UserWarning, match="decoded again") as warned:
-        parts = decoded.load()
-    assert [str(warning.message).startswith(f"{decoded.path}: ") for warning in warned] == [True]
-    assert parts["train"].labels.tolist() == [0] * 3 + [1] * 3
-    assert decoded.path.read_bytes() == content
+    for damaged in (content[:-1], flipped(content, len(content) - 1000)):
+        decoded.path.unlink()  # it is mapped
+        decoded.path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="decoded again") as warned:
+            parts = decoded.load()
+        assert [str(warning.message).startswith(f"{decoded.path}: ") for warning in warned] == [True]
+        assert parts["train"].labels.tolist() == [0] * 3 + [1] * 3
+        assert decoded.path.read_bytes() == content
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decoded.load()
