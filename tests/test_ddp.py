@@ -294,7 +294,7 @@ class Begun(Callback):
     """Notes where a fit begins."""
 
     def on_train_start(self, trainer, module) -> None:
-        self.at = (trainer.current_epoch, module.teacher)
+        self.at = (trainer.current_epoch, module.teacher_progress().teacher)
 
 
 FOUR = {**THREE, "teachers": 4}

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import nn
 
-    from ftd_lightning.contracts import DataDescription
+    from ftd_lightning.contracts import DataDescription, TeacherProgress
 
 
 FEWEST = 8  # images; the pixels of fewer vary too much
@@ -48,7 +48,8 @@ def refuse_other_batch(batch: Any, described: DataSource) -> None:
     [0, 1], or in [0, 255], from standardised ones. Pixels of fewer than 8 images are not checked, nor batches without a
     tensor (N, C, H, W).
     """
-    images = _images(batch)
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
+    images = next((part.detach() for part in parts if isinstance(part, Tensor) and part.ndim == 4), None)
     if images is None:
         return
     shape, found = tuple(described.description().shape.zeros(0).shape[1:]), tuple(images.shape[1:])
@@ -67,14 +68,6 @@ def refuse_other_batch(batch: Any, described: DataSource) -> None:
         raise InputError(
             f"TrajectoryRecorder: data= describes images {contradiction}: give data= that describes the loader's images"
         )
-
-
-def _images(batch: Any) -> Tensor | None:
-    """Find the first (N, C, H, W) tensor in a batch."""
-    if isinstance(batch, Tensor):
-        return batch.detach() if batch.ndim == 4 else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((found for part in parts if (found := _images(part)) is not None), None)
 
 
 SNAPSHOT = "snapshot"  # the kind of a snapshot's file, and the name of its tensor
@@ -195,9 +188,8 @@ class TrajectoryRecorder(Callback):
         file = teacher_file(self.path, teacher)
         return TensorFile(file, kind=KIND).metadata if file.exists() else {"epochs": -1}
 
-    def _complete(self, module: TrainsTeachers) -> int:
+    def _complete(self, plan: TeacherProgress) -> int:
         """Count the teachers of the fit that are recorded with all their epochs."""
-        plan = module.teacher_progress()
         return sum(self._recorded(teacher)["epochs"] >= plan.epochs for teacher in range(plan.teachers))
 
     def _refuse_other_teachers(self, present: TrajectoryStore, planned: dict[str, Any]) -> None:
@@ -218,7 +210,7 @@ class TrajectoryRecorder(Callback):
         if self._recorded(plan.teacher).get("seed") not in (None, module.trajectory_metadata()["seed"]):
             file = teacher_file(self.path, plan.teacher)
             raise InputError(f"{file}: recorded with another seed; name another folder or delete this one")
-        if not self._resumed and self._complete(module) == plan.teachers:
+        if not self._resumed and self._complete(plan) == plan.teachers:
             raise InputError(
                 f"{self.path}: holds all {plan.teachers} teachers of {plan.epochs} epochs already; resume with "
                 "ckpt_path and a larger number, or name another folder"
@@ -231,8 +223,7 @@ class TrajectoryRecorder(Callback):
 
     def _metadata(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return the metadata of the current teacher."""
-        description = self._description(trainer, module)
-        if description is not None:
+        if (description := self._description(trainer, module)) is not None:
             data = description.metadata()
         else:
             named = {"name": self.data} if isinstance(self.data, str) else {"unnamed": self._token}
@@ -307,8 +298,7 @@ class TrajectoryRecorder(Callback):
             metadata = {**self._metadata(trainer, module), "accuracies": accuracies}
             if trainer.limit_train_batches not in (None, 1.0):
                 metadata["batches_per_epoch"] = int(trainer.num_training_batches)
-            description = self._description(trainer, module)
-            if description is not None:
+            if (description := self._description(trainer, module)) is not None:
                 write_store_data(self.path, description)
             write_teacher(self.path, teacher, weights, metadata)
         self._snapshots.clear(teacher)
@@ -325,8 +315,8 @@ class TrajectoryRecorder(Callback):
         if trainer.is_global_zero:
             self._snapshots.tidy()
         if isinstance(pl_module, TrainsTeachers):
-            plan, complete = pl_module.teacher_progress(), self._complete(pl_module)
-            if complete < plan.teachers:
+            plan = pl_module.teacher_progress()
+            if (complete := self._complete(plan)) < plan.teachers:
                 rank_zero_warn(
                     f"{self.path}: {complete} of {plan.teachers} teachers of {plan.epochs} epochs are recorded: "
                     "the fit ended early; resume it with ckpt_path for the rest"
@@ -345,8 +335,8 @@ class TrajectoryRecorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep which teacher is being recorded."""
-        own = {"claimed": self._claimed, "first_epoch": self._first_epoch}
-        return {**own, "open": self._open, "token": self._token}
+        state = {"claimed": self._claimed, "first_epoch": self._first_epoch}
+        return {**state, "open": self._open, "token": self._token}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the same teacher."""

@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 def run_rows(
     job: Comparison, names: Sequence[str], deadline: Deadline, run: Runner = run_child
 ) -> tuple[dict[str, str], bool]:
-    """Run the fits of rows that are not done, as far as there is time; ``run`` starts a fit.
+    """Run the fits of rows that are not done; give the reasons of rows that failed, and whether there was time for all.
 
-    Returns:
-        Why rows failed, by their names, and whether there was time for all.
+    ``run`` starts a fit.
     """
     if job.threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
@@ -78,11 +77,7 @@ def write_results(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
 
 
 def run_comparison(job: Comparison, names: Sequence[str], stop_after: float | None, run: Runner = run_child) -> None:
-    """Run rows, by name, for so many minutes; print and write the results of all rows.
-
-    Raises:
-        SystemExit: with code 1 where a row failed.
-    """
+    """Run rows, by name, for so many minutes; write and print the results of all; exit with 1 where a row failed."""
     failures, in_time = run_rows(job, names, Deadline(stop_after), run)
     results = write_results(job, failures)
     print(f"\n{results['title']}\n\n{text(results)}\n")

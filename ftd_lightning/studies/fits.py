@@ -293,10 +293,7 @@ def _reason(log: Path) -> str:
 def run_fit(fit: Fit, deadline: Deadline, run: Runner = run_child) -> bool:
     """Run a fit until it ends or its time is over, and note the wall time; return whether it is done.
 
-    Its output goes to ``output.txt`` in its folder.
-
-    Raises:
-        InputError: if the fit fails, or another process is at work in its folder.
+    Its output goes to ``output.txt`` in its folder. A fit that fails raises InputError.
     """
     with held(fit.folder):
         log, before, began = fit.folder / LOG, fit.status()["seconds"], time.monotonic()

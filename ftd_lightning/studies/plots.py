@@ -94,10 +94,7 @@ def write_pictures(job: Comparison, names: Sequence[str]) -> None:
 
 
 def write_plot(path: Path, draw: Callable[[Any], None], *, size: tuple[float, float] = (5.5, 4.0)) -> None:
-    """Write what ``draw`` draws on matplotlib's ``Axes`` as a PNG of a size in inches.
-
-    Without matplotlib, print how to install it.
-    """
+    """Write what ``draw`` draws on matplotlib's ``Axes`` as a PNG, in inches; without matplotlib, say how to get it."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -237,15 +237,13 @@ def full_lines(results: Mapping[str, Any]) -> list[list[str]]:
     kinds = ["last", "chosen on held-out", "best on test (upper bound)"]
     head = ["method", *(networks or kinds), "iterations", "peak, MiB", "labels", "images", "share"]
     differences = any("difference" in row for row in results["rows"])
-    return [[*head, *(["paired difference"] if differences else [])]] + [
-        _cells(row, networks, differences)
-        if row["state"] == "done"
-        else [row["label"], "to do" if row["state"] == "to do" else f"failed: {row['reason']}"]
-        for row in results["rows"]
-    ]
+    head += ["paired difference"] if differences else []
+    return [head, *(_cells(row, networks, differences) for row in results["rows"])]
 
 
 def _cells(row: Mapping[str, Any], networks: Sequence[str], differences: bool) -> list[str]:
+    if row["state"] != "done":
+        return [row["label"], "to do" if row["state"] == "to do" else f"failed: {row['reason']}"]
     difference = row.get("difference")
     found = [row["networks"][name]["last"] for name in networks] or list(row["accuracy"].values())
     peak = row["peak_memory_MiB"] or {}

@@ -30,7 +30,6 @@ GOOD = {"pytorch-lightning_version": "2.6.4", "state_dict": {}}
     [
         ({**GOOD, "loops": Payload()}, "cannot be read as a checkpoint"),
         (None, "cannot be read as a checkpoint"),
-        ([1], "is not a checkpoint of Lightning"),
         ({"state_dict": {}}, "is not a checkpoint of Lightning"),
     ],
 )

@@ -115,16 +115,6 @@ def test_channels_that_eyes_lack_are_left_out(channels: int, shown: int) -> None
     assert torch.equal(picture_grid(pictures, labels), picture_grid(pictures[:, :shown], labels))
 
 
-@pytest.mark.parametrize(("size", "width"), [(28, 112), (128, 128)])
-def test_pictures_are_enlarged_by_a_whole_factor(size: int, width: int) -> None:
-    pictures = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
-    grid = picture_grid(pictures, torch.tensor([0, 1]))
-    shown = grid[:, 22 : 22 + width, 4 + width : 4 + 2 * width]
-    cells = shown.view(3, size, width // size, size, width // size)
-    assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells))
-    assert torch.equal(cells[0, :, 0, :, 0], (pictures[1, 0] * 255).round().to(torch.uint8))
-
-
 def test_columns_bear_names_as_far_as_they_fit_or_else_numbers() -> None:
     def headings(names: list[str]) -> list[torch.Tensor]:
         grid = picture_grid(torch.zeros(4, 3, 32, 32), torch.arange(4), class_names=names)

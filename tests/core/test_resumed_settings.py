@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 
 from ftd_lightning import DistillationDataModule, SyntheticEvaluation
 from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter
-from ftd_lightning.modules import DistributionMatching, FeatureRegression
+from ftd_lightning.modules import DistributionMatching
 from ftd_lightning.rules import RobustStart
 
 
@@ -39,7 +39,6 @@ class Fits:
             "teacher": lambda: small_teacher(**{"momentum": 0.5, **options}),
             "matching": lambda: small_matching(self.store, **options),
             "dm": lambda: DistributionMatching(**{**common, "batch_real": 4, **options}),
-            "frepo": lambda: FeatureRegression(**{**common, "pool_size": 1, "batch_target": 16, **options}),
             "evaluation": lambda: SyntheticEvaluation(**{"network_options": SMALL, "networks": 1, **options}),
         }
         return make[kind]()
@@ -69,7 +68,7 @@ def fits(tmp_path_factory: pytest.TempPathFactory) -> Fits:
 
 @pytest.fixture(scope="module")
 def checkpoints(fits: Fits) -> dict[str, Path]:
-    kinds = ("teacher", "matching", "dm", "frepo", "evaluation")
+    kinds = ("teacher", "matching", "dm", "evaluation")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *args, **options: None)
         return {kind: fits.checkpoint(kind) for kind in kinds}
@@ -85,11 +84,9 @@ def checkpoints(fits: Fits) -> dict[str, Path]:
         ("matching", {"syn_steps": 9, "seed": 4}, "syn_steps=9, but the checkpoint was made with 3; seed=4, but"),
         ("matching", {"augment": "flip"}, "augment.strategy='flip', but the checkpoint was made with ''"),
         ("matching", {"rules": [RobustStart(0.1)]}, "rules=[{"),
-        ("teacher", {"epochs": 6}, "epochs=6, but the checkpoint was made with 4"),
         ("dm", {"network_options": {**SMALL, "pooling": "max"}}, "network_options={'width': 4, 'depth': 1, 'pooling'"),
         # Of other shapes.
         ("dm", {"ipc": 2}, "ipc=2, but the checkpoint was made with 1"),
-        ("frepo", {"pool_size": 2}, "pool_size=2, but the checkpoint was made with 1"),
     ],
 )
 def test_another_setting_is_refused(kind, options, words, fits: Fits, checkpoints, refused) -> None:
@@ -103,7 +100,6 @@ def test_another_setting_is_refused(kind, options, words, fits: Fits, checkpoint
         ("teacher", {"batch_size": 16}, "data.batch_size=16, but the checkpoint was made with 32"),
         ("dm", {"val_fraction": 0.2}, "data.val_fraction=0.2, but the checkpoint was made with 0.1"),
         ("evaluation", {"synthetic": "real"}, "data.synthetic.method='real', but the"),
-        ("evaluation", {"synthetic": None}, "data.synthetic=None, but the"),
     ],
 )
 def test_other_images_are_refused(kind, options, words, fits: Fits, checkpoints, refused) -> None:
@@ -172,12 +168,6 @@ def test_the_rhythm_of_files_may_change(fits: Fits, checkpoints) -> None:
         trainer = make_trainer(fits.folder / f"every{per_epoch}", max_steps=8)
         trainer.fit(module, datamodule=small_data(), ckpt_path=checkpoints["dm"])
         assert torch.equal(module.images, whole.images)
-
-
-def test_a_checkpoint_is_tested_with_its_settings(fits: Fits, checkpoints, refused) -> None:
-    module, data = fits.module("evaluation", weight_decay=0.0), fits.data("evaluation")
-    with refused("weight_decay=0.0, but the checkpoint was made with 0.0005"):
-        make_trainer(fits.folder).test(module, datamodule=data, ckpt_path=checkpoints["evaluation"])
 
 
 def test_an_average_begins_with_the_fit(fits: Fits, checkpoints, refused) -> None:

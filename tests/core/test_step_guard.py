@@ -24,14 +24,7 @@ def run(gradients, *, guarded=True, reduce=None):
 GOOD = [[0.3, 0.1], [0.7, -0.2], [-0.4, 0.9]]
 
 
-def test_good_steps_are_those_of_the_optimizer() -> None:
-    seen, guard = run(GOOD)
-    assert torch.equal(torch.stack(seen), torch.stack(run(GOOD, guarded=False)[0]))
-    assert guard.state() == (0, 0, 0, 0)
-
-
-@pytest.mark.parametrize("where", range(4))
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("where", "bad"), [(0, float("nan")), (2, float("inf")), (3, -float("inf"))])
 def test_a_bad_step_leaves_no_trace_in_weights_or_momentum(where: int, bad: float) -> None:
     seen, guard = run([*GOOD[:where], [bad, 0.1], *GOOD[where:]])
     expected = run(GOOD, guarded=False)[0]

@@ -70,16 +70,6 @@ def test_a_plan_keeps_its_budget(found, minutes, method, tmp_path):
     assert real.data == ({} if part is None else {"max_per_class": part})
 
 
-def test_more_minutes_make_more_of_the_images(tmp_path):
-    parts = []
-    for minutes, gpu, ipc in ((30, False, 1), (600, False, 1), (30, True, 1), (1, False, 50)):
-        contents, _ = planned(CIFAR, tmp_path, minutes=minutes, gpu=gpu, ipc=ipc)
-        parts.append(contents["distill"]["data"]["init_args"]["max_per_class"])
-    assert parts[0] < parts[1] < CIFAR.train[0]
-    assert parts[0] < parts[2]
-    assert parts[3] - round(0.02 * parts[3]) >= 50, "the initial images are not held out"
-
-
 def test_networks_on_real_images_are_trained_to_their_end(tmp_path):
     few = CIFAR._replace(train=(5,) * 60, test=(2,) * 60, names=tuple(map(str, range(60))))
     for found in (few, DIGITS, CIFAR):
@@ -254,16 +244,13 @@ def test_published_settings_are_taken_for_a_name(here, capsys):
 
 
 def test_bad_input_is_one_line(here, capsys, refused):
-    Path("file.png").write_text("")
     Path("full").mkdir()
     Path("full/other").write_text("")
     common = ["--ipc", "1", "--out", "out"]
     wrong = "no such folder, and no data set of that name"
     assert refusal(capsys, "digts", *common).endswith(f"error: digts: {wrong}; did you mean digits?")
     assert f"no/folder: {wrong}; did you mean cifar10" in refusal(capsys, "no/folder", *common)
-    assert "file.png: is a file" in refusal(capsys, "file.png", *common)
     assert "full: is not empty and holds no plan.json" in refusal(capsys, "digits", "--ipc", "1", "--out", "full")
-    assert "ipc=0 must be at least 1" in refusal(capsys, "digits", "--ipc", "0", "--out", "out")
     line = refusal(capsys, "digits", *common, "--minutes", "3", "--config", "digits/distill_ftd_ipc1")
     assert "--config names all settings; leave out --minutes" in line
     assert not Path("out").exists()
