@@ -170,15 +170,12 @@ class TeacherProgress(NamedTuple):
 
 @runtime_checkable
 class TrainsTeachers(Protocol):
-    """A module that trains several teachers in one fit, one after the other; ``data`` describes their images."""
+    """A module that trains several teachers in one fit, one after the other, each as its submodule "network"."""
 
     data: DataDescription | None
 
     def teacher_progress(self) -> TeacherProgress:
         """Return the progress of the fit."""
-
-    def teacher_network(self) -> nn.Module:
-        """Return the network whose parameters make the trajectory."""
 
     def trajectory_metadata(self) -> dict[str, Any]:
         """Return the store's entries for the current teacher beside its weights and its data."""

@@ -241,8 +241,6 @@ class TrajectoryRecorder(Callback):
 
     @staticmethod
     def _network(module: LightningModule) -> nn.Module:
-        if isinstance(module, TrainsTeachers):
-            return module.teacher_network()
         return dict(module.named_children()).get("network", module)
 
     def _teacher(self, trainer: Trainer, module: LightningModule) -> tuple[int, int, int | None, bool]:

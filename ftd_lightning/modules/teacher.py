@@ -137,10 +137,6 @@ class FlatTeacher(BaseModule):
         records = teacher < self.teachers if self.independent_ranks else self.global_rank == 0
         return TeacherProgress(teacher, epoch, self.hparams["epochs"], self.teachers, records)
 
-    def teacher_network(self) -> nn.Module:
-        """Return the network being trained."""
-        return self.network
-
     def progress_label(self) -> str:
         """Name teacher and epoch."""
         teacher, epoch = self.teacher_at(self.current_epoch)
