@@ -210,8 +210,6 @@ def describe(path: Path) -> Description:
     """Describe a synthetic set, a trajectory store, one teacher's file, or a whitening; refuse anything else."""
     if path.is_dir():
         return describe_store(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file or folder")
     kind = TensorFile(path).kind
     if kind is None:
         raise InputError(f"{path}: a safetensors file of another program; ftd import may be able to read it")

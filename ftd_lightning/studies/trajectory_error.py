@@ -156,21 +156,15 @@ def measure_trajectory_error(
             draws = derive_seed(seed, "error dsa", teacher, segment)
             return unroll(network, weights, images, labels, step_size, batches=batches, augment=augment, seed=draws)
 
-        def loss(weights: Tensor) -> float:
-            return mean_loss(network, weights, real, batch_size=batch_size)
-
+        loss = partial(mean_loss, network, real=real, batch_size=batch_size)
         rows: list[tuple[float, ...]] = []
-        initial_loss = float("nan")
+        initial_loss = loss(next(ends(teacher)))
         for segment, error in enumerate(trajectory_errors(advance, ends(teacher))):
-            if segment == 0:
-                initial_loss = loss(error.start)
             parts = (error.accumulated, error.matching, error.initialization, error.target - error.start)
             norms = [float(part.norm()) for part in parts]
             if not all(map(math.isfinite, norms)):
-                raise DivergenceError(
-                    f"teacher {teacher}: the student's weights are not finite at epoch {segment * m + m}; "
-                    "the set's step size may be too large for its network"
-                )
+                where = f"teacher {teacher}: the student's weights are not finite at epoch {segment * m + m}"
+                raise DivergenceError(f"{where}; the set's step size may be too large for its network")
             teacher_loss = loss(error.target)
             rows.append((teacher_loss, loss(error.student) - teacher_loss, loss(error.fresh) - teacher_loss, *norms))
             bar.update()
@@ -190,17 +184,17 @@ def summarize(curves: Sequence[TrajectoryErrorCurve]) -> dict[str, dict[str, lis
     }
 
 
-RECORDED = ("val_fraction", "max_per_class", "seed", "image_size")  # of the teachers' data
-
-
 def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: str) -> DistillationDataModule:
     """Read the real images as the teachers saw them, through the set's transform."""
     recorded = store.metadata.get("dataset")
     described: dict[str, Any] = recorded if isinstance(recorded, dict) else {"name": recorded}
-    options = {key: described[key] for key in RECORDED if key in described} | {"dataset": dataset or described["name"]}
-    if not options["dataset"]:
+    options = {
+        key: described[key] for key in ("val_fraction", "max_per_class", "seed", "image_size") if key in described
+    }
+    dataset = dataset or described["name"]
+    if not dataset:
         raise InputError(f"{store.path}: its teachers do not name their data set: give --dataset")
-    data = DistillationDataModule(root=root, synthetic=str(file), **options)
+    data = DistillationDataModule(dataset, root, synthetic=str(file), **options)
     data.prepare_data()
     data.setup()
     check_compatible(store, data.describe())
@@ -304,8 +298,7 @@ def trajectory_error(
     }
     write_json(folder / "curve.json", curve)
     write_plot(folder / "curve.png", partial(draw, [curve, *others]), size=(7, 8))
-    print(table(curve))
-    print(f"{folder / 'curve.json'}, curve.png are written")
+    print(f"{table(curve)}\nresults   {folder}")
 
 
 def main(arguments: Sequence[str]) -> None:
