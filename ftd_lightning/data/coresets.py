@@ -95,9 +95,9 @@ def teacher_coreset(
 ) -> tuple[Images, dict[str, Any]]:
     """Choose real images, transformed as the teachers saw them, by a teacher's features; also describe the choice.
 
-    Which network's features the published coreset numbers rest on is not known. Here it is a teacher after its last
-    epoch, on images that are not augmented. Both rules are deterministic: a spread over several choices is one over
-    teachers. ``described`` is metadata of the images that the teachers must have been trained on.
+    The teacher is taken after its last epoch, on images that are not augmented; the network of the published coreset
+    numbers is not known. Both rules are deterministic: a spread over several choices is one over teachers.
+    ``described`` is metadata of the images that the teachers must have been trained on.
     """
     if trajectories is None:
         raise InputError(f"synthetic={kind!r} chooses by a teacher's features: give their store as data.trajectories")

@@ -229,10 +229,9 @@ class DistillationDataModule(LightningDataModule):
     ) -> Self:
         """Read the loaders of another LightningDataModule into memory, once, and serve every phase from there.
 
-        Its ``prepare_data`` and ``setup`` are called by ours. Images are pictures, as for :meth:`from_datasets`. The
-        validation loader's images are the held-out ones; without one, none are. Map-style datasets are read whole, in
-        their own order: of samplers, only the choice of a ``SubsetRandomSampler`` counts. Its hooks on batches
-        (``on_after_batch_transfer`` and the like) are not called.
+        Images are pictures, as for :meth:`from_datasets`. The validation loader's images are the held-out ones; without
+        one, none are. Map-style datasets are read whole, in their own order: of samplers, only the choice of a
+        ``SubsetRandomSampler`` counts. Hooks on batches (``on_after_batch_transfer`` and the like) are not called.
 
         Args:
             datamodule: its loaders yield (images, labels); the batch size is that of its training loader.
@@ -370,7 +369,7 @@ class DistillationDataModule(LightningDataModule):
         loaded = SyntheticSet.load(file) if file else None
         self._read()
         if loaded is not None:
-            self._check_fits(loaded, Path(str(file)))
+            self._check_fits(loaded, file)
             self._transform = loaded.transform
             initial = loaded.metadata.get("ema_initial_weight", 0.0)
             if self.hparams["ema"] and initial > 0.05:
@@ -409,7 +408,7 @@ class DistillationDataModule(LightningDataModule):
             real, metadata["chosen_by"] = teacher_coreset(real, kind, described=described, **by)
         return SyntheticSet(*real, class_names=self.class_names, transform=self.transform, metadata=metadata)
 
-    def _check_fits(self, synthetic: SyntheticSet, file: Path) -> None:
+    def _check_fits(self, synthetic: SyntheticSet, file: str | None) -> None:
         shape, wanted = tuple(synthetic.images.shape[1:]), (self.in_channels, self.image_size, self.image_size)
         names = synthetic.class_names or self.class_names
         if not synthetic.class_names:

@@ -296,10 +296,7 @@ def read_datamodule(
     class_names: Sequence[str] | None = None,
     transform: ImageTransform | None = None,
 ) -> tuple[ImageDataset, int]:
-    """Set another LightningDataModule up and read all its images; also return its batch size.
-
-    See :meth:`~ftd_lightning.data.DistillationDataModule.from_datamodule`.
-    """
+    """Set another LightningDataModule up and read all its images; also return its batch size."""
     datamodule.trainer = trainer
     for stage in ("fit", "test"):
         datamodule.setup(stage)

@@ -44,40 +44,36 @@ def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(holds, value))
 
 
-def _is_mapping(value: Any, holds: Callable[[Any], bool] = lambda value: True) -> bool:
+def _is_mapping(value: Any, holds: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(map(holds, value.values()))
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _is_parameter(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and _is_list(value[1], _is_count)
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _is_list(value[1], _is_count)
 
 
 def _is_network(value: Any) -> bool:
     return (
-        _is_mapping(value)
-        and _is_text(value.get("name"))
-        and _is_mapping(value.get("options", {}))
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and isinstance(value.get("options", {}), dict)
         and _is_mapping(value.get("shapes", {}), lambda shape: _is_list(shape, _is_count))
         and _is_list(value.get("parameters", []), _is_parameter)
     )
 
 
 Rule = tuple["Callable[[Any], bool]", str]
-MAPPING: Rule = (_is_mapping, "a mapping")
-MAPPING_OR_NONE: Rule = (lambda value: value is None or isinstance(value, dict), "a mapping or null")
-TEXT: Rule = (_is_text, "text")
+MAPPING: Rule = (lambda value: isinstance(value, dict), "a mapping")
+MAPPING_OR_NONE: Rule = (lambda value: isinstance(value, dict | None), "a mapping or null")
+TEXT: Rule = (lambda value: isinstance(value, str), "text")
 COUNT: Rule = (_is_count, "a count")
 RATE: Rule = (lambda value: is_number(value, 0), "a finite number of at least 0")
 NETWORK: Rule = (_is_network, "a mapping with the network's name")
-NAMES: Rule = (lambda value: _is_list(value, _is_text), "a list of names")
+NAMES: Rule = (lambda value: _is_list(value, lambda name: isinstance(name, str)), "a list of names")
 
 SET_METADATA: dict[str, Rule] = {
     "class_names": NAMES,
-    "dataset": (lambda value: value is None or isinstance(value, (str, dict)), "a mapping or a name"),
+    "dataset": (lambda value: isinstance(value, dict | str | None), "a mapping or a name"),
     "network": NETWORK,
     "augmentation": MAPPING_OR_NONE,
     "target_scale": (lambda value: is_number(value, 0) and value > 0, "a finite number above 0"),
@@ -107,9 +103,8 @@ STORE_METADATA: dict[str, Rule] = {
     "transform": MAPPING,
     "shape": (
         lambda value: (
-            isinstance(value, dict)
+            _is_mapping(value, lambda size: _is_count(size) and size > 0)
             and set(value) == {"in_channels", "num_classes", "image_size"}
-            and _is_mapping(value, lambda size: _is_count(size) and size > 0)
         ),
         "a mapping of in_channels, num_classes and image_size, each above 0,",
     ),

@@ -110,9 +110,7 @@ class SyntheticSet:
     def save(self, path: str | Path) -> None:
         """Write the set, atomically; float64 values, as of a fit with precision 64-true, become float32.
 
-        Raises:
-            InputError: for a set that is not as described, e.g. with values that are not finite: such a set is never
-                written over a good one.
+        An InputError refuses a set that is not as described, so that none is written over a good one.
         """
         given = {name: getattr(self, name) for name in ("images", "labels", "step_size", "ema_images")}
         tensors = {
