@@ -24,7 +24,7 @@ from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, write_te
 from ftd_lightning.files.transforms import Whitening
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -72,22 +72,24 @@ TURNS = {  # by EXIF orientation
 SIDEWAYS = (TURNS[5], TURNS[6], TURNS[7], TURNS[8])  # width becomes height
 
 
-def in_parallel(work: Callable[[int], T], count: int, title: str) -> list[T]:
-    """Call ``work(0) .. work(count - 1)`` in threads and show a bar; Pillow decodes outside Python's lock."""
+def for_each(files: Sequence[Path], use: Callable[[int, ImageFile.ImageFile], T], title: str) -> list[T | InputError]:
+    """Call ``use`` with the number of each file and its open image, in threads: Pillow decodes outside Python's lock.
+
+    A bar is shown. In the place of the result of a file that is not a readable image is an InputError.
+    """
+
+    def open_and_use(i: int) -> T | InputError:
+        try:
+            with Image.open(files[i]) as image:
+                return use(i, image)
+        except Exception as error:  # Pillow raises many kinds
+            return InputError(f"{files[i]}: not a readable image ({error}); replace it or remove it")
+
     # Not os.cpu_count: that counts CPUs that the process may not run on.
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(threads) as pool:
-        results = pool.map(work, range(count))
-        return list(tqdm(results, desc=title, total=count, unit="image", leave=False, delay=1))
-
-
-def opened(path: Path, use: Callable[[ImageFile.ImageFile], T]) -> T:
-    """Apply a function to an open image file; whatever Pillow raises becomes an InputError."""
-    try:
-        with Image.open(path) as image:
-            return use(image)
-    except Exception as error:
-        raise InputError(f"{path}: not a readable image ({error}); replace it or remove it") from error
+        results = pool.map(open_and_use, range(len(files)))
+        return list(tqdm(results, desc=title, total=len(files), unit="image", leave=False, delay=1))
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -146,17 +148,11 @@ def decode(parts: Mapping[str, LabelledFiles], *, channels: int, size: int, deep
     pictures = torch.empty(len(files), channels, size, size, dtype=torch.float32 if deep else torch.uint8)
     view, peaks = pictures.numpy(), np.zeros(len(files))
 
-    def read(i: int) -> InputError | None:
-        def use(image: Image.Image) -> None:
-            np.copyto(view[i], pixels(image, channels=channels, size=(size, size)), casting="safe")
-            peaks[i] = np.asarray(image).max() if is_deep(image) else 0
+    def read(i: int, image: Image.Image) -> None:
+        np.copyto(view[i], pixels(image, channels=channels, size=(size, size)), casting="safe")
+        peaks[i] = np.asarray(image).max() if is_deep(image) else 0
 
-        try:
-            return opened(files[i], use)
-        except InputError as error:
-            return error
-
-    unreadable = [error for error in in_parallel(read, len(files), f"decoding images to {size} px") if error]
+    unreadable = [error for error in for_each(files, read, f"decoding images to {size} px") if error]
     if unreadable:
         others = f"; {len(unreadable) - 1:,} more files are unreadable" if len(unreadable) > 1 else ""
         raise InputError(f"{unreadable[0]}{others}")

@@ -20,10 +20,9 @@ from ftd_lightning.data.decoding import (
     DecodedImages,
     LabelledFiles,
     cache_file,
-    in_parallel,
+    for_each,
     is_deep,
     is_grey,
-    opened,
     turn_of,
 )
 from ftd_lightning.data.sources import ImageDataset, Request, resizing
@@ -172,8 +171,7 @@ class _Header(NamedTuple):
     grey: bool
 
 
-def _read_header(image: ImageFile.ImageFile) -> _Header:
-    """Look at an image that is open but not decoded."""
+def _read_header(_: int, image: ImageFile.ImageFile) -> _Header:
     turn = turn_of(image)
     raw = str(image.tile[0][3]) if image.tile else ""  # how the file holds its values, such as "RGB;16B"
     mode = f"{image.mode};16" if ";16" in raw and not is_deep(image) else image.mode
@@ -216,13 +214,7 @@ class Census:
         """Look at the headers of all files, in parallel; the training part decides channels and size."""
         files = [file for part in parts.values() for file in part.files]
 
-        def look(i: int) -> _Header | InputError:
-            try:
-                return opened(files[i], _read_header)
-            except InputError as error:
-                return error
-
-        looks = in_parallel(look, len(files), "looking at images")
+        looks = for_each(files, _read_header, "looking at images")
         headers = [header for header in looks if isinstance(header, _Header)]
         train = [header for header in looks[: len(parts["train"].files)] if isinstance(header, _Header)]
         if not train:
