@@ -152,7 +152,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class TensorFile:
-    """An open safetensors file: its ``metadata``, and tensors read one by one; both are checked against its checksums.
+    """An open safetensors file: ``metadata``, and tensors by ``names``; both are checked against its checksums.
 
     An InputError refuses a file that is missing, damaged, of a newer format or of another kind.
 
@@ -168,6 +168,7 @@ class TensorFile:
             raise InputError(f"{path}: no such file")
         try:
             self._file = safe_open(path, framework="pt")
+            self.names = set(self._file.keys())
             text = (self._file.metadata() or {}).get(KEY, "{}")
             header = json.loads(text)
         except (SafetensorError, OSError, RuntimeError, ValueError, RecursionError) as error:
@@ -190,11 +191,6 @@ class TensorFile:
             if own != _checksum(content.encode()) or not known:
                 raise InputError(f"{path}: is damaged, its metadata has another checksum; make it again")
         self.metadata: dict[str, Any] = header
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the tensors."""
-        return set(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)

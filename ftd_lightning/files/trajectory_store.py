@@ -138,6 +138,8 @@ class TrajectoryStore:
         path: the folder.
         files: the teachers' files, in order.
         lengths: number of epochs of each teacher, the initialisation not counted.
+        epochs: those that all teachers have.
+        num_parameters: P, the number of weights.
         metadata: what all teachers share: network, data set, transform, optimizer, rho, alpha, adaptive; and
             "parameters", the number of weights P.
     """
@@ -152,11 +154,13 @@ class TrajectoryStore:
         self.lengths: list[int] = []
         self._checked: set[tuple[int, int]] = set()  # teachers and epochs whose weights were found to be whole
         self.metadata = self._open(self.files[0])
+        self.num_parameters: int = self.metadata["parameters"]
         for file in self.files[1:]:
             if different := differences(self.metadata, self._open(file), whole=True):
                 raise InputError(
                     f"{file}: differs from {self.files[0].name} in {', '.join(different)}; keep such teachers apart"
                 )
+        self.epochs = min(self.lengths)
 
     def _open(self, path: Path) -> dict[str, Any]:
         """Note the length of a teacher, and return what it should share with the others."""
@@ -167,16 +171,6 @@ class TrajectoryStore:
 
     def __len__(self) -> int:
         return len(self.files)
-
-    @property
-    def epochs(self) -> int:
-        """Epochs that all teachers have, the initialisation not counted: those of the shortest one."""
-        return min(self.lengths)
-
-    @property
-    def num_parameters(self) -> int:
-        """P, the number of weights."""
-        return int(self.metadata["parameters"])
 
     @cached_property
     def data(self) -> DataDescription | None:
