@@ -169,7 +169,7 @@ def check(case: Case, folder: Path, stops: list[tuple]) -> None:
 
 NAMES = ["teachers", "teachers, nothing held out", "matching", "dc", "dm", "cafe", "kip", "frepo", "evaluation"]
 # Within an epoch, after one, between its last batch and its end, cut short by a limit, and asked to end by the system.
-FEW = [(3, "batch", 5), ("end", "batch", 7), (2, "epoch end", 2), (2, "max_steps", 7), ("signal", "SIGTERM", 7)]
+FEW = [(3, "batch", 5), ("end", "batch", 7), (2, "epoch end", 2), ("end", "max_steps", 7), ("signal", "SIGTERM", 7)]
 
 
 @pytest.fixture(autouse=True)
