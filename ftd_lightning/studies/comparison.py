@@ -238,14 +238,10 @@ class Comparison:
         return self.evaluate if row.evaluate.config is None else row.evaluate
 
     def _evaluation_options(self, row: Row, network: str) -> list[str]:
-        settings = (self.evaluate, self.networks[network], row.evaluate)
-        options = [option for part in settings for option in part.options()]
-        return [
-            f"--data.dataset={self.dataset}",
-            f"--data.ema={str(row.ema).lower()}",
-            *options,
-            *self.overrides["evaluate"],
-        ]
+        options = [f"--data.dataset={self.dataset}", f"--data.ema={str(row.ema).lower()}"]
+        for settings in (self.evaluate, self.networks[network], row.evaluate):
+            options += settings.options()
+        return [*options, *self.overrides["evaluate"]]
 
     def set_file(self, name: str) -> Path | None:
         """Return the file of a row's set; None for real images."""

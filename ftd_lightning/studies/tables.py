@@ -204,15 +204,13 @@ def _test_part(results: Mapping[str, Any]) -> list[str]:
 
 def short_lines(results: Mapping[str, Any]) -> list[list[str]]:
     """Lay a comparison out as label, accuracy and, where there is any, the paired difference; the head first."""
-    lines = [[row["label"], per_cent(row["accuracy"]["last"])] for row in results["rows"]]
-    head = ["trained on", "test accuracy, %"]
     bases = {row["difference"]["to_label"] for row in results["rows"] if "difference" in row}
-    if not bases:
-        return [head, *lines]
-    found = [row.get("difference") for row in results["rows"]]
-    cells = [points(one) + ("" if is_better(one) else ", not better") if one else "-" for one in found]
-    head.append(f"difference to {', '.join(sorted(bases))}")
-    return [head, *([*line, cell] for line, cell in zip(lines, cells, strict=True))]
+    lines = [["trained on", "test accuracy, %", *([f"difference to {', '.join(sorted(bases))}"] if bases else [])]]
+    for row in results["rows"]:
+        found = row.get("difference")
+        cell = points(found) + ("" if is_better(found) else ", not better") if found else "-"
+        lines.append([row["label"], per_cent(row["accuracy"]["last"]), *([cell] if bases else [])])
+    return lines
 
 
 def short_table(results: Mapping[str, Any]) -> str:
