@@ -105,6 +105,12 @@ def export_tensors(path: Path, folder: Path, *, ema: bool = False) -> int:
     return len(images)
 
 
+# Folder names that Hugging Face datasets takes for a split, alone or next to one of "-._ 0-9".
+SPLITS = re.compile(
+    r"(?<![a-z])(training|train|validation|valid|val|dev|testing|test|evaluation|eval)(?![a-z])", re.IGNORECASE
+)
+
+
 def folder_names(class_names: Sequence[str]) -> list[str]:
     """Turn class names into folder names that are valid on any file system and sort in label order.
 
@@ -115,11 +121,14 @@ def folder_names(class_names: Sequence[str]) -> list[str]:
     Example:
         >>> folder_names(["ant", "bee/wasp"]), folder_names(["wasp", "Käfer"])
         (['ant', 'bee_wasp'], ['0_wasp', '1_Kafer'])
+        >>> folder_names(["test", "train"])
+        ['testclass', 'trainclass']
     """
     names = []
     for name in class_names:
         plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-        names.append(re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._")[:80] or "class")
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._")[:80] or "class"
+        names.append(SPLITS.sub(r"\1class", plain))
     if len({name.lower() for name in names}) == len(names) and names == sorted(names):
         return names
     digits = len(str(len(names) - 1))
