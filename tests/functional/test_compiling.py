@@ -68,7 +68,7 @@ def test_auto_leaves_the_cpu_alone_and_compiles_on_a_gpu(refused):
 
 def test_each_shape_is_compiled_once_and_functions_of_one_source_have_their_own_limit():
     backend = Backend()
-    with torch._dynamo.config.patch(recompile_limit=2):
+    with torch._dynamo.config.patch(cache_size_limit=2):
         for _ in range(3):
             function = compiled(affine, compile=True, device=CPU, backend=backend)
             for size in (2, 3, 2, 3):
