@@ -14,7 +14,7 @@ from ftd_lightning.terminal import EndedBySignal
 TEACH = ["fit", "--config", "digits/teacher_mtt", "--model.network_options={width: 4, depth: 1}"]
 TEACH += ["--data.max_per_class=14", "--data.batch_size=32", "--trainer.enable_model_summary=false"]
 TEACH += ["--trainer.accelerator=cpu", "--model.teachers=1"]
-NAS = ["nas", "--out", "out", "--data.synthetic", "random", "--depths", "[1]", "--widths", "[4]", "--threads", "1"]
+NAS = ["nas", "--out", "out", "--data.synthetic", "random", "--depths", "[1]", "--widths", "[4]"]
 ENDS = {signal.SIGTERM: (143, "terminated"), signal.SIGINT: (130, "interrupted")}
 
 

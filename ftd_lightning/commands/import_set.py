@@ -26,7 +26,8 @@ Soft = Literal["probabilities", "logits", "targets"]
 
 def _read(path: Path) -> Any:
     if path.suffix.lower() == ".npy":
-        array = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:  # np.load leaves a broken file open
+            array = np.load(file, allow_pickle=False)
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))  # torch has one byte order
     if path.suffix.lower() == ".safetensors":
         with safe_open(path, framework="pt") as file:
