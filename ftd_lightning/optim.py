@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def frozen_running_statistics(network: nn.Module) -> Iterator[None]:
-    """Freeze BatchNorm's running statistics inside a ``with`` block; batches are normalised as in training.
-
-    It is for GSAM's second pass, because no network is used at the perturbed weights.
-    """
+    """Freeze BatchNorm's running statistics in a ``with`` block; batches are normalised as in training."""
     norms = [norm for norm in batch_norms(network) if norm.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
@@ -99,14 +96,7 @@ class GSAM(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one GSAM step.
-
-        Args:
-            closure: runs forward and backward and returns the loss; required. Gradients are zeroed before each run.
-
-        Returns:
-            The result of the closure's first run: the loss at the weights.
-        """
+        """Take one GSAM step; ``closure`` runs forward and backward. Return its first result: the loss."""
         if closure is None:
             raise ValueError("GSAM needs a closure that runs forward and backward and returns the loss")
         run = torch.enable_grad()(closure)

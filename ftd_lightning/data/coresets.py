@@ -29,19 +29,12 @@ IMAGES_PER_PASS = 1000  # bounds the memory of a forward pass
 
 
 def random_real_images(train: Images, ipc: int, seed: int) -> Images:
-    """Draw ipc real images of each class, class by class.
-
-    Raises:
-        InputError: if a class has fewer than ipc images.
-    """
+    """Draw ipc real images of each class, class by class; an InputError refuses more than there are."""
     return train.take(sample_per_class(train.labels, ipc, make_generator(seed, "initial images")))
 
 
 def coreset(train: Images, kind: str, ipc: int, features: Tensor) -> Images:
-    """Choose ipc images of each class by their features (N, D), class by class, in the order chosen.
-
-    ``kind`` is "herding" or "k-center" (greedy, from the image nearest to the class's mean).
-    """
+    """Choose ipc images of each class by features (N, D): "herding" or "k-center"; class by class, in that order."""
     choose = {"herding": herding, "k-center": k_center}[kind]
     members = [(train.labels == label).nonzero().squeeze(1) for label in train.labels.unique()]
     return train.take(torch.cat([index[choose(features[index], ipc)] for index in members]))
@@ -50,11 +43,7 @@ def coreset(train: Images, kind: str, ipc: int, features: Tensor) -> Images:
 def teacher_network(
     store: TrajectoryStore, teacher: int, epoch: int | None = None, network: nn.Module | None = None
 ) -> nn.Module:
-    """Build a recorded teacher with its weights after an epoch, None being its last one, in evaluation mode.
-
-    Trajectories hold no running statistics; see :func:`estimate_running_statistics`. ``network``, of the teachers'
-    architecture, receives the weights; None builds one, if it is of this library.
-    """
+    """Build a teacher after an epoch, by default the last, in evaluation mode; or load its weights into ``network``."""
     if network is None:
         recorded, instead = store.metadata["network"], f"choose by teachers of {', '.join(NETWORKS)}"
         name, options = recorded_network(recorded, store.path, instead)
@@ -67,11 +56,9 @@ def teacher_network(
 
 @torch.no_grad()
 def estimate_running_statistics(network: nn.Module, images: Tensor) -> None:
-    """Set the running statistics of BatchNorm layers to averages over images, in place.
+    """Set the running statistics of BatchNorm layers to averages over images, in place; leave evaluation mode on.
 
-    Each batch counts the same (a cumulative average instead of an exponential one). Batches are drawn at random,
-    because images are often sorted by class, and statistics within a class are narrower. The network, on the device of
-    the images, is left in evaluation mode.
+    Each batch counts the same. Batches are drawn at random: statistics within a class are narrower.
     """
     norms = [norm for norm in batch_norms(network.eval()) if norm.track_running_stats]
     if not norms:
@@ -95,9 +82,8 @@ def teacher_coreset(
 ) -> tuple[Images, dict[str, Any]]:
     """Choose real images, transformed as the teachers saw them, by a teacher's features; also describe the choice.
 
-    The teacher is taken after its last epoch, on images that are not augmented; the network of the published coreset
-    numbers is not known. Both rules are deterministic: a spread over several choices is one over teachers.
-    ``described`` is metadata of the images that the teachers must have been trained on.
+    The teacher is taken after its last epoch, on images that are not augmented. ``described`` is metadata of the images
+    that the teachers must have been trained on.
     """
     if trajectories is None:
         raise InputError(f"synthetic={kind!r} chooses by a teacher's features: give their store as data.trajectories")
@@ -133,20 +119,14 @@ def teacher_labels(
     statistics: Tensor | None = None,
     network: nn.Module | None = None,
 ) -> Tensor:
-    """Label images (N, C, H, W) with the softmax of a teacher (see :func:`teacher_network`), (N, K) float32.
-
-    Running statistics of BatchNorm layers are estimated over ``statistics``, by default ``images``.
-    """
+    """Label images (N, C, H, W) with a teacher's softmax, (N, K); ``statistics`` are images for BatchNorm layers."""
     network = teacher_network(store, teacher, epoch, network).to(images.device)
     estimate_running_statistics(network, (images if statistics is None else statistics).to(images.device))
     return class_probabilities(network, images)
 
 
 def candidate_epochs(epochs: int, count: int = 8) -> list[int]:
-    """List at most ``count`` (>= 2) of a teacher's epochs to choose from, without the initialisation.
-
-    They are spread evenly in the logarithm, because a teacher changes fastest at first; rounding may leave fewer.
-    """
+    """List at most ``count`` (>= 2) epochs of a teacher, evenly spread in the logarithm, without the initialisation."""
     if epochs <= count:
         return list(range(1, epochs + 1))
     return sorted({round(epochs ** (index / (count - 1))) for index in range(count)})

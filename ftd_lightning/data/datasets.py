@@ -35,9 +35,8 @@ def _load_digits() -> Parts:
 def find_digits(request: Request) -> ImageDataset:
     """Describe 1,797 handwritten digits of 8 x 8 px, 16 levels of grey: 1,437 to train, 360 to test.
 
-    They are the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998, UCI Machine
-    Learning Repository, https://doi.org/10.24432/C50P49), licensed under CC BY 4.0, in the order of scikit-learn's
-    ``load_digits``.
+    The test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998, UCI Machine Learning
+    Repository, https://doi.org/10.24432/C50P49), licensed under CC BY 4.0, in the order of scikit-learn.
     """
     # mean and std: measured on the training part.
     return ImageDataset(tuple("0123456789"), 1, 8, (0.3058,), (0.3762,), _load_digits).at(request.image_size)
@@ -108,14 +107,9 @@ def check_name(name: str) -> None:
 
 
 def get_dataset(name: str, request: Request | None = None) -> ImageDataset:
-    """Find a data set by its name in the table.
-
-    "tiny-imagenet" and "folder" are described by their files, which are listed ("tiny-imagenet" is downloaded if
-    missing, "folder" is decoded). An InputError refuses an unknown name and files that are missing or misplaced.
+    """Find a data set by its name in the table; an InputError refuses an unknown name, and files that are missing.
 
     Example:
-        >>> get_dataset("cifar10").image_size
-        32
         >>> get_dataset("imagewoof", Request(image_size=64)).image_size
         64
     """

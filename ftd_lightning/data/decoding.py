@@ -43,10 +43,7 @@ class LabelledFiles(NamedTuple):
 
 
 def measure(pictures: Tensor) -> dict[str, list[float]]:
-    """Measure "mean" and "std" of all pixels, per channel, on the scale [0, 1], rounded to 6 digits.
-
-    A channel of one value gets the deviation 1, because images are divided by it. Pictures are uint8 or float32.
-    """
+    """Measure "mean" and "std" of all pixels, per channel, in [0, 1], to 6 digits; the std of a constant is 1."""
     count, top = pictures.numel() // pictures.shape[1], 255 if pictures.dtype == torch.uint8 else 1
 
     def average(of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -73,10 +70,7 @@ SIDEWAYS = (TURNS[5], TURNS[6], TURNS[7], TURNS[8])  # width becomes height
 
 
 def for_each(files: Sequence[Path], use: Callable[[int, ImageFile.ImageFile], T], title: str) -> list[T | InputError]:
-    """Call ``use`` with the number of each file and its open image, in threads: Pillow decodes outside Python's lock.
-
-    A bar is shown. In the place of the result of a file that is not a readable image is an InputError.
-    """
+    """Call ``use`` with the number and image of each file, in threads; an unreadable file's result is an InputError."""
 
     def open_and_use(i: int) -> T | InputError:
         try:
@@ -202,9 +196,8 @@ class DecodedImages:
 
     Attributes:
         path: of the cache; see :func:`cache_file`.
-        parts: files and labels by part: "train", "test" and, where images are given as held out, "val".
-        form: returns ``channels``, ``size`` and perhaps ``deep`` of the pictures, as :func:`decode` takes them, and
-            other values to record. It is called before decoding.
+        parts: files and labels by part.
+        form: returns ``channels``, ``size`` and perhaps ``deep``, as :func:`decode` takes them, and values to record.
     """
 
     path: Path
@@ -230,11 +223,7 @@ class DecodedImages:
         return _cached(self.path, lambda path: read(TensorFile(path, kind=KIND)), self.fill, again)
 
     def fill(self) -> None:
-        """Decode all parts and write the cache, all at once; an interruption leaves no file.
-
-        It records the pictures' "in_channels" and "image_size", "mean" and "std" of the training part, fingerprints,
-        the "maximum" that pictures of 16 bits were divided by, and the other values of ``form``.
-        """
+        """Decode all parts and write the cache at once, with sizes, mean, std, fingerprints and values of ``form``."""
         metadata = {"deep": False, **self.form()}
         shape: dict[str, Any] = {key: metadata.pop(key) for key in ("channels", "size", "deep")}
         channels, size = shape["channels"], shape["size"]
@@ -270,7 +259,7 @@ def cached_whitening(
     """Read the whitening of some pictures from the cache, or fit it and write it there.
 
     ``pictures`` is called where there is no cache, and returns uint8 or float32 in [0, 1]. ``identity`` tells them from
-    all others, for the file's name; its "name" is readable there. An InputError refuses what exceeds the memory.
+    all others.
     """
     known = json.dumps([identity, eps, version("kornia")], sort_keys=True)
     name = f"{identity['name'].replace(' ', '-')}_{hashlib.blake2b(known.encode(), digest_size=8).hexdigest()}"

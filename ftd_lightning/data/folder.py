@@ -49,10 +49,7 @@ def _announce(line: str) -> None:
 
 
 class ImageTree:
-    """The images below a folder ``root``, and the number of ``skipped`` files by their endings.
-
-    Hidden files are skipped. Links to files are read as files; links to folders are not followed.
-    """
+    """The images below a folder, without hidden files and linked folders; ``skipped`` counts other files by ending."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -185,17 +182,9 @@ def _read_header(_: int, image: ImageFile.ImageFile) -> _Header:
 class Census:
     """Counts over all image files of a folder, by their headers.
 
-    Attributes:
-        files: number of files, unreadable ones included.
-        sizes: files by (width, height) in pixels, as they are shown: after turning.
-        modes: files by Pillow mode; "RGB;16" and the like where 8 of 16 bits are read.
-        turned: files whose EXIF orientation is applied.
-        transparent: files with an alpha channel or a transparent colour, which are composited on white.
-        bits: bits per value of the deepest file, 8 or 16.
-        classes: files of each class, by name, in label order.
-        unreadable: files that are not readable images.
-        channels: 1 if all training images are grey, else 3.
-        size: default height and width: the shorter side of the most common size of the training images.
+    ``sizes`` are (width, height) in pixels, after turning by EXIF orientation; ``modes`` those of Pillow, "RGB;16" and
+    the like where 8 of 16 bits are read. ``channels`` is 1 if all training images are grey, else 3; ``size`` is the
+    shorter side of their most common size.
     """
 
     files: int
@@ -269,13 +258,10 @@ def find_folder(request: Request) -> ImageDataset:
 
     - ``train/<class>/``, ``val/<class>/`` and ``test/<class>/``: the images of ``val/`` are the held-out part.
     - ``train/<class>/`` and one of the others, which is the test part: a share of the training images is held out.
-    - ``<class>/``: the share ``test_fraction`` of every class becomes the test part, decided by the names of the files;
-      a share of the others is held out.
+    - ``<class>/``: the share ``test_fraction`` of every class becomes the test part, decided by the names of the files.
 
-    All parts have the same classes: the folders in alphabetical order, with any folders below. :class:`Census` says
-    which channels and size there are by default. Mean and std are measured on the training images. Images of 16 bits
-    per value are divided by their largest value, the "maximum" of fingerprints. GIFs and files that are not images are
-    skipped and counted.
+    :class:`Census` says which channels and size there are by default. Mean and std are measured on the training images.
+    Images of 16 bits per value are divided by their largest value, the "maximum" of fingerprints.
     """
     names, parts = find_parts(request)
     with os_errors_as_input_errors():

@@ -87,11 +87,7 @@ def _contents(name: str, size: int, request: Request) -> dict[str, Any]:
 
 
 def find_subset(name: str, request: Request) -> ImageDataset:
-    """Describe a subset without looking at files; ``load`` and ``contents`` decode them.
-
-    Images are squashed to 128 x 128 pixels, or to the size that is asked for; val/ is the test part. Grey files become
-    RGB. ``train/<wnid>`` and ``val/<wnid>`` are read under ``root/imagenet``, or under root.
-    """
+    """Describe a subset, ``train/<wnid>`` and ``val/<wnid>`` (to test); only ``load`` and ``contents`` decode files."""
     size, names = request.image_size or IMAGE_SIZE, tuple(SUBSETS[name].values())
     load, contents = partial(_load, name, size, request), partial(_contents, name, size, request)
     return ImageDataset(names, 3, size, MEAN, STD, load, native_size=IMAGE_SIZE, contents=contents)
@@ -160,10 +156,7 @@ def _test_part(folder: Path, wnids: list[str]) -> LabelledFiles:
 
 
 def find_tiny_imagenet(request: Request) -> ImageDataset:
-    """Describe Tiny ImageNet by the folder ``tiny-imagenet-200`` under root, which is downloaded where it is missing.
-
-    Every class of ``train/`` is one, be it 200 or a part of them; ``val/`` is the test part.
-    """
+    """Describe Tiny ImageNet, the classes of ``train/``, tested on ``val/``; it is downloaded where it is missing."""
     folder = request.root / NAME
     if not folder.is_dir():
         if not request.download:

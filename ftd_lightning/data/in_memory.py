@@ -179,11 +179,10 @@ def _as_item(item: Any, part: str) -> Batch:
 def joined(
     batches: Iterable[Batch], part: str, *, image_size: int | None = None, transform: ImageTransform | None
 ) -> Pictures:
-    """Join batches into one tensor each of pictures and labels.
+    """Join batches into one tensor each of pictures and labels; see :func:`read_images`.
 
-    Grey pictures among coloured ones become coloured. Floats that are multiples of 1/255 become uint8, so that the same
-    pictures are stored, and identified, in the same way with or without ``ToTensor``. uint16 stays, to be scaled by
-    :func:`describe_images`, which knows all parts. For the other arguments see :func:`read_images`.
+    Floats that are multiples of 1/255 become uint8, so that pictures are identified in the same way with or without
+    ``ToTensor``. uint16 stays, to be scaled by :func:`describe_images`, which knows all parts.
     """
     given, pictures, labels = Counter[tuple[int, int]](), list[Tensor](), list[Tensor]()
     for images, some in batches:
@@ -242,11 +241,7 @@ def _as_bytes(pictures: Tensor) -> Tensor:
 def describe_images(
     parts: Parts, *, class_names: Sequence[str] | None, transform: ImageTransform | None, maximum: int | None = None
 ) -> ImageDataset:
-    """Describe images in memory, as from :func:`read_images`; their contents identify them.
-
-    Those of uint16 are divided by their largest value, the "maximum" of the fingerprint; ``maximum`` is one by which
-    they have been divided already.
-    """
+    """Describe images in memory; their contents, and the ``maximum`` that 16 bits were divided by, identify them."""
     deep = {name: part for name, part in parts.items() if part.pictures.dtype == torch.uint16}
     if deep:
         maximum = max(1, *(int(part.pictures.int().max()) for part in deep.values()))  # all of them may be black

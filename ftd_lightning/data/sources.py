@@ -25,12 +25,7 @@ CHUNK = 5000  # images resized at a time: bounds the memory that it takes
 
 
 class Pictures(NamedTuple):
-    """Labelled pictures, as a data set contains them.
-
-    Attributes:
-        pictures: (N, C, H, W), uint8 or float32 in [0, 1].
-        labels: (N,) int64.
-    """
+    """Labelled pictures of a data set: (N, C, H, W), uint8 or float32 in [0, 1], and labels (N,) int64."""
 
     pictures: Tensor
     labels: Tensor
@@ -47,12 +42,7 @@ Parts = dict[str, Pictures]  # "train", "test" and, where images are given as he
 class Request:
     """The place of a data set's files, and the form in which its pictures are wanted.
 
-    Attributes:
-        root: folder of its files.
-        download: fetch missing files.
-        image_size: height and width in pixels, >= 1; None: the data set's own.
-        test_fraction: share of every class that becomes the test part, in (0, 1), where the files name no such part.
-        cache_dir: folder of decoded images; None: the user's cache folder.
+    ``image_size`` None is the data set's own; ``cache_dir`` None is the user's cache folder.
     """
 
     root: Path = Path("data")
@@ -72,11 +62,11 @@ class ImageDataset:
         image_size: height and width in pixels.
         mean: per channel, of pictures in [0, 1]; used where images are not whitened.
         std: standard deviation per channel.
-        load: returns the pictures of the parts "train", "test" and, where images are given as held out, "val". It can
-            be pickled, for processes that are spawned.
+        load: returns "train", "test" and, where images are given as held out, "val"; processes that are spawned pickle
+            it.
         native_size: the data set's own size; None: ``image_size``.
-        contents: returns values that JSON holds and that tell the data from others of the same name. It may have to
-            decode the images.
+        contents: returns values that JSON holds, to tell the data from others of the same name; it may decode the
+            images.
         transform: of images that are normalised already; None: they are pictures.
     """
 
@@ -124,12 +114,7 @@ def resized(pictures: Tensor, size: int) -> Tensor:
 
 
 def resizing(sizes: Mapping[tuple[int, int], int], size: int) -> str | None:
-    """Say how many images, counted by (width, height), are enlarged or squashed to squares of a size; None if none is.
-
-    Example:
-        >>> resizing({(16, 16): 60, (64, 48): 45}, 48)
-        'images become 48 x 48 px: 60 of 105 are enlarged; 45 of 105 are squashed, aspect ratio changed by up to 1.33'
-    """
+    """Say how many images, counted by (width, height), become larger or squashed as squares of a size; None: none."""
     count = sum(sizes.values())
     enlarged = sum(times for sides, times in sizes.items() if min(sides) < size)
     squashed = sum(times for sides, times in sizes.items() if sides[0] != sides[1])

@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 
 def sample_per_class(labels: Tensor, count: int | float, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` images of every class (int), or their share in [0, 1) (float); return indices, class by class.
-
-    Example:
-        >>> labels = torch.tensor([0, 1, 0, 1, 1])
-        >>> labels[sample_per_class(labels, 2, torch.Generator())]
-        tensor([0, 0, 1, 1])
-    """
+    """Draw ``count`` images of every class (int), or their share in [0, 1) (float); return indices, class by class."""
     chosen = []
     for label in range(int(labels.max()) + 1):
         members = (labels == label).nonzero().squeeze(1)
@@ -48,10 +42,9 @@ def limit_per_class(labels: Tensor, limit: int | None, seed: int) -> Tensor:
 def split(
     labels: Mapping[str, Tensor], *, val_fraction: float, max_per_class: int | None, seed: int
 ) -> dict[Part, tuple[str, Tensor]]:
-    """Choose the images that are trained on, held out and tested on.
+    """Choose the images that are trained on, held out and tested on, at most ``max_per_class`` of each class and part.
 
-    ``labels`` are of "train", "test" and, where images are given as held out, "val"; else the share ``val_fraction`` of
-    every class's training images is held out. At most ``max_per_class`` images of each class are kept in each part.
+    Where ``labels`` have no "val", the share ``val_fraction`` of every class's training images is held out.
 
     Returns:
         By part, the key of ``labels`` that its images come from, and their indices there, ascending.

@@ -82,11 +82,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside ``path`` to write to; on a clean exit that file takes the place of ``path``.
-
-    Concurrent writers of one file do not disturb each other: the last one to finish wins, and readers see a whole file
-    at any time.
-    """
+    """Yield a name beside ``path`` to write to; on a clean exit that file takes its place, whole at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
@@ -103,11 +99,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, kind: str, metadata: Mapping[str, Any]) -> None:
-    """Write tensors, on any device and of any layout, and metadata that JSON holds to one file, atomically.
-
-    Tensors that were read from files are mapped from those, so that they take no memory here. ``kind`` is the kind of
-    file, e.g. "synthetic_set".
-    """
+    """Write tensors, on any device and of any layout, and metadata that JSON holds to one file, atomically."""
     written: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         values = tensor.detach().cpu().contiguous()
@@ -154,12 +146,8 @@ def read_json(path: Path) -> dict[str, Any]:
 class TensorFile:
     """An open safetensors file: ``metadata``, and tensors by ``names``; both are checked against its checksums.
 
-    An InputError refuses a file that is missing, damaged, of a newer format or of another kind.
-
-    Args:
-        path: the file.
-        kind: the kind of file that is needed, e.g. "synthetic_set"; None takes any. The attribute is the file's own
-            kind, None for one that another program wrote.
+    An InputError refuses a file that is missing, damaged, of a newer format or of another ``kind`` than the one given.
+    The attribute ``kind`` is the file's own; None for one that another program wrote.
     """
 
     def __init__(self, path: Path, *, kind: str | None = None) -> None:

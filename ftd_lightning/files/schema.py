@@ -114,13 +114,7 @@ STORE_METADATA: dict[str, Rule] = {
 def check_metadata(
     metadata: Mapping[str, Any], rules: Mapping[str, Rule], where: object, *, required: Sequence[str] = ()
 ) -> None:
-    """Refuse metadata that lacks a required key, or has a value that its key does not allow.
-
-    Example:
-        >>> check_metadata({"method": 3}, SET_METADATA, "set.safetensors")
-        Traceback (most recent call last):
-        ftd_lightning.errors.InputError: set.safetensors: method is 3, text is needed; make it again
-    """
+    """Refuse metadata that lacks a required key, or has a value that its key does not allow."""
     for key in required:
         if key not in metadata:
             refuse(where, key, "is missing from the metadata; make it again")
@@ -183,12 +177,7 @@ def check_step_size(step_size: Tensor, where: object) -> None:
 
 
 def per_cent(value: Mapping[str, Any] | None, *, count: bool = False) -> str:
-    """Format recorded accuracies, fractions, as mean ± standard deviation in per cent; ``count`` adds "n".
-
-    Example:
-        >>> per_cent({"mean": 0.937, "std": 0.004, "n": 5}), per_cent({"mean": 0.5, "std": 0.0, "n": 2}, count=True)
-        ('93.7 ± 0.4', '50.0 ± 0.0 (2)')
-    """
+    """Format accuracies, fractions, as mean ± standard deviation in per cent: 93.7 ± 0.4; ``count`` adds "n"."""
     if not value:
         return "-"
     return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}" + (f" ({value['n']})" if count else "")

@@ -87,10 +87,7 @@ class SyntheticSet:
         return self.metadata.get("images_stored", count), self.metadata.get("images_trained_on", count)
 
     def training_labels(self) -> Tensor:
-        """Return labels for cross entropy, (N,) int64 classes or (N, K) float32 probabilities.
-
-        The targets of a regression (KIP, FRePo) become probabilities by ``functional.target_probabilities``.
-        """
+        """Return labels for cross entropy: (N,) int64 classes, or (N, K) float32 probabilities, also for targets."""
         if schema.label_kind(self.labels, self.metadata) != "target":
             return self.labels
         return target_probabilities(self.labels, scale=self.metadata.get("target_scale", 1.0))
@@ -108,10 +105,7 @@ class SyntheticSet:
         check_transform(self.transform.describe(), self.transform.tensors(), where, self.images.shape[1:])
 
     def save(self, path: str | Path) -> None:
-        """Write the set, atomically; float64 values, as of a fit with precision 64-true, become float32.
-
-        An InputError refuses a set that is not as described, so that none is written over a good one.
-        """
+        """Write the set, atomically, floats as float32; an InputError refuses a set that is not as described."""
         given = {name: getattr(self, name) for name in ("images", "labels", "step_size", "ema_images")}
         tensors = {
             name: tensor.float() if tensor.is_floating_point() else tensor
@@ -125,15 +119,7 @@ class SyntheticSet:
 
     @classmethod
     def load(cls, path: str | Path) -> SyntheticSet:
-        """Read a set; an InputError says why it cannot be read.
-
-        Example:
-            >>> import tempfile, torch
-            >>> path = tempfile.mkdtemp() + "/set.safetensors"
-            >>> SyntheticSet(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1])).save(path)
-            >>> SyntheticSet.load(path).images.shape
-            torch.Size([2, 1, 4, 4])
-        """
+        """Read a set; an InputError says why it cannot be read."""
         file = _open(path)
         loaded = cls(
             images=file["images"],

@@ -76,11 +76,6 @@ def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], *, whole
 
     Values are compared as JSON holds them, so tuples equal lists. Networks are the same if their parameters are. A data
     set that version 0.1 recorded without a fingerprint is the one of the same name and settings with any fingerprint.
-    Each teacher's own keys are not compared.
-
-    Example:
-        >>> differences({"rho": 0.01, "betas": [0.9, 0.99], "seed": 3}, {"rho": 0.0, "betas": (0.9, 0.99), "seed": 4})
-        ['rho']
     """
     keys = [*wanted, *(key for key in recorded if whole and key not in wanted)]
     return [key for key in keys if key not in OWN_KEYS and _differ(key, recorded, wanted)]

@@ -29,11 +29,6 @@ class Standardization:
     Args:
         mean: C values, of pictures in [0, 1].
         std: C values above 0.
-
-    Example:
-        >>> t = Standardization([0.5], [0.25])
-        >>> float(t.apply(torch.ones(1, 1, 1, 1))), float(t.invert(t.apply(torch.ones(1, 1, 1, 1))))
-        (2.0, 1.0)
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -85,14 +80,7 @@ class Whitening:
 
     @classmethod
     def fit(cls, pictures: Tensor, *, eps: float = 0.1, fitted_on: str | None = None) -> Whitening:
-        """Fit on pictures (N, C, H, W) in [0, 1], of which ``fitted_on`` is the fingerprint, if it is known already.
-
-        Example:
-            >>> x = torch.rand(50, 1, 2, 2)
-            >>> w = Whitening.fit(x)
-            >>> bool(torch.allclose(w.invert(w.apply(x)), x, atol=1e-5))
-            True
-        """
+        """Fit on pictures (N, C, H, W) in [0, 1], of which ``fitted_on`` is the fingerprint, if it is known already."""
         from kornia.enhance import ZCAWhitening  # takes half a second to import, which few runs need
 
         zca = ZCAWhitening(eps=eps, compute_inv=True).fit(pictures)
@@ -166,10 +154,7 @@ def _check_whitening(
 def check_transform(
     description: Any, tensors: Mapping[str, Tensor], where: object, shape: Sequence[int] | None = None
 ) -> None:
-    """Refuse the description and tensors of a transform that cannot be built, or of another shape (C, H, W) of images.
-
-    Of a kind that is not known here, nothing is checked.
-    """
+    """Refuse the description and tensors of a transform that cannot be built, or of another image shape (C, H, W)."""
     if not isinstance(description, dict):
         refuse(where, "transform", f"is {description!r:.60}, a mapping is needed; make it again")
     if description.get("kind") == "standardization":
@@ -179,11 +164,7 @@ def check_transform(
 
 
 def load_transform(description: Any, tensors: Mapping[str, Tensor], *, where: object = "this file") -> ImageTransform:
-    """Build a transform again from its ``describe()`` and ``tensors()``; the "matrix" of a whitening may be missing.
-
-    Raises:
-        InputError: for an unknown kind, or constants that are missing or make no sense; ``where`` names the file.
-    """
+    """Build a transform from its ``describe()`` and ``tensors()``; ``where`` names the file in an InputError."""
     check_transform(description, tensors, where)
     kind = description.get("kind")
     if kind == "standardization":

@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 def run_rows(
     job: Comparison, names: Sequence[str], deadline: Deadline, run: Runner = run_child
 ) -> tuple[dict[str, str], bool]:
-    """Run the fits of rows that are not done; give the reasons of rows that failed, and whether there was time for all.
-
-    ``run`` starts a fit.
-    """
+    """Run what is not done of rows; return reasons by failed row, and whether there was time. ``run`` starts a fit."""
     if job.threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
     fits = {name: list(job.fits_of(name).each()) for name in names}
