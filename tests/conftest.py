@@ -39,6 +39,16 @@ def default_precision():
         sys.modules["torch"].set_float32_matmul_precision("highest")
 
 
+@pytest.fixture
+def doubles():
+    """Compute in float64."""
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def user_cache(tmp_path_factory):
     """Give the user's cache folder of this session, which decoded images and whitenings go to."""

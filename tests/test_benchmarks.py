@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from benchmarks import run
-from benchmarks.reference import sample_loader
 
 from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.core.networks import NetworkFactory
@@ -65,19 +64,6 @@ def test_evaluation():
     for network, other, before in zip(ours, theirs, fresh, strict=True):
         moved = [flatten_parameters(n) - flatten_parameters(before) for n in (network, other)]
         torch.testing.assert_close(*moved, rtol=1e-3, atol=1e-6)
-
-
-def test_the_plain_loader_gives_every_sample_once():
-    images = torch.arange(10.0).view(10, 1, 1, 1)
-    read = list(sample_loader(images, torch.arange(10), batch_size=4))
-    assert [len(labels) for _, labels in read] == [4, 4, 2]
-    assert torch.cat([labels for _, labels in read]).sort().values.tolist() == list(range(10))
-
-
-def test_turns_are_turned():
-    called = []
-    works = {name: lambda name=name: called.append(name) or float(len(called)) for name in "ab"}
-    assert run.in_turns(works, 2) == {"a": [1.0, 4.0], "b": [2.0, 3.0]}
 
 
 def test_the_report(tmp_path, monkeypatch, capsys):

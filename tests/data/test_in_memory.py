@@ -1,11 +1,7 @@
 """Images given as objects: torch datasets, pairs of tensors, and other LightningDataModules."""
 
-import copy
-import pickle
-
 import pytest
 import torch
-from fits import make_trainer, small_teacher
 from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch.utils.data import (
@@ -15,18 +11,16 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     Subset,
-    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
     random_split,
 )
 
 from ftd_lightning import DistillationDataModule
-from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.contracts import DataSource
 from ftd_lightning.data import in_memory
 from ftd_lightning.data.in_memory import read_datasets, write_images_file
-from ftd_lightning.files import Standardization, TrajectoryStore
+from ftd_lightning.files import Standardization
 from ftd_lightning.files.safetensors_io import write_tensors
 from ftd_lightning.functional.seeding import make_generator
 
@@ -240,24 +234,6 @@ def test_normalised_images_are_taken_as_they_are(refused):
             own((images, labels(30)), transform=transform, **options)
 
 
-def test_a_set_with_another_transform_decides_that_of_normalised_images(tmp_path):
-    plain = own((pictures(30), labels(30)), (pictures(6), labels(6)), synthetic="random")
-    plain.setup()
-    plain.synthetic_set.save(tmp_path / "set.safetensors")
-    transform = Standardization([0.5] * 3, [0.2] * 3)
-    train, test = (transform.apply(pictures(n).float().div(255)) for n in (30, 6))
-    file = str(tmp_path / "set.safetensors")
-    data = own((train, labels(30)), (test, labels(6)), transform=transform, synthetic=file)
-    assert torch.allclose(data.test.images, plain.test.images, atol=1e-5)
-
-
-def test_copies_and_pickles_are_the_same_data():
-    data = own((pictures(30), labels(30)))
-    for other in (copy.deepcopy(data), pickle.loads(pickle.dumps(data))):
-        assert other.describe() == data.describe()
-        assert torch.equal(other.train.images, data.train.images)
-
-
 # One file
 
 
@@ -362,20 +338,6 @@ def test_all_images_of_a_datamodule_are_read_in_order():
     assert "held_out" in held_out.describe()["dataset"]
 
 
-def test_a_random_subset_is_read_sorted_and_other_loaders_as_they_come():
-    subset = SubsetRandomSampler(list(range(29, -1, -1)))
-    first = read(Theirs(shuffle=None, sampler=subset))
-    assert first.describe() == own((pictures(30), labels(30)), val_fraction=0.0).describe()
-
-    class Iterated(Theirs):
-        def train_dataloader(self):
-            return Several([(pictures(30)[i : i + 5], labels(30)[i : i + 5]) for i in range(0, 30, 5)])
-
-    data = read(Iterated())
-    assert data.describe() == first.describe()
-    assert data.description().batch_size == 5
-
-
 def test_a_sampler_does_not_decide_what_is_read(monkeypatch):
     said = []
     monkeypatch.setattr(in_memory, "rank_zero_info", said.append)
@@ -386,16 +348,6 @@ def test_a_sampler_does_not_decide_what_is_read(monkeypatch):
         assert read(theirs).describe()["dataset"] == read(Theirs()).describe()["dataset"]
         assert "all 31 images of the dataset are read once" in said[-1]
         assert said.pop().endswith("its WeightedRandomSampler are not used")
-
-
-class Several:
-    """A loader of one's own."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
 
 
 def test_datamodules_without_what_is_needed_are_refused(refused):
@@ -416,15 +368,3 @@ def test_datamodules_without_what_is_needed_are_refused(refused):
         read(Theirs(normalised))
     data = read(Theirs(normalised, test=normalised), transform=Standardization([0.5] * 3, [0.2] * 3))
     assert torch.equal(data.train.images, normalised.tensors[0])
-
-
-def test_teachers_are_fitted_twice_and_only_on_the_same_images(tmp_path, refused):
-    data = DistillationDataModule.from_datamodule(Theirs(items(30, "uint8")))
-    for teachers in (1, 2):
-        trainer = make_trainer(tmp_path, callbacks=[TrajectoryRecorder(str(tmp_path / "t"))])
-        trainer.fit(small_teacher(teachers=teachers, epochs=1), datamodule=data)
-        assert len(TrajectoryStore(tmp_path / "t")) == teachers
-    other = own((pictures(30, seed=9), labels(30)), val_fraction=0.0)
-    with refused("dataset"):
-        trainer = make_trainer(tmp_path, callbacks=[TrajectoryRecorder(str(tmp_path / "t"))])
-        trainer.fit(small_teacher(teachers=3, epochs=1), datamodule=other)

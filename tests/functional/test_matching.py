@@ -153,12 +153,6 @@ def test_rules_apply_in_order_and_their_masks_intersect(problem):
 NEUTRAL = [MatchingRule(), RobustStart(kappa=0.0), DropLargest(0.0), KeepSimilar(0.0)]
 
 
-def test_rules_that_change_nothing_give_the_same_bits(problem):
-    plain = loss_and_gradients(problem)
-    for rule in [*NEUTRAL, RobustStart(kappa=0.0, residual="endpoint")]:
-        assert all(a.equal(b) for a, b in zip(plain, loss_and_gradients(problem, rules=[rule]), strict=True))
-
-
 # Robust starts (FTD, Eq. 9).
 
 
@@ -311,8 +305,3 @@ def test_labels_of_the_target_are_its_probabilities():
 def test_settings_of_rules_that_make_no_sense_are_refused(make, message, refused):
     with refused(message):
         make()
-
-
-def test_two_rules_that_choose_the_step_are_refused(problem):
-    with pytest.raises(ValueError, match="each choose the step"):
-        loss_and_gradients(problem, rules=[ClosestStep(), ClosestStep()])

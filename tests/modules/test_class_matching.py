@@ -170,13 +170,6 @@ def dm(folder, *, steps=3, trainer=None, real=None, callbacks=(), **options):
     return module
 
 
-@pytest.fixture
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_iterations_are_the_equation_written_out(tmp_path, doubles, norm) -> None:
     """Squared distances of mean embeddings, classes summed, a network a step, SGD with momentum."""

@@ -25,13 +25,6 @@ def distil(folder, *, steps=3, trainer=None, callbacks=(), **options):
     return module
 
 
-@pytest.fixture
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def written_out(a, b):
     """The distance of two lists of gradients, row by row."""
     total = 0.0

@@ -52,13 +52,6 @@ def fit(folder, method, *, steps=3, real=None, callbacks=(), trainer=None, ckpt_
     return module
 
 
-@pytest.fixture
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def ridge(k_ts, k_ss, y, reg):
     return k_ts @ torch.linalg.inv(k_ss + reg * k_ss.trace() / len(k_ss) * torch.eye(len(k_ss))) @ y
 

@@ -21,7 +21,7 @@ from ftd_lightning import DistillationDataModule, SyntheticSet, cli
 from ftd_lightning.callbacks import SyntheticSetWriter
 from ftd_lightning.callbacks.progress import PeakMemory
 from ftd_lightning.data import decoding
-from ftd_lightning.studies import compare, plots
+from ftd_lightning.studies import compare
 from ftd_lightning.studies.comparison import Comparison
 from ftd_lightning.studies.fits import Deadline, Fit, Settings, kept, resolved, run_child, run_fit
 from ftd_lightning.studies.tables import collect, full_lines, markdown, short_table
@@ -197,16 +197,6 @@ def test_a_store_is_named_after_its_teachers(here: Path, trajectories: Path) -> 
     assert before != distillation(here / "moved"), "not there"
 
 
-def test_a_changed_config_begins_anew_but_a_comment_does_not(here: Path) -> None:
-    mine = Path("mine.yaml")
-    mine.write_text("model: {class_path: SyntheticEvaluation}\n")
-    before = folders(comparison(evaluate="mine.yaml"), "random")
-    mine.write_text("# said\nmodel: {class_path: SyntheticEvaluation}\n")
-    assert folders(comparison(evaluate="mine.yaml"), "random") == before
-    mine.write_text("model: {class_path: SyntheticEvaluation, init_args: {lr: 0.5}}\n")
-    assert folders(comparison(evaluate="mine.yaml"), "random") != before
-
-
 def test_settings_are_given_in_an_order(here: Path, trajectories: Path) -> None:
     """Of the config, of all distillations, of the row, of the command: later ones win."""
     rows = {"mtt": {**MTT, "distill": {"config": MTT["distill"], "model": {"syn_steps": 3, "seed": 3}}}}
@@ -378,13 +368,6 @@ def test_real_images_say_how_many_they_are_and_whether_they_were_learned(here: P
     said = "Measured on 4 test images: an accuracy is uncertain by 25 points. Chance: 50.0 %."
     assert said in markdown(results)
     assert said in short_table(results)
-
-
-def test_without_matplotlib_there_is_no_plot(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    plots.write_plot(tmp_path / "plot.png", lambda axes: axes.plot([1]))
-    assert "pip install ftd_lightning[plots]" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
 
 
 STEMS = ("compare", "cross", "study", "demo")
