@@ -39,12 +39,7 @@ COMMANDS = {
 
 
 def help_text() -> str:
-    """Format the text of ``ftd --help``.
-
-    Example:
-        >>> print(help_text().splitlines()[0])
-        usage: ftd [--debug] COMMAND [ARGUMENT ...]
-    """
+    """Format the text of ``ftd --help``."""
     width = max(map(len, COMMANDS))
     verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
     commands = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
@@ -67,11 +62,8 @@ ftd COMMAND --help explains a command. Options before it:
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command as a program: a mistake in the input is one line on standard error and exit code 1.
 
-    SIGTERM and Ctrl-C end it with exit code 143 and 130, and one line that says how to resume.
-
-    Args:
-        args: what follows ``ftd``; None takes it from the process. ``--debug`` before the command raises such mistakes
-            with their traceback.
+    SIGTERM and Ctrl-C end it with exit code 143 and 130, and one line that says how to resume. ``args`` are those after
+    ``ftd``, by default of the process; ``--debug`` before the command raises such mistakes with their traceback.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     debug = arguments[:1] == ["--debug"]
@@ -85,13 +77,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def as_program(run: Callable[[], None], *, resume: str = "run the same command again", debug: bool = False) -> None:
-    """Run a function as a program; see :func:`main`.
-
-    Args:
-        run: the program.
-        resume: advice after a signal has ended it.
-        debug: raise mistakes of the user with their traceback.
-    """
+    """Run a function as a program; see :func:`main`. ``resume`` is advice after a signal has ended it."""
     plain_where_needed(sys.stdout)
     plain_where_needed(sys.stderr)
     ended = EndedBySignal()

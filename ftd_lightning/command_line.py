@@ -33,14 +33,10 @@ def _kind(annotation: Any) -> dict[str, Any]:
 
 
 def command_parser(command: Callable[..., Any], name: str) -> ArgumentParser:
-    """Build the parser of a command from its signature and docstring.
+    """Build the parser of a command, a function or a dataclass, from its signature and docstring in Google style.
 
     Keyword-only parameters become options, and so do all of a class; the others are positional. Words are joined by "-"
-    or "_". A bool is a switch (``--ema``, ``--no_ema``), a sequence takes one value or more.
-
-    Args:
-        command: a function or a dataclass with a docstring in Google style; ``overrides`` is left out.
-        name: of the command, after ``ftd``.
+    or "_". A bool is a switch (``--ema``, ``--no_ema``), a sequence takes one value or more. ``overrides`` is left out.
     """
     doc = inspect.getdoc(command) or ""
     parser = ArgumentParser(prog=f"ftd {name}", description=SECTION.split(doc)[0], allow_abbrev=False)
@@ -80,14 +76,10 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse_command(command: Callable[..., Any], name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Read the arguments of a command; see :func:`command_parser`.
+    """Read the arguments of a command; see :func:`command_parser`. Numbers out of range raise InputError.
 
     Returns:
         A value for each parameter. ``overrides`` takes all options with a dot in their name, with their values.
-
-    Raises:
-        SystemExit: with code 2 for arguments that are unknown, missing or of the wrong type; with 0 for ``--help``.
-        InputError: for numbers out of range.
     """
     own, overrides = arguments, None
     if "overrides" in inspect.signature(command).parameters:

@@ -25,15 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(overrides: Sequence[str] = (), run: Runner = run_child) -> None:
-    """Run all steps; write ``results.json``, ``images.png`` and the sets into ``runs/digits``.
-
-    Args:
-        overrides: further options, for the fits; see ``ftd compare --help``.
-        run: starts a fit.
-
-    Raises:
-        InputError: if a step fails.
-    """
+    """Run all steps; write ``results.json``, ``images.png`` and the sets into ``runs/digits``; ``run`` starts a fit."""
     job = Comparison.from_file(Path("digits/demo"), overrides)
     failures, _ = run_rows(job, list(job.rows), Deadline(None), run)
     if failures:

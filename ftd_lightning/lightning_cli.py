@@ -130,11 +130,7 @@ class FTDCLI(LightningCLI):
             self.after_test()
 
     def after_test(self) -> None:
-        """Report networks of an evaluation that diverged or learned nothing.
-
-        Raises:
-            DivergenceError: if all of them did.
-        """
+        """Report networks of an evaluation that diverged or learned nothing; raise DivergenceError if all did."""
         if isinstance(self.model, SyntheticEvaluation):
             total, failed = self.model.hparams["networks"], self.model.results.get("failed", {})
             if len(failed) == total:
@@ -154,13 +150,8 @@ class FTDCLI(LightningCLI):
 def run(args: list[str] | None = None, *, start: bool = True) -> FTDCLI:
     """Run one of LightningCLI's verbs and return the CLI object, with its trainer, model and datamodule.
 
-    Args:
-        args: what follows ``ftd``; None takes it from the process.
-        start: False builds the three and runs nothing; ``args`` then has no verb.
-
-    Raises:
-        InputError: for a mistake that the user can mend.
-        DivergenceError: if a run diverged.
+    ``args`` are those after ``ftd``, by default of the process; if not to ``start``, they have no verb, and nothing is
+    run.
     """
     # Lightning 2.6 under torch 2.13 and newer; nothing that a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)

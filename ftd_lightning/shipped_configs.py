@@ -21,28 +21,15 @@ SHIPPED = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs
 
 
 def shipped_names() -> list[str]:
-    """List the shipped configs, as ``--config`` takes them.
-
-    Example:
-        >>> "cifar10/distill_ftd_ipc10" in shipped_names()
-        True
-    """
+    """List the shipped configs, as ``--config`` takes them: "cifar10/distill_ftd_ipc10"."""
     return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.glob("*/*.yaml"))
 
 
 def find_config(name: str | Path, near: Path | None = None) -> Path:
-    """Find a config: a file, or a shipped one by its name, with or without ``.yaml``.
-
-    Args:
-        name: a path, which wins, or a name as in :func:`shipped_names`.
-        near: a folder to look in first.
+    """Find a config: a file, or a shipped one by its name, with or without ``.yaml``, first in the folder ``near``.
 
     Raises:
         InputError: if there is none; the nearest names are offered.
-
-    Example:
-        >>> find_config("digits/teacher_ftd").name
-        'teacher_ftd.yaml'
     """
     given = Path(name).expanduser()
     for folder in (*([near] if near else []), Path(), SHIPPED):
@@ -56,10 +43,7 @@ def find_config(name: str | Path, near: Path | None = None) -> Path:
 
 
 def run_folder_of(config: Path) -> tuple[Path, str]:
-    """Name the folder of a config's runs: ``runs/<shipped name>``, or ``runs/<file name>`` for the user's own file.
-
-    Returns:
-        The parent folder, and the name within it.
+    """Name the parent and the name of the folder of a config's runs, of the user's own file in ``runs``.
 
     Example:
         >>> run_folder_of(find_config("digits/teacher_ftd")), run_folder_of(Path("mine/fast.yaml"))
@@ -71,11 +55,7 @@ def run_folder_of(config: Path) -> tuple[Path, str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a config's content.
-
-    Raises:
-        InputError: for a file that is not plain YAML in UTF-8, or not a mapping.
-    """
+    """Read a config's content; an InputError refuses a file that is not plain YAML in UTF-8, or not a mapping."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -86,20 +66,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def with_config_files(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Replace the names of configs in a command by their files.
-
-    Args:
-        arguments: of a command; ``--config`` and ``-c`` mean the same. YAML in place of a name stays.
-
-    Returns:
-        The arguments, and the first of the files.
+    """Replace names of configs after ``--config`` and ``-c`` by their files; also return the first file. YAML stays.
 
     Raises:
         InputError: for a config that is missing or cannot be read.
-
-    Example:
-        >>> with_config_files(["fit", "--trainer.max_steps", "3"])
-        (['fit', '--trainer.max_steps', '3'], None)
     """
     expanded: list[str] = []
     first: Path | None = None
@@ -123,10 +93,6 @@ def with_home(value: Any) -> Any:
     """Replace "~" at the beginning of every value of a parsed configuration by the home folder: only paths have it.
 
     Shells expand it in ``--out ~/x``, but neither in ``--out=~/x`` nor in YAML.
-
-    Example:
-        >>> with_home({"out": "~/x", "ipc": 1}) == {"out": str(Path.home() / "x"), "ipc": 1}
-        True
     """
     if isinstance(value, Namespace):
         vars(value).update(with_home(vars(value)))

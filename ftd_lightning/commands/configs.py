@@ -29,12 +29,7 @@ def _order(name: str) -> tuple[str, int, list[str | int]]:
 
 
 def matching(words: Sequence[str]) -> dict[str, str]:
-    """Return names and titles of the shipped configs that hold all words, by data set and kind.
-
-    Example:
-        >>> list(matching(["cifar10/", "DATM", "ipc10"]))
-        ['cifar10/distill_datm_ipc10', 'cifar10/distill_datm_ipc1000']
-    """
+    """Return names and titles of the shipped configs that hold all words, by data set and kind."""
     titles = {name: _title(name) for name in sorted(shipped_names(), key=_order)}
 
     return {

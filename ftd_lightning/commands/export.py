@@ -29,13 +29,10 @@ if TYPE_CHECKING:
 
 
 def class_major_order(synthetic: SyntheticSet, where: object) -> tuple[Tensor, int]:
-    """Find the order in which the images of class 0 come first, then those of class 1, and so on.
+    """Order images by class; return indices (N,) int64, and the number of images of each class.
 
     An image's class is its label, or the most probable one. Where the most probable ones are not equally many, images
     keep their order if the set was made class by class: by a distillation, or by a selection of real images.
-
-    Returns:
-        Indices (N,) int64, and the number of images of each class.
     """
     labels, metadata = synthetic.labels, synthetic.metadata
     soft = labels.ndim == 2
@@ -82,11 +79,10 @@ def readme(synthetic: SyntheticSet, ipc: int) -> str:
 
 
 def export_tensors(path: Path, folder: Path, *, ema: bool = False) -> int:
-    """Write a set as ``images.pt``, ``labels.pt`` and ``lr.pt``, each one tensor, with a README.txt.
+    """Write a set as ``images.pt``, ``labels.pt`` and ``lr.pt``, a tensor each, with a README.txt; see :func:`export`.
 
-    Images (N, C, H, W) float32 are as networks see them, class by class, equally many of each. Labels are logits (N, K)
-    float32, logarithms of probabilities, or classes (N,) int64. The step size is a float32 scalar; of several, their
-    mean, as evaluations take it. Arguments and result are those of :func:`export`.
+    Labels are logits (N, K) float32, logarithms of probabilities, or classes (N,) int64. Of several step sizes it is
+    the mean, as evaluations take it.
     """
     synthetic = SyntheticSet.load(path)
     images, labels, step_size = synthetic.chosen(ema=ema), synthetic.labels, synthetic.learning_rate
@@ -114,15 +110,11 @@ SPLITS = re.compile(
 def folder_names(class_names: Sequence[str]) -> list[str]:
     """Turn class names into folder names that are valid on any file system and sort in label order.
 
-    Letters lose their accents, and anything but an ASCII letter, digit, dot or dash becomes "_". Where the names would
-    not be distinct or not sort in label order, all are prefixed with the label, so that ImageFolder numbers them by
-    label.
+    Where the names would not be distinct or not sort in label order, all are prefixed with the label.
 
     Example:
-        >>> folder_names(["ant", "bee/wasp"]), folder_names(["wasp", "Käfer"])
-        (['ant', 'bee_wasp'], ['0_wasp', '1_Kafer'])
-        >>> folder_names(["test", "train"])
-        ['testclass', 'trainclass']
+        >>> folder_names(["ant", "bee/wasp"]), folder_names(["wasp", "Käfer"]), folder_names(["test", "train"])
+        (['ant', 'bee_wasp'], ['0_wasp', '1_Kafer'], ['testclass', 'trainclass'])
     """
     names = []
     for name in class_names:

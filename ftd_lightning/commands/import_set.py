@@ -37,10 +37,7 @@ def _read(path: Path) -> Any:
 
 
 def read_tensor(path: Path) -> Tensor:
-    """Read a file of one dense tensor of finite numbers, to the CPU; no code that it may contain is run.
-
-    It is ``.npy``, ``.safetensors``, or anything else for what ``torch.save`` wrote.
-    """
+    """Read one dense, finite tensor (.npy, .safetensors or torch.save) to the CPU; no code in the file is run."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -61,10 +58,7 @@ def read_tensor(path: Path) -> Tensor:
 
 
 def read_images(path: Path, shape: tuple[int, int, int], *, pictures: bool) -> Tensor:
-    """Read images of a shape (C, H, W) as (N, C, H, W) float32.
-
-    Pictures are uint8 or in [0, 1]; other images are as networks see them, floats of any range.
-    """
+    """Read images of a shape (C, H, W) as (N, C, H, W) float32: pictures in [0, 1], or floats as networks see them."""
     images = read_tensor(path)
     if images.ndim != 4 or tuple(images.shape[1:]) != shape or not len(images):
         raise InputError(f"{path}: has shape {tuple(images.shape)}, (N, {', '.join(map(str, shape))}) is needed")
@@ -106,12 +100,7 @@ def read_labels(path: Path, count: int, num_classes: int, *, soft: Soft = "proba
 
 
 def in_order_of(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> Tensor:
-    """Renumber labels, (N,) classes or (N, K) probabilities, from the order of K ``names`` to the ``wanted`` one.
-
-    Example:
-        >>> in_order_of(torch.tensor([0, 1, 1]), ["b", "a"], ["a", "b"])
-        tensor([1, 0, 0])
-    """
+    """Renumber labels, (N,) classes or (N, K) probabilities, from the order of K ``names`` to the ``wanted`` one."""
     if sorted(names) != sorted(wanted):
         odd = sorted({*names} - {*wanted}) or ["one that is missing or occurs twice"]
         raise InputError(f"--class-names: list the data set's {len(wanted)} names once each; check {odd[0]!r}")

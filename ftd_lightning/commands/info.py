@@ -29,12 +29,7 @@ class Description(NamedTuple):
 
 
 def phrase(value: Any) -> str:
-    """Format a JSON value for people.
-
-    Example:
-        >>> phrase({"rho": 0.01, "adaptive": False, "alpha": None})
-        'rho 0.01, adaptive no, alpha none'
-    """
+    """Format a JSON value for people: rho 0.01, adaptive no, alpha none."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {phrase(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):

@@ -42,7 +42,12 @@ Parts = dict[str, Pictures]  # "train", "test" and, where images are given as he
 class Request:
     """The place of a data set's files, and the form in which its pictures are wanted.
 
-    ``image_size`` None is the data set's own; ``cache_dir`` None is the user's cache folder.
+    Attributes:
+        root: folder of its files.
+        download: fetch missing files.
+        image_size: height and width in pixels, >= 1; None: the data set's own.
+        test_fraction: share of every class that becomes the test part, in (0, 1), where the files name no such part.
+        cache_dir: folder of decoded images; None: the user's cache folder.
     """
 
     root: Path = Path("data")

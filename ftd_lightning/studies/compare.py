@@ -105,10 +105,6 @@ def compare(
         only: run just these rows.
         stop_after: minutes; the same command continues.
         overrides: further options, for the fits.
-
-    Raises:
-        InputError: for a comparison that cannot be read, or a row, config or store that does not exist.
-        SystemExit: with code 1 where a row failed.
     """
     job = Comparison.from_file(config, overrides)
     for name in only or []:

@@ -120,8 +120,6 @@ def plan_configs(
 ) -> tuple[Published, Settings, int]:
     """Plan a job within its budget, print the plan, and write it as configs into ``out/configs``.
 
-    Teachers, distillation and evaluations have limits of time. The number of real images follows from the minutes.
-
     Returns:
         The configs, the settings of an evaluation on real images, and the size of the images.
     """
@@ -249,11 +247,7 @@ def _say(title: str, data: DistillationDataModule, found: Survey) -> None:
 
 
 def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: Sequence[str]) -> Comparison:
-    """Plan a job and print the plan; return what it runs.
-
-    ``plan.json`` in the folder ``out`` records the command ("ipc", "method", "minutes", "config" and "seed" of
-    :func:`distill_source`) and the images; others are refused there.
-    """
+    """Plan a job and print the plan, which ``out/plan.json`` records; another command is refused in that folder."""
     ipc, method, minutes, config = (command[key] for key in ("ipc", "method", "minutes", "config"))
     if config is not None and minutes is not None:
         raise InputError("--config names all settings; leave out --minutes, or --config")
@@ -325,10 +319,7 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
 
 
 def run_job(job: Comparison, out: Path, deadline: Deadline, run: Runner = run_child) -> bool:
-    """Run what there is time for; write the set, ``results.json`` and ``images.png`` when all is done.
-
-    A fit that fails raises InputError.
-    """
+    """Run what there is time for; write the set and results when all is done. A failed fit raises InputError."""
     failures, in_time = run_rows(job, list(job.rows), deadline, run)
     if failures:
         raise InputError("; ".join(dict.fromkeys(failures.values())))

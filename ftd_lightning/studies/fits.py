@@ -54,10 +54,7 @@ Runner = Callable[[Sequence[str], "Path", float | None], int | None]
 
 @dataclass(frozen=True)
 class Settings:
-    """A config (a file, or a shipped one by its name), and arguments of model, data and trainer over its own.
-
-    ``callbacks+`` of the trainer adds callbacks to those of the config.
-    """
+    """A config (a file, or a shipped one by its name), and arguments of model, data and trainer over its own."""
 
     config: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -79,12 +76,7 @@ class Settings:
 
 
 def split_by_phase(options: Sequence[str]) -> dict[str, list[str]]:
-    """Give every phase its options of a command.
-
-    Example:
-        >>> split_by_phase(["--data.root", "here", "--teacher.model.epochs=3"])["teacher"]
-        ['--data.root', 'here', '--model.epochs=3']
-    """
+    """Give every phase its options of a command: ``--teacher.model.epochs=3`` is ``--model.epochs=3`` of one."""
     split: dict[str, list[str]] = {phase: [] for phase in PHASES}
     phases: Sequence[str] = PHASES
     for argument in options:
@@ -124,10 +116,7 @@ def _resolved(config: Path, content: bytes, options: tuple[str, ...]) -> dict[st
 
 
 def resolved(config: Path, options: Sequence[str]) -> dict[str, Any] | None:
-    """Return all settings of a fit as the parser resolves them, defaults included; not to be changed.
-
-    None stands for settings that the parser refuses; the fit itself reports why.
-    """
+    """Return all settings of a fit, defaults included, not to be changed; None for those that the parser refuses."""
     read_config(config)
     return _resolved(config, config.read_bytes(), tuple(options))
 
@@ -153,8 +142,7 @@ class FitNames:
     def name(self, config: Path, options: Sequence[str], *depends: Any) -> str:
         """Name a fit's folder: its config, and a hash of all that decides its result.
 
-        That is the settings, however they are spelled, with all defaults; the contents of the images; the identities of
-        the inputs, as JSON can hold them; and the version to its minor number.
+        That is the settings with all defaults, the images' contents, identities of the inputs, and the minor version.
         """
         settings: Any = copy.deepcopy(resolved(config, options))
         contents = None
@@ -237,10 +225,9 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def kept(folder: Path, identity: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the result of an identity from a folder of JSON files; make it where there is none.
+    """Return the result of an identity from a folder of JSON files; make it where there is none, in one process only.
 
-    Two processes that want the same result make it once: the second one waits. The result is as JSON gives it back:
-    lists for tuples, None for NaN.
+    The result is as JSON gives it back: lists for tuples, None for NaN.
     """
     text = json.dumps(identity, sort_keys=True)
     file = folder / f"{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
@@ -291,10 +278,7 @@ def _reason(log: Path) -> str:
 
 
 def run_fit(fit: Fit, deadline: Deadline, run: Runner = run_child) -> bool:
-    """Run a fit until it ends or its time is over, and note the wall time; return whether it is done.
-
-    Its output goes to ``output.txt`` in its folder. A fit that fails raises InputError.
-    """
+    """Run a fit until it ends or its time is over, and note the wall time; return whether it is done, else raise."""
     with held(fit.folder):
         log, before, began = fit.folder / LOG, fit.status()["seconds"], time.monotonic()
         code, done = None, False

@@ -52,16 +52,11 @@ def label_random_images(
 
     Args:
         module: an evaluation, not fitted, whose networks, optimizer and augmentation are taken.
-        data: with ``synthetic`` "random", the teachers' store as ``trajectories``, and held-out images. The teacher is
-            number ``data.teacher``.
+        data: with ``synthetic`` "random", the teachers' store as ``trajectories``, and held-out images.
         networks: how many for each epoch.
         epochs: of each network over the images.
         device: where to compute; None: the CPU.
         progress: show bars.
-
-    Returns:
-        The set, without a step size, with ``metadata["label_teacher"]``: {"teacher", "epoch", "held_out_accuracy":
-        [{"epoch", "mean", "std", "n"}]}, accuracies as fractions over the networks.
     """
     options, device = data.hparams, device or torch.device("cpu")
     if options["trajectories"] is None:

@@ -54,12 +54,7 @@ class Architecture(NamedTuple):
 
 
 def search_space(depths: Sequence[int] = DEPTHS, widths: Sequence[int] = WIDTHS) -> list[Architecture]:
-    """List the ConvNets of Table 5: depth x width x 3 activations x 5 norms x 3 poolings, 720 in all.
-
-    Example:
-        >>> len(search_space()), search_space()[0].name
-        (720, '1-32-sigmoid-none-none')
-    """
+    """List the ConvNets of Table 5: depth x width x 3 activations x 5 norms x 3 poolings, 720 in all."""
     choices = (get_args(kind) for kind in (Activation, Norm, Pooling))
     return [Architecture(*options) for options in itertools.product(depths, widths, *choices)]
 
@@ -82,18 +77,9 @@ def rank_correlations(
     Convention: the top k are the k best *by the real data*, as the paper's question is how well the proxy orders good
     architectures; the paper does not say whose top it takes. Equal accuracies share their mean rank.
 
-    Args:
-        proxy: accuracy of each when trained on the synthetic set.
-        real: accuracy of each when trained on real images.
-        tops: values of k; those that are not below the number of architectures are left out.
-
     Returns:
-        {"top 5": .., "all": ..}, in [-1, 1]; None where all accuracies of one side are equal.
-
-    Example:
-        >>> correlations = rank_correlations([0.1, 0.3, 0.2, 0.4], [0.5, 0.6, 0.7, 0.8], tops=[2])
-        >>> {top: round(value, 3) for top, value in correlations.items()}
-        {'top 2': 1.0, 'all': 0.8}
+        {"top 5": .., "all": ..}, in [-1, 1]; None where all accuracies of one side are equal. A k that is not below the
+        number of architectures is left out.
     """
     ours, theirs = torch.tensor(proxy, dtype=torch.float64), torch.tensor(real, dtype=torch.float64)
     best = theirs.argsort(descending=True, stable=True)
@@ -155,8 +141,7 @@ class SearchSettings:
 def search(settings: SearchSettings, data: DistillationDataModule) -> dict[str, Any]:
     """Train every architecture on the synthetic set and on real images of ``data``; return the content of ``nas.json``.
 
-    The two sides draw different initialisations and augmentation, so that chance does not correlate them. Every
-    measurement is recorded in ``out/evaluations`` and not repeated.
+    The two sides draw different initialisations and augmentation, so that chance does not correlate them.
     """
     data.prepare_data()
     data.setup()

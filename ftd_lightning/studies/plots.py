@@ -22,11 +22,7 @@ COUNTS, PICTURE = "images.json", "images.png"
 
 
 def set_picture(synthetic: SyntheticSet, *, ema: bool = False) -> Image.Image:
-    """Lay a set's images out as a grid, one column per class, at most ten images of each; see ``picture_grid``.
-
-    Raises:
-        InputError: if averaged images are asked for and there are none.
-    """
+    """Lay a set's images out as a grid, one column per class, at most ten images of each; see ``picture_grid``."""
     grid = picture_grid(synthetic.pictures(ema=ema), synthetic.labels, class_names=synthetic.class_names)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
@@ -48,10 +44,7 @@ def write_sheet(rows: Mapping[str, Image.Image], path: Path) -> None:
 def count_images(folder: Path) -> dict[str, Any]:
     """Count the images of a done evaluation, and draw those that it trained on as ``images.png`` in its folder; once.
 
-    Returns:
-        "images" and "steps_per_epoch" of the training, "training_images" (held-out ones included) and "test_images" of
-        the data set, and "chance", the share of the largest class of the test images. Of a set, the "labels" and the
-        number "images_stored"; see ``SyntheticSet.label_description`` and ``image_counts``.
+    "training_images" include held-out ones; "chance" is the share of the largest class of the test images.
     """
     found = read_json(folder / COUNTS)
     if "chance" in found:
@@ -109,10 +102,7 @@ def write_plot(path: Path, draw: Callable[[Any], None], *, size: tuple[float, fl
 
 
 def draw_study(results: Mapping[str, Any], x: str, path: Path) -> None:
-    """Draw accuracy over x, the axis of that label, with bars of one standard deviation, and references as lines.
-
-    Nothing is drawn where nothing of ``results``, the content of ``compare.json``, is done.
-    """
+    """Draw accuracy ± std over x, the axis of that label, and references as lines; nothing where nothing is done."""
     done = [row for row in results["rows"] if row["state"] == "done"]
     points = sorted((row for row in done if "x" in row), key=lambda row: float(row["x"]))
     references = [row for row in done if row.get("reference")]

@@ -97,12 +97,7 @@ class RankSettings:
 
 
 def normalised(value: Tensor) -> Tensor:
-    """Map weighted differences of accuracies in [-1, 1] to scores in [0, 1].
-
-    Example:
-        >>> normalised(torch.tensor([-1.0, 0.0, 1.0]))
-        tensor([0.0000, 0.2689, 1.0000])
-    """
+    """Map weighted differences of accuracies in [-1, 1] to scores in [0, 1]."""
     return (value.exp() - math.exp(-1)) / (math.e - math.exp(-1))
 
 
@@ -130,10 +125,7 @@ def scores(real: Sequence[float], columns: Mapping[str, Any], own: str) -> dict[
 
 @dataclass
 class RankedSet:
-    """One set of a ranking; trains and measures networks on it and on real images through its transform.
-
-    ``whole`` is all real training images, held-out ones included; ``augment`` applies where there is augmentation.
-    """
+    """One set of a ranking, and all real images (``whole``) through its transform, to train and measure networks on."""
 
     name: str
     synthetic: SyntheticSet
@@ -199,8 +191,7 @@ class RankedSet:
     def measured(self, lesson: Images, protocol: EvaluationProtocol, index: int) -> dict[str, Any]:
         """Return accuracies of a trained network, fractions, "val" (held out) and "test"; trained once, then read.
 
-        Networks of one index have equal initial weights, batches and augmentation everywhere. Of a network that was
-        trained on all real images "weights" names the file.
+        Networks of one index have equal initial weights, batches and augmentation everywhere.
         """
         seed = self.settings.seed
         identity = {
@@ -234,10 +225,6 @@ class RankedSet:
         """Choose a learning rate by the mean held-out accuracy of a few networks, then measure all on test images.
 
         Of equally good learning rates the first is taken. ``final`` are the lessons of the networks that are measured.
-
-        Returns:
-            "lr", "held_out" (accuracy by learning rate), "accuracy" (mean, std, n) and "each", fractions, after the
-            last epoch.
         """
         few = list(enumerate(choosing))[: self.settings.lr_networks]
         held_out = [
@@ -253,8 +240,7 @@ class RankedSet:
     def real(self) -> dict[str, Any]:
         """Accuracies of networks that are trained on all real images: as of :meth:`scored`, "epochs" and "images".
 
-        The learning rate is chosen by networks that have not seen the held-out images; the networks that are measured,
-        and are the teachers, have.
+        Networks that have not seen the held-out images choose the learning rate; those that are measured have.
         """
         protocols = [self.protocol(lr, real=True) for lr in sorted(self.settings.learning_rates)]
         count = self.settings.networks
@@ -359,10 +345,7 @@ def choose_network(sets: Mapping[str, SyntheticSet], settings: RankSettings, sha
 
 
 def prepare(files: Sequence[str], settings: RankSettings, data: Mapping[str, Any]) -> list[RankedSet]:
-    """Read sets and real images, and refuse what cannot be ranked, before anything is trained.
-
-    ``data`` are arguments of the datamodule that are to be other than those of the sets.
-    """
+    """Read sets and real images, of ``data`` before the sets' own options; refuse early what cannot be ranked."""
     sets = {name: SyntheticSet.load(name) for name in files}
     augment = Augmentation() if settings.augment is None else Augmentation(settings.augment)
     named = {name: Augmentation.of(one.metadata.get("augmentation") or "") for name, one in sets.items()}

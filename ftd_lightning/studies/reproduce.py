@@ -37,10 +37,7 @@ class Published(NamedTuple):
 
 
 def published(dataset: str, ipc: int, method: str) -> Published:
-    """Find the shipped configs of a method on a data set, or in a folder of shipped configs (cifar10-part).
-
-    Where there are none, InputError names those that there are.
-    """
+    """Find the shipped configs of a method on a data set, or in a folder of shipped configs (cifar10-part)."""
     shipped = shipped_names()
     folder = "imagenet" if dataset in SUBSETS else dataset
     folders = sorted({name.partition("/")[0] for name in shipped})
@@ -59,10 +56,7 @@ def published(dataset: str, ipc: int, method: str) -> Published:
 
 
 def belonging(distill: Path, ipc: int, data: Mapping[str, Any] | None = None) -> Published:
-    """Find the configs that belong to a distillation: its teachers by their folder, and the evaluation beside it.
-
-    ``data`` holds arguments of the DataModule for all of them, which the files leave to the command line.
-    """
+    """Find the teachers and the evaluation of a distillation's config; all get ``data``, the DataModule's arguments."""
     model = read_config(distill).get("model", {})
     own = model.get("init_args") if isinstance(model, dict) else None
     if not own:
@@ -175,10 +169,6 @@ def reproduce(
         teacher_epochs: of each teacher; by default as many as the distillation reads, 0 for as many as published.
         stop_after: minutes; the same command continues.
         overrides: further options, for the fits.
-
-    Raises:
-        InputError: for settings that do not ship.
-        SystemExit: with code 1 if a fit fails.
     """
     sizes: dict[str, Any] = {"teachers": teachers, "iterations": iterations, "epochs": epochs}
     job = plan(dataset, ipc, method, **sizes, teacher_epochs=teacher_epochs, overrides=overrides)

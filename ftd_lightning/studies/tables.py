@@ -25,13 +25,10 @@ if TYPE_CHECKING:
 
 
 def paired_difference(own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Compare two evaluations, contents of ``evaluation.json``, network by network.
+    """Compare two evaluations, contents of ``evaluation.json``, network by network; None where no network is in both.
 
     Accuracies of networks of the same seed are correlated over sets: the mean of their differences has a smaller
     standard error, of n - 1 degrees of freedom, than either mean.
-
-    Returns:
-        "mean", "standard_error" (None for one network) and "n"; None where no network is in both.
     """
     known = dict(zip(base["seeds"], base["each"], strict=True))
     differences = [each - known[seed] for seed, each in zip(own["seeds"], own["each"], strict=True) if seed in known]
@@ -72,9 +69,8 @@ def _seconds(fits: Iterable[Fit | None]) -> float | None:
 def row_result(job: Comparison, name: str, failures: Mapping[str, str]) -> dict[str, Any]:
     """Describe a row and its results; ``failures`` are reasons by name of row.
 
-    "state" is "done", "failed" (with a "reason") or "to do". Of a row that is done, "accuracy" holds "last",
-    "chosen_on_held_out" and "best_on_test", fractions, on the first network; "networks" the same for each where several
-    are named. ``plots.count_images`` explains "images" and what follows.
+    "state" is "done", "failed" (with a "reason") or "to do". "accuracy" is of the first network, fractions; "networks"
+    holds each where several are named. ``plots.count_images`` explains "images" and what follows.
     """
     row = job.rows[name]
     facts: dict[str, Any] = {"name": name, "label": row.label or name, "state": "to do"}
@@ -158,10 +154,7 @@ def collect(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
 
 
 def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Reduce ``compare.json``, all rows done, to ``results.json`` of the demo and of ``ftd distill``.
-
-    "accuracy" is {row: {"mean", "std", "n"}} after the last epoch, fractions; "difference" and "seconds" are by row.
-    """
+    """Reduce ``compare.json``, all rows done, to ``results.json`` of the demo and of ``ftd distill``, by row."""
     rows = results["rows"]
     return {
         "accuracy": {row["name"]: row["accuracy"]["last"] for row in rows},

@@ -71,10 +71,9 @@ QUANTITIES = TrajectoryErrorCurve._fields[3:]
 
 @torch.no_grad()
 def mean_loss(network: nn.Module, weights: Tensor, real: Images, *, batch_size: int = 1024) -> float:
-    """Compute the mean cross entropy of a network with certain weights, without augmentation.
+    """Compute the mean cross entropy of a network with certain weights, without augmentation, in training mode.
 
-    Convention: students are in training mode. A trajectory holds no running statistics, so BatchNorm uses those of the
-    batch.
+    A trajectory holds no running statistics, so BatchNorm uses those of the batch.
     """
     load_flat(network, weights)
     total = 0.0
@@ -102,9 +101,9 @@ def measure_trajectory_error(
 ) -> list[TrajectoryErrorCurve]:
     """Train students on a synthetic set along recorded teachers and compare them at every m-th epoch.
 
-    The steps are those of distillation: plain SGD with the learned step size, n of them for m teacher epochs,
-    mini-batches and augmentation as recorded in the set. All students of a segment see the same batches and
-    augmentation, so that differences come from the weights alone.
+    The steps are those of distillation: plain SGD with the learned step size, n of them for m teacher epochs, mini-
+    batches and augmentation as recorded in the set. All students of a segment see the same batches and augmentation, so
+    that differences come from the weights alone.
 
     Args:
         synthetic: the set.
@@ -119,13 +118,6 @@ def measure_trajectory_error(
         device: where to compute.
         batch_size: real images per forward pass.
         progress: show a progress bar.
-
-    Returns:
-        One curve per teacher.
-
-    Raises:
-        InputError: for a set and a store that do not fit, n or m that are unknown, or a teacher that was not recorded.
-        DivergenceError: if a student's weights do not stay finite.
     """
     settings = synthetic.metadata.get("settings", {})
     n, m = syn_steps or settings.get("syn_steps"), expert_epochs or settings.get("expert_epochs")
