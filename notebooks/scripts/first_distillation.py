@@ -26,7 +26,7 @@ from ftd_lightning.callbacks.tensorboard import picture_grid
 from ftd_lightning.functional import Augmentation, InnerAdam
 from ftd_lightning.models import build_network
 from ftd_lightning.modules import BilevelDistillation
-from ftd_lightning.core.evaluation import EvaluationProtocol, accuracy, train_fresh_networks
+from ftd_lightning.core.evaluation import EvaluationProtocol, accuracies, train_fresh_networks
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # images this small keep no second thread busy
@@ -102,8 +102,8 @@ def measure(images, labels, lr):
         torch.manual_seed(seed)
         fresh.append(build_network("convnet", 1, 10, 8, width=16, depth=2))
     train_fresh_networks(fresh, images, labels, EvaluationProtocol(epochs=300, lr=lr, augment=Augmentation(strategy)))
-    accuracies = torch.tensor([accuracy(net, *data.test) for net in fresh])
-    return f"{100 * accuracies.mean():.1f} ± {100 * accuracies.std(correction=0):.1f} %"
+    measured = torch.tensor(accuracies(fresh, *data.test))
+    return f"{100 * measured.mean():.1f} ± {100 * measured.std(correction=0):.1f} %"
 
 
 step_size = float(synthetic.step_size)

@@ -23,7 +23,7 @@ from ftd_lightning.callbacks.tensorboard import picture_grid
 from ftd_lightning.functional import Augmentation
 from ftd_lightning.models import build_network
 from ftd_lightning.studies.trajectory_error import measure_trajectory_error
-from ftd_lightning.core.evaluation import EvaluationProtocol, accuracy, train_fresh_networks
+from ftd_lightning.core.evaluation import EvaluationProtocol, accuracies, train_fresh_networks
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
@@ -95,7 +95,7 @@ for name, options in others.items():
         torch.manual_seed(seed)
         fresh.append(build_network("convnet", 1, 10, 8, **options))
     train_fresh_networks(fresh, synthetic.images, synthetic.labels, protocol)
-    measured = torch.tensor([accuracy(net, *data.test) for net in fresh])
+    measured = torch.tensor(accuracies(fresh, *data.test))
     print(f"{name:24}{100 * measured.mean():.1f} ± {100 * measured.std(correction=0):.1f} %")
 
 # %% [markdown]
