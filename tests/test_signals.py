@@ -14,7 +14,6 @@ from ftd_lightning.terminal import EndedBySignal
 TEACH = ["fit", "--config", "digits/teacher_mtt", "--model.network_options={width: 4, depth: 1}"]
 TEACH += ["--data.max_per_class=14", "--data.batch_size=32", "--trainer.enable_model_summary=false"]
 TEACH += ["--trainer.accelerator=cpu", "--model.teachers=1"]
-NAS = ["nas", "--out", "out", "--data.synthetic", "random", "--depths", "[1]", "--widths", "[4]"]
 ENDS = {signal.SIGTERM: (143, "terminated"), signal.SIGINT: (130, "interrupted")}
 
 
@@ -61,16 +60,6 @@ def test_a_fit_leaves_a_checkpoint_of_the_step_it_was_ended_at(number, tmp_path:
     cli.main([*TEACH, "--model.epochs=2", "--ckpt_path=last"])
     assert len(steps) == 10
     assert TrajectoryStore(tmp_path / "runs/digits/teacher_mtt/trajectories").epochs == 2
-
-
-@pytest.mark.slow
-def test_a_search_that_is_ended_continues(tmp_path: Path, command) -> None:
-    process = command.start(*NAS, cwd=tmp_path)
-    process.wait_for(lambda: list(tmp_path.rglob("evaluations")))
-    process.send_signal(signal.SIGTERM)
-    done = process.wait(60)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (143, "ftd: terminated: run the same command again")
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("number", ENDS)

@@ -48,18 +48,9 @@ def gsam_epoch(
     alpha: float,
     augment: Callable[[Tensor, int], Tensor],
 ) -> tuple[float, float]:
-    """Train one epoch by GSAM (plain ball) in eager float32.
+    """Train one epoch by GSAM (plain ball) in eager float32; give its mean loss and accuracy.
 
-    Args:
-        network: trained in place.
-        batches: of (images, labels).
-        optimizer: over all of the network's parameters.
-        rho: radius of the ball.
-        alpha: weight of the orthogonal part.
-        augment: ``augment(images, step)``, once a batch for both passes.
-
-    Returns:
-        Mean loss and accuracy of the epoch.
+    ``augment(images, step)`` is called once a batch, for both passes.
     """
     parameters = list(network.parameters())
     device = parameters[0].device
@@ -124,15 +115,7 @@ def train_network(
     lr: float,
     augment: Callable[[Tensor, int, int], Tensor],
 ) -> None:
-    """Train one network on a synthetic set by the protocol of this line: SGD, the step size x0.1 at half way.
-
-    Args:
-        network: trained in place.
-        epoch_batches: the batches of an epoch.
-        epochs: over the set.
-        lr: step size.
-        augment: ``augment(images, epoch, step)``.
-    """
+    """Train one network on a synthetic set by the protocol of this line: SGD, the step size x0.1 at half way."""
     device = next(network.parameters()).device
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     network.train()

@@ -113,17 +113,3 @@ def test_channels_that_eyes_lack_are_left_out(channels: int, shown: int) -> None
     pictures = torch.rand(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1])
     assert torch.equal(picture_grid(pictures, labels), picture_grid(pictures[:, :shown], labels))
-
-
-def test_columns_bear_names_as_far_as_they_fit_or_else_numbers() -> None:
-    def headings(names: list[str]) -> list[torch.Tensor]:
-        grid = picture_grid(torch.zeros(4, 3, 32, 32), torch.arange(4), class_names=names)
-        return [grid[:, :20, left : left + 96] for left in range(2, grid.shape[2], 98)]
-
-    numbers = headings([])
-    assert all((strip < 128).any() for strip in numbers)
-    named, plain = headings(["cat\n", "K\u00e4fer", "\u732b"]), headings(["cat", "Kafer"])
-    assert not torch.equal(plain[0], numbers[0])
-    assert all(torch.equal(one, other) for one, other in zip(named, [*plain[:2], *numbers[2:]], strict=True))
-    for strip in headings(["W" * 30, "_" * 1000])[:2]:
-        assert (strip[:, :, [0, -1]] == 255).all(), "neighbours do not touch"

@@ -1,6 +1,5 @@
 import hashlib
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,13 +74,6 @@ def test_held_out_images_are_a_drawn_share_of_every_class_of_training_alone(read
     assert not torch.equal(ready(val_fraction=0.25, seed=4).val.images, data.val.images)
 
 
-def test_with_nothing_held_out_there_is_no_validation(ready):
-    for zca in (False, True):
-        data = ready(val_fraction=0, zca=zca)
-        assert (len(data.train.labels), len(data.val.labels), data.val_dataloader()) == (1437, 0, [])
-        assert data.train.images.isfinite().all()
-
-
 def test_limit_keeps_at_most_so_many_of_every_class_in_training_and_test(ready):
     data = ready(max_per_class=20, val_fraction=0.1)
     assert (counts(data.train.labels), counts(data.val.labels)) == ([18] * 10, [2] * 10)
@@ -91,20 +83,6 @@ def test_limit_keeps_at_most_so_many_of_every_class_in_training_and_test(ready):
     data = ready(max_per_class=100, val_fraction=0.0)
     assert counts(data.train.labels) == [100] * 10
     assert counts(data.test.labels) == TEST_OF_EACH_DIGIT
-
-
-def test_images_are_read_once_and_transformed_when_asked_for(tmp_path, monkeypatch):
-    data, calls = DistillationDataModule(root=str(tmp_path)), []
-    load, apply = data.spec.load, Standardization.apply
-    data.spec = replace(data.spec, load=lambda: calls.append("read") or load())
-    monkeypatch.setattr(Standardization, "apply", lambda *args: calls.append("transform") or apply(*args))
-    data.prepare_data()
-    data.setup("fit")
-    assert calls == ["read"]
-    assert data.train is data.part("train")
-    data.setup("test")
-    assert data.test.images.shape[0] == 360
-    assert calls == ["read", "transform", "transform"]
 
 
 # Whitening

@@ -1,7 +1,5 @@
 """Loaders of batches and of teachers' segments: their order, and exact resumption."""
 
-import threading
-
 import pytest
 import torch
 
@@ -187,23 +185,6 @@ def test_ranks_deal_out_the_segments_of_one_process(loader):
     assert [plain(batches) for batches in two] == one
     assert [segment[1] for segment in one[0]] == [0, 1, 2, 3]
     assert [batch[0] for batch in one] == [plain([batch])[0] for batch in loader(length=9)]
-
-
-def test_the_next_batch_is_read_while_this_one_is_used(loader):
-    segments, seen = loader(length=3), []
-    read, reads = segments.read, threading.Semaphore(0)
-
-    def noted(iteration):
-        seen.append(threading.current_thread().name)
-        reads.release()
-        return read(iteration)
-
-    segments.read = noted
-    batches = iter(segments)
-    next(batches)
-    assert reads.acquire(timeout=30)
-    assert reads.acquire(timeout=30)  # nobody has asked for the second one
-    assert threading.current_thread().name not in seen
 
 
 @pytest.mark.parametrize("done", [0, 3, 7, 13, 14])

@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,17 +79,6 @@ def test_store_says_what_its_teachers_share_and_each_says_its_own(folder):
     assert store.set_metadata()["method"] == "ftd"
 
 
-def test_weights_are_checked_once_and_nothing_else_is_read(folder, monkeypatch):
-    store, read = TrajectoryStore(folder), []
-    original = TensorFile.read
-    monkeypatch.setattr(
-        TensorFile, "read", lambda file, name, verify=True: read.append((name, verify)) or original(file, name)
-    )
-    store.segment(1, 1, 2)
-    store.segment(1, 3, 1)
-    assert read == [("epoch_0001", True), ("epoch_0003", True), ("epoch_0003", False), ("epoch_0004", True)]
-
-
 def test_snapshots_that_diverged_or_stood_still_leave_the_file_that_was_there(folder):
     path, before = folder / "teacher_0001.safetensors", (folder / "teacher_0001.safetensors").read_bytes()
     still = snapshots(1)
@@ -156,25 +144,6 @@ def test_teachers_that_differ_are_refused(folder, refused, changes, key):
     path = write_teacher(folder, 3, snapshots(3, parameters=7), RECORDED)
     with refused(path, "parameters"):
         TrajectoryStore(folder)
-
-
-def anonymous_memory():
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_teacher_of_snapshots_in_files_is_written_without_holding_them(tmp_path):
-    size = 500_000
-    paths = [tmp_path / f"{epoch}.safetensors" for epoch in range(12)]
-    for epoch, path in enumerate(paths):
-        write_tensors(path, {"weights": torch.full((size,), float(epoch))}, kind="snapshot", metadata={})
-    before = anonymous_memory()
-    mapped = [TensorFile(path)["weights"] for path in paths]
-    write_teacher(tmp_path / "store", 0, mapped, RECORDED)
-    store = TrajectoryStore(tmp_path / "store")
-    assert all(float(store.weights(0, epoch)[-1]) == epoch for epoch in range(12))
-    assert anonymous_memory() - before < 12  # MB; they take 23
 
 
 # Their data

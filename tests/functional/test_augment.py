@@ -90,14 +90,15 @@ def rotate_reference(images, generator):
     return torch.stack([warp(image, turn) for image, turn in zip(images, turns, strict=True)])
 
 
-def warp(image, matrix):
-    """Bilinear with zeros outside; coordinates run from -1 to 1 between the centres of the outermost pixels."""
+def warp(image, matrix, *, aligned=True):
+    """Bilinear with zeros outside; -1 and 1 are the centres of the outermost pixels, or their outer edges."""
     _, height, width = image.shape
-    out = torch.zeros_like(image)
+    out, edge = torch.zeros_like(image), 0 if aligned else 1
+    across, down = (width, height) if edge else (width - 1, height - 1)
     for y, x in itertools.product(range(height), range(width)):
-        u, v = 2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1
-        from_x = (matrix[0][0] * u + matrix[0][1] * v + 1) * (width - 1) / 2
-        from_y = (matrix[1][0] * u + matrix[1][1] * v + 1) * (height - 1) / 2
+        u, v = (2 * x + edge) / across - 1, (2 * y + edge) / down - 1
+        from_x = ((matrix[0][0] * u + matrix[0][1] * v + 1) * across - edge) / 2
+        from_y = ((matrix[1][0] * u + matrix[1][1] * v + 1) * down - edge) / 2
         for near_y, near_x in itertools.product(*((math.floor(c), math.floor(c) + 1) for c in (from_y, from_x))):
             if 0 <= near_y < height and 0 <= near_x < width:
                 weight = (1 - abs(from_y - near_y)) * (1 - abs(from_x - near_x))
@@ -265,29 +266,15 @@ def test_generators_in_the_same_state_choose_the_same_operation_and_stay_in_step
     assert len(found) > 20, "draws differ from seed to seed"
 
 
-def unaligned_warp(image, matrix):
-    """Bilinear with zeros outside; -1 and 1 are the outer edges of the outermost pixels, which are squares."""
-    _, height, width = image.shape
-    out = torch.zeros_like(image)
-    for y, x in itertools.product(range(height), range(width)):
-        u, v = (2 * x + 1) / width - 1, (2 * y + 1) / height - 1
-        from_x = ((matrix[0][0] * u + matrix[0][1] * v + 1) * width - 1) / 2
-        from_y = ((matrix[1][0] * u + matrix[1][1] * v + 1) * height - 1) / 2
-        for near_y, near_x in itertools.product(range(height), range(width)):
-            weight = max(0, 1 - abs(from_y - near_y)) * max(0, 1 - abs(from_x - near_x))
-            out[:, y, x] += weight * image[:, near_y, near_x]
-    return out
-
-
 def test_unaligned_corners_against_a_loop_over_pixels():
     seed = 2
     image = draw(1, size=9)[0, :, :, :8]
     unaligned = functools.partial(dsa, mode="multiple", align_corners=False)  # "multiple" draws no operation
     factors = 1 / 1.2 + torch.rand(2, generator=make_generator(seed)).double() * (1.2 - 1 / 1.2)
-    expected = unaligned_warp(image, ((factors[0], 0), (0, factors[1])))
+    expected = warp(image, ((factors[0], 0), (0, factors[1])), aligned=False)
     got = unaligned(image[None], make_generator(seed), strategy="scale", siamese=True)[0]
     torch.testing.assert_close(got, expected)
     angle = (2 * torch.rand(1, generator=make_generator(seed)).double() - 1) * torch.pi / 12
-    expected = unaligned_warp(image, ((angle.cos(), -angle.sin()), (angle.sin(), angle.cos())))
+    expected = warp(image, ((angle.cos(), -angle.sin()), (angle.sin(), angle.cos())), aligned=False)
     got = unaligned(image[None], make_generator(seed), strategy="rotate")[0]
     torch.testing.assert_close(got, expected)

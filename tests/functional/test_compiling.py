@@ -17,7 +17,6 @@ from ftd_lightning.functional import (
     flatten_parameters,
     inner_step,
     load_flat,
-    make_generator,
     seeded,
     unroll,
 )
@@ -158,19 +157,6 @@ def test_compiled_is_eager(backend, optimizer, norm):
     del network
     gc.collect()
     assert held() is None
-
-
-@pytest.mark.slow
-def test_only_another_size_of_the_mini_batch_compiles_again(backend):
-    backend.inner = lambda graph, inputs: graph.forward
-    drawn = [make_generator(seed, "inner", step) for seed in range(5) for step in range(4)]
-    assert {int(torch.randint(6, (1,), generator=g)) for g in drawn} == set(range(6)), "all of DSA's operations"
-    network, _ = trained(compile=True, network=nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double())
-    for seed in range(1, 5):
-        trained(compile=True, seed=seed, network=network)
-    assert backend.compilations == 2
-    trained(compile=True, network=network, batches=[torch.arange(2)])
-    assert backend.compilations == 4
 
 
 @pytest.mark.exhaustive

@@ -126,12 +126,6 @@ def test_numbers_are_those_of_the_fields_layers_written_out(name, channels, size
     assert next(weights, None) is None
 
 
-def test_pooling_variant_has_weights_of_the_same_names():
-    plain, pooling = (network_of(name).state_dict() for name in RESNETS)
-    assert list(plain) == list(pooling)
-    assert [name for name in plain if plain[name].shape != pooling[name].shape] == ["13.weight"]
-
-
 def test_pooling_variant_by_option_is_the_one_by_name():
     with seeded(0, "resnet18_ap"):
         by_option = build_network("resnet18", 3, 10, 32, average_pooling=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fits import refusal
 from PIL import Image
 
 import ftd_lightning
@@ -96,14 +97,6 @@ def test_what_cannot_be_planned_is_refused(tmp_path, refused):
         planned(CIFAR._replace(size=60, asked=True), tmp_path)
 
 
-def refusal(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["distill", *arguments])
-    assert stop.value.code == 1
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
-
-
 def test_a_folder_is_decoded_once_at_the_size_of_the_plan(here, image_folder, monkeypatch, capsys):
     image_folder(here / "photos", ["cat", "dog"], count=10, size=(48, 40))
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
@@ -138,10 +131,10 @@ def test_a_class_that_is_smaller_than_ipc_is_refused_at_once(here, image_folder,
     image_folder(here / "photos", ["cat", "dog"], count=20)
     image_folder(here / "photos", ["emu"], count=8)
     for further in (["--minutes", "8"], ["--config", "digits/distill_ftd_ipc1"]):
-        line = refusal(capsys, "photos", "--ipc", "6", "--out", "out", *further)
+        line = refusal(capsys, "distill", "photos", "--ipc", "6", "--out", "out", *further)
         assert "--ipc 6: class emu has 5 training images that are not held out; give --ipc 5 at most" in line
     assert not Path("out").exists()
-    assert "sise" in refusal(capsys, "photos", "--ipc", "6", "--out", "out", "--data.sise", "3")
+    assert "sise" in refusal(capsys, "distill", "photos", "--ipc", "6", "--out", "out", "--data.sise", "3")
 
 
 def write_digits(folder: Path, count: int = 20) -> None:
@@ -248,10 +241,12 @@ def test_bad_input_is_one_line(here, capsys, refused):
     Path("full/other").write_text("")
     common = ["--ipc", "1", "--out", "out"]
     wrong = "no such folder, and no data set of that name"
-    assert refusal(capsys, "digts", *common).endswith(f"error: digts: {wrong}; did you mean digits?")
-    assert f"no/folder: {wrong}; did you mean cifar10" in refusal(capsys, "no/folder", *common)
-    assert "full: is not empty and holds no plan.json" in refusal(capsys, "digits", "--ipc", "1", "--out", "full")
-    line = refusal(capsys, "digits", *common, "--minutes", "3", "--config", "digits/distill_ftd_ipc1")
+    assert refusal(capsys, "distill", "digts", *common).endswith(f"error: digts: {wrong}; did you mean digits?")
+    assert f"no/folder: {wrong}; did you mean cifar10" in refusal(capsys, "distill", "no/folder", *common)
+    assert "full: is not empty and holds no plan.json" in refusal(
+        capsys, "distill", "digits", "--ipc", "1", "--out", "full"
+    )
+    line = refusal(capsys, "distill", "digits", *common, "--minutes", "3", "--config", "digits/distill_ftd_ipc1")
     assert "--config names all settings; leave out --minutes" in line
     assert not Path("out").exists()
     pair = torch.zeros(4, 1, 8, 8), torch.arange(4) % 2

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import pytest
+from fits import refusal
 
-from ftd_lightning import cli
 from ftd_lightning.studies.comparison import Comparison
 from ftd_lightning.studies.fits import resolved
 from ftd_lightning.studies.reproduce import plan
@@ -53,16 +52,12 @@ def test_subsets_share_configs(here: Path) -> None:
 
 
 def test_bad_input_is_one_line(here: Path, capsys) -> None:
-    def refusal(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["reproduce", *arguments])
-        assert stop.value.code == 1
-        return capsys.readouterr().err
-
     assert "digits/distill_ftd_ipc7: no such config; there are digits/distill_att_ipc1" in refusal(
-        "--dataset=digits", "--ipc=7", "--method=ftd"
+        capsys, "reproduce", "--dataset=digits", "--ipc=7", "--method=ftd"
     )
-    assert "has no teachers" in refusal("--dataset=digits", "--ipc=1", "--method=dm")
-    assert "digit: no settings ship for it; there are cifar10" in refusal("--dataset=digit")
-    assert "teachers=0 must be at least 1" in refusal("--dataset=digits", "--ipc=1", "--teachers=0")
+    assert "has no teachers" in refusal(capsys, "reproduce", "--dataset=digits", "--ipc=1", "--method=dm")
+    assert "digit: no settings ship for it; there are cifar10" in refusal(capsys, "reproduce", "--dataset=digit")
+    assert "teachers=0 must be at least 1" in refusal(
+        capsys, "reproduce", "--dataset=digits", "--ipc=1", "--teachers=0"
+    )
     assert not Path("runs").exists()
