@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
 
-
 FREE = (*HARMLESS, "measure_every")  # settings that change no set
 
 

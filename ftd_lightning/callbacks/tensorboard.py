@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
 
-
 WIDTH = 96  # least width of a picture in a grid, in pixels
 GAP = 2
 COLUMNS = 10  # classes side by side: a wider grid is shrunk wherever it is shown
@@ -46,10 +45,6 @@ def picture_grid(pictures: Tensor, labels: Tensor, *, class_names: Sequence[str]
 
     Returns:
         (3, height, width) uint8, on the CPU.
-
-    Example:
-        >>> picture_grid(torch.rand(4, 1, 8, 8), torch.tensor([0, 0, 1, 1]), class_names=["cat", "dog"]).shape
-        torch.Size([3, 218, 198])
     """
     classes = labels if labels.ndim == 1 else labels.argmax(1)
     columns = {label: (classes == label).nonzero().squeeze(1)[:per_class] for label in classes.unique().tolist()}

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from ftd_lightning.contracts import DataDescription, TeacherProgress
 
-
 FEWEST = 8  # images; the pixels of fewer vary too much
 SAMPLED = 1000  # described images whose pixels are measured
 TOLERANCE = 0.6  # pixels in [0, 1] have a standard deviation of at most 0.5, standardised ones of about 1

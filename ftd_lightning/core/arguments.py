@@ -17,11 +17,6 @@ def plain(value: Any) -> Any:
     """Turn an argument into plain values that build it again.
 
     A dataclass becomes a mapping, a rule or inner optimizer ``{"class_path": ..., "init_args": ...}``, a tuple a list.
-
-    Example:
-        >>> from ftd_lightning.functional import Augmentation
-        >>> plain((1, 2)), plain(Augmentation("flip"))["strategy"]
-        ([1, 2], 'flip')
     """
     if isinstance(value, (MatchingRule, InnerOptimizer)):
         return {"class_path": _path(type(value)), "init_args": plain(asdict(value))}  # type: ignore[call-overload]

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from ftd_lightning.core.networks import Network
     from ftd_lightning.functional.augment import Augmentation
 
-
 # Half-precision weights lose the differences of close weight vectors that the methods compare; float16 autocast scales
 # the loss, which the passes inside a step do not know of.
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")

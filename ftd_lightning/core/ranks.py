@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
 
-
 T = TypeVar("T")
 KEYS = ("state_dict", "optimizer_states")
 

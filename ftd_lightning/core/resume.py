@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Trainer
 
-
 Counts = dict[str, Any]
 
 

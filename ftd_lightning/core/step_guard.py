@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-
 MAX_SKIPPED = 10
 MAX_GATED = 100
 

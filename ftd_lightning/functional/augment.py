@@ -86,13 +86,6 @@ class Augmentation:
 
     Raises:
         InputError: (a ValueError) for an unknown operation or mode.
-
-    Example:
-        >>> flip = Augmentation("flip", mode="multiple")
-        >>> flip(torch.zeros(2, 3, 8, 8), torch.Generator()).shape
-        torch.Size([2, 3, 8, 8])
-        >>> bool(flip), bool(Augmentation(""))
-        (True, False)
     """
 
     strategy: str = STRATEGY
@@ -143,12 +136,7 @@ class Augmentation:
         return asdict(self)
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields that files record: ``align_corners`` only where it is False, as in files of all versions.
-
-        Example:
-            >>> Augmentation("flip").describe()
-            {'strategy': 'flip', 'mode': 'single'}
-        """
+        """Return the fields that files record: ``align_corners`` only where it is False."""
         return {key: value for key, value in self.plain().items() if (key, value) != ("align_corners", True)}
 
     def deterministic_on(self, device: torch.device) -> bool:

@@ -26,10 +26,6 @@ def compiles(compile: Compile, device: torch.device) -> bool:  # noqa: A002
 
     Raises:
         InputError: for an unknown setting.
-
-    Example:
-        >>> compiles("auto", torch.device("cpu")), compiles("auto", torch.device("cuda"))
-        (False, True)
     """
     if compile == "auto":
         return device.type == "cuda"
@@ -64,10 +60,6 @@ def compiled(
 
     Raises:
         InputError: for an unknown setting.
-
-    Example:
-        >>> compiled(torch.sin, device=torch.device("cpu")) is torch.sin
-        True
     """
     uncompiled = eager or function
     if not compiles(compile, device):

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
-
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU)
 
 
@@ -82,12 +81,6 @@ def embed(network: nn.Module, images: Tensor, *, weights: Mapping[str, Tensor] |
     Raises:
         InputError: for a network that runs no ``nn.Linear``. Hooks do not reach into a compiled network: pass the
             original.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> embed(net, torch.ones(5, 1, 2, 2)).shape
-        torch.Size([5, 3])
     """
     return _features(network, images, weights, ())[2]
 

@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 

@@ -80,11 +80,6 @@ def draws_random_numbers(network: nn.Module, images: Tensor, *, weights: Tensor 
         network: any module that takes the images.
         images: (N, C, H, W); a few are enough.
         weights: (P,), to use instead of the network's own.
-
-    Example:
-        >>> network = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-        >>> draws_random_numbers(network, torch.ones(1, 2)), draws_random_numbers(network.eval(), torch.ones(1, 2))
-        (True, False)
     """
     if weights is None:
         weights = torch.cat([p.reshape(-1) for p in network.parameters()])

@@ -149,16 +149,6 @@ def trajectory_matching_loss(
     Raises:
         ValueError: for weights of another network, labels that do not fit the images, a network that draws random
             numbers, an unknown ``unroll`` or ``compile``, or rules that exclude each other.
-
-    Example:
-        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
-        >>> start, target = torch.zeros(10), torch.ones(10)
-        >>> images = torch.randn(2, 1, 2, 2, requires_grad=True)
-        >>> steps = [torch.tensor([0, 1])] * 3
-        >>> lr = torch.tensor(0.1, requires_grad=True)
-        >>> loss = trajectory_matching_loss(net, start, target, images, torch.tensor([0, 1]), lr, batches=steps)
-        >>> loss.backward(); images.grad.shape
-        torch.Size([2, 1, 2, 2])
     """
     options: dict[str, Any] = {"unroll": unroll, "augment": augment, "seed": seed, "compile": compile}
     found = match(network, start, target, images, labels, step_size, batches=batches, rules=rules, **options)

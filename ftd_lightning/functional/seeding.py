@@ -40,10 +40,6 @@ def seeded(*keys: int | str) -> Iterator[None]:
     """Seed torch's global CPU generator inside a ``with`` block and restore its state afterwards.
 
     It is for code that takes no generator, such as the initialisation of a network.
-
-    Example:
-        >>> with seeded(0, "net"):
-        ...     network = torch.nn.Linear(2, 2)
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(*keys))

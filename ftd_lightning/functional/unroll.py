@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ftd_lightning.functional.compiling import Compile
     from ftd_lightning.functional.inner_optimizers import InnerOptimizer, State
 
-
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 # The modes (of all modules) in which a network was seen to be a function of its weights.

@@ -48,11 +48,6 @@ class ConvNet(nn.Sequential):
     Raises:
         InputError: for a number out of range, an unknown option, a size that pooling does not divide, or a width that 4
             groups do not.
-
-    Example:
-        >>> import torch
-        >>> ConvNet(3, 10, 32)(torch.zeros(2, 3, 32, 32)).shape
-        torch.Size([2, 10])
     """
 
     def __init__(

@@ -66,13 +66,6 @@ def same_network(a: Any, b: Any) -> bool:
     Args:
         a: a description, or anything else that JSON holds, which equals only itself.
         b: as ``a``.
-
-    Example:
-        >>> named = {"name": "convnet", "options": {}, "in_channels": 3, "num_classes": 10, "image_size": 32}
-        >>> same_network(named, describe_network(build_network("convnet", 3, 10, 32)))
-        True
-        >>> same_network(named, {**named, "options": {"width": 64}})
-        False
     """
     a, b = json.loads(json.dumps(a)), json.loads(json.dumps(b))
     if a == b:

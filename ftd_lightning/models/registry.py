@@ -42,10 +42,6 @@ def build_network(name: str, in_channels: int, num_classes: int, image_size: int
 
     Raises:
         InputError: for an unknown name (the nearest ones are offered) or options that the network does not take.
-
-    Example:
-        >>> sum(p.numel() for p in build_network("convnet", 3, 10, 32).parameters())
-        320010
     """
     try:
         return find_network(name)(in_channels, num_classes, image_size, **options)

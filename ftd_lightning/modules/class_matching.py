@@ -103,7 +103,36 @@ def train_on_set(module: Distillation, network: nn.Module, lr: float, epochs: in
             optimizer.step()
 
 
-class DistributionMatching(Distillation):
+class ClassMatching(Distillation):
+    """The base of DM, DC, DSA and CAFE, some of which train a network over several iterations; checkpoints hold it.
+
+    Args:
+        arguments: ``locals()`` of the method's constructor.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__(
+            **common(arguments),
+            augment=Augmentation.of(arguments["augment"], align_corners=False),
+            step_size=arguments["lr_network"],
+            momentum=arguments["momentum"],
+        )
+        self.save_arguments(arguments, augment=self.augment)
+        self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the real images and a checkpoint's network to the device."""
+        self.batches = ClassBatches(self, self.hparams["batch_real"])
+        if state is not None and state.get("loop_network") is not None:
+            self._network = [self.fresh_network("network", "resumed")]
+            self._network[0].load_state_dict(state["loop_network"])
+
+    def extra_state(self) -> dict[str, Any]:
+        """Add the current network."""
+        return {**super().extra_state(), "loop_network": self._network[0].state_dict() if self._network else None}
+
+
+class DistributionMatching(ClassMatching):
     """Learns a synthetic set by distribution matching (DM).
 
     In every iteration a new random network, never trained, embeds real and synthetic images of each class, which one
@@ -144,17 +173,7 @@ class DistributionMatching(Distillation):
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         check_bounds(DistributionMatching, locals())
-        super().__init__(
-            **common(locals()),
-            augment=Augmentation.of(augment, align_corners=False),
-            step_size=lr_network,
-            momentum=momentum,
-        )
-        self.save_arguments(locals(), augment=self.augment)
-
-    def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Move the real images to the device, where they fit."""
-        self.batches = ClassBatches(self, self.hparams["batch_real"])
+        super().__init__(locals())
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Compare mean embeddings of each class on one new network."""
@@ -176,7 +195,7 @@ PUBLISHED_LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40,
 STATISTICS_IMAGES = 16  # real images of each class that BatchNorm's statistics are taken of
 
 
-class GradientMatching(Distillation):
+class GradientMatching(ClassMatching):
     """Learns a synthetic set by gradient matching: DC (Zhao, Mopuri and Bilen, ICLR 2021) and DSA (ICML 2021).
 
     An iteration is one update of the images: for each class the gradients of the mean cross entropy on its synthetic
@@ -227,19 +246,12 @@ class GradientMatching(Distillation):
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         check_bounds(GradientMatching, locals())
-        super().__init__(
-            **common(locals()),
-            augment=Augmentation.of(augment, align_corners=False),
-            step_size=lr_network,
-            momentum=momentum,
-        )
-        self.save_arguments(locals(), augment=self.augment)
+        super().__init__(locals())
         if ipc not in PUBLISHED_LOOPS and not (outer_loops and inner_epochs):
             missing = "inner_epochs" if outer_loops else "outer_loops"
             raise InputError(f"ipc={ipc} has no published loops (those are {list(PUBLISHED_LOOPS)}): give {missing}")
         published = PUBLISHED_LOOPS.get(ipc, (1, 1))
         self.outer_loops, self.inner_epochs = outer_loops or published[0], inner_epochs or published[1]
-        self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
 
     @property
     def method(self) -> str:
@@ -249,13 +261,6 @@ class GradientMatching(Distillation):
     def settings(self) -> dict[str, Any]:
         """Name the loops that were run, also where they were left to the table."""
         return {**super().settings(), "outer_loops": self.outer_loops, "inner_epochs": self.inner_epochs}
-
-    def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Move the real images and a checkpoint's network to the device."""
-        self.batches = ClassBatches(self, self.hparams["batch_real"])
-        if state is not None and state["loop_network"] is not None:
-            self._network = [self.fresh_network("network", "resumed")]
-            self._network[0].load_state_dict(state["loop_network"])
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Compare gradients, class by class, on a new network or on the last one after some training."""
@@ -285,7 +290,3 @@ class GradientMatching(Distillation):
             target = loss_gradients(network, real, self.labels.new_full((len(real),), label))
             labels = self.labels.new_full((len(synthetic),), label)
             yield gradient_distance(loss_gradients(network, synthetic, labels, keep_graph=True), target)
-
-    def extra_state(self) -> dict[str, Any]:
-        """Add the current network."""
-        return {**super().extra_state(), "loop_network": self._network[0].state_dict() if self._network else None}

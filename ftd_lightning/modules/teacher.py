@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-
 LONGEST = 1 << 20  # epochs; no teacher has as many
 
 Parallel = Literal["teachers", "data"]
