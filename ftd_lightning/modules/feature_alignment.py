@@ -235,9 +235,8 @@ class FeatureAlignment(ClassMatching):
             raise InputError(f"{len(weights)} level_weights are given, but the network has {len(levels)} levels")
         ours = [features.class_means(level, counts=[self.hparams["ipc"]] * len(classes)) for level in levels]
         theirs, embeddings, labels = self._real_features(network, iteration)
-        return features.alignment_loss(ours, theirs, weights=weights), features.discrimination_loss(
-            embeddings, labels, ours[-1]
-        )
+        discrimination = features.discrimination_loss(embeddings, labels, ours[-1])
+        return features.alignment_loss(ours, theirs, weights=weights), discrimination
 
     @torch.no_grad()
     def _real_features(self, network: nn.Module, iteration: int) -> tuple[list[Tensor], Tensor, Tensor]:
