@@ -16,16 +16,8 @@ from ftd_lightning.contracts import DataSource, LearnsSet, PlansBatches, TrainsT
 from ftd_lightning.core.module import run_folder
 from ftd_lightning.core.resume import fix_loop_progress
 from ftd_lightning.errors import InputError
+from ftd_lightning.files import trajectory_store as stores
 from ftd_lightning.files.safetensors_io import TensorFile, versions, write_tensors
-from ftd_lightning.files.trajectory_store import (
-    KIND,
-    TrajectoryStore,
-    differences,
-    epoch_name,
-    teacher_file,
-    write_store_data,
-    write_teacher,
-)
 from ftd_lightning.functional.unroll import flatten_parameters
 from ftd_lightning.models.description import describe_network
 
@@ -41,11 +33,9 @@ TOLERANCE = 0.6  # pixels in [0, 1] have a standard deviation of at most 0.5, st
 
 
 def refuse_other_batch(batch: Any, described: DataSource) -> None:
-    """Refuse a training batch whose images have another shape than described, or another mean and deviation.
+    """Refuse a training batch whose images have another shape than described, or clearly another mean or deviation.
 
-    The deviations may differ by a factor below 1/0.6, the means by less than 0.6 deviations. This tells images in
-    [0, 1], or in [0, 255], from standardised ones. Pixels of fewer than 8 images are not checked, nor batches without a
-    tensor (N, C, H, W).
+    This tells images in [0, 1], or in [0, 255], from standardised ones. A batch without a tensor (N, C, H, W) passes.
     """
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
     images = next((part.detach() for part in parts if isinstance(part, Tensor) and part.ndim == 4), None)
@@ -88,7 +78,7 @@ class Snapshots:
         number = 0
         while True:
             claim = self.folder / f"teacher_{number:04d}.claim"
-            if not teacher_file(self.store, number).exists() and not self._file(number, 0).exists():
+            if not stores.teacher_file(self.store, number).exists() and not self._file(number, 0).exists():
                 with suppress(FileExistsError):
                     claim.touch(exist_ok=False)
                     return number
@@ -109,7 +99,8 @@ class Snapshots:
                 file, name = TensorFile(path, kind=SNAPSHOT), SNAPSHOT
                 accuracies.append(file.metadata["accuracy"])
             else:  # the teacher was recorded, and its fit then continued
-                file, name = TensorFile(teacher_file(self.store, teacher), kind=KIND), epoch_name(epoch)
+                file = TensorFile(stores.teacher_file(self.store, teacher), kind=stores.KIND)
+                name = stores.epoch_name(epoch)
                 accuracies.append(file.metadata["accuracies"][epoch - 1] if epoch else None)
             weights.append(file[name])
         return weights, accuracies[1:]
@@ -179,20 +170,20 @@ class TrajectoryRecorder(Callback):
         described = data_source(trainer.datamodule) is not None  # type: ignore[attr-defined]
         self._unchecked = None if described else data_source(self.data)
         if any(self.path.glob("teacher_*.safetensors")):  # on every rank, so that none waits for one that refuses
-            self._refuse_other_teachers(TrajectoryStore(self.path), self._metadata(trainer, pl_module))
+            self._refuse_other_teachers(stores.TrajectoryStore(self.path), self._metadata(trainer, pl_module))
             if isinstance(pl_module, TrainsTeachers):
                 self._refuse_recorded(pl_module)
 
     def _recorded(self, teacher: int) -> dict[str, Any]:
-        file = teacher_file(self.path, teacher)
-        return TensorFile(file, kind=KIND).metadata if file.exists() else {"epochs": -1}
+        file = stores.teacher_file(self.path, teacher)
+        return TensorFile(file, kind=stores.KIND).metadata if file.exists() else {"epochs": -1}
 
     def _complete(self, plan: TeacherProgress) -> int:
         """Count the teachers of the fit that are recorded with all their epochs."""
         return sum(self._recorded(teacher)["epochs"] >= plan.epochs for teacher in range(plan.teachers))
 
-    def _refuse_other_teachers(self, present: TrajectoryStore, planned: dict[str, Any]) -> None:
-        different = differences(present.metadata, planned)
+    def _refuse_other_teachers(self, present: stores.TrajectoryStore, planned: dict[str, Any]) -> None:
+        different = stores.differences(present.metadata, planned)
         if "unnamed" in planned["dataset"] and "dataset" in different:
             raise InputError(
                 f"{self.path}: holds teachers already, and data without name and fingerprint joins no store: "
@@ -207,7 +198,7 @@ class TrajectoryRecorder(Callback):
         """Refuse teachers of another seed, which would be kept instead of the new ones, and a fit of nothing new."""
         plan = module.teacher_progress()
         if self._recorded(plan.teacher).get("seed") not in (None, module.trajectory_metadata()["seed"]):
-            file = teacher_file(self.path, plan.teacher)
+            file = stores.teacher_file(self.path, plan.teacher)
             raise InputError(f"{file}: recorded with another seed; name another folder or delete this one")
         if not self._resumed and self._complete(plan) == plan.teachers:
             raise InputError(
@@ -296,8 +287,8 @@ class TrajectoryRecorder(Callback):
             if trainer.limit_train_batches not in (None, 1.0):
                 metadata["batches_per_epoch"] = int(trainer.num_training_batches)
             if (description := self._description(trainer, module)) is not None:
-                write_store_data(self.path, description)
-            write_teacher(self.path, teacher, weights, metadata)
+                stores.write_store_data(self.path, description)
+            stores.write_teacher(self.path, teacher, weights, metadata)
         self._snapshots.clear(teacher)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -35,12 +35,9 @@ def plain_settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def matching_rules(rules: Iterable[MatchingRule | Mapping[str, Any]]) -> list[MatchingRule]:
-    """Build matching rules from the values of :func:`plain`; rules themselves are returned as they are.
+    """Build matching rules from the values of :func:`plain`; refuse rules that exclude each other.
 
     A class path is looked up among the rules that are imported already, so loading a checkpoint runs no other code.
-
-    Raises:
-        InputError: for an unknown class path, wrong arguments, or rules that exclude each other.
 
     Example:
         >>> matching_rules([{"class_path": "ftd_lightning.rules.RobustStart", "init_args": {"kappa": 0.1}}])

@@ -123,11 +123,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def accuracies(networks: Iterable[nn.Module], images: Tensor, labels: Tensor, *, batch_size: int = 1024) -> list[float]:
     """Measure the share of images that each network classifies correctly, in [0, 1]; the host waits once, at the end.
 
-    Args:
-        networks: put into evaluation mode; images are cast to the type of their weights.
-        images: (N, C, H, W), on the networks' device, or in host memory, from where they are copied batch by batch.
-        labels: (N,) int64.
-        batch_size: images per forward pass.
+    Networks are put into evaluation mode. Images (N, C, H, W) may lie in host memory and have another type.
     """
     networks = [network.eval() for network in networks]
     weights = [next(network.parameters()) for network in networks]

@@ -12,17 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ftd_lightning.contracts import DataDescription, ImageShape, data_source
+from ftd_lightning.core import resume
 from ftd_lightning.core.arguments import plain, plain_settings
 from ftd_lightning.core.networks import NetworkFactory, refuse_object
-from ftd_lightning.core.resume import (
-    HARMLESS,
-    LIMITS,
-    as_json,
-    fix_loop_progress,
-    refuse_changes,
-    refuse_other_data,
-    refuse_own_network,
-)
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import fingerprint
 from ftd_lightning.files.transforms import load_transform
@@ -52,11 +44,7 @@ def deciding_settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def refuse_settings(trainer: Trainer, augment: Augmentation) -> None:
-    """Refuse settings that would change a fit's result.
-
-    Raises:
-        InputError: with the setting and its replacement.
-    """
+    """Refuse settings that would change a fit's result, and name their replacements."""
     if trainer.precision not in PRECISIONS:
         raise InputError(f"trainer.precision={trainer.precision} is not supported: use {' or '.join(PRECISIONS)}")
     if trainer.accumulate_grad_batches != 1:
@@ -76,11 +64,9 @@ def refuse_settings(trainer: Trainer, augment: Augmentation) -> None:
 def run_folder(trainer: Trainer) -> Path:
     """Return the folder of a fit's files: beside its logs, or the trainer's default where it keeps none.
 
-    Loggers without a log folder (Wandb) get ``save_dir/name/version``, where Lightning puts their checkpoints too, so
-    that two runs never share a folder.
-
-    Convention: not ``trainer.log_dir``, which is a broadcast: called by the first rank alone, it waits for ever.
+    Loggers without a log folder (Wandb) get ``save_dir/name/version``, as Lightning's checkpoints do.
     """
+    # Not ``trainer.log_dir``, which is a broadcast: called by the first rank alone, it waits for ever.
     logger = trainer.loggers[0] if trainer.loggers else None
     if logger is None:
         return Path(trainer.default_root_dir)  # "~" is expanded
@@ -200,7 +186,7 @@ class BaseModule(LightningModule):
             InputError: for another file, or a network that is not of this library and has to be passed as ``network``.
         """
         if weights_only and "network" not in options:
-            refuse_own_network(checkpoint_path)
+            resume.refuse_own_network(checkpoint_path)
         # Without an instantiator of the command line, which would import the class paths that the file names.
         options |= {"weights_only": weights_only, "_instantiator": None}
         return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
@@ -277,7 +263,7 @@ class BaseModule(LightningModule):
             "module": type(self).__name__,
             "data": None if self.data is None else _plain_data(self.data),
             "network": self.fresh.describe(),
-            "settings": as_json(self.settings()),
+            "settings": resume.as_json(self.settings()),
             "trainer": deciding_settings(self.trainer),
             "set": self._training_set(),
             **self.extra_state(),
@@ -286,7 +272,9 @@ class BaseModule(LightningModule):
     def _training_set(self) -> dict[str, Any] | None:
         """Describe the set that takes the place of the training images."""
         training = None if self.source is None else self.source.training_set()
-        return None if training is None else {**as_json(training.metadata), "images": fingerprint(training.images)}
+        if training is None:
+            return None
+        return {**resume.as_json(training.metadata), "images": fingerprint(training.images)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build from the checkpoint, unless a trainer has built the module, and fix its progress for an exact resume.
@@ -295,21 +283,21 @@ class BaseModule(LightningModule):
             InputError: for a checkpoint of another network, or of an earlier version; within a trainer also for other
                 settings than the checkpoint's, and if a fit is resumed, for other images.
         """
-        fix_loop_progress(checkpoint)
+        resume.fix_loop_progress(checkpoint)
         state = checkpoint.get(KEY, {})
         if "settings" not in state:
             raise InputError("the checkpoint was not saved by this version of ftd_lightning; begin this fit anew")
         if self.attached:
             if state["module"] not in (kind.__name__ for kind in type(self).mro()):
                 raise InputError(f"is a checkpoint of a {state['module']}, the model here is a {type(self).__name__}")
-            refuse_changes(state["settings"], self.settings(), free=(*HARMLESS, *LIMITS))
+            resume.refuse_changes(state["settings"], self.settings(), free=(*resume.HARMLESS, *resume.LIMITS))
             fits = self.trainer.state.fn == "fit"
             if fits:
-                refuse_changes(state["trainer"], deciding_settings(self.trainer), prefix="trainer.")
+                resume.refuse_changes(state["trainer"], deciding_settings(self.trainer), prefix="trainer.")
             if fits and self.source is not None and self.data is not None:
                 now = {"data": _plain_data(self.data), "set": self._training_set()}
                 options = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-                refuse_other_data(state, now, options, self.trainer)  # type: ignore[arg-type]
+                resume.refuse_other_data(state, now, options, self.trainer)  # type: ignore[arg-type]
         self._recorded_network = state["network"]
         loaded = None if state["data"] is None else _loaded_data(state["data"])
         self.build_for(loaded if self.data is None else self.data)

@@ -100,10 +100,7 @@ def student_networks(
 ) -> NetworkFactory:
     """Return the networks that the teachers of a store can be matched with; None takes the teachers' own.
 
-    The shape of the images is for stores that do not know it.
-
-    Raises:
-        InputError: for parameters of other names or shapes, or None where the teachers' network is a user's.
+    Refuses parameters of other names or shapes. ``shape`` is for stores that do not know it.
     """
     recorded = store.metadata["network"]
     if network is None:

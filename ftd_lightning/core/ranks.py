@@ -26,10 +26,7 @@ KEYS = ("state_dict", "optimizer_states")
 
 
 def ranks_share(total: int, *, rank: int, world_size: int) -> list[int]:
-    """Deal the numbers 0, 1, .. out to ranks in turn, equally many to each.
-
-    Convention: numbers of ``total`` and above fill up the last round, so that all ranks take the same steps. Their
-    results are not used.
+    """Deal the numbers 0, 1, .. out to ranks in turn, equally many to each: unused ones fill up the last round.
 
     Example:
         >>> [ranks_share(3, rank=rank, world_size=2) for rank in range(2)]

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from ftd_lightning.core.evaluation import mean_and_std
 from ftd_lightning.core.ranks import from_all_ranks
 from ftd_lightning.files.safetensors_io import replacing, write_json
-from ftd_lightning.files.schema import per_cent
+from ftd_lightning.files.schema import markdown_table, per_cent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -77,11 +77,8 @@ def summary(failed: Mapping[str, str], total: int) -> str:
 def check_learning(trainer: Trainer, networks: Iterable[nn.Module], device: torch.device, total: int) -> dict[str, str]:
     """Warn of networks of all ranks that did not learn their training images, and give the reasons by their numbers.
 
-    Args:
-        trainer: with the training batches, or else with a datamodule that has them; without either nothing is found.
-        networks: of this rank, as ``ranks_share`` deals them out.
-        device: of the networks.
-        total: number of networks of all ranks.
+    ``networks`` are those that ``ranks_share`` deals out to this rank, of ``total``. Without training batches or a
+    datamodule of the trainer nothing is found.
     """
     batches, data = trainer.train_dataloader, trainer.datamodule  # type: ignore[attr-defined]
     if batches is None and data is not None:
@@ -96,10 +93,7 @@ def check_learning(trainer: Trainer, networks: Iterable[nn.Module], device: torc
 
 
 def held_out_seen(of_set: Any, here: Any) -> bool:
-    """Tell whether a set was distilled from images that this data source holds out: by another share or seed.
-
-    Both are described as in ``metadata["dataset"]`` of a set; anything but a mapping is unknown data.
-    """
+    """Tell by both descriptions whether a set was distilled from images that this data source holds out."""
     if not isinstance(of_set, dict) or not isinstance(here, dict) or not here.get("val_fraction"):
         return False
     if any(of_set.get(key) != here.get(key) for key in ("name", "fingerprint") if key in of_set and key in here):
@@ -121,7 +115,7 @@ def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str
     return {"chosen_on_held_out": mean_and_std(chosen), "best_on_test": mean_and_std(best)}
 
 
-def markdown_table(results: dict[str, Any]) -> str:
+def as_markdown(results: dict[str, Any]) -> str:
     """Format the results of an evaluation as a Markdown table, in per cent."""
     (method, last), *_ = results["accuracy"].items()
     chosen = "chosen on held-out images" + (" (seen by the set)" if results.get("held_out_seen") else "")
@@ -131,16 +125,15 @@ def markdown_table(results: dict[str, Any]) -> str:
         "best on test (an upper bound)": results.get("best_on_test"),
     }
     cells = [per_cent(value) for value in columns.values()]
-    lines = [["set", "network", "networks", *columns], ["---"] * 6]
-    lines.append([method, str(results["settings"].get("network", "own")), str(last["n"]), *cells])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return table + (f"\n{summary(results['failed'], last['n'])}\n" if results.get("failed") else "")
+    network = str(results["settings"].get("network", "own"))
+    table = markdown_table([["set", "network", "networks", *columns], [method, network, str(last["n"]), *cells]])
+    return table + (f"\n\n{summary(results['failed'], last['n'])}\n" if results.get("failed") else "\n")
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write the results of an evaluation as ``evaluation.json`` and as a table, ``evaluation.md``, and say so."""
     write_json(folder / "evaluation.json", results)
     with replacing(folder / "evaluation.md") as part:
-        part.write_text(markdown_table(results), encoding="utf-8")
+        part.write_text(as_markdown(results), encoding="utf-8")
     accuracy = per_cent(next(iter(results["accuracy"].values())))
     rank_zero_info(f"wrote {folder / 'evaluation.json'}: test accuracy {accuracy} %")

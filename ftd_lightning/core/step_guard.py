@@ -90,12 +90,7 @@ class StepGuard:
         self.still_in_a_row = (self.still_in_a_row + 1) * self._still
 
     def check(self, iteration: int) -> None:
-        """Stop a run that only diverges, or learns nothing, after an iteration; waits for the device.
-
-        Raises:
-            DivergenceError: after ``MAX_SKIPPED`` skipped or ``MAX_GATED`` gated steps in a row.
-            InputError: after ``MAX_SKIPPED`` steps in a row with a gradient of zero.
-        """
+        """Stop a run that only diverges, or whose gradient is zero, after an iteration; waits for the device."""
         if int(self.still_in_a_row) >= MAX_SKIPPED:
             raise InputError(
                 f"the images' gradient was exactly zero {int(self.still_in_a_row)} iterations in a row, the last one "

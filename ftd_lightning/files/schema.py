@@ -181,3 +181,10 @@ def per_cent(value: Mapping[str, Any] | None, *, count: bool = False) -> str:
     if not value:
         return "-"
     return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}" + (f" ({value['n']})" if count else "")
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Format lines of cells as a Markdown table; the first one is its head, and short ones are filled with "-"."""
+    width = len(lines[0])
+    cells = [[cell.replace("|", "\\|") for cell in line] + ["-"] * (width - len(line)) for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], ["---"] * width, *cells[1:]])

@@ -13,17 +13,11 @@ from torchmetrics import MeanMetric
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import BatchPlan
+from ftd_lightning.core import ranks
 from ftd_lightning.core.evaluation import EvaluationProtocol, PartsOnDevice, learned_lr, mean_and_std, set_lr
 from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.module import BaseModule, run_folder
 from ftd_lightning.core.networks import Network, right_answers
-from ftd_lightning.core.ranks import (
-    RankStates,
-    from_all_ranks,
-    ranks_share,
-    refuse_split_loaders,
-    without_gradient_sync,
-)
 from ftd_lightning.core.results import check_learning, choose_iterates, held_out_seen, write_results
 from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.functional.augment import Augmentation
@@ -90,7 +84,7 @@ class SyntheticEvaluation(BaseModule):
         self.history: list[dict[str, Any]] = []
         # Numbers of this rank's networks, of which the first ``counted`` are asked for.
         self.own, self.counted = list[int](), 0
-        self._states, self._unsynchronised = RankStates(), ExitStack()
+        self._states, self._unsynchronised = ranks.RankStates(), ExitStack()
         self._real: PartsOnDevice | None = None
         self.trained_epochs = 0  # the trainer's own count is 0 where a checkpoint is tested
 
@@ -102,7 +96,7 @@ class SyntheticEvaluation(BaseModule):
         """Build this rank's networks; without a trainer, those of all ranks."""
         count = self.hparams["networks"]
         rank, world_size = (self.global_rank, self.trainer.world_size) if self.attached else (0, 1)
-        self.own = ranks_share(count, rank=rank, world_size=world_size)
+        self.own = ranks.ranks_share(count, rank=rank, world_size=world_size)
         self.counted = sum(index < count for index in self.own)
         self.networks = nn.ModuleList(self.fresh.build(self.seed, "fresh", index) for index in self.own)
         # A look for NaN would wait for the device in every step; other ranks have other networks.
@@ -135,10 +129,10 @@ class SyntheticEvaluation(BaseModule):
     def on_train_start(self) -> None:
         """Keep DDP from averaging gradients of different networks."""
         self.warn_of_unordered_loader()
-        refuse_split_loaders(self.trainer, or_else="use a DistillationDataModule")
+        ranks.refuse_split_loaders(self.trainer, or_else="use a DistillationDataModule")
         self._losses = IndependentLosses(self.hparams["compile"], self.device, rho=self.hparams["rho"])
         self._unsynchronised.close()  # left open by a fit that failed
-        self._unsynchronised.enter_context(without_gradient_sync(self.trainer))
+        self._unsynchronised.enter_context(ranks.without_gradient_sync(self.trainer))
 
     def on_train_end(self) -> None:
         """Leave DDP as it was, and give the memory of the real images back."""
@@ -188,7 +182,7 @@ class SyntheticEvaluation(BaseModule):
         own = torch.stack([metric.compute() for metric in self.accuracies]).tolist()  # type: ignore[operator]
         for metric in self.accuracies:
             metric.reset()  # type: ignore[operator]
-        return torch.tensor(from_all_ranks(own, self.hparams["networks"]))
+        return torch.tensor(ranks.from_all_ranks(own, self.hparams["networks"]))
 
     def _log_accuracies(self, part: str, values: Tensor) -> None:
         summary = mean_and_std(values)

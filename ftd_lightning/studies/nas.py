@@ -21,6 +21,7 @@ from ftd_lightning.core.networks import NetworkFactory
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import fingerprint, replacing, versions, write_json
+from ftd_lightning.files.schema import markdown_table
 from ftd_lightning.functional.augment import STRATEGY, Augmentation
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.models.convnet import Activation, Pooling
@@ -28,7 +29,6 @@ from ftd_lightning.models.layers import Norm
 from ftd_lightning.shipped_configs import with_config_files, with_home
 from ftd_lightning.studies.fits import held, kept, minor_version
 from ftd_lightning.studies.plots import write_plot
-from ftd_lightning.studies.tables import markdown_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

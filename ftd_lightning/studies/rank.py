@@ -32,14 +32,13 @@ from ftd_lightning.data.coresets import class_probabilities
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, replacing, versions, write_json, write_tensors
-from ftd_lightning.files.schema import per_cent
+from ftd_lightning.files.schema import markdown_table, per_cent
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.models.description import same_network
 from ftd_lightning.models.registry import recorded_network
 from ftd_lightning.shipped_configs import with_home
 from ftd_lightning.studies.fits import held, kept, minor_version
-from ftd_lightning.studies.tables import markdown_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -12,7 +12,7 @@ from ftd_lightning.core.evaluation import REAL_STEPS
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore
 from ftd_lightning.files.safetensors_io import read_json, replacing, versions
-from ftd_lightning.files.schema import per_cent
+from ftd_lightning.files.schema import markdown_table, per_cent
 from ftd_lightning.studies.comparison import EVALUATION, made_set
 from ftd_lightning.studies.plots import count_images
 
@@ -249,13 +249,6 @@ def _cells(row: Mapping[str, Any], networks: Sequence[str], differences: bool) -
         "-" if share is None else f"{100 * share:.3g} %",
         *([f"{points(difference)} to {difference['to_label']}" if difference else "-"] if differences else []),
     ]
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Format lines of cells as a Markdown table; the first one is its head, and short ones are filled with "-"."""
-    width = len(lines[0])
-    cells = [[cell.replace("|", "\\|") for cell in line] + ["-"] * (width - len(line)) for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], ["---"] * width, *cells[1:]])
 
 
 def markdown(results: Mapping[str, Any]) -> str:

@@ -23,13 +23,13 @@ from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore, check_compatible
 from ftd_lightning.files.safetensors_io import versions, write_json
+from ftd_lightning.files.schema import markdown_table
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.matching import chunked_permutations
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.trajectory_error import trajectory_errors
 from ftd_lightning.functional.unroll import load_flat, unroll
 from ftd_lightning.studies.plots import write_plot
-from ftd_lightning.studies.tables import markdown_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
