@@ -201,10 +201,7 @@ class LearnsSet(Protocol):
         """Return the live images on the module's device: "raw", and "ema" where an average is kept."""
 
     def keep_average(self, average: Tensor, initial_weight: Tensor, settings: dict[str, Any]) -> None:
-        """Take the images' moving average and the initial images' share in it, both updated in place by the caller.
-
-        The set records the settings, plain values.
-        """
+        """Take the images' moving average and the initial images' share in it, which the caller updates in place."""
 
     def step_was_applied(self) -> Tensor:
         """Return whether the last optimizer step moved the images, a bool scalar on the device."""

@@ -55,11 +55,8 @@ class RecordedTeachers:
 class SetLabels(nn.Module):
     """Labels of a synthetic set, (N, K), that are learned, or given and not learned.
 
-    Args:
-        values: the initial ones where they are learned; a parameter then, else a buffer.
-        learned: whether they are learned.
-        options: of the optimizer's parameter group.
-        metadata: the set's entries about its labels.
+    The ``values`` are the initial ones where they are learned: a parameter then, else a buffer. ``options`` are of the
+    optimizer's parameter group, ``metadata`` the set's entries about its labels.
     """
 
     values: nn.Parameter | Tensor

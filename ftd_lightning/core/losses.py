@@ -92,11 +92,7 @@ class CompiledPass:
     ) -> tuple[Tensor, Tensor]:
         """Pass a batch, set the gradients of all weights, and return loss and logits (N, K), both detached.
 
-        Args:
-            images: (N, C, H, W).
-            labels: (N,) or (N, K).
-            perturbed: at the worst point of GSAM's ball, where running statistics are left alone.
-            backward: runs the backward pass of a loss, eagerly.
+        Where weights are ``perturbed``, running statistics are left alone. ``backward`` runs a backward pass, eagerly.
         """
         if self.full_batch is None:
             self.full_batch = len(labels)

@@ -140,10 +140,7 @@ class Augmentation:
         return {key: value for key, value in self.plain().items() if (key, value) != ("align_corners", True)}
 
     def deterministic_on(self, device: torch.device) -> bool:
-        """Return whether the gradient in the images is deterministic on a device.
-
-        On CUDA it is not for scale and rotate, because of the backward pass of ``grid_sample``.
-        """
+        """Return whether the gradient in the images is deterministic; on CUDA that of ``grid_sample`` is not."""
         return device.type != "cuda" or not any(name in SAMPLED for name in parse_strategy(self.strategy))
 
 

@@ -22,11 +22,7 @@ _warned: set[str] = set()
 
 
 def compiles(compile: Compile, device: torch.device) -> bool:  # noqa: A002
-    """Return whether a setting compiles on a device; "auto" compiles on a GPU only.
-
-    Raises:
-        InputError: for an unknown setting.
-    """
+    """Return whether a setting compiles on a device; raises InputError for an unknown one."""
     if compile == "auto":
         return device.type == "cuda"
     if compile == "cuda_graphs":
@@ -96,11 +92,7 @@ def compiled(
 
 
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Copy a function together with its code object.
-
-    Dynamo caches programs and counts recompilations per code object: networks that shared one would use up each other's
-    limit, and what was compiled for a network would outlive it.
-    """
+    """Copy a function with its code object, by which Dynamo caches programs and limits recompilations."""
     if not isinstance(function, FunctionType):
         return function
     code, defaults = function.__code__.replace(), function.__defaults__

@@ -112,15 +112,7 @@ def feature_levels(network: nn.Module, images: Tensor, *, weights: Mapping[str, 
 
 
 def class_means(features: Tensor, *, counts: Sequence[int]) -> Tensor:
-    """Average the features of each class.
-
-    Args:
-        features: (N, ...), grouped by class: those of class 0 first.
-        counts: number of features of each class, each at least 1; their sum is N.
-
-    Returns:
-        (C, ...), one mean per class.
-    """
+    """Average features (N, ...), grouped by class, in groups of ``counts``, each at least 1: (C, ...)."""
     return torch.stack([part.mean(dim=0) for part in features.split(list(counts))])
 
 
@@ -128,9 +120,6 @@ def level_weights(levels: int) -> list[float]:
     """Return CAFE's weights of the levels: 1 for the last three, 0.1 for those before.
 
     Convention: the released script supports depth 3 (five levels) only; the weights of other depths are our extension.
-
-    Args:
-        levels: number of levels that ``feature_levels`` returned.
     """
     return [0.1] * (levels - 3) + [1.0] * min(levels, 3)
 

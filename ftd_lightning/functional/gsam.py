@@ -33,7 +33,7 @@ def gsam_perturbation(
 
     Args:
         parameters: the weights w, any shapes.
-        gradients: g, the gradient of the loss at w, one tensor of the same shape per weight tensor.
+        gradients: g, in the same shapes.
         rho: radius of the ball, >= 0.
         adaptive: measure the ball relative to each weight's size.
 

@@ -44,11 +44,7 @@ _compiled: WeakKeyDictionary[nn.Module, dict[Any, InnerStep]] = WeakKeyDictionar
 
 
 def named_views(network: nn.Module, flat: Tensor) -> dict[str, Tensor]:
-    """Split a vector of weights (P,) into views with the names and shapes of a network's parameters.
-
-    Raises:
-        ValueError: if P is not the network's number of weights.
-    """
+    """Split a vector of weights (P,) into views by a network's parameters; raises ValueError for another number P."""
     named = dict(network.named_parameters())
     total = sum(p.numel() for p in named.values())
     if flat.shape != (total,):

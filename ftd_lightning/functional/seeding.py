@@ -28,19 +28,13 @@ def derive_seed(*keys: int | str) -> int:
 
 
 def make_generator(*keys: int | str) -> torch.Generator:
-    """Build a CPU generator seeded by :func:`derive_seed`.
-
-    Convention: always on the CPU, so that a draw needs no synchronisation and is the same for all devices.
-    """
+    """Build a CPU generator seeded by :func:`derive_seed`: its draws are the same for all devices, without waiting."""
     return torch.Generator().manual_seed(derive_seed(*keys))
 
 
 @contextmanager
 def seeded(*keys: int | str) -> Iterator[None]:
-    """Seed torch's global CPU generator inside a ``with`` block and restore its state afterwards.
-
-    It is for code that takes no generator, such as the initialisation of a network.
-    """
+    """Seed torch's global CPU generator inside a ``with`` block, for code that takes none, and restore its state."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(*keys))
         yield

@@ -20,10 +20,8 @@ ROWS_PER_BLOCK = 512
 
 
 def _squared_distances(features: Tensor, point: Tensor) -> Tensor:
-    """Compute the squared distance of each row from a point, (n,) in float64.
-
-    By differences rather than ``|a|^2 - 2 a b + |b|^2``: nothing cancels, and no matrix product rounds to TF32.
-    """
+    """Compute the squared distance of each row from a point, (n,) in float64."""
+    # Not |a|^2 - 2 a b + |b|^2, which cancels, and rounds to TF32.
     parts = [(rows.double() - point).square().sum(dim=1) for rows in features.split(ROWS_PER_BLOCK)]
     return torch.cat(parts)
 

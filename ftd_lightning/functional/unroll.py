@@ -160,11 +160,7 @@ def flatten_parameters(network: nn.Module) -> Tensor:
 
 
 def load_flat(network: nn.Module, flat: Tensor) -> None:
-    """Copy a vector of weights (P,) into a network, in place; the inverse of :func:`flatten_parameters`.
-
-    Raises:
-        ValueError: if P is not the network's number of weights.
-    """
+    """Copy a vector of weights (P,) into a network, in place; the inverse of :func:`flatten_parameters`."""
     with torch.no_grad():
         for parameter, value in zip(network.parameters(), named_views(network, flat).values(), strict=True):
             parameter.copy_(value)

@@ -61,11 +61,8 @@ def parameter_shapes(description: Mapping[str, Any]) -> Shapes:
 def same_network(a: Any, b: Any) -> bool:
     """Return whether the weights of one network fit the other: parameters of the same names, shapes and order.
 
-    A prefix of all names, such as a LightningModule adds, makes no difference.
-
-    Args:
-        a: a description, or anything else that JSON holds, which equals only itself.
-        b: as ``a``.
+    A prefix of all names, such as a LightningModule adds, makes no difference. Anything else than a description equals
+    only itself.
     """
     a, b = json.loads(json.dumps(a)), json.loads(json.dumps(b))
     if a == b:

@@ -52,13 +52,7 @@ def build_network(name: str, in_channels: int, num_classes: int, image_size: int
 def recorded_network(description: Mapping[str, Any], where: object, instead: str) -> tuple[str, dict[str, Any]]:
     """Return name and options of a network that a file describes; import paths in files are not followed.
 
-    Args:
-        description: of the network; see ``models.description``.
-        where: names the file in messages.
-        instead: says how to pass another network.
-
-    Raises:
-        InputError: for a network that is not of this library, or options that it does not take.
+    Raises an InputError for others than this library's. It names the file, ``where``, and ``instead``, how to pass one.
     """
     name, options = description.get("name"), description.get("options")
     if not isinstance(name, str) or name not in NETWORKS or not isinstance(options, dict):
@@ -73,11 +67,7 @@ def recorded_network(description: Mapping[str, Any], where: object, instead: str
 
 
 def find_network(name: str) -> Callable[..., nn.Module]:
-    """Return a network's constructor by its name or import path.
-
-    Raises:
-        InputError: for an unknown name or a path that cannot be imported.
-    """
+    """Return a network's constructor by its name or import path; raises InputError where there is none."""
     if name in NETWORKS:
         return NETWORKS[name]
     module, _, attribute = name.rpartition(".")

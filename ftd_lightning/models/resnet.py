@@ -29,14 +29,9 @@ class BasicBlock(nn.Module):
 
     The shortcut is the identity, or a 1x1 convolution with its norm where the block changes the shape.
 
-    Args:
-        in_channels: of the input map.
-        channels: of the output map.
-        size: height and width of the input map.
-        stride: 1, or 2 to halve the map.
-        norm: a key of ``NORMS``.
-        average_pooling: halve by pooling instead of striding: after the first ReLU, and, in the shortcut, after the
-            convolution. A stride keeps the last place of an odd map, pooling drops it.
+    With average pooling it halves the map, of height and width ``size``, by pooling instead of striding: after the
+    first ReLU, and, in the shortcut, after the convolution. A stride keeps the last place of an odd map, pooling drops
+    it.
     """
 
     def __init__(

@@ -21,8 +21,7 @@ class VGG11(nn.Sequential):
 
     The linear layer takes the mean over the last map, 512 numbers whatever the image size.
 
-    Convention: images of one channel and 28 px (MNIST) become 32 px by a padding of 3 in the first convolution, as in
-    DC and MTT. Their code pads every image of one channel so; here other sizes keep a padding of 1.
+    Convention: images of one channel and 28 px (MNIST) become 32 px by a padding of 3, as in ``ConvNet``.
 
     Args:
         in_channels: C of the images.

@@ -76,10 +76,7 @@ class _Summed(torch.autograd.Function):
 
 
 def summed(images: Tensor, losses: Iterable[Tensor]) -> Tensor:
-    """Add losses up, differentiating each in the images before the next is made: only one graph is alive at a time.
-
-    The step is taken on the sum. Stepping class by class would let momentum move every class at every step.
-    """
+    """Add losses up, differentiating each in the images before the next is made: only one graph is alive at a time."""
     value, gradient = images.new_zeros(()), torch.zeros_like(images)
     for loss in losses:
         gradient += torch.autograd.grad(loss, images)[0]
@@ -89,10 +86,7 @@ def summed(images: Tensor, losses: Iterable[Tensor]) -> Tensor:
 
 
 def train_on_set(module: Distillation, network: nn.Module, lr: float, epochs: int, *keys: int | str) -> None:
-    """Train a network on a module's present set by plain SGD, in place; each image augmented for itself.
-
-    The keys decide the order and the augmentation.
-    """
+    """Train a network on a module's present set by plain SGD, in place; keys decide order and augmentation."""
     images, optimizer = module.images.detach(), torch.optim.SGD(network.parameters(), lr=lr)
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=module.generator("order", *keys, epoch))

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 Init = Literal["real", "noise"]
 SMALLEST_STEP_SIZE = 1e-8  # far below any step size that trains a network, far above float32's smallest number
 
-
 # Arguments of every method's constructor, which it passes on unchanged.
 COMMON = ("network", "network_options", "ipc", "init", "iterations_per_epoch", "seed", "real", "lr_images")
 
@@ -256,11 +255,7 @@ class Distillation(BaseModule):
         return on_device(self.real_images(), self.device)
 
     def draw_real(self, real: Images, count: int, *keys: int | str) -> Images:
-        """Draw from :meth:`real_on_device` without replacement; equal keys give equal images.
-
-        Returns:
-            ``count`` images (all, if there are fewer) in the trainer's precision and their classes, on the device.
-        """
+        """Draw ``count`` of :meth:`real_on_device` (all, if fewer) to the device; equal keys give equal images."""
         order = torch.randperm(len(real.labels), generator=self.generator("real", *keys))
         index = to_device(order[:count], real.labels.device)
         images = to_device(real.images[index], self.device, self.images.dtype)
@@ -307,11 +302,7 @@ class Distillation(BaseModule):
         self._loaded_state = None
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Prepare a fit on the device: networks, real images.
-
-        Args:
-            state: :meth:`extra_state` of a loaded checkpoint, else None.
-        """
+        """Prepare a fit on the device, where a checkpoint was loaded with its :meth:`extra_state`."""
 
     def on_train_start(self) -> None:
         """Refuse batches that are not this module's iterations."""
@@ -364,11 +355,8 @@ class Distillation(BaseModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip images, step size and labels each by its own norm, as the trainer's ``gradient_clip_val`` says.
-
-        The step size's gradient is larger than the images' by orders of magnitude: by a joint norm, it would scale
-        theirs.
-        """
+        """Clip images, step size and labels each by its own norm, as the trainer's ``gradient_clip_val`` says."""
+        # The step size's gradient is larger by orders of magnitude: by a joint norm, it would scale the images'.
         if gradient_clip_val is None or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return

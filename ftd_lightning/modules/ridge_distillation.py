@@ -52,11 +52,7 @@ def ridge_accuracy(cross: Callable[[Tensor], Tensor], own: Tensor, targets: Tens
 
 
 class RidgeTargets(SetLabels):
-    """Targets (N, K) that ridge regression is fitted to: centred one-hot vectors, from which learning starts.
-
-    ``scale`` is a factor of these vectors; ``reg`` is as for ``functional.ridge_predictions``; without a learning rate
-    nothing is learned.
-    """
+    """Targets (N, K) of ridge regression: centred one-hot vectors times ``scale``, learned where ``lr`` is given."""
 
     def __init__(
         self, classes: Tensor, num_classes: int, *, reg: float, scale: float = 1.0, lr: float | None = None
@@ -71,10 +67,7 @@ class RidgeTargets(SetLabels):
         return self.values if self.are_learned else None
 
     def loss(self, k_ts: Tensor, k_ss: Tensor, classes: Tensor) -> Tensor:
-        """Return half the mean squared distance of predictions for real images from their targets.
-
-        ``k_ts`` (M, N) and ``k_ss`` (N, N) are kernels in float64, ``classes`` (M,) are of the real images.
-        """
+        """Return half the mean squared distance of predictions for real images, of ``classes``, from their targets."""
         wanted = kernels.centred_targets(classes, self._num_classes, scale=self._scale).to(self.values.dtype)
         return kernels.half_squared_error(kernels.ridge_predictions(k_ts, k_ss, self.values, reg=self._reg), wanted)
 
