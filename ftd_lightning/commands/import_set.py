@@ -174,7 +174,6 @@ def import_set(
         targets = in_order_of(targets, class_names, data.class_names)
     if whitened:
         # Last, because it may take minutes. Public code fits it on the whole training set, so val_fraction is 0.
-        data.prepare_data()
         data.setup()
     elif pictures:
         values = data.transform.apply(values)

@@ -78,14 +78,10 @@ Batch = tuple[Tensor, Tensor]  # pictures (B, C, H, W) and labels (B,), as given
 
 
 def read_images(data: Any, part: str, *, image_size: int | None = None, transform: ImageTransform | None) -> Pictures:
-    """Read a torch dataset of (image, label) or a pair of tensors into memory.
+    """Read a torch dataset of (image, label) or a pair of tensors into memory, resized to ``image_size``.
 
-    Args:
-        data: a Dataset whose images are Pillow images, tensors (C, H, W) or (H, W), or arrays (H, W, C) or (H, W); or a
-            pair of tensors, images (N, C, H, W) or (N, H, W) and labels (N,).
-        part: its name, for messages.
-        image_size: height and width to resize to; None: all images must have one size.
-        transform: of images that are normalised already; None: they are pictures.
+    Images are Pillow images, tensors (C, H, W) or (H, W), arrays (H, W, C) or (H, W); or all of them, (N, C, H, W) or
+    (N, H, W). They are pictures, or with a ``transform`` normalised already. ``part`` is named in messages.
     """
     batches: Iterable[Batch]
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):

@@ -35,35 +35,20 @@ class Teachers(Settings):
 
 @dataclass(frozen=True)
 class Row:
-    """A method of a comparison, or a value of a study. It has one of ``distill``, ``synthetic`` and ``set``.
+    """A method of a comparison, or a value of a study. It has one of ``distill``, ``synthetic`` and ``set``."""
 
-    Args:
-        label: its name in tables; by default its key.
-        distill: the distillation: a config, or a config with settings.
-        synthetic: real images: "random", "herding", "k-center", or "real" for all of them.
-        set: file of a synthetic set.
-        teachers: name of the teachers that distil, choose or label the images.
-        labels: "teacher" gives random images the labels of a teacher.
-        ema: evaluate the averaged images.
-        iterate: evaluate the "last" images, or those "chosen" on held-out images while distilling.
-        evaluate: settings of the evaluation, over those of the comparison.
-        paired_with: the row that this one is compared with, network by network.
-        x: the value of a study, for its plot.
-        reference: draw the row as a line in the plot.
-    """
-
-    label: str | None = None
+    label: str | None = None  # its name in tables; by default its key
     distill: Settings | None = None
-    synthetic: str | None = None
-    set: str | None = None
-    teachers: str | None = None
-    labels: Literal["teacher"] | None = None
-    ema: bool = False
-    iterate: Literal["last", "chosen"] = "last"
-    evaluate: Settings = field(default_factory=Settings)
-    paired_with: str | None = None
-    x: float | None = None
-    reference: bool = False
+    synthetic: str | None = None  # real images: "random", "herding", "k-center", or "real" for all of them
+    set: str | None = None  # file of a synthetic set
+    teachers: str | None = None  # name of those that distil, choose or label the images
+    labels: Literal["teacher"] | None = None  # gives random images the labels of a teacher
+    ema: bool = False  # evaluate the averaged images
+    iterate: Literal["last", "chosen"] = "last"  # evaluate the images that held-out ones chose while distilling
+    evaluate: Settings = field(default_factory=Settings)  # over that of the comparison
+    paired_with: str | None = None  # the row that this one is compared with, network by network
+    x: float | None = None  # the value of a study, for its plot
+    reference: bool = False  # a line in the plot
 
     def problem(self, teachers: Sequence[str]) -> str | None:
         """Say what is wrong with the row; None for nothing."""
@@ -85,43 +70,24 @@ class Row:
 
 @dataclass
 class Comparison:
-    """Rows that are evaluated alike, from a YAML file.
-
-    Args:
-        dataset: name of the data set.
-        run: folder of the results.
-        evaluate: the evaluation: a config, or a config with settings.
-        rows: by name.
-        title: of tables and plots; by default the name of the file.
-        ipc: images per class.
-        fits: folder of the fits; comparisons that name the same folder share equal fits.
-        cost: the cost of all rows in words, which is printed first.
-        threads: of each fit on a CPU, unless OMP_NUM_THREADS says.
-        teachers: by name: a config, a config with settings, or a store.
-        distill: settings of all distillations, under those of a row.
-        networks: by name: settings of the evaluation for each network, where there are several.
-        paired_with: the row that others are compared with, unless they name another.
-        plot: label of the x axis of a study's plot.
-        file: the YAML file; configs are looked for beside it first.
-        overrides: options from the command line for each phase, over all settings.
-    """
+    """Rows that are evaluated alike, from a YAML file; an evaluation is a config, or a config with settings."""
 
     dataset: str
-    run: str
+    run: str  # folder of the results
     evaluate: Settings
     rows: dict[str, Row]
-    title: str | None = None
-    ipc: int = 1
-    fits: str | None = None
-    cost: str | None = None
-    threads: int | None = None
+    title: str | None = None  # of tables and plots; by default the name of the file
+    ipc: int = 1  # images per class
+    fits: str | None = None  # folder of the fits; comparisons that name the same folder share equal fits
+    cost: str | None = None  # of all rows, in words
+    threads: int | None = None  # of each fit on a CPU, unless OMP_NUM_THREADS says
     teachers: dict[str, Teachers] = field(default_factory=dict)
-    distill: Settings = field(default_factory=Settings)
-    networks: dict[str, Settings] = field(default_factory=dict)
-    paired_with: str | None = None
-    plot: str | None = None
-    file: Path = Path("comparison.yaml")
-    overrides: dict[str, list[str]] = field(default_factory=lambda: split_by_phase([]))
+    distill: Settings = field(default_factory=Settings)  # of all distillations, under those of a row
+    networks: dict[str, Settings] = field(default_factory=dict)  # of the evaluation on each, where there are several
+    paired_with: str | None = None  # the row that others are compared with, unless they name another
+    plot: str | None = None  # label of the x axis
+    file: Path = Path("comparison.yaml")  # configs are looked for beside it first
+    overrides: dict[str, list[str]] = field(default_factory=lambda: split_by_phase([]))  # by phase, over all settings
 
     def __post_init__(self) -> None:
         self.folder = Path(self.run)
@@ -171,11 +137,6 @@ class Comparison:
         base = self.rows[name].paired_with or self.paired_with
         return None if base == name else base
 
-    def _config(self, settings: Settings) -> Path:
-        if settings.config is None:
-            raise InputError(f"{self.file}: names settings without a config: give config: NAME")
-        return find_config(settings.config, near=self.file.parent)
-
     def fits_of(self, name: str) -> RowFits:
         """Return the fits of a row; a config that is not there raises InputError."""
         if name not in self._fits:
@@ -183,7 +144,9 @@ class Comparison:
         return self._fits[name]
 
     def _fit(self, title: str, settings: Settings, options: Sequence[str], depends: Sequence[Any], **rest: Any) -> Fit:
-        config = self._config(settings)
+        if settings.config is None:
+            raise InputError(f"{self.file}: names settings without a config: give config: NAME")
+        config = find_config(settings.config, near=self.file.parent)
         name = self._names.name(config, options, *depends)
         folder = Path(self.fits or self.folder / "fits") / f"{rest.pop('prefix', '')}{name}"
         return Fit(title, config, tuple(options), folder, **rest)

@@ -61,9 +61,7 @@ def label_random_images(
     options, device = data.hparams, device or torch.device("cpu")
     if options["trajectories"] is None:
         raise InputError("the labels are a teacher's: give the store of the teachers as data.trajectories")
-    data.prepare_data()
-    data.setup()
-    chosen = data.synthetic_set
+    chosen = data.training_set()
     assert chosen is not None, "the random images"
     held_out = [values.to(device) for values in data.val]
     if not len(data.val.labels):

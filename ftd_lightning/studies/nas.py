@@ -143,9 +143,7 @@ def search(settings: SearchSettings, data: DistillationDataModule) -> dict[str, 
 
     The two sides draw different initialisations and augmentation, so that chance does not correlate them.
     """
-    data.prepare_data()
-    data.setup()
-    synthetic = data.synthetic_set
+    synthetic = data.training_set()
     if synthetic is None:
         raise InputError("a search needs a synthetic set to stand for the real images: give data.synthetic")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

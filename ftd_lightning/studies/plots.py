@@ -51,9 +51,7 @@ def count_images(folder: Path) -> dict[str, Any]:
         return found
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
     data = DistillationDataModule(**settings)
-    data.prepare_data()
-    data.setup()
-    synthetic = data.synthetic_set
+    synthetic = data.training_set()
     assert synthetic is not None, "an evaluation has a set"
     with replacing(folder / PICTURE) as part:
         set_picture(synthetic, ema=settings["ema"]).save(part, format="PNG")

@@ -309,8 +309,6 @@ def read_data(
         transform = json.dumps([own.transform.describe(), own.class_names, own.images.shape[1:]])
         if transform not in by_transform:
             data = DistillationDataModule(synthetic=str(Path(name).resolve()), **options)  # "random" is no file
-            data.prepare_data()
-            data.setup()
             if not len(data.val.labels):
                 raise InputError("ftd rank chooses learning rates on held-out images: give --data.val_fraction above 0")
             by_transform[transform] = data, Images(*map(torch.cat, zip(data.train, data.val, strict=True)))

@@ -38,32 +38,20 @@ if TYPE_CHECKING:
 class TrajectoryErrorCurve(NamedTuple):
     """How far students drift from one teacher: lists of numbers, one for each segment t of m epochs.
 
-    Convention: entry t belongs to the end of segment t, at teacher epoch ``epochs[t]``; ``functional.trajectory_error``
-    has the numbering. Norms are Euclidean, over all weights. Losses are means over the real images, natural logarithm.
-
-    Attributes:
-        teacher: its number in the store.
-        initial_loss: of the teacher at epoch 0.
-        epochs: m, 2m, ...
-        teacher_loss: L(theta*), the grey line of Figure 1.
-        evaluation: L(theta) - L(theta*) of the student that trains on the set from epoch 0 on.
-        distillation: the same of students that start at the teacher's weights m epochs before.
-        epsilon: ||epsilon_t||, accumulated error (Eq. 8).
-        delta: ||delta_t||, matching error (Eq. 6).
-        initialization: ||I_{t-1}||, initialization error (Eq. 7) that entered in segment t; 0 in the first.
-        segment: ||theta*_{t,m} - theta*_{t,0}||, the distance that the teacher covers.
+    Convention: entry t belongs to the end of segment t; ``functional.trajectory_error`` has the numbering. Norms are
+    Euclidean, over all weights. Losses are means over the real images, natural logarithm.
     """
 
-    teacher: int
-    initial_loss: float
-    epochs: list[int]
-    teacher_loss: list[float]
-    evaluation: list[float]
-    distillation: list[float]
-    epsilon: list[float]
-    delta: list[float]
-    initialization: list[float]
-    segment: list[float]
+    teacher: int  # its number in the store
+    initial_loss: float  # of the teacher at epoch 0
+    epochs: list[int]  # m, 2m, ...
+    teacher_loss: list[float]  # L(theta*), the grey line of Figure 1
+    evaluation: list[float]  # L(theta) - L(theta*) of the student that trains on the set from epoch 0 on
+    distillation: list[float]  # the same of students that start at the teacher's weights m epochs before
+    epsilon: list[float]  # ||epsilon_t||, accumulated error (Eq. 8)
+    delta: list[float]  # ||delta_t||, matching error (Eq. 6)
+    initialization: list[float]  # ||I_{t-1}||, initialization error (Eq. 7) that entered in segment t; 0 in the first
+    segment: list[float]  # ||theta*_{t,m} - theta*_{t,0}||, the distance that the teacher covers
 
 
 QUANTITIES = TrajectoryErrorCurve._fields[3:]
@@ -187,7 +175,6 @@ def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: s
     if not dataset:
         raise InputError(f"{store.path}: its teachers do not name their data set: give --dataset")
     data = DistillationDataModule(dataset, root, synthetic=str(file), **options)
-    data.prepare_data()
     data.setup()
     check_compatible(store, data.describe())
     return data
