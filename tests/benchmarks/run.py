@@ -68,12 +68,7 @@ SIZES: dict[str, dict[str, list[tuple[int, ...]]]] = {
 
 @dataclass
 class Row:
-    """Costs of the library and of the plain loop, pair by pair.
-
-    Example:
-        >>> Row("case", "time", [1.0, 2.0, 6.0], [2.0, 2.0, 3.0]).line()
-        '| case | time | 2 | 2 | 1.00 (0.50 to 2.00), 3 pairs |'
-    """
+    """Costs of the library and of the plain loop, pair by pair."""
 
     case: str
     quantity: str
@@ -160,8 +155,8 @@ def matching_step(method: str, case: Problem, steps: int) -> Tensor:
     return loss.detach()
 
 
-def added_memory(method: str, ipc: int, width: int, steps: int) -> float:
-    """Measure the MiB that a step adds at its peak to those held before: resident on a CPU, allocated on CUDA."""
+def print_added_memory(method: str, ipc: int, width: int, steps: int) -> None:
+    """Print the MiB that a step adds at its peak to those held before: resident on a CPU, allocated on CUDA."""
 
     def status(key: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -173,16 +168,12 @@ def added_memory(method: str, ipc: int, width: int, steps: int) -> float:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
         matching_step(method, case, steps)
-        return torch.cuda.max_memory_allocated() / 2**20 - before
+        print(torch.cuda.max_memory_allocated() / 2**20 - before)
+        return
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = status("VmRSS")
     matching_step(method, case, steps)
-    return status("VmHWM") - before
-
-
-def print_added_memory(*arguments: Any) -> None:
-    """Print the memory, in a process of its own."""
-    print(added_memory(*arguments))
+    print(status("VmHWM") - before)
 
 
 def measure_matching(sizes: Sequence[tuple[int, ...]], repeats: int, clock: Clock) -> list[Row]:

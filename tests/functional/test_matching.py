@@ -31,10 +31,8 @@ from ftd_lightning.rules import (
     MatchingRule,
     RobustStart,
     StartWindow,
-    TargetLabels,
     start_noise,
 )
-from ftd_lightning.rules.labels import mean_right_logits
 
 METHODS = ["adjoint", "graph"]
 STEPS, SEED = 7, 3
@@ -275,22 +273,6 @@ def test_window_is_that_of_the_paper():
 def test_the_gate_lets_through_what_is_not_above():
     accepted = [bool(LossGate(threshold=1.0).accepts(torch.tensor(loss))) for loss in (0.5, 1.0, 1.0001, math.nan)]
     assert accepted == [True, True, False, True], "the step guard skips NaN"
-
-
-def test_mean_logits_are_of_the_teachers_that_are_right():
-    generator, classes = make_generator(1), torch.tensor([0, 1, 2, 0])
-    answers = [torch.randn(4, 3, generator=generator) for _ in range(5)]
-    answers = [torch.where((classes == 2)[:, None], torch.tensor([9.0, 0.0, -1.0]), given) for given in answers]
-    found = mean_right_logits(classes, iter(answers))
-    for index, label in enumerate(classes.tolist()):
-        right = [given[index] for given in answers if int(given[index].argmax()) == label]
-        assert bool(right) == (label != 2)
-        torch.testing.assert_close(found[index], torch.stack(right or [given[index] for given in answers]).mean(0))
-
-
-def test_labels_of_the_target_are_its_probabilities():
-    answers = torch.randn(3, 2)
-    assert TargetLabels().labels(None, lambda: answers).equal(answers.softmax(1))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from ftd_lightning.functional import InnerAdam, InnerSGD, flatten_parameters, ma
 from ftd_lightning.functional.inner_step import student_logits
 from ftd_lightning.modules import BilevelDistillation
 from ftd_lightning.modules.bilevel import clip_by_average
-from ftd_lightning.rules import ClosestStep, LearnedLabels, LossGate, TargetLabels
+from ftd_lightning.rules import ClosestStep, LearnedLabels, TargetLabels
 
 SETTINGS = {
     "dd": {"schedule": "fixed", "init": "noise", "syn_batch": 10, "ipc": 2},
@@ -194,12 +194,6 @@ def test_what_has_learning_rate_0_has_no_gradient(tmp_path):
     labels_alone = distil(tmp_path / "labels", lr_images=0.0, lr_step_size=0.0, rules=rules)
     assert torch.equal(labels_alone.images, labels_alone.initial_images)
     assert not labels_alone.images.requires_grad
-
-
-def test_a_gated_step_leaves_the_images(tmp_path):
-    module = distil(tmp_path, steps=3, rules=[LossGate(threshold=1e-6)])
-    assert torch.equal(module.images.detach(), module.initial_images)
-    assert module.synthetic_set().metadata["gated_steps"] == 3
 
 
 @pytest.mark.parametrize(

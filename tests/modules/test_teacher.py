@@ -6,9 +6,8 @@ import pytest
 import torch
 from fits import SMALL, make_trainer, record, small_data, small_teacher
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ftd_lightning import FlatTeacher, TrajectoryStore
+from ftd_lightning import TrajectoryStore
 from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.core import losses as teacher_pass
 from ftd_lightning.errors import DivergenceError, InputError
@@ -106,35 +105,6 @@ def test_predictions_are_the_logits_of_the_test_images(tmp_path: Path, refused) 
     torch.testing.assert_close(logits, expected)
     with refused("FlatTeacher has no test: it has fit, validate, predict"):
         trainer.test(module, datamodule=data)
-
-
-class Reads(TorchDispatchMode):
-    """Counts values that are read from tensors: each is a wait for the device that computes them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return function(*args, **(kwargs or {}))
-
-
-def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts, step, validate = [], FlatTeacher.training_step, FlatTeacher.validation_step
-
-    def counted(function, *args):
-        with Reads() as reads:
-            function(*args)
-        counts.append(reads.count)
-
-    monkeypatch.setattr(FlatTeacher, "training_step", lambda self, *args: counted(partial(step, self), *args))
-    monkeypatch.setattr(FlatTeacher, "validation_step", lambda self, *args: counted(partial(validate, self), *args))
-    # "single" draws which operation, from a generator on the CPU: a read, but of no device.
-    module = small_teacher(rho=0.1, momentum=0.9, augment={"mode": "multiple"})
-    make_trainer(tmp_path).fit(module, datamodule=small_data())
-    assert len(counts) == 8 * (5 + 1)
-    assert not any(counts)
 
 
 @pytest.mark.slow

@@ -267,11 +267,9 @@ def test_a_row_of_random_images_with_a_teacher_s_labels(here: Path, trajectories
     [
         ({"evaluate": "nowhere.yaml"}, "nowhere.yaml: no such config"),
         ({"rows": {"a": {"synthetic": "best"}}}, "synthetic is one of"),
-        ({"rows": {"a": {"synthetic": "random", "distill": "b"}}}, "distill and synthetic"),
         ({"rows": {"a": {"ema": True}}}, "names no images"),
         ({"rows": {"a": {"synthetic": "k-center", "teachers": "dtf"}}}, "unknown teachers dtf; there are mtt, ftd"),
         ({"rows": {"a": {"synthetic": "random", "epochs": 3}}}, "epochs"),
-        ({"rows": {"a/b": {"synthetic": "random"}}}, "names a file too"),
         ({"rows": {"a": {"synthetic": "random", "paired_with": "b"}}}, "paired_with: b is not a row; there are a"),
         ({"rows": {"a": {"synthetic": "herding", "labels": "teacher", "teachers": "mtt"}}}, "row a: labels: teacher"),
         ({"dataset": None}, "lacks dataset"),
