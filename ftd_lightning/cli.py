@@ -22,6 +22,7 @@ VERBS = {
     "test": "measure a checkpoint on the test images",
     "predict": "write a checkpoint's logits of the test images to predictions.npy",
 }
+AGAIN = "run the same command again"
 # Each command's module, whose main(arguments) runs it, and a line of help.
 COMMANDS = {
     "compare": ("studies.compare", "run several methods or values of a setting, and tabulate them"),
@@ -68,15 +69,11 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     debug = arguments[:1] == ["--debug"]
     arguments = arguments[debug:]
-    resume = (
-        "resume with the same command and --ckpt_path last"
-        if arguments[:1] == ["fit"]
-        else "run the same command again"
-    )
+    resume = "resume with the same command and --ckpt_path last" if arguments[:1] == ["fit"] else AGAIN
     as_program(lambda: _dispatch(arguments), resume=resume, debug=debug)
 
 
-def as_program(run: Callable[[], None], *, resume: str = "run the same command again", debug: bool = False) -> None:
+def as_program(run: Callable[[], None], *, resume: str = AGAIN, debug: bool = False) -> None:
     """Run a function as a program; see :func:`main`. ``resume`` is advice after a signal has ended it."""
     plain_where_needed(sys.stdout)
     plain_where_needed(sys.stderr)
@@ -121,8 +118,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
 def _message(error: BaseException | None) -> str | None:
     """Return the line for a mistake of the user, or for a file that cannot be read or written; None for a bug.
 
-    Only explicit causes are followed: the parser raises its own error *from* that of a constructor, whereas an error
-    raised while another is handled is a bug.
+    Only explicit causes are followed: the parser raises its own error *from* that of a constructor.
     """
     # Without Lightning imported, none of its errors can have been raised.
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")

@@ -25,13 +25,10 @@ class TerminatedError(SystemExit):
 
 
 class EndedBySignal:
-    """Runs a block that SIGTERM and Ctrl-C end quietly; the signal can be read afterwards.
+    """Runs a block that SIGTERM and Ctrl-C end quietly; ``signal`` names it afterwards, or is None.
 
     Within a fit Lightning ends the training after the current step, so that callbacks write their files. Anywhere else,
     and at a second Ctrl-C, the block ends at once. Only the main thread receives signals; elsewhere nothing changes.
-
-    Attributes:
-        signal: the signal that ended the block, or None.
     """
 
     def __init__(self) -> None:

@@ -31,7 +31,6 @@ def _order(name: str) -> tuple[str, int, list[str | int]]:
 def matching(words: Sequence[str]) -> dict[str, str]:
     """Return names and titles of the shipped configs that hold all words, by data set and kind."""
     titles = {name: _title(name) for name in sorted(shipped_names(), key=_order)}
-
     return {
         name: title
         for name, title in titles.items()

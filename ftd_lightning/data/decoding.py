@@ -106,10 +106,9 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 
 
 def pixels(image: Image.Image, *, channels: int, size: tuple[int, int] | None = None) -> NDArray[Any]:
-    """Turn a Pillow image of any mode into (channels, height, width), as a person sees it.
+    """Turn a Pillow image of any mode into (channels, height, width), as a person sees it; ``size`` is (width, height).
 
-    Of 16 bits per value the result has the stored values, uint16, else uint8; 32 bits, whose range is not known, are a
-    ValueError. ``channels`` is 3 for RGB and 1 for grey; ``size`` (width, height) is resized to.
+    The result is uint16 of 16 bits per value, else uint8; 32 bits, whose range is not known, are a ValueError.
     """
     image.load()
     if (turn := turn_of(image)) is not None:  # Pillow's exif_transpose fails where it cannot write the other tags again

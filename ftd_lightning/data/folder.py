@@ -112,8 +112,8 @@ def _class_folders(folder: Path) -> list[Path]:
 def _split(part: LabelledFiles, folders: Sequence[Path], fraction: float) -> dict[str, LabelledFiles]:
     """Cut off the test part, the same share of every class, at least one image.
 
-    A hash of each file's name decides which ones, not a seed: the test images of one run must not be among the training
-    images of another. A new image moves at most one other of its class into the test part or out of it.
+    A hash of each file's name decides which ones, not a seed: no test image of one run may be a training image of
+    another.
     """
     parts = {"train": LabelledFiles([], []), "test": LabelledFiles([], [])}
     for label, folder in enumerate(folders):
@@ -202,7 +202,6 @@ class Census:
     def take(cls, names: Sequence[str], parts: Mapping[str, LabelledFiles]) -> Census:
         """Look at the headers of all files, in parallel; the training part decides channels and size."""
         files = [file for part in parts.values() for file in part.files]
-
         looks = for_each(files, _read_header, "looking at images")
         headers = [header for header in looks if isinstance(header, _Header)]
         train = [header for header in looks[: len(parts["train"].files)] if isinstance(header, _Header)]

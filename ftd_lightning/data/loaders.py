@@ -27,12 +27,8 @@ class IterationLoader(ABC, Generic[Batch]):
     """An iterable whose batches are a function of the iteration's number; one is read ahead in a thread.
 
     Lightning saves and restores its state, so a resumed run continues with the batch that would have come next. It has
-    a length because Lightning reads one batch ahead of loaders without, and skips that batch on resume. A trainer's
-    ``limit_train_batches`` that does not divide the length shifts the epochs; no iteration is lost.
-
-    Args:
-        length: iterations that make one Lightning epoch, >= 1.
-        start: the first iteration, >= 0; epochs are counted from it.
+    a length, of one Lightning epoch, because Lightning reads one batch ahead of loaders without, and skips that batch
+    on resume. ``start`` is the first iteration; epochs are counted from it.
     """
 
     def __init__(self, length: int, *, start: int = 0) -> None:
@@ -86,11 +82,10 @@ class IterationCounter(IterationLoader[dict[str, int]]):
 
 
 class BatchOrder(DistributedSampler[Tensor]):
-    """Index tensors of an epoch's batches, a function of (seed, epoch) and split over ranks.
+    """Index tensors of an epoch's batches, a function of (seed, epoch) and split equally over ranks.
 
-    A DistributedSampler because Lightning wraps any other sampler in one, and calls ``set_epoch`` of these. Each of
-    ``world_size`` processes gets every world_size-th image, the same number of them; the last batch may be smaller.
-    ``shuffle`` draws a new permutation every epoch, decided by what ``epoch_map`` makes of the epoch of the fit.
+    A DistributedSampler because Lightning wraps any other sampler in one, and calls ``set_epoch`` of these. ``shuffle``
+    draws a new permutation every epoch, decided by what ``epoch_map`` makes of the epoch of the fit.
     """
 
     def __init__(

@@ -111,8 +111,7 @@ def fingerprints(parts: Mapping[str, Pictures]) -> dict[str, str]:
 def resized(pictures: Tensor, size: int) -> Tensor:
     """Resize pictures (N, C, H, W) to (N, C, size, size), bilinear with antialiasing, the aspect ratio squashed.
 
-    Image files are resized by Pillow instead while they are decoded, each from its own size; the results differ by at
-    most 1/255. Both decide the pixels of published sets, so neither can replace the other.
+    Pillow resizes image files instead. Both decide the pixels of published sets, so neither can replace the other.
     """
     mode = InterpolationMode.BILINEAR
     return torch.cat([resize(chunk, [size, size], mode, antialias=True) for chunk in pictures.split(CHUNK)])

@@ -81,8 +81,8 @@ def belonging(distill: Path, ipc: int, data: Mapping[str, Any] | None = None) ->
 def _epochs_read(configs: Published, overrides: Sequence[str]) -> int | None:
     """Return how many epochs of its teachers a distillation reads; None where they have no more.
 
-    Their learning rate is constant, and their batches follow from (seed, teacher, epoch). So these are the published
-    teachers as far as they go: 3, 21 and 41 epochs instead of 50 at 1, 10 and 50 images per class of CIFAR-10.
+    Batches follow from (seed, teacher, epoch) at a constant rate, so these are the published teachers as far as they
+    go.
     """
     phases = split_by_phase(overrides)
     if any(option.startswith("--model.epochs") for option in phases["teacher"]):
