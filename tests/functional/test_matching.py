@@ -148,9 +148,6 @@ def test_rules_apply_in_order_and_their_masks_intersect(problem):
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
 
 
-NEUTRAL = [MatchingRule(), RobustStart(kappa=0.0), DropLargest(0.0), KeepSimilar(0.0)]
-
-
 # Robust starts (FTD, Eq. 9).
 
 
