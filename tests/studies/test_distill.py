@@ -179,17 +179,17 @@ def test_a_folder_becomes_a_set(method, tiny, capsys, monkeypatch):
     cli.main(arguments)
     assert len(tiny.commands) == done, "what is done is not done again"
     assert "out: was created with --ipc 1; name another folder" in refusal(
-        capsys, *("2" if part == "1" else part for part in arguments[1:])
+        capsys, *("2" if part == "1" else part for part in arguments)
     )
     next(Path("pictures/3").iterdir()).unlink()
-    changed = refusal(capsys, *arguments[1:])
+    changed = refusal(capsys, *arguments)
     assert changed == "ftd: error: out: the images of pictures have changed since it was begun; name another folder"
 
 
 @pytest.mark.slow
 def test_a_budget_in_which_no_teacher_ends_is_told(tiny, capsys):
     arguments = ["digits", "--ipc", "1", "--out", "out", "--minutes", "0.02", *TINY, "--teacher.model.epochs=1000"]
-    assert "teachers ftd: " in refusal(capsys, *arguments)
+    assert "teachers ftd: " in refusal(capsys, "distill", *arguments)
 
 
 @pytest.mark.slow
