@@ -290,3 +290,13 @@ def test_closure_that_freezes_while_perturbed_keeps_the_first_runs_statistics():
     assert flags == [False, True]
     moved = statistics(network)
     assert all(value.equal(moved[name]) for name, value in reference.named_buffers())
+
+
+def test_a_deep_copy_continues_as_the_original_does():
+    network = small_network()
+    optimizer = GSAM(network.parameters(), SGD, rho=0.1)
+    twin, twin_optimizer = copy.deepcopy((network, optimizer))
+    ((images, labels),) = batches(1)
+    for net, opt in ((network, optimizer), (twin, twin_optimizer)):
+        opt.step(closure_of(net, images, labels))
+    assert all(map(torch.equal, network.parameters(), twin.parameters()))
