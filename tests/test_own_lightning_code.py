@@ -205,9 +205,10 @@ class TestOwnTeachers:
         assert TrajectoryStore(path).lengths == [3]
 
 
-def test_a_trainer_fits_one_module(tmp_path: Path, trajectories: Path, refused) -> None:
+@pytest.mark.parametrize("first", [small_matching, lambda _: small_teacher()], ids=["matching", "teacher"])
+def test_a_trainer_fits_one_module(first, tmp_path: Path, trajectories: Path, refused) -> None:
     trainer = make_trainer(tmp_path, max_steps=2)
-    trainer.fit(small_matching(trajectories), datamodule=small_data())
+    trainer.fit(first(trajectories), datamodule=small_data())
     with refused("this Trainer has fitted a module already", "make a new Trainer", "ckpt_path"):
         trainer.fit(DistributionMatching(**RIVAL), datamodule=small_data())
 

@@ -239,7 +239,8 @@ class BaseModule(LightningModule):
         self._resumed = False
         if not self.attached:
             return
-        if self.trainer.state.fn == "fit" and self.global_step > 0 and not self.trainer.ckpt_path:
+        began = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready  # global_step of another optimization is 0
+        if self.trainer.state.fn == "fit" and began and not self.trainer.ckpt_path:
             raise InputError("this Trainer has fitted a module already: make a new Trainer, or resume with ckpt_path")
         data = self.data if self.source is None else self.source.description()
         if not (self.trainer.ckpt_path and data is None):  # else the checkpoint has the description
