@@ -76,7 +76,10 @@ class _Summed(torch.autograd.Function):
 
 
 def summed(images: Tensor, losses: Iterable[Tensor]) -> Tensor:
-    """Add losses up, differentiating each in the images before the next is made: only one graph is alive at a time."""
+    """Add losses up, differentiating each in the images before the next is made: only one graph is alive at a time.
+
+    The step is taken on the sum. Stepping class by class would let momentum move every class at every step.
+    """
     value, gradient = images.new_zeros(()), torch.zeros_like(images)
     for loss in losses:
         gradient += torch.autograd.grad(loss, images)[0]
@@ -86,7 +89,10 @@ def summed(images: Tensor, losses: Iterable[Tensor]) -> Tensor:
 
 
 def train_on_set(module: Distillation, network: nn.Module, lr: float, epochs: int, *keys: int | str) -> None:
-    """Train a network on a module's present set by plain SGD, in place; keys decide order and augmentation."""
+    """Train a network on a module's present set by plain SGD, in place; each image augmented for itself.
+
+    The keys decide the order and the augmentation.
+    """
     images, optimizer = module.images.detach(), torch.optim.SGD(network.parameters(), lr=lr)
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=module.generator("order", *keys, epoch))
@@ -97,36 +103,7 @@ def train_on_set(module: Distillation, network: nn.Module, lr: float, epochs: in
             optimizer.step()
 
 
-class ClassMatching(Distillation):
-    """The base of DM, DC, DSA and CAFE, some of which train a network over several iterations; checkpoints hold it.
-
-    Args:
-        arguments: ``locals()`` of the method's constructor.
-    """
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        super().__init__(
-            **common(arguments),
-            augment=Augmentation.of(arguments["augment"], align_corners=False),
-            step_size=arguments["lr_network"],
-            momentum=arguments["momentum"],
-        )
-        self.save_arguments(arguments, augment=self.augment)
-        self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
-
-    def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Move the real images and a checkpoint's network to the device."""
-        self.batches = ClassBatches(self, self.hparams["batch_real"])
-        if state is not None and state.get("loop_network") is not None:
-            self._network = [self.fresh_network("network", "resumed")]
-            self._network[0].load_state_dict(state["loop_network"])
-
-    def extra_state(self) -> dict[str, Any]:
-        """Add the current network."""
-        return {**super().extra_state(), "loop_network": self._network[0].state_dict() if self._network else None}
-
-
-class DistributionMatching(ClassMatching):
+class DistributionMatching(Distillation):
     """Learns a synthetic set by distribution matching (DM).
 
     In every iteration a new random network, never trained, embeds real and synthetic images of each class, which one
@@ -167,7 +144,17 @@ class DistributionMatching(ClassMatching):
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         check_bounds(DistributionMatching, locals())
-        super().__init__(locals())
+        super().__init__(
+            **common(locals()),
+            augment=Augmentation.of(augment, align_corners=False),
+            step_size=lr_network,
+            momentum=momentum,
+        )
+        self.save_arguments(locals(), augment=self.augment)
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the real images to the device, where they fit."""
+        self.batches = ClassBatches(self, self.hparams["batch_real"])
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Compare mean embeddings of each class on one new network."""
@@ -189,7 +176,7 @@ PUBLISHED_LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40,
 STATISTICS_IMAGES = 16  # real images of each class that BatchNorm's statistics are taken of
 
 
-class GradientMatching(ClassMatching):
+class GradientMatching(Distillation):
     """Learns a synthetic set by gradient matching: DC (Zhao, Mopuri and Bilen, ICLR 2021) and DSA (ICML 2021).
 
     An iteration is one update of the images: for each class the gradients of the mean cross entropy on its synthetic
@@ -240,12 +227,19 @@ class GradientMatching(ClassMatching):
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         check_bounds(GradientMatching, locals())
-        super().__init__(locals())
+        super().__init__(
+            **common(locals()),
+            augment=Augmentation.of(augment, align_corners=False),
+            step_size=lr_network,
+            momentum=momentum,
+        )
+        self.save_arguments(locals(), augment=self.augment)
         if ipc not in PUBLISHED_LOOPS and not (outer_loops and inner_epochs):
             missing = "inner_epochs" if outer_loops else "outer_loops"
             raise InputError(f"ipc={ipc} has no published loops (those are {list(PUBLISHED_LOOPS)}): give {missing}")
         published = PUBLISHED_LOOPS.get(ipc, (1, 1))
         self.outer_loops, self.inner_epochs = outer_loops or published[0], inner_epochs or published[1]
+        self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
 
     @property
     def method(self) -> str:
@@ -255,6 +249,13 @@ class GradientMatching(ClassMatching):
     def settings(self) -> dict[str, Any]:
         """Name the loops that were run, also where they were left to the table."""
         return {**super().settings(), "outer_loops": self.outer_loops, "inner_epochs": self.inner_epochs}
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the real images and a checkpoint's network to the device."""
+        self.batches = ClassBatches(self, self.hparams["batch_real"])
+        if state is not None and state["loop_network"] is not None:
+            self._network = [self.fresh_network("network", "resumed")]
+            self._network[0].load_state_dict(state["loop_network"])
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Compare gradients, class by class, on a new network or on the last one after some training."""
@@ -284,3 +285,7 @@ class GradientMatching(ClassMatching):
             target = loss_gradients(network, real, self.labels.new_full((len(real),), label))
             labels = self.labels.new_full((len(synthetic),), label)
             yield gradient_distance(loss_gradients(network, synthetic, labels, keep_graph=True), target)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Add the current network."""
+        return {**super().extra_state(), "loop_network": self._network[0].state_dict() if self._network else None}

@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.core.networks import Network, right_answers
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional import distribution_matching as features
 from ftd_lightning.functional.augment import Augmentation
+from ftd_lightning.functional.distribution_matching import (
+    alignment_loss,
+    class_means,
+    discrimination_loss,
+    feature_levels,
+    level_weights,
+)
 from ftd_lightning.functional.gradient_matching import batch_norms
-from ftd_lightning.modules.class_matching import ClassMatching, train_on_set
-from ftd_lightning.modules.distillation import Init
+from ftd_lightning.modules.class_matching import ClassBatches, train_on_set
+from ftd_lightning.modules.distillation import Distillation, Init, common
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -71,7 +77,7 @@ def spread(accuracies: Sequence[float], window: int) -> float:
 PUBLISHED_MILESTONES = (1200, 1600, 1800)  # of 2001 rounds
 
 
-class FeatureAlignment(ClassMatching):
+class FeatureAlignment(Distillation):
     """Learns a synthetic set by feature alignment (CAFE: Wang et al., CVPR 2022), with ``augment`` CAFE+DSA.
 
     An iteration is one update of the images, on the current network. Its loss is the squared distance of real and
@@ -136,9 +142,16 @@ class FeatureAlignment(ClassMatching):
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         check_bounds(FeatureAlignment, locals())
-        super().__init__({**locals(), "loops": Loops.of(loops)})
+        super().__init__(
+            **common(locals()),
+            augment=Augmentation.of(augment, align_corners=False),
+            step_size=lr_network,
+            momentum=momentum,
+        )
         self.loops = Loops.of(loops)
+        self.save_arguments(locals(), augment=self.augment, loops=self.loops)
         self.round, self.round_steps = -1, 0
+        self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
         self.accuracies: list[float] = []
 
     @property
@@ -150,6 +163,13 @@ class FeatureAlignment(ClassMatching):
     def finished(self) -> bool:
         """Whether all rounds are done."""
         return self.round >= int(self.hparams["rounds"])
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the real images and a checkpoint's network to the device."""
+        self.batches = ClassBatches(self, self.hparams["batch_real"])
+        if state is not None and state["loop_network"] is not None:
+            self._network = [self.fresh_network("network", "resumed")]
+            self._network[0].load_state_dict(state["loop_network"])
 
     def on_train_start(self) -> None:
         """End a run at once that had been done; see the base."""
@@ -228,15 +248,14 @@ class FeatureAlignment(ClassMatching):
         """Compute alignment and discrimination of an iteration, unweighted, differentiable in the images."""
         batches, classes = self.batches, range(self.num_classes)
         synthetic = torch.cat([batches.siamese(batches.synthetic(label), label, iteration) for label in classes])
-        levels = features.feature_levels(network, synthetic)
+        levels = feature_levels(network, synthetic)
         weights = self.hparams["level_weights"]
-        weights = features.level_weights(len(levels)) if weights is None else weights
+        weights = level_weights(len(levels)) if weights is None else weights
         if len(weights) != len(levels):
             raise InputError(f"{len(weights)} level_weights are given, but the network has {len(levels)} levels")
-        ours = [features.class_means(level, counts=[self.hparams["ipc"]] * len(classes)) for level in levels]
+        ours = [class_means(level, counts=[self.hparams["ipc"]] * len(classes)) for level in levels]
         theirs, embeddings, labels = self._real_features(network, iteration)
-        discrimination = features.discrimination_loss(embeddings, labels, ours[-1])
-        return features.alignment_loss(ours, theirs, weights=weights), discrimination
+        return alignment_loss(ours, theirs, weights=weights), discrimination_loss(embeddings, labels, ours[-1])
 
     @torch.no_grad()
     def _real_features(self, network: nn.Module, iteration: int) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -247,8 +266,8 @@ class FeatureAlignment(ClassMatching):
         means, embeddings = [], []
         # One class at a time: of the shallow levels, which are large, only means stay in memory.
         for group in groups:
-            levels = features.feature_levels(network, torch.cat(group))
-            means.append([features.class_means(level, counts=[len(batch) for batch in group]) for level in levels])
+            levels = feature_levels(network, torch.cat(group))
+            means.append([class_means(level, counts=[len(batch) for batch in group]) for level in levels])
             embeddings.append(levels[-1])
         labels = [self.labels.new_full((len(batch),), label) for label, batch in enumerate(batches)]
         return [torch.cat(parts) for parts in zip(*means, strict=True)], torch.cat(embeddings), torch.cat(labels)
@@ -258,9 +277,10 @@ class FeatureAlignment(ClassMatching):
         return {**super().describe(), "rounds": max(self.round, 0)}
 
     def extra_state(self) -> dict[str, Any]:
-        """Add the progress of the current round."""
+        """Add the current network and the progress of its round."""
+        network = self._network[0].state_dict() if self._network else None
         progress = {name: getattr(self, name) for name in ("round", "round_steps", "accuracies")}
-        return {**super().extra_state(), **progress}
+        return {**super().extra_state(), **progress, "loop_network": network}
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
         """Continue to count rounds."""

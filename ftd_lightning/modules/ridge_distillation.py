@@ -15,9 +15,16 @@ from ftd_lightning.core.evaluation import mean_and_std
 from ftd_lightning.core.labels import SetLabels
 from ftd_lightning.core.networks import Network
 from ftd_lightning.errors import InputError
-from ftd_lightning.functional import kernels
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.distribution_matching import embed
+from ftd_lightning.functional.kernels import (
+    centred_targets,
+    half_squared_error,
+    nngp_kernel,
+    ntk_kernel,
+    ridge_predictions,
+    ridge_weights,
+)
 from ftd_lightning.functional.seeding import to_device
 from ftd_lightning.modules.distillation import Distillation, Init, common
 
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
     from ftd_lightning.contracts import Images
     from ftd_lightning.files.synthetic_set import SyntheticSet
 
-KERNELS = {"ntk": kernels.ntk_kernel, "nngp": kernels.nngp_kernel}
+KERNELS = {"ntk": ntk_kernel, "nngp": nngp_kernel}
 Kernel = Literal["ntk", "nngp"]
 BATCH = 2048  # real images whose kernel with the set is in memory at a time
 
@@ -44,20 +51,45 @@ def ridge_accuracy(cross: Callable[[Tensor], Tensor], own: Tensor, targets: Tens
     ``cross`` maps real images (M, C, H, W), on any device, to their kernel with the set (M, N); ``own`` (N, N) is the
     kernel of the set, ``targets`` (N, K) are its labels, ``reg`` is as for ``functional.ridge_predictions``.
     """
-    right, weights = torch.zeros((), device=own.device), kernels.ridge_weights(own, targets, reg=reg)
+    right, weights = torch.zeros((), device=own.device), ridge_weights(own, targets, reg=reg)
     for images, labels in zip(real.images.split(BATCH), real.labels.split(BATCH), strict=True):
         predictions = cross(to_device(images, own.device)).double() @ weights
         right += (predictions.argmax(1) == to_device(labels, own.device)).sum()
     return right / len(real.labels)
 
 
+def record_accuracies(module: Distillation, name: str, measure: Callable[[Images], Tensor]) -> None:
+    """Log and record the accuracies of a protocol on real images at the end of a batch, where that is due.
+
+    ``measure`` returns those of each kernel, (n,).
+    """
+    trainer, source, every = module.trainer, module.source, module.hparams["measure_every"]
+    due = (every and (trainer.current_epoch + 1) % every == 0) or trainer.current_epoch + 1 == trainer.max_epochs
+    ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+    if source is None or not (ends or (due and trainer.is_last_batch)):
+        return
+    for part, (in_words, on_file) in PARTS.items():
+        real = source.part(part)
+        if not len(real.labels):
+            continue
+        with torch.no_grad():
+            summary = mean_and_std(measure(real))
+        module.record_scores({f"{name}, {in_words}": summary})
+        log = partial(module.log, sync_dist=True, batch_size=1)  # equal on all ranks; Lightning warns if not said
+        log(f"evaluation/ridge_{on_file}_accuracy", summary["mean"], prog_bar=part == "val")
+
+
 class RidgeTargets(SetLabels):
-    """Targets (N, K) of ridge regression: centred one-hot vectors times ``scale``, learned where ``lr`` is given."""
+    """Targets (N, K) that ridge regression is fitted to: centred one-hot vectors, from which learning starts.
+
+    ``scale`` is a factor of these vectors; ``reg`` is as for ``functional.ridge_predictions``; without a learning rate
+    nothing is learned.
+    """
 
     def __init__(
         self, classes: Tensor, num_classes: int, *, reg: float, scale: float = 1.0, lr: float | None = None
     ) -> None:
-        start = kernels.centred_targets(classes, num_classes, scale=scale)
+        start = centred_targets(classes, num_classes, scale=scale)
         metadata = {"target_scale": scale, **({} if lr is None else {"label_kind": "target", "labels_made": "learned"})}
         super().__init__(start, learned=lr is not None, options={} if lr is None else {"lr": lr}, metadata=metadata)
         self._num_classes, self._scale, self._reg = num_classes, scale, reg
@@ -67,9 +99,12 @@ class RidgeTargets(SetLabels):
         return self.values if self.are_learned else None
 
     def loss(self, k_ts: Tensor, k_ss: Tensor, classes: Tensor) -> Tensor:
-        """Return half the mean squared distance of predictions for real images, of ``classes``, from their targets."""
-        wanted = kernels.centred_targets(classes, self._num_classes, scale=self._scale).to(self.values.dtype)
-        return kernels.half_squared_error(kernels.ridge_predictions(k_ts, k_ss, self.values, reg=self._reg), wanted)
+        """Return half the mean squared distance of predictions for real images from their targets.
+
+        ``k_ts`` (M, N) and ``k_ss`` (N, N) are kernels in float64, ``classes`` (M,) are of the real images.
+        """
+        wanted = centred_targets(classes, self._num_classes, scale=self._scale).to(self.values.dtype)
+        return half_squared_error(ridge_predictions(k_ts, k_ss, self.values, reg=self._reg), wanted)
 
 
 @torch.no_grad()
@@ -96,65 +131,13 @@ def kernel_accuracy(synthetic: SyntheticSet, real: Images) -> float:
     if not len(real.labels) or shapes[0] != shapes[1]:
         raise InputError(f"kernel_accuracy: {len(real.labels)} real images of {shapes[0]}, the set's are {shapes[1]}")
     labels, scale = synthetic.labels, synthetic.metadata.get("target_scale", 1.0)
-    targets = kernels.centred_targets(labels, len(synthetic.class_names), scale=scale) if labels.ndim == 1 else labels
+    targets = centred_targets(labels, len(synthetic.class_names), scale=scale) if labels.ndim == 1 else labels
     own = closed_form(kernel, synthetic.images, synthetic.images)
     cross = partial(closed_form, kernel, others=synthetic.images)
     return float(ridge_accuracy(cross, own, targets, kernel["reg"], real))
 
 
-class RidgeDistillation(Distillation):
-    """The base of KIP and FRePo: targets of ridge regression, and measurements by its accuracy on real images.
-
-    Args:
-        arguments: ``locals()`` of the method's constructor.
-    """
-
-    protocol: str  # in the set's scores
-    soft_labels: RidgeTargets
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        super().__init__(**common(arguments), augment=Augmentation(""), step_size=arguments["lr_network"])
-        self.save_arguments(arguments)
-
-    def target_scale(self) -> float:
-        """Return the factor of the targets."""
-        return 1.0
-
-    def build(self) -> None:
-        """Make the initial synthetic set and its targets."""
-        super().build()
-        hparams, scale = self.hparams, self.target_scale()
-        lr = hparams["lr_labels"] if hparams["learn_labels"] else None
-        self.soft_labels = RidgeTargets(self.labels, self.num_classes, reg=hparams["reg"], scale=scale, lr=lr)
-
-    def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Move the real images to the device, where they fit."""
-        self._real = self.real_on_device()
-
-    def own_accuracies(self, real: Images) -> Tensor:
-        """Measure the accuracy of the regression with each kernel, (n,)."""
-        raise NotImplementedError
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure by the method's own protocol where that is due: before the set is written."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        trainer, source, every = self.trainer, self.source, self.hparams["measure_every"]
-        due = (every and (trainer.current_epoch + 1) % every == 0) or trainer.current_epoch + 1 == trainer.max_epochs
-        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if source is None or not (ends or (due and trainer.is_last_batch)):
-            return
-        for part, (in_words, on_file) in PARTS.items():
-            real = source.part(part)
-            if not len(real.labels):
-                continue
-            with torch.no_grad():
-                summary = mean_and_std(self.own_accuracies(real))
-            self.record_scores({f"{self.protocol}, {in_words}": summary})
-            log = partial(self.log, sync_dist=True, batch_size=1)  # equal on all ranks; Lightning warns if not said
-            log(f"evaluation/ridge_{on_file}_accuracy", summary["mean"], prog_bar=part == "val")
-
-
-class KernelInducingPoints(RidgeDistillation):
+class KernelInducingPoints(Distillation):
     """Learns a synthetic set by kernel inducing points (KIP), with kernels of fully connected networks.
 
     In every iteration, kernel ridge regression on the synthetic images predicts a batch of real ones, and half of the
@@ -185,7 +168,8 @@ class KernelInducingPoints(RidgeDistillation):
         measure_every: Lightning epochs between measurements by the method's own protocol; 0: when the fit ends alone.
     """
 
-    method, protocol = "kip", "kernel regression"
+    method = "kip"
+    soft_labels: RidgeTargets
 
     def __init__(
         self,
@@ -210,7 +194,19 @@ class KernelInducingPoints(RidgeDistillation):
         check_bounds(KernelInducingPoints, locals())
         if kernel not in KERNELS:
             raise InputError(f"KernelInducingPoints: kernel={kernel!r} must be one of {', '.join(KERNELS)}")
-        super().__init__(locals())
+        super().__init__(**common(locals()), augment=Augmentation(""), step_size=lr_network)
+        self.save_arguments(locals())
+
+    def build(self) -> None:
+        """Make the initial synthetic set and its targets."""
+        super().build()
+        hparams = self.hparams
+        lr = hparams["lr_labels"] if hparams["learn_labels"] else None
+        self.soft_labels = RidgeTargets(self.labels, self.num_classes, reg=hparams["reg"], lr=lr)
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the real images to the device, where they fit."""
+        self._real = self.real_on_device()
 
     def describe(self) -> dict[str, Any]:
         """Describe the data, the network and the kernel."""
@@ -233,6 +229,11 @@ class KernelInducingPoints(RidgeDistillation):
         cross = partial(self.kernel, others=self.images)
         return ridge_accuracy(cross, own, self.soft_labels.values, self.hparams["reg"], real)[None]
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure by the method's own protocol where that is due: before the set is written."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        record_accuracies(self, "kernel regression", self.own_accuracies)
+
 
 class NetworkPool:
     """Networks of different ages, each trained a little by Adam whenever it was used.
@@ -254,7 +255,7 @@ class NetworkPool:
         """Train a network one step on half the squared error; replace it after its last."""
         optimizer = self._optimizers[place]
         optimizer.zero_grad()
-        kernels.half_squared_error(self.networks[place](images), targets).backward()  # type: ignore[no-untyped-call]
+        half_squared_error(self.networks[place](images), targets).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         self.ages[place] += 1
         if self.ages[place] >= self._max_steps:
@@ -281,7 +282,7 @@ class NetworkPool:
             optimizer.load_state_dict(moments)
 
 
-class FeatureRegression(RidgeDistillation):
+class FeatureRegression(Distillation):
     """Learns a synthetic set by neural feature regression with pooling (FRePo, NeurIPS 2022).
 
     In every iteration one network of a pool is drawn. Ridge regression on its features of the synthetic images, the
@@ -320,7 +321,8 @@ class FeatureRegression(RidgeDistillation):
         InputError: in the fit, for a network that runs no ``nn.Linear``.
     """
 
-    method, protocol = "frepo", "ridge regression on the pool's features"
+    method = "frepo"
+    soft_labels: RidgeTargets
     pool: NetworkPool  # from the start of a fit; no submodule, so not among DDP's parameters
 
     def __init__(
@@ -345,11 +347,15 @@ class FeatureRegression(RidgeDistillation):
         measure_every: int = 0,
     ) -> None:
         check_bounds(FeatureRegression, locals())
-        super().__init__(locals())
+        super().__init__(**common(locals()), augment=Augmentation(""), step_size=lr_network)
+        self.save_arguments(locals())
 
-    def target_scale(self) -> float:
-        """Return the factor of the targets, smaller for more than 10 classes, as published."""
-        return math.sqrt(10 / self.num_classes)
+    def build(self) -> None:
+        """Make the initial synthetic set and its targets, smaller for more than 10 classes, as published."""
+        super().build()
+        hparams, scale = self.hparams, math.sqrt(10 / self.num_classes)
+        lr = hparams["lr_labels"] if hparams["learn_labels"] else None
+        self.soft_labels = RidgeTargets(self.labels, self.num_classes, reg=hparams["reg"], scale=scale, lr=lr)
 
     def describe(self) -> dict[str, Any]:
         """Describe the data, the network and the kernel, which is made of networks' features."""
@@ -357,7 +363,7 @@ class FeatureRegression(RidgeDistillation):
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the real images to the device; make the pool, or continue with a checkpoint's."""
-        super().begin(state)
+        self._real = self.real_on_device()
         hparams, build = self.hparams, partial(self.fresh_network, "pool")
         self.pool = NetworkPool(build, hparams["pool_size"], hparams["max_steps_per_network"], hparams["lr_pool"])
         if state is not None:
@@ -399,6 +405,11 @@ class FeatureRegression(RidgeDistillation):
         own = self.features(network, self.images)
         cross = lambda images: self.features(network, images.to(self.images.dtype)) @ own.T  # noqa: E731
         return ridge_accuracy(cross, own @ own.T, self.soft_labels.values, self.hparams["reg"], real)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure by the method's own protocol where that is due: before the set is written."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        record_accuracies(self, "ridge regression on the pool's features", self.own_accuracies)
 
     def extra_state(self) -> dict[str, Any]:
         """Add the pool."""

@@ -19,10 +19,11 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
-from ftd_lightning.functional.matching import Match, chunked_permutations, match
+from ftd_lightning.functional.matching import Match, match
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.unroll import Unroll
 from ftd_lightning.modules.distillation import Distillation, Init, common
+from ftd_lightning.modules.inner_loop import InnerLoop
 from ftd_lightning.rules.base import MatchingRule, having, only_one
 
 if TYPE_CHECKING:
@@ -162,8 +163,9 @@ class TrajectoryMatching(Distillation):
 
     def build(self) -> None:
         """Make the student, the initial synthetic set and its labels."""
-        # In a tuple: no submodule, so its weights are neither in checkpoints nor among DDP's parameters.
-        self._student = (self.fresh.architecture().requires_grad_(False).train(),)
+        hparams = self.hparams
+        student = self.fresh.architecture()
+        self.inner_loop = InnerLoop(student, hparams["syn_steps"], hparams["syn_batch"], hparams["compile"])
         super().build()
         self.soft_labels = self.student_labels(
             lambda: self._recorded_teachers(self.real_images()).answers(self.images.detach())
@@ -192,7 +194,7 @@ class TrajectoryMatching(Distillation):
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the student to the device."""
-        self._student[0].to(self.device, self.images.dtype)
+        self.inner_loop.network.to(self.device, self.images.dtype)
 
     def training_step(self, batch: list[SegmentBatch], batch_idx: int) -> Tensor:
         """Average the matching losses of this rank's segments."""
@@ -210,7 +212,7 @@ class TrajectoryMatching(Distillation):
         iteration, slot = segment["iteration"], segment["slot"]
         if iteration != self.global_step:
             raise RuntimeError(f"segment {iteration} came at step {self.global_step}: the run could not be reproduced")
-        hparams, student, labels = self.hparams, self._student[0], self.labels
+        student, labels = self.inner_loop.network, self.labels
         if isinstance(self.soft_labels, StudentLabels):
             labels = self.soft_labels.of_segment(student, segment["target"], self.images.detach())
         return match(
@@ -220,17 +222,12 @@ class TrajectoryMatching(Distillation):
             self.images,
             labels,
             self.step_size,
-            batches=chunked_permutations(
-                len(self.images),
-                hparams["syn_steps"],
-                self.generator("batches", iteration, slot),
-                batch_size=hparams["syn_batch"],
-            ),
+            batches=self.inner_loop.batches(len(self.images), self.generator("batches", iteration, slot)),
             augment=self.augment or None,
             seed=derive_seed(self.seed, "dsa", iteration, slot),
-            unroll=hparams["unroll"],
+            unroll=self.hparams["unroll"],
             rules=self.rules,
-            compile=hparams["compile"],
+            compile=self.inner_loop.compile,
         )
 
     def _recorded_teachers(self, real: Images) -> RecordedTeachers:
