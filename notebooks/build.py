@@ -41,7 +41,8 @@ def build(script: Path) -> Path:
         warned = [output.text for output in cell.get("outputs", []) if output.get("name") == "stderr"]
         if warned:  # a warning names folders of the machine, and tells a reader nothing
             raise ValueError(f"{script.stem}: a cell wrote to standard error: {warned[0]}")
-    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     text = nbformat.writes(notebook) + "\n"
     if len(text) > LARGEST:
         raise ValueError(f"{script.stem}: {len(text)} bytes with its outputs, {LARGEST} at most; make them smaller")

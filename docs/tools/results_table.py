@@ -144,6 +144,7 @@ REPRODUCTION = Path("docs/reproduction.md")
 # Name of the markers -> file, and the table between them.
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "demo": (Path("README.md"), lambda: of_config("demo", short_lines)),
+    "start": (Path("docs/index.md"), lambda: of_config("demo", short_lines)),
     "compare": (REPRODUCTION, lambda: of_config("digits/compare", label_lines)),
     "compare_all": (REPRODUCTION, lambda: of_config("compare_all", label_lines)),
     "hour": (REPRODUCTION, lambda: of_config("compare_hour_w32", without_memory)),

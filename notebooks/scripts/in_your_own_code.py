@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Your own data set, network and Trainer
 #
-# Suppose that you have a torchvision-style data set, a network of your own (here with BatchNorm) and a way to start a
-# Trainer. This notebook distils your data for your network: teachers, distillation with an evaluation on the way, and
-# evaluation are three fits.
+# Suppose that you have a torchvision-style data set, a network of your own (here with
+# BatchNorm) and a way to start a Trainer. This notebook distils your data for your network:
+# teachers, distillation with an evaluation on the way, and evaluation are three fits.
 
 # %%
 import logging
@@ -52,18 +52,30 @@ class YourImages(VisionDataset):
 
 
 def your_network():
-    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()]
+    layers = [
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+    ]
     return nn.Sequential(*layers, nn.Linear(256, 10))
 
 
 # %% [markdown]
 # ## The whole job
 #
-# `from_datasets` reads both data sets once; every phase is then a module in an ordinary Trainer with your logger and
-# your checkpoints. The modules add their own recorder and set writer where you gave none.
+# `from_datasets` reads both data sets once; every phase is then a module in an ordinary Trainer
+# with your logger and your checkpoints. The modules add their own recorder and set writer where
+# you gave none.
 
 # %%
-from ftd_lightning import DistillationDataModule, FlatTeacher, SyntheticEvaluation, TrajectoryMatching
+from ftd_lightning import (
+    DistillationDataModule,
+    FlatTeacher,
+    SyntheticEvaluation,
+    TrajectoryMatching,
+)
 from ftd_lightning.callbacks import EvaluateSynthetic
 
 folder = Path(tempfile.mkdtemp())
@@ -102,12 +114,15 @@ matching = TrajectoryMatching(
     step_size_init=0.1,
     augment="",
 )
-distilled = fit(matching, "distillation", EvaluateSynthetic(2, networks=2, epochs=100), max_steps=200)
+distilled = fit(
+    matching, "distillation", EvaluateSynthetic(2, networks=2, epochs=100), max_steps=200
+)
 for synthetic in ("random", str(folder / "distillation/version_0/set.safetensors")):
     evaluation = SyntheticEvaluation(your_network, networks=3, augment="", lr=0.05)
     fit(evaluation, "evaluation", synthetic=synthetic, max_epochs=200)
     for name, accuracy in evaluation.results["accuracy"].items():
-        print(f"trained on 10 images ({name}): {100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %")
+        mean, std = 100 * accuracy["mean"], 100 * accuracy["std"]
+        print(f"trained on 10 images ({name}): {mean:.1f} ± {std:.1f} %")
 
 # %% [markdown]
 # `load_from_checkpoint` gave the modules back, with their networks and images:
@@ -119,7 +134,8 @@ print(distilled.synthetic_set().pictures().shape, distilled.synthetic_set().clas
 # %% [markdown]
 # ## Parts of it
 #
-# The mathematics needs torch alone: the matching loss is an ordinary differentiable function, and GSAM an optimizer.
+# The mathematics needs torch alone: the matching loss is an ordinary differentiable function,
+# and GSAM an optimizer.
 
 # %%
 from ftd_lightning.functional import chunked_permutations, flatten_parameters, make_generator
@@ -130,9 +146,14 @@ net = your_network()
 start = flatten_parameters(net)
 target = start + 0.01 * torch.randn_like(start)
 synthetic = distilled.synthetic_set()
-images, step_size = synthetic.images.clone().requires_grad_(), torch.tensor(0.1, requires_grad=True)
+images, step_size = (
+    synthetic.images.clone().requires_grad_(),
+    torch.tensor(0.1, requires_grad=True),
+)
 batches = chunked_permutations(len(images), 5, make_generator(0))
-loss = trajectory_matching_loss(net, start, target, images, synthetic.labels, step_size, batches=batches)
+loss = trajectory_matching_loss(
+    net, start, target, images, synthetic.labels, step_size, batches=batches
+)
 loss.backward()
 print(f"loss {float(loss):.3f}, |d loss / d images| {float(images.grad.norm()):.4f}")
 print(f"d loss / d step size {float(step_size.grad):.3f}")

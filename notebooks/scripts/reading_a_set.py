@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Reading a distilled set
 #
-# A set is one file that says what it is. This notebook makes a small one on whitened digits, and then forgets how: all
-# that follows reads the file alone (and, for the last part, the teachers' store).
+# A set is one file that says what it is. This notebook makes a small one on whitened digits,
+# and then forgets how: all that follows reads the file alone (and, for the last part, the
+# teachers' store).
 
 # %%
 import logging
@@ -17,18 +18,29 @@ import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import Trainer
 
-from ftd_lightning import DistillationDataModule, FlatTeacher, SyntheticSet, TrajectoryMatching, TrajectoryStore
+from ftd_lightning import (
+    DistillationDataModule,
+    FlatTeacher,
+    SyntheticSet,
+    TrajectoryMatching,
+    TrajectoryStore,
+)
 from ftd_lightning.callbacks import SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.callbacks.tensorboard import picture_grid
 from ftd_lightning.functional import Augmentation
 from ftd_lightning.models import build_network
 from ftd_lightning.studies.trajectory_error import measure_trajectory_error
-from ftd_lightning.core.evaluation import EvaluationProtocol, accuracies, train_fresh_networks
+from ftd_lightning.core import EvaluationProtocol, accuracies, train_fresh_networks
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 folder = Path(tempfile.mkdtemp())
-quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+quiet = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def whitened():
@@ -36,15 +48,17 @@ def whitened():
 
 
 size = {"network": "convnet", "network_options": {"width": 16, "depth": 2}}
-teachers = FlatTeacher(**size, teachers=3, epochs=12, lr=0.05, rho=0.02, augment="crop_scale_rotate")
+teachers = FlatTeacher(
+    **size, teachers=3, epochs=12, lr=0.05, rho=0.02, augment="crop_scale_rotate"
+)
 recorder = TrajectoryRecorder(str(folder / "teachers"))
 fit = {"limit_val_batches": 0, "num_sanity_val_steps": 0, **quiet}
 Trainer(max_epochs=-1, callbacks=[recorder], **fit).fit(teachers, whitened())
 settings = {"syn_steps": 10, "max_start_epoch": 8, "lr_images": 30.0, "step_size_init": 0.05}
 matching = TrajectoryMatching(str(folder / "teachers"), **settings, augment="crop_scale_rotate")
-Trainer(max_steps=150, callbacks=[SyntheticSetWriter(str(folder / "set.safetensors"))], **quiet).fit(
-    matching, whitened()
-)
+Trainer(
+    max_steps=150, callbacks=[SyntheticSetWriter(str(folder / "set.safetensors"))], **quiet
+).fit(matching, whitened())
 
 # %% [markdown]
 # ## What it says of itself
@@ -59,13 +73,18 @@ for key in ("method", "dataset", "network", "augmentation", "teachers", "iterati
 # %% [markdown]
 # ## What networks see, and what people see
 #
-# The networks were trained on whitened images: neighbouring pixels no longer share information, which is why
-# the values below look like noise with edges. The set contains the inverse of the whitening, and with it the pictures.
+# The networks were trained on whitened images: neighbouring pixels no longer share information,
+# which is why the values below look like noise with edges. The set contains the inverse of the
+# whitening, and with it the pictures.
 
 # %%
-values = (synthetic.images - synthetic.images.amin()) / (synthetic.images.amax() - synthetic.images.amin())
+values = (synthetic.images - synthetic.images.amin()) / (
+    synthetic.images.amax() - synthetic.images.amin()
+)
 figure, axes = plt.subplots(2, 1, figsize=(7, 2), dpi=70)
-for axis, title, pictures in zip(axes, ("values", "pictures"), (values, synthetic.pictures()), strict=True):
+for axis, title, pictures in zip(
+    axes, ("values", "pictures"), (values, synthetic.pictures()), strict=True
+):
     axis.imshow(picture_grid(pictures, synthetic.labels).permute(1, 2, 0))
     axis.set_title(title, fontsize=9)
     axis.axis("off")
@@ -75,11 +94,13 @@ print("transform:", synthetic.transform.describe()["kind"])
 # %% [markdown]
 # ## Another network
 #
-# The set was distilled for one network. How much of it serves another? The test images go through the set's own
-# transform, which the data module takes from the file.
+# The set was distilled for one network. How much of it serves another? The test images go
+# through the set's own transform, which the data module takes from the file.
 
 # %%
-data = DistillationDataModule(dataset="digits", root=str(folder), synthetic=str(folder / "set.safetensors"))
+data = DistillationDataModule(
+    dataset="digits", root=str(folder), synthetic=str(folder / "set.safetensors")
+)
 data.setup()
 others = {
     "ConvNet, as distilled": {"width": 16, "depth": 2},
@@ -88,7 +109,9 @@ others = {
     "ConvNet, max pooling": {"width": 16, "depth": 2, "pooling": "max"},
 }
 step_size = float(synthetic.step_size)
-protocol = EvaluationProtocol(epochs=200, lr=step_size, augment=Augmentation("crop_scale_rotate"))
+protocol = EvaluationProtocol(
+    epochs=200, lr=step_size, augment=Augmentation("crop_scale_rotate")
+)
 for name, options in others.items():
     fresh = []
     for seed in range(3):
@@ -101,19 +124,27 @@ for name, options in others.items():
 # %% [markdown]
 # ## The accumulated trajectory error
 #
-# The paper's question: a student that runs through all segments on the set alone drifts away from the teacher. How far?
+# The paper's question: a student that runs through all segments on the set alone drifts away
+# from the teacher. How far?
 
 # %%
 store = TrajectoryStore(folder / "teachers")
 student = build_network("convnet", 1, 10, 8, width=16, depth=2)
 curves = measure_trajectory_error(synthetic, store, data.test, student, teachers=range(3))
 figure, axis = plt.subplots(figsize=(5, 2.6), dpi=70)
-for label, key in (("running through", "evaluation"), ("started afresh from the teacher", "distillation")):
+for label, key in (
+    ("running through", "evaluation"),
+    ("started afresh from the teacher", "distillation"),
+):
     axis.plot(
-        curves[0].epochs, torch.tensor([getattr(curve, key) for curve in curves]).mean(0), marker=".", label=label
+        curves[0].epochs,
+        torch.tensor([getattr(curve, key) for curve in curves]).mean(0),
+        marker=".",
+        label=label,
     )
 axis.set(xlabel="teacher epoch", ylabel="loss above the teacher's")
 axis.legend(fontsize=8)
 plt.show()
 epsilon = torch.tensor([curve.epsilon[-1] for curve in curves])
-print(f"accumulated error after {curves[0].epochs[-1]} epochs: {epsilon.mean():.2f} ± {epsilon.std(correction=0):.2f}")
+mean, std = epsilon.mean(), epsilon.std(correction=0)
+print(f"accumulated error after {curves[0].epochs[-1]} epochs: {mean:.2f} ± {std:.2f}")
