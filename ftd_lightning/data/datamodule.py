@@ -139,6 +139,7 @@ class DistillationDataModule(LightningDataModule):
         trajectories: store of the teachers whose features "herding" and "k-center" use.
         teacher: which of them.
         cache_dir: folder of decoded images and whitenings; None: ``ftd_lightning`` in the user's cache folder.
+        skip_broken: leave image files out that cannot be read, and say which; without it they are refused.
 
     Attributes:
         spec: the description of the data set. "tiny-imagenet" and "folder" are described by their files, another
@@ -169,6 +170,7 @@ class DistillationDataModule(LightningDataModule):
         trajectories: str | None = None,
         teacher: int = 0,
         cache_dir: str | None = None,
+        skip_broken: bool = False,
     ) -> None:
         check_bounds(DistillationDataModule, locals())
         super().__init__()
@@ -207,7 +209,7 @@ class DistillationDataModule(LightningDataModule):
             transform: of images that are normalised already, which are taken as they are.
             options: arguments of the constructor, but those that say where files are.
         """
-        for name in ("dataset", "root", "download", "test_fraction"):
+        for name in ("dataset", "root", "download", "test_fraction", "skip_broken"):
             if name in options:
                 raise InputError(f"{name}= is for images in files: from_datasets takes them as objects")
         if transform is not None and options.get("zca"):
@@ -255,7 +257,7 @@ class DistillationDataModule(LightningDataModule):
 
     @property
     def _request(self) -> Request:
-        keys = ("download", "image_size", "test_fraction", "cache_dir")
+        keys = ("download", "image_size", "test_fraction", "cache_dir", "skip_broken")
         return Request(self.root or Path(), **{key: self.hparams[key] for key in keys})
 
     @property

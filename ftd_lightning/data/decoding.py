@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ftd_lightning.data.sources import Parts
+    from ftd_lightning.data.sources import Parts, Request
 
 
 T = TypeVar("T")
 CHUNK = 1000  # pictures measured at a time: bounds the memory that it takes
+MOST_THREADS = 16  # each holds a whole image, of 12 megapixels about 100 MB
+REPLACE = "replace them, or leave them out: data.skip_broken (ftd distill: --skip-broken)"
 
 
 class LabelledFiles(NamedTuple):
@@ -76,14 +78,23 @@ def for_each(files: Sequence[Path], use: Callable[[int, ImageFile.ImageFile], T]
         try:
             with Image.open(files[i]) as image:
                 return use(i, image)
+        except UnidentifiedImageError:
+            return InputError(f"{files[i]} (not an image)")
         except Exception as error:  # Pillow raises many kinds
-            return InputError(f"{files[i]}: not a readable image ({error}); replace it or remove it")
+            return InputError(f"{files[i]} ({error})")
 
     # Not os.cpu_count: that counts CPUs that the process may not run on.
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(threads) as pool:
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(threads, MOST_THREADS)) as pool:
         results = pool.map(open_and_use, range(len(files)))
         return list(tqdm(results, desc=title, total=len(files), unit="image", leave=False, delay=1))
+
+
+def unreadable(looks: Sequence[object]) -> str:
+    """Count the unreadable files among the results of :func:`for_each`, and name the first three."""
+    errors = [str(look) for look in looks if isinstance(look, InputError)]
+    more = ", ..." if len(errors) > 3 else ""
+    return f"unreadable images, {len(errors):,} of {len(looks):,}: {', '.join(errors[:3])}{more}"
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -130,8 +141,10 @@ def pixels(image: Image.Image, *, channels: int, size: tuple[int, int] | None = 
     return array.transpose(2, 0, 1)
 
 
-def decode(parts: Mapping[str, LabelledFiles], *, channels: int, size: int, deep: bool) -> tuple[Parts, int]:
-    """Decode the files of all parts of a data set in parallel; unreadable ones are refused together.
+def decode(
+    parts: Mapping[str, LabelledFiles], *, channels: int, size: int, deep: bool, skip_broken: bool = False
+) -> tuple[Parts, int]:
+    """Decode the files of all parts of a data set in parallel; unreadable ones are refused together, or left out.
 
     Returns:
         By part, pictures (N, channels, size, size) and labels; and the largest value of the images of 16 bits, or 0.
@@ -145,14 +158,21 @@ def decode(parts: Mapping[str, LabelledFiles], *, channels: int, size: int, deep
         np.copyto(view[i], pixels(image, channels=channels, size=(size, size)), casting="safe")
         peaks[i] = np.asarray(image).max() if is_deep(image) else 0
 
-    unreadable = [error for error in for_each(files, read, f"decoding images to {size} px") if error]
-    if unreadable:
-        others = f"; {len(unreadable) - 1:,} more files are unreadable" if len(unreadable) > 1 else ""
-        raise InputError(f"{unreadable[0]}{others}")
+    looks = for_each(files, read, f"decoding images to {size} px")
+    good = torch.tensor([look is None for look in looks])
+    if not good.all():
+        if not skip_broken:
+            raise InputError(f"{unreadable(looks)}; {REPLACE}")
+        rank_zero_info(f"left out {unreadable(looks)}")
+        pictures, peaks = pictures[good], peaks[good.numpy()]
     if deep:
         pictures /= torch.from_numpy(np.where(peaks > 0, peaks.max(), 255)).float().view(-1, 1, 1, 1)
-    split = pictures.split([len(part.files) for part in parts.values()])
-    labels = [torch.tensor(part.labels, dtype=torch.int64) for part in parts.values()]
+    masks = good.split([len(part.files) for part in parts.values()])
+    split = pictures.split([int(mask.sum()) for mask in masks])
+    labels = [torch.tensor(part.labels)[mask] for part, mask in zip(parts.values(), masks, strict=True)]
+    for part, left in zip(parts.values(), labels, strict=True):
+        for label in set(part.labels) - set(left.tolist()):
+            raise InputError(f"{part.files[part.labels.index(label)].parent}: holds no readable image; add some")
     return dict(zip(parts, map(Pictures, split, labels), strict=True)), int(peaks.max())
 
 
@@ -196,7 +216,7 @@ class DecodedImages:
     Attributes:
         path: of the cache; see :func:`cache_file`.
         parts: files and labels by part.
-        form: returns ``channels``, ``size`` and perhaps ``deep``, as :func:`decode` takes them, and values to record.
+        form: returns arguments of :func:`decode` by their names, and values to record.
     """
 
     path: Path
@@ -223,8 +243,8 @@ class DecodedImages:
 
     def fill(self) -> None:
         """Decode all parts and write the cache at once, with sizes, mean, std, fingerprints and values of ``form``."""
-        metadata = {"deep": False, **self.form()}
-        shape: dict[str, Any] = {key: metadata.pop(key) for key in ("channels", "size", "deep")}
+        metadata = {"deep": False, "skip_broken": False, **self.form()}
+        shape: dict[str, Any] = {key: metadata.pop(key) for key in ("channels", "size", "deep", "skip_broken")}
         channels, size = shape["channels"], shape["size"]
         values = sum(len(part.files) for part in self.parts.values()) * channels * size**2
         work = f"{self.path.parent}: decoding to {size} px"
@@ -236,17 +256,16 @@ class DecodedImages:
         write_tensors(self.path, tensors, kind=KIND, metadata=metadata)
 
 
-def cache_file(
-    cache_dir: str | Path | None, name: str, size: int | str, base: Path, parts: Mapping[str, LabelledFiles]
-) -> Path:
+def cache_file(request: Request, name: str, size: int | str, base: Path, parts: Mapping[str, LabelledFiles]) -> Path:
     """Name the cache of decoded files by all that it depends on: their paths, labels, lengths and times of change."""
-    digest = hashlib.blake2b(f"{VERSION}|{base.resolve()}\n".encode(errors="surrogateescape"), digest_size=8)
+    broken = "|skip_broken" if request.skip_broken else ""
+    digest = hashlib.blake2b(f"{VERSION}|{base.resolve()}{broken}\n".encode(errors="surrogateescape"), digest_size=8)
     for part, (files, labels) in parts.items():
         for file, label in zip(files, labels, strict=True):
             stat = file.stat()
             line = f"{part}|{label}|{file.relative_to(base).as_posix()}|{stat.st_size}|{stat.st_mtime_ns}\n"
             digest.update(line.encode(errors="surrogateescape"))
-    return cache_folder(cache_dir) / "decoded" / f"{name}_{size}_{digest.hexdigest()}.safetensors"
+    return cache_folder(request.cache_dir) / "decoded" / f"{name}_{size}_{digest.hexdigest()}.safetensors"
 
 
 COPIES = 17  # of the matrix, float32, that fitting takes at its peak, as measured

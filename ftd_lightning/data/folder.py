@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from ftd_lightning.data.decoding import (
+    REPLACE,
     SIDEWAYS,
     DecodedImages,
     LabelledFiles,
@@ -24,6 +25,7 @@ from ftd_lightning.data.decoding import (
     is_deep,
     is_grey,
     turn_of,
+    unreadable,
 )
 from ftd_lightning.data.sources import ImageDataset, Request, resizing
 from ftd_lightning.errors import InputError
@@ -41,6 +43,12 @@ def os_errors_as_input_errors() -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); fix that, or remove it") from error
+
+
+def refuse_folders(problem: str, folders: Sequence[Path]) -> None:
+    """Raise the InputError of a problem that some folders have, naming all of them; nothing for none."""
+    if folders:
+        raise InputError(f"{', '.join(map(str, folders))}: {problem}")
 
 
 @cache
@@ -74,18 +82,12 @@ class ImageTree:
 
     def part(self, folders: Sequence[Path]) -> LabelledFiles:
         """List the images of classes, each in a folder of its own, in label order."""
-        files: list[Path] = []
-        labels: list[int] = []
-        for label, folder in enumerate(folders):
-            if not folder.is_dir():
-                raise InputError(f"{folder}: no such folder; the images of one class belong there")
-            images = self.images(folder)
-            if not images:
-                endings = ", ".join(IMG_EXTENSIONS)
-                raise InputError(f"{folder}: holds no images ({endings}); add some, or remove the folder")
-            files += images
-            labels += [label] * len(images)
-        return LabelledFiles(files, labels)
+        refuse_folders("no such folder; the images of one class belong there", [f for f in folders if not f.is_dir()])
+        found = [self.images(folder) for folder in folders]
+        empty = [folder for folder, images in zip(folders, found, strict=True) if not images]
+        refuse_folders(f"no images ({', '.join(IMG_EXTENSIONS)}); add some, or remove the folder", empty)
+        labels = [label for label, images in enumerate(found) for _ in images]
+        return LabelledFiles([file for images in found for file in images], labels)
 
     def log_skipped(self) -> None:
         """Log the number of skipped files; a line that was logged before is not repeated."""
@@ -116,10 +118,11 @@ def _split(part: LabelledFiles, folders: Sequence[Path], fraction: float) -> dic
     another.
     """
     parts = {"train": LabelledFiles([], []), "test": LabelledFiles([], [])}
+    counts = Counter(part.labels)
+    alone = [folder for label, folder in enumerate(folders) if counts[label] < 2]
+    refuse_folders("one image; one to train and one to test are needed at least", alone)
     for label, folder in enumerate(folders):
         files = [file for file, of in zip(part.files, part.labels, strict=True) if of == label]
-        if len(files) < 2:
-            raise InputError(f"{folder}: holds one image, one to train and one to test are needed at least")
         count = min(max(round(fraction * len(files)), 1), len(files) - 1)
         names = {file: os.fsencode(file.relative_to(folder.parent).as_posix()) for file in files}
         chosen = set(sorted(files, key=lambda file: hashlib.blake2b(names[file]).digest())[:count])
@@ -148,10 +151,8 @@ def find_parts(request: Request) -> tuple[tuple[str, ...], dict[str, LabelledFil
         )
     folders = {name: _class_folders(root / name) for name in there}
     for here, other in permutations(there, 2):
-        names = {path.name for path in folders[other]}
-        for path in folders[here]:
-            if path.name not in names:
-                raise InputError(f"{root / other / path.name}: no such folder, but there is {path}")
+        names = sorted({path.name for path in folders[here]} - {path.name for path in folders[other]})
+        refuse_folders(f"no such folder, but there is in {root / here}", [root / other / name for name in names])
     parts = {name: tree.part(classes) for name, classes in folders.items()}
     tree.log_skipped()
     if "test" not in parts:
@@ -206,7 +207,7 @@ class Census:
         headers = [header for header in looks if isinstance(header, _Header)]
         train = [header for header in looks[: len(parts["train"].files)] if isinstance(header, _Header)]
         if not train:
-            raise next(error for error in looks if isinstance(error, InputError))
+            raise InputError(f"{unreadable(looks)}; {REPLACE}")
         sizes = Counter(header.size for header in train)
         counts = Counter(label for part in parts.values() for label in part.labels)
         return cls(
@@ -243,13 +244,14 @@ class Census:
         return [first, "; ".join(second)] if second else [first]
 
 
-def _form(names: Sequence[str], parts: Mapping[str, LabelledFiles], image_size: int | None) -> dict[str, Any]:
+def _form(names: Sequence[str], parts: Mapping[str, LabelledFiles], request: Request) -> dict[str, Any]:
     census = Census.take(names, parts)
-    size = image_size or census.size
+    size = request.image_size or census.size
     if change := resizing(census.sizes, size):
         rank_zero_info(change)
     deep = any(mode.startswith("I;16") for mode in census.modes)
-    return {"channels": census.channels, "size": size, "deep": deep, "native_size": census.size}
+    shape = {"channels": census.channels, "size": size, "deep": deep, "native_size": census.size}
+    return {**shape, "skip_broken": request.skip_broken}
 
 
 def find_folder(request: Request) -> ImageDataset:
@@ -264,8 +266,8 @@ def find_folder(request: Request) -> ImageDataset:
     """
     names, parts = find_parts(request)
     with os_errors_as_input_errors():
-        path = cache_file(request.cache_dir, "folder", request.image_size or "native", request.root, parts)
-    decoded = DecodedImages(path, parts, partial(_form, names, parts, request.image_size))
+        path = cache_file(request, "folder", request.image_size or "native", request.root, parts)
+    decoded = DecodedImages(path, parts, partial(_form, names, parts, request))
     metadata = decoded.metadata()
     # Only where it was used, so that whoever reads a description can ask for the same images.
     split = {} if (request.root / "train").is_dir() else {"test_fraction": request.test_fraction}

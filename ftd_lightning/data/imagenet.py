@@ -74,8 +74,8 @@ def _decoded(name: str, size: int, request: Request) -> DecodedImages:
     images = ImageTree(tree)
     parts = {part: images.part(paths) for part, paths in folders.items()}
     images.log_skipped()
-    path = cache_file(request.cache_dir, name, size, tree, parts)
-    return DecodedImages(path, parts, partial(dict, channels=3, size=size))
+    path = cache_file(request, name, size, tree, parts)
+    return DecodedImages(path, parts, partial(dict, channels=3, size=size, skip_broken=request.skip_broken))
 
 
 def _load(name: str, size: int, request: Request) -> Parts:
@@ -173,6 +173,6 @@ def find_tiny_imagenet(request: Request) -> ImageDataset:
         # Skipped files are not logged: the archive has a text file for every class.
         train = ImageTree(folder).part([folder / "train" / wnid for wnid in wnids])
         parts = {"train": train, "test": _test_part(folder, wnids)}
-        path = cache_file(request.cache_dir, "tiny-imagenet", size, folder, parts)
-    decoded = DecodedImages(path, parts, partial(dict, channels=3, size=size))
+        path = cache_file(request, "tiny-imagenet", size, folder, parts)
+    decoded = DecodedImages(path, parts, partial(dict, channels=3, size=size, skip_broken=request.skip_broken))
     return ImageDataset(names, 3, size, MEAN, STD, decoded.load, native_size=TINY_SIZE, contents=decoded.contents)

@@ -48,6 +48,7 @@ class Request:
         image_size: height and width in pixels, >= 1; None: the data set's own.
         test_fraction: share of every class that becomes the test part, in (0, 1), where the files name no such part.
         cache_dir: folder of decoded images; None: the user's cache folder.
+        skip_broken: leave unreadable images out.
     """
 
     root: Path = Path("data")
@@ -55,6 +56,7 @@ class Request:
     image_size: int | None = None
     test_fraction: float = 0.2
     cache_dir: str | Path | None = None
+    skip_broken: bool = False
 
 
 @dataclass(frozen=True)

@@ -350,6 +350,7 @@ def distill_source(
     config: str | None = None,
     stop_after: float | None = None,
     seed: int = 0,
+    skip_broken: bool = False,
     overrides: Sequence[str] = (),
 ) -> None:
     """Distil images into a set, and measure it beside random and all real images.
@@ -368,12 +369,14 @@ def distill_source(
         config: take the settings of this distillation's config, and of what belongs to it.
         stop_after: minutes; the same command continues.
         seed: of everything that is drawn.
+        skip_broken: leave image files out that cannot be read.
         overrides: further options, for the fits.
 
     Raises:
         InputError: for images that cannot be read, a budget in which no teacher ends, or a folder of another command.
     """
     check_bounds(distill_source, locals())
+    overrides = [*overrides, *(["--data.skip_broken=true"] if skip_broken else [])]
     command = {"ipc": ipc, "method": method, "minutes": minutes, "config": config, "seed": seed}
     job = plan_job(find_source(source), out, command, overrides)
     if not run_job(job, out, Deadline(stop_after)):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PHASES = ("teacher", "distill", "evaluate")
 # Data sets whose name does not identify their images. Others are published archives.
 BY_CONTENTS = {"folder", "images", *SUBSETS}
-WHERE = ("dataset", "root", "image_size", "test_fraction", "cache_dir")  # options that find the images
+WHERE = ("dataset", "root", "image_size", "test_fraction", "cache_dir", "skip_broken")  # options that find the images
 # Settings that may differ between two fits with equal results.
 NO_RESULT = {
     "data": ("root", "download", "on_device", "num_workers", "cache_dir"),

@@ -16,6 +16,7 @@ from ftd_lightning.data.decoding import (
     decode,
     pixels,
 )
+from ftd_lightning.data.sources import Request
 from ftd_lightning.files.transforms import Whitening
 
 
@@ -111,8 +112,23 @@ def test_unreadable_images_are_refused_by_name(tmp_path, refused):
     for file, content in ((path, b"no image\nat all"), (path, path.read_bytes()[:1000]), (path, b""), (deep, None)):
         if content is not None:
             file.write_bytes(content)
-        with refused(file, "readable image"):
+        with refused(f"unreadable images, 1 of 1: {file} (", "data.skip_broken", "--skip-broken"):
             decode({"train": LabelledFiles([file], [0])}, channels=3, size=6, deep=False)
+
+
+def test_broken_files_are_left_out_where_asked_and_every_class_keeps_an_image(tmp_path, image_folder, refused):
+    files = sorted(image_folder(tmp_path, ["a", "b"], count=3).rglob("*.png"))
+    parts = {"train": LabelledFiles(files[:2] + files[3:5], [0, 0, 1, 1]), "test": LabelledFiles(files[2::3], [0, 1])}
+    whole, _ = decode(parts, channels=3, size=12, deep=False)
+    files[0].write_bytes(b"text")
+    files[2].write_bytes(files[2].read_bytes()[:100])
+    with refused(f"unreadable images, 2 of 6: {files[0]} (not an image), {files[2]} ("):
+        decode(parts, channels=3, size=12, deep=False)
+    left, _ = decode({"train": parts["train"]}, channels=3, size=12, deep=False, skip_broken=True)
+    assert torch.equal(left["train"].pictures, whole["train"].pictures[1:])
+    assert left["train"].labels.tolist() == [0, 1, 1]
+    with refused(f"{tmp_path / 'a'}: holds no readable image"):
+        decode(parts, channels=3, size=12, deep=False, skip_broken=True)
 
 
 # The cache of decoded images
@@ -158,16 +174,18 @@ def test_interrupted_work_leaves_nothing(decoded, monkeypatch):
 def test_cache_is_named_by_all_that_it_depends_on(tmp_path, decoded):
     train, empty = decoded.parts["train"], LabelledFiles([], [])
 
-    def name(size=12, **changed):
-        return cache_file(tmp_path, "x", size, tmp_path / "images", {**decoded.parts, **changed})
+    def name(size=12, skip=False, **changed):
+        request = Request(cache_dir=tmp_path, skip_broken=skip)
+        return cache_file(request, "x", size, tmp_path / "images", {**decoded.parts, **changed})
 
     names = {name(), name(), name(16), name(test=empty), name(train=LabelledFiles(train.files, train.labels[::-1]))}
+    names.add(name(skip=True))
     os.utime(train.files[0], ns=(1, 1))
     names.add(name())
     train.files[0].write_bytes(train.files[0].read_bytes() + b" ")
     os.utime(train.files[0], ns=(1, 1))
     names.add(name())
-    assert len(names) == 6
+    assert len(names) == 7
     assert {path.parent for path in names} == {tmp_path / "decoded"}
 
 

@@ -110,7 +110,9 @@ def test_wrong_layouts_are_refused(tmp_path, image_folder, refused):
     image_folder(tmp_path / "a" / "val", [*CLASSES, "dog"])
     check("a/train/dog", "no such folder")
     (tmp_path / "a" / "train" / "dog").mkdir()
-    check("a/train/dog", "no images")
+    shutil.rmtree(tmp_path / "a" / "train" / "cow")
+    (tmp_path / "a" / "train" / "cow").mkdir()
+    check("a/train/cow", tmp_path / "a" / "train" / "dog", "no images")
     image_folder(tmp_path / "b" / "val", CLASSES)
     image_folder(tmp_path / "b" / "test", CLASSES)
     check("b", "val/ and test/ but no train/", "data.test_fraction")
@@ -258,15 +260,26 @@ def test_blank_and_unreadable_images_are_refused_and_nothing_is_written(both, im
         file = both / part / "bee" / "bee_1.png"
         content = file.read_bytes()
         file.write_bytes(content[:60])
-        with refused(file, "readable image"):
+        with refused(f"unreadable images, 1 of 30: {file} ("):
             ready(both, cache_dir=str(tmp_path / "cache"))
         file.write_bytes(content)
     assert not list(tmp_path.glob("cache/decoded/*"))
     for name in ("bee_0.png", "bee_1.png", "bee_2.png"):
         (both / "test" / "bee" / name).write_bytes(b"text")
-    with refused(both / "test" / "bee" / "bee_0.png", "2 more files are unreadable"):
+    (both / "test" / "cow" / "cow_0.png").write_bytes(b"")
+    with refused("unreadable images, 4 of 30", *(both / "test" / "bee" / f"bee_{i}.png" for i in range(3)), ", ...;"):
         ready(both)
+    with refused(f"{both / 'test' / 'bee'}: holds no readable image"):
+        ready(both, skip_broken=True)
+    image_folder(both / "test", ["bee"], count=1, seed=2)
+    skipping = ready(both, skip_broken=True)
+    assert [skipping.count(part) for part in ("train", "val", "test")] == [[5, 5, 5], [2, 2, 2], [3, 1, 2]]
+    identity = skipping.describe()["dataset"]["fingerprint"]
     assert DistillationDataModule("folder", root=str(both)).census.unreadable == 3
+    with refused("3 of 30"):  # what was decoded with the option is not read without
+        ready(both)
+    (both / "test" / "cow" / "cow_0.png").unlink()
+    assert ready(both, skip_broken=True).describe()["dataset"]["fingerprint"] == identity
     for file in both.rglob("*.png"):
         Image.new("RGB", (12, 12), (len(file.name) % 7,) * 3).save(file)
     with refused("every training image is of a single colour"):
