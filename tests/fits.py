@@ -53,10 +53,10 @@ def small_teacher(**options) -> FlatTeacher:
     return FlatTeacher(**{**defaults, **options})
 
 
-def record(folder: Path, **options) -> Path:
+def record(folder: Path, *, data=None, **options) -> Path:
     """Train teachers and give the folder of their store."""
     trainer = make_trainer(folder, callbacks=[TrajectoryRecorder(str(folder / "trajectories"))], limit_val_batches=0)
-    trainer.fit(small_teacher(**options), datamodule=small_data())
+    trainer.fit(small_teacher(**options), datamodule=data or small_data())
     return folder / "trajectories"
 
 

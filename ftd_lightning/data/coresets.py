@@ -12,7 +12,7 @@ from ftd_lightning.files.trajectory_store import TrajectoryStore, check_compatib
 from ftd_lightning.functional.distribution_matching import embed
 from ftd_lightning.functional.gradient_matching import batch_norms
 from ftd_lightning.functional.seeding import make_generator, to_device
-from ftd_lightning.functional.selection import herding, k_center
+from ftd_lightning.functional.selection import Ipc, herding, images_per_class, k_center
 from ftd_lightning.functional.unroll import load_flat
 from ftd_lightning.models.registry import NETWORKS, build_network, recorded_network
 
@@ -28,16 +28,18 @@ BASELINES = ("random", "herding", "k-center", "real")
 IMAGES_PER_PASS = 1000  # bounds the memory of a forward pass
 
 
-def random_real_images(train: Images, ipc: int, seed: int) -> Images:
-    """Draw ipc real images of each class, class by class; an InputError refuses more than there are."""
+def random_real_images(train: Images, ipc: Ipc, seed: int) -> Images:
+    """Draw real images of each class, class by class; see ``images_per_class``."""
     return train.take(sample_per_class(train.labels, ipc, make_generator(seed, "initial images")))
 
 
-def coreset(train: Images, kind: str, ipc: int, features: Tensor) -> Images:
-    """Choose ipc images of each class by features (N, D): "herding" or "k-center"; class by class, in that order."""
+def coreset(train: Images, kind: str, ipc: Ipc, features: Tensor) -> Images:
+    """Choose images of each class by features (N, D): "herding" or "k-center"; class by class, in that order."""
     choose = {"herding": herding, "k-center": k_center}[kind]
-    members = [(train.labels == label).nonzero().squeeze(1) for label in train.labels.unique()]
-    return train.take(torch.cat([index[choose(features[index], ipc)] for index in members]))
+    counts = images_per_class(ipc, train.labels.bincount().tolist())
+    members = [(train.labels == label).nonzero().squeeze(1) for label in range(len(counts))]
+    picked = [index[choose(features[index], count)] for index, count in zip(members, counts, strict=True)]
+    return train.take(torch.cat(picked))
 
 
 def teacher_network(
@@ -78,7 +80,7 @@ def estimate_running_statistics(network: nn.Module, images: Tensor) -> None:
 
 @torch.no_grad()
 def teacher_coreset(
-    train: Images, kind: str, ipc: int, *, trajectories: str | None, teacher: int, described: Mapping[str, Any]
+    train: Images, kind: str, ipc: Ipc, *, trajectories: str | None, teacher: int, described: Mapping[str, Any]
 ) -> tuple[Images, dict[str, Any]]:
     """Choose real images, transformed as the teachers saw them, by a teacher's features; also describe the choice.
 

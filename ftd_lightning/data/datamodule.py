@@ -34,6 +34,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files.schema import check_labels, check_tensor
 from ftd_lightning.files.synthetic_set import SyntheticSet
 from ftd_lightning.files.transforms import Standardization
+from ftd_lightning.functional.selection import Ipc
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -127,7 +128,7 @@ class DistillationDataModule(LightningDataModule):
         synthetic: train on a synthetic set: its file, whose transform the test images then go through; "real" (all
             real images); or ipc real images of each class: "random", or by a teacher's features "herding", "k-center".
         ema: use the averaged images of the file.
-        ipc: images per class of "random", "herding" and "k-center".
+        ipc: images per class of "random", "herding" and "k-center"; a list names those of each, in label order.
         download: fetch missing files.
         on_device: "auto" puts images on the GPU where they take at most half of its free memory; "no" or False reads
             them from host memory through a DataLoader; "yes" or True insists.
@@ -160,7 +161,7 @@ class DistillationDataModule(LightningDataModule):
         max_per_class: int | None = None,
         synthetic: str | None = None,
         ema: bool = False,
-        ipc: int = 1,
+        ipc: Ipc = 1,
         download: bool = True,
         on_device: Literal["auto", "yes", "no"] | bool = "auto",
         num_workers: int = 0,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import make_generator
+from ftd_lightning.functional.selection import Ipc, images_per_class
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from ftd_lightning.contracts import Part
 
 
-def sample_per_class(labels: Tensor, count: int | float, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` images of every class (int), or their share in [0, 1) (float); return indices, class by class."""
+def sample_per_class(labels: Tensor, count: Ipc | float, generator: torch.Generator) -> Tensor:
+    """Draw images of every class, a number as for ``images_per_class`` or a share in [0, 1) (float).
+
+    Returns:
+        Indices, class by class; an InputError refuses more images than a class has.
+    """
+    there = labels.bincount().tolist()
+    counts = [round(count * size) for size in there] if isinstance(count, float) else images_per_class(count, there)
     chosen = []
-    for label in range(int(labels.max()) + 1):
+    for label, wanted in enumerate(counts):
         members = (labels == label).nonzero().squeeze(1)
-        wanted = round(count * len(members)) if isinstance(count, float) else count
-        if wanted > len(members):
-            raise InputError(
-                f"{wanted} images per class are asked for, but class {label} has {len(members)}: lower ipc"
-            )
         chosen.append(members[torch.randperm(len(members), generator=generator)[:wanted]])
     return torch.cat(chosen)
 

@@ -6,17 +6,45 @@ literature uses them: class by class, on features of a network trained on the re
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ftd_lightning.errors import InputError
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Ipc = int | list[int]  # images of every class, or a list of the images of each, in label order
 First = Literal["mean", "random"]
 
 # Rows per block of float64 differences: 8 MB at 2048 features.
 ROWS_PER_BLOCK = 512
+
+
+def images_per_class(ipc: Ipc, available: Sequence[int]) -> list[int]:
+    """Return the images of each class.
+
+    Args:
+        ipc: images of every class, or a list of the images of each, in label order.
+        available: images that each class has.
+
+    Raises:
+        InputError: for a list of another length, and for a class that has fewer, with a list that works.
+
+    Example:
+        >>> images_per_class(2, [5, 4]), images_per_class([3, 1], [5, 4])
+        ([2, 2], [3, 1])
+    """
+    wanted = list(ipc) if isinstance(ipc, list | tuple) else [ipc] * len(available)
+    if len(wanted) != len(available):
+        raise InputError(f"ipc={wanted}: names {len(wanted)} classes, there are {len(available)}")
+    works = [min(pair) for pair in zip(wanted, available, strict=True)]
+    if works != wanted:
+        short = next(label for label, count in enumerate(wanted) if count > works[label])
+        raise InputError(f"ipc={ipc}: class {short} has {works[short]} images; give ipc=[{','.join(map(str, works))}]")
+    return wanted
 
 
 def _squared_distances(features: Tensor, point: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.inner_optimizers import InnerAdam, InnerOptimizer, InnerSGD
 from ftd_lightning.functional.inner_step import student_logits
 from ftd_lightning.functional.seeding import derive_seed, to_device
+from ftd_lightning.functional.selection import Ipc
 from ftd_lightning.functional.unroll import flatten_parameters, unroll
 from ftd_lightning.modules.distillation import Distillation, Init, common
 from ftd_lightning.modules.inner_loop import InnerLoop
@@ -69,7 +70,7 @@ class BilevelDistillation(Distillation):
     Args:
         network: a name, an import path, or a function that builds one.
         network_options: for a named network.
-        ipc: synthetic images per class.
+        ipc: synthetic images per class; a list names those of each, in label order.
         init: "real" starts from random real images of each class, "noise" from a standard normal.
         syn_steps: T, inner steps.
         window: M, the steps that are differentiated: those before a step drawn from {M .. T}; None: all T.
@@ -99,7 +100,7 @@ class BilevelDistillation(Distillation):
         self,
         network: Network = "convnet",
         network_options: dict[str, Any] | None = None,
-        ipc: int = 1,
+        ipc: Ipc = 1,
         init: Init = "real",
         syn_steps: int = 30,
         window: int | None = None,
@@ -204,7 +205,8 @@ class BilevelDistillation(Distillation):
         if self.hparams["schedule"] == "shuffled":
             return self.inner_loop.batches(count, self.generator("batches", iteration, slot))
         # The first image of every class, then the second of every class, and so on.
-        chunks = torch.arange(count).view(-1, self.hparams["ipc"]).T.reshape(-1).split(size or count)
+        ranks = torch.cat([torch.arange(of_class) for of_class in self.images_of_class])
+        chunks = ranks.argsort(stable=True).split(size or count)
         return [chunks[step % len(chunks)] for step in range(steps)]
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *arguments: Any, **options: Any) -> None:

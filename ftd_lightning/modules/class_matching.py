@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from ftd_lightning.functional.augment import STRATEGY, Augmentation
 from ftd_lightning.functional.distribution_matching import distribution_distance, embed
 from ftd_lightning.functional.gradient_matching import batch_norms, gradient_distance, loss_gradients
 from ftd_lightning.functional.seeding import to_device
+from ftd_lightning.functional.selection import Ipc
 from ftd_lightning.modules.distillation import Distillation, Init, common
 
 if TYPE_CHECKING:
@@ -27,14 +29,15 @@ class ClassBatches:
     """Synthetic and real images of each class; under DDP every rank draws other real ones."""
 
     def __init__(self, module: Distillation, batch_real: int) -> None:
-        self.module, self.batch_real = module, batch_real
+        self.module, self.batch_real, self.counts = module, batch_real, module.images_of_class
+        self._ends = list(accumulate(self.counts))
         labels, self._pool = module.real_images().labels, module.real_on_device().images
         self._of_class = [(labels == label).nonzero().squeeze(1) for label in range(module.num_classes)]
 
     def synthetic(self, label: int) -> Tensor:
-        """Return the synthetic images of a class, (ipc, C, H, W)."""
-        ipc = self.module.ipc
-        return self.module.images[label * ipc : (label + 1) * ipc]
+        """Return the synthetic images of a class, (n, C, H, W)."""
+        last = self._ends[label]
+        return self.module.images[last - self.counts[label] : last]
 
     def real(self, *keys: int | str, count: int | None = None, on_all_ranks: bool = False) -> Iterator[Tensor]:
         """Draw ``count`` (or ``batch_real``) real images of each class without replacement; all, if it has fewer.
@@ -113,7 +116,7 @@ class DistributionMatching(Distillation):
     Args:
         network: a name, an import path, or a function that builds one.
         network_options: for a named network.
-        ipc: synthetic images per class.
+        ipc: synthetic images per class; a list names those of each, in label order.
         init: "real" starts from random real images of each class (the published setting), "noise" from a normal.
         batch_real: real images per class and iteration.
         lr_images: learning rate of the pixels; 1 as published (10 for CIFAR-10 at 100 images per class and more).
@@ -132,7 +135,7 @@ class DistributionMatching(Distillation):
         self,
         network: Network = "convnet",
         network_options: dict[str, Any] | None = None,
-        ipc: int = 1,
+        ipc: Ipc = 1,
         init: Init = "real",
         batch_real: int = 256,
         lr_images: float = 1.0,
@@ -191,7 +194,7 @@ class GradientMatching(Distillation):
     Args:
         network: a name, an import path, or a function that builds one.
         network_options: for a named network.
-        ipc: synthetic images per class.
+        ipc: synthetic images per class; a list names those of each, in label order.
         init: "real" starts from random real images of each class (DSA as published), "noise" from a normal (DC).
         outer_loops: T, iterations on one network. None: as published for this ipc (1, 10, 20, 30, 40 or 50).
         inner_epochs: K, epochs over the synthetic set between two of them. None: as published.
@@ -213,7 +216,7 @@ class GradientMatching(Distillation):
         self,
         network: Network = "convnet",
         network_options: dict[str, Any] | None = None,
-        ipc: int = 1,
+        ipc: Ipc = 1,
         init: Init = "real",
         outer_loops: int | None = None,
         inner_epochs: int | None = None,
@@ -234,10 +237,11 @@ class GradientMatching(Distillation):
             momentum=momentum,
         )
         self.save_arguments(locals(), augment=self.augment)
-        if ipc not in PUBLISHED_LOOPS and not (outer_loops and inner_epochs):
+        published = None if isinstance(ipc, list) else PUBLISHED_LOOPS.get(ipc)
+        if published is None and not (outer_loops and inner_epochs):
             missing = "inner_epochs" if outer_loops else "outer_loops"
             raise InputError(f"ipc={ipc} has no published loops (those are {list(PUBLISHED_LOOPS)}): give {missing}")
-        published = PUBLISHED_LOOPS.get(ipc, (1, 1))
+        published = published or (1, 1)
         self.outer_loops, self.inner_epochs = outer_loops or published[0], inner_epochs or published[1]
         self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
 

@@ -24,6 +24,7 @@ from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.files.synthetic_set import SyntheticSet
 from ftd_lightning.files.transforms import Standardization
 from ftd_lightning.functional.seeding import network_to_device, to_device
+from ftd_lightning.functional.selection import Ipc
 from ftd_lightning.rules.base import LabelRule, MatchingRule, having, only_one
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Distillation(BaseModule):
 
     Args:
         network, network_options, augment, seed: as for ``BaseModule``.
-        ipc: synthetic images per class.
+        ipc: synthetic images per class; a list names those of each, in label order.
         init: "real" starts from random real images of each class, "noise" from a standard normal.
         iterations_per_epoch: iterations that make a Lightning epoch.
         real: images (N, C, H, W) and labels (N,); None takes the datamodule's training images.
@@ -76,8 +77,8 @@ class Distillation(BaseModule):
         rules: ideas that change the method; see ``rules.MatchingRule``.
 
     Attributes:
-        images: (ipc * K, C, H, W) parameter, class by class.
-        labels: (ipc * K,) int64, the classes that the images are made for.
+        images: (N, C, H, W) parameter, class by class; N is ipc * K, or the sum of a list.
+        labels: (N,) int64, the classes that the images are made for.
         soft_labels: labels other than these classes, or None.
         step_size: the current step size, a parameter.
         initial_images: a copy of the images at the start; None in a module loaded from a checkpoint.
@@ -96,7 +97,7 @@ class Distillation(BaseModule):
         *,
         network: Network | None,
         network_options: Mapping[str, Any] | None,
-        ipc: int,
+        ipc: Ipc,
         init: Init,
         augment: Augmentation,
         iterations_per_epoch: int,
@@ -109,7 +110,8 @@ class Distillation(BaseModule):
         rules: Sequence[MatchingRule] = (),
     ) -> None:
         super().__init__(network=network, network_options=network_options, augment=augment, seed=seed)
-        self.ipc, self.init, self.iterations_per_epoch, self.rules = ipc, init, iterations_per_epoch, rules
+        self.ipc: Ipc = list(ipc) if isinstance(ipc, list | tuple) else ipc
+        self.init, self.iterations_per_epoch, self.rules = init, iterations_per_epoch, rules
         self._given = None if real is None else given_images(real)
         self._lr_images, self._lr_step_size, self._momentum = lr_images, lr_step_size, momentum
         self._initial_step_size = step_size
@@ -143,7 +145,7 @@ class Distillation(BaseModule):
         self.step_size = nn.Parameter(torch.tensor(self._initial_step_size), requires_grad=bool(self._lr_step_size))
 
     def first_images(self, real: Images) -> Images:
-        """Choose the real images to start from: ipc random ones of each class, class by class."""
+        """Choose the real images to start from: random ones of each class, class by class."""
         return random_real_images(real, self.ipc, self.seed)
 
     def student_labels(self, answers: Callable[[], Iterable[Tensor]]) -> StudentLabels | None:
@@ -166,7 +168,14 @@ class Distillation(BaseModule):
     @property
     def num_classes(self) -> int:
         """Number of classes K."""
-        return len(self.labels) // self.ipc if self.data is None else self.data.shape.num_classes
+        if self.data is not None:
+            return self.data.shape.num_classes
+        return len(self.ipc) if isinstance(self.ipc, list) else len(self.labels) // self.ipc
+
+    @property
+    def images_of_class(self) -> list[int]:
+        """Number of synthetic images of each class, in label order."""
+        return self.ipc if isinstance(self.ipc, list) else [self.ipc] * self.num_classes
 
     @property
     def iterations(self) -> int:

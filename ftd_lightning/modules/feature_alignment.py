@@ -21,6 +21,7 @@ from ftd_lightning.functional.distribution_matching import (
     level_weights,
 )
 from ftd_lightning.functional.gradient_matching import batch_norms
+from ftd_lightning.functional.selection import Ipc
 from ftd_lightning.modules.class_matching import ClassBatches, train_on_set
 from ftd_lightning.modules.distillation import Distillation, Init, common
 
@@ -96,7 +97,7 @@ class FeatureAlignment(Distillation):
     Args:
         network: a name, an import path, or a function that builds one.
         network_options: for a named network.
-        ipc: synthetic images per class.
+        ipc: synthetic images per class; a list names those of each, in label order.
         init: "real" starts from random real images of each class, "noise" from a normal (the released script).
         rounds: the fit ends after so many, if the trainer's ``max_steps`` does not end it; 2001 in the released script.
         loops: when a round and its training end: a ``Loops``, or its fields as a mapping.
@@ -124,7 +125,7 @@ class FeatureAlignment(Distillation):
         self,
         network: Network = "convnet",
         network_options: dict[str, Any] | None = None,
-        ipc: int = 1,
+        ipc: Ipc = 1,
         init: Init = "noise",
         rounds: int = 2001,
         loops: Loops | dict[str, Any] | None = None,
@@ -253,7 +254,7 @@ class FeatureAlignment(Distillation):
         weights = level_weights(len(levels)) if weights is None else weights
         if len(weights) != len(levels):
             raise InputError(f"{len(weights)} level_weights are given, but the network has {len(levels)} levels")
-        ours = [class_means(level, counts=[self.hparams["ipc"]] * len(classes)) for level in levels]
+        ours = [class_means(level, counts=batches.counts) for level in levels]
         theirs, embeddings, labels = self._real_features(network, iteration)
         return alignment_loss(ours, theirs, weights=weights), discrimination_loss(embeddings, labels, ours[-1])
 

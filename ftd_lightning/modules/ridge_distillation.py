@@ -26,6 +26,7 @@ from ftd_lightning.functional.kernels import (
     ridge_weights,
 )
 from ftd_lightning.functional.seeding import to_device
+from ftd_lightning.functional.selection import Ipc
 from ftd_lightning.modules.distillation import Distillation, Init, common
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class KernelInducingPoints(Distillation):
     Args:
         network: of evaluations by networks; a name, an import path, or a function that builds one.
         network_options: for a named network.
-        ipc: synthetic images per class.
+        ipc: synthetic images per class; a list names those of each, in label order.
         init: "real" starts from random real images of each class, "noise" from a normal.
         kernel: "ntk" or "nngp".
         depth: hidden layers.
@@ -175,7 +176,7 @@ class KernelInducingPoints(Distillation):
         self,
         network: Network = "convnet",
         network_options: dict[str, Any] | None = None,
-        ipc: int = 1,
+        ipc: Ipc = 1,
         init: Init = "real",
         kernel: Kernel = "ntk",
         depth: int = 3,
@@ -300,7 +301,7 @@ class FeatureRegression(Distillation):
     Args:
         network: a name, an import path, or a function that builds one.
         network_options: for a named network.
-        ipc: synthetic images per class.
+        ipc: synthetic images per class; a list names those of each, in label order.
         init: "real" starts from random real images of each class, "noise" from a normal.
         reg: regularisation relative to the mean of the kernel's diagonal; 1e-6 as published.
         pool_size: networks in the pool.
@@ -329,7 +330,7 @@ class FeatureRegression(Distillation):
         self,
         network: Network = "convnet",
         network_options: dict[str, Any] | None = None,
-        ipc: int = 1,
+        ipc: Ipc = 1,
         init: Init = "real",
         reg: float = 1e-6,
         pool_size: int = 10,

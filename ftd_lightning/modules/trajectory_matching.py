@@ -21,6 +21,7 @@ from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.matching import Match, match
 from ftd_lightning.functional.seeding import derive_seed, make_generator
+from ftd_lightning.functional.selection import Ipc, images_per_class
 from ftd_lightning.functional.unroll import Unroll
 from ftd_lightning.modules.distillation import Distillation, Init, common
 from ftd_lightning.modules.inner_loop import InnerLoop
@@ -51,17 +52,15 @@ def start_window(rules: Sequence[MatchingRule], max_start_epoch: int) -> Callabl
     return epochs
 
 
-def choose_images(rule: MatchingRule, real: Images, ipc: int, seed: int, teachers: Teachers) -> Images:
-    """Take ipc real images of each class, class by class, as a rule chooses them."""
-    members = []
-    for label in real.labels.unique().tolist():
+def choose_images(rule: MatchingRule, real: Images, ipc: Ipc, seed: int, teachers: Teachers) -> Images:
+    """Take real images of each class, class by class, as a rule chooses them."""
+    members, counts = [], images_per_class(ipc, real.labels.bincount().tolist())
+    for label in range(len(counts)):
         of_class = (real.labels == label).nonzero()[:, 0]
-        if len(of_class) < ipc:
-            raise InputError(f"class {label} has {len(of_class)} images, ipc={ipc} are needed")
         order = torch.randperm(len(of_class), generator=make_generator(seed, "initial images", label))
         members.append(of_class[order.to(of_class.device)])
     chosen = rule.initial_images([real.images[index] for index in members], ipc, teachers)
-    chosen = chosen or [torch.arange(ipc)] * len(members)
+    chosen = chosen or [torch.arange(count) for count in counts]
     picked = [index[choice.to(index.device)] for index, choice in zip(members, chosen, strict=True)]
     return real.take(torch.cat(picked))
 
@@ -80,7 +79,7 @@ class TrajectoryMatching(Distillation):
         network: the student: a name, an import path, a function that builds it, or a module, with the teachers'
             parameters; None takes the teachers' network.
         network_options: for a named network.
-        ipc: synthetic images per class.
+        ipc: synthetic images per class; a list names those of each, in label order.
         init: "real" starts from random real images of each class, "noise" from a standard normal.
         syn_steps: n, inner SGD steps.
         expert_epochs: m, teacher epochs that they match.
@@ -111,7 +110,7 @@ class TrajectoryMatching(Distillation):
         trajectories: str,
         network: Network | None = None,
         network_options: dict[str, Any] | None = None,
-        ipc: int = 1,
+        ipc: Ipc = 1,
         init: Init = "real",
         syn_steps: int = 30,
         expert_epochs: int = 2,

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ftd_lightning.functional.selection import Ipc
+
 # Hooks that at most one rule may override.
 EXCLUSIVE = ("distance", "start_epochs", "initial_images", "labels")
 
@@ -82,12 +84,12 @@ class MatchingRule:
         """Return the epochs below ``max_start_epoch`` that an iteration's segments may start at; None for all."""
         return None
 
-    def initial_images(self, candidates: Sequence[Tensor], ipc: int, teachers: Teachers) -> list[Tensor] | None:
-        """Choose the real images to start from: (ipc,) indices into each class's candidates; None for the first ones.
+    def initial_images(self, candidates: Sequence[Tensor], ipc: Ipc, teachers: Teachers) -> list[Tensor] | None:
+        """Choose the real images to start from: indices into each class's candidates; None for the first ones.
 
         Args:
             candidates: for each class all real images (M, C, H, W), in random order.
-            ipc: images per class.
+            ipc: images per class, or a list of those of each, in label order.
             teachers: to classify images with.
         """
         return None

@@ -11,6 +11,7 @@ import torch
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import to_device
+from ftd_lightning.functional.selection import Ipc, images_per_class
 from ftd_lightning.rules.base import MatchingRule
 
 if TYPE_CHECKING:
@@ -135,9 +136,10 @@ class CorrectImages(MatchingRule):
 
     name: ClassVar[str] = "correct"
 
-    def initial_images(self, candidates: Sequence[Tensor], ipc: int, teachers: Teachers) -> list[Tensor]:
-        """Return (ipc,) indices into the candidates of each class."""
-        return [self._of_class(label, images, ipc, teachers) for label, images in enumerate(candidates)]
+    def initial_images(self, candidates: Sequence[Tensor], ipc: Ipc, teachers: Teachers) -> list[Tensor]:
+        """Return indices into the candidates of each class."""
+        counts = enumerate(images_per_class(ipc, [len(images) for images in candidates]))
+        return [self._of_class(label, candidates[label], count, teachers) for label, count in counts]
 
     def _of_class(self, label: int, images: Tensor, ipc: int, teachers: Teachers) -> Tensor:
         chosen: dict[int, None] = {}  # in order

@@ -97,8 +97,18 @@ def test_what_cannot_be_chosen_is_refused(trajectories, refused):
         choose(trajectories, "k-center", described={"dataset": {"name": "digits", "seed": 1}})
     with refused("teacher 7 is asked for"):
         choose(trajectories, "herding", teacher=7)
-    with refused("cannot choose 99 of a class's"):
-        choose(trajectories, "herding", ipc=99)
+    with refused("ipc=15: class 0 has 14 images; give ipc=[14,14,"):
+        choose(trajectories, "herding", ipc=15)
+
+
+@pytest.mark.parametrize("kind", ["herding", "k-center"])
+def test_a_list_chooses_a_number_of_its_own_for_each_class(trajectories, kind):
+    counts = [3, 1, 2, *[1] * 7]
+    chosen, most = (choose(trajectories, kind, ipc=ipc)[0] for ipc in (counts, 3))
+    assert chosen.labels.bincount().tolist() == counts
+    # A smaller number takes the first of a larger one.
+    kept = [3 * label + i for label, count in enumerate(counts) for i in range(count)]
+    assert torch.equal(chosen.images, most.images[kept])
 
 
 def accuracy(network, images):

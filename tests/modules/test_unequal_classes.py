@@ -1,0 +1,74 @@
+import pytest
+import torch
+from fits import SMALL, make_trainer, record, small_matching
+
+from ftd_lightning import DistillationDataModule, SyntheticSet, modules
+from ftd_lightning.commands.info import describe_set
+from ftd_lightning.data import get_dataset
+
+TRAIN, TEST, IPC = [20, 20, 6], [12, 8, 4], [3, 1, 2]
+FAMILIES = {
+    "dm": ("DistributionMatching", {"batch_real": 8}),
+    "dsa": ("GradientMatching", {"batch_real": 8, "outer_loops": 2, "inner_epochs": 1}),
+    "cafe": ("FeatureAlignment", {"batch_real": 8, "init": "real", "loops": {"kind": "fixed", "inner_max": 1}}),
+    "kip": ("KernelInducingPoints", {"batch_target": 16}),
+    "frepo": ("FeatureRegression", {"batch_target": 16, "pool_size": 2}),
+    "dd": ("BilevelDistillation", {"schedule": "fixed", "syn_steps": 2, "syn_batch": 3, "compile": False}),
+}
+
+
+def long_tail(**options):
+    """Three digits, of which the last has few images."""
+    found = get_dataset("digits").load()
+    parts = []
+    for (pictures, labels), counts in ((found["train"], TRAIN), (found["test"], TEST)):
+        index = torch.cat([(labels == label).nonzero()[:count, 0] for label, count in enumerate(counts)])
+        parts.append((pictures[index], labels[index]))
+    return DistillationDataModule.from_datasets(*parts, **{"val_fraction": 0.0, "batch_size": 16, **options})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return record(tmp_path_factory.mktemp("tail"), data=long_tail())
+
+
+def module_of(family, store, ipc):
+    if family == "mtt":
+        return small_matching(store, ipc=ipc, compile=False)
+    kind, options = FAMILIES[family]
+    return getattr(modules, kind)(network_options=SMALL, ipc=ipc, **options)
+
+
+@pytest.mark.parametrize("family", ["mtt", *FAMILIES])
+def test_every_family_learns_as_many_images_of_a_class_as_a_list_names(tmp_path, store, refused, family):
+    module = module_of(family, store, IPC)
+    make_trainer(tmp_path, max_steps=2).fit(module, datamodule=long_tail())
+    made = SyntheticSet.load(tmp_path / "set.safetensors")
+    assert made.metadata["settings"]["ipc"] == IPC
+    assert module.labels.tolist() == [0, 0, 0, 1, 2, 2]
+    assert bool((made.images != module.initial_images).flatten(1).any(1).all())  # every image has moved
+    assert "1 to 3 per class" in dict(describe_set(tmp_path / "set.safetensors").rows)["images"]
+    for ipc, words in ((7, "ipc=7: class 2 has 6 images; give ipc=[7,7,6]"), ([1, 2], "names 2 classes, there are 3")):
+        with refused(words):
+            make_trainer(tmp_path / "x", max_steps=1).fit(module_of(family, store, ipc), datamodule=long_tail())
+
+
+@pytest.mark.parametrize("family", ["mtt", "cafe", "dd"])
+def test_a_list_of_equal_numbers_gives_the_bits_of_the_number(tmp_path, store, family):
+    images = []
+    for ipc in (2, [2, 2, 2]):
+        module = module_of(family, store, ipc)
+        make_trainer(tmp_path / str(ipc), max_steps=2).fit(module, datamodule=long_tail())
+        images.append(module.images.detach())
+    assert torch.equal(*images)
+
+
+def test_fixed_batches_take_the_first_image_of_every_class_then_the_second(tmp_path, store):
+    module = module_of("dd", store, IPC)
+    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=long_tail())
+    assert [batch.tolist() for batch in module._batches(0, 0)] == [[0, 3, 4], [1, 5, 2]]
+
+
+def test_loops_are_published_for_a_number_only(refused):
+    with refused("ipc=[3, 1, 2] has no published loops", "give outer_loops"):
+        modules.GradientMatching(ipc=IPC)
