@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 
 import torch
 
+from ftd_lightning.sizes import ImageSize, as_size, sides
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -53,15 +55,20 @@ class ImageTransform(Protocol):
 
 
 class ImageShape(NamedTuple):
-    """Arguments of a named network: channels C, classes K, and height and width in pixels."""
+    """Arguments of a named network: channels C, classes K, and the size of images in pixels."""
 
     in_channels: int
     num_classes: int
-    image_size: int
+    image_size: ImageSize
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ImageShape:
+        """Take the arguments by name, as files hold them."""
+        return cls(values["in_channels"], values["num_classes"], as_size(values["image_size"]))
 
     def zeros(self, count: int) -> Tensor:
         """Make black images to try a network on, (count, C, H, W) float32."""
-        return torch.zeros(count, self.in_channels, self.image_size, self.image_size)
+        return torch.zeros(count, self.in_channels, *sides(self.image_size))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ NAMES = json.loads((Path(__file__).parent / "public_names.json").read_text())
 
 FLOORS = {
     **dict.fromkeys(["errors", "terminal"], -2),  # import nothing
-    **dict.fromkeys(["bounds", "shipped_configs"], -1),
+    **dict.fromkeys(["bounds", "shipped_configs", "sizes"], -1),
     "functional": 0,
     **dict.fromkeys(["contracts", "models", "optim"], 1),
     "rules": 2,

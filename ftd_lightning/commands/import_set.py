@@ -18,6 +18,7 @@ from ftd_lightning.data.sources import unit_range
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import versions
+from ftd_lightning.sizes import sides
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -167,7 +168,7 @@ def import_set(
     if out.exists():
         raise InputError(f"{out}: is there already; name another file")
     data = DistillationDataModule(dataset, root=str(root), val_fraction=0, zca=whitened, zca_eps=zca_eps)
-    shape = (data.in_channels, data.image_size, data.image_size)
+    shape = (data.in_channels, *sides(data.image_size))
     values = read_images(images, shape, pictures=pictures)
     targets = read_labels(labels, len(values), data.num_classes, soft=soft)
     if class_names:

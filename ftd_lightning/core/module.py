@@ -140,7 +140,7 @@ class BaseModule(LightningModule):
         """Return the builder of networks: for this module's data, or as the checkpoint that is being loaded says."""
         recorded, shape = self._recorded_network, None if self.data is None else self.data.shape
         if shape is None and set(ImageShape._fields) <= recorded.keys():
-            shape = ImageShape(*(recorded[key] for key in ImageShape._fields))
+            shape = ImageShape.of(recorded)
         network, options = self._network_arguments
         if network is None:
             network, options = recorded_network(recorded, "checkpoint", "pass it as network")

@@ -35,6 +35,7 @@ from ftd_lightning.files.schema import check_labels, check_tensor
 from ftd_lightning.files.synthetic_set import SyntheticSet
 from ftd_lightning.files.transforms import Standardization
 from ftd_lightning.functional.selection import Ipc
+from ftd_lightning.sizes import as_size, sides
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from ftd_lightning.contracts import Part
     from ftd_lightning.data.decoding import LabelledFiles
+    from ftd_lightning.sizes import ImageSize
 
 
 CHUNK = 5000  # images transformed at a time: bounds the memory of whitening
@@ -134,7 +136,7 @@ class DistillationDataModule(LightningDataModule):
             them from host memory through a DataLoader; "yes" or True insists.
         num_workers: of that DataLoader.
         seed: decides the held-out images, the random ones, and the order of batches.
-        image_size: height and width in pixels that the images are resized to; None: the data set's own.
+        image_size: pixels that the images are resized to, or (height, width); None: the data set's own.
         test_fraction: share of every class that becomes the test part, in (0, 0.9], for a "folder" of classes that
             names no test part; the names of the files decide which images.
         trajectories: store of the teachers whose features "herding" and "k-center" use.
@@ -166,7 +168,7 @@ class DistillationDataModule(LightningDataModule):
         on_device: Literal["auto", "yes", "no"] | bool = "auto",
         num_workers: int = 0,
         seed: int = 0,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         test_fraction: float = 0.2,
         trajectories: str | None = None,
         teacher: int = 0,
@@ -175,6 +177,7 @@ class DistillationDataModule(LightningDataModule):
     ) -> None:
         check_bounds(DistillationDataModule, locals())
         super().__init__()
+        image_size = None if image_size is None else as_size(image_size)
         if dataset not in DATASETS:
             check_name(dataset)
         # Not to the logger: Lightning refuses names that module and datamodule share with different values.
@@ -289,8 +292,8 @@ class DistillationDataModule(LightningDataModule):
         return self.spec.in_channels
 
     @property
-    def image_size(self) -> int:
-        """Height and width in pixels."""
+    def image_size(self) -> ImageSize:
+        """Pixels of each side, or (height, width) of rectangles."""
         return self.spec.image_size
 
     @property
@@ -412,7 +415,7 @@ class DistillationDataModule(LightningDataModule):
         return SyntheticSet(*real, class_names=self.class_names, transform=self.transform, metadata=metadata)
 
     def _check_fits(self, synthetic: SyntheticSet, file: str | None) -> None:
-        shape, wanted = tuple(synthetic.images.shape[1:]), (self.in_channels, self.image_size, self.image_size)
+        shape, wanted = tuple(synthetic.images.shape[1:]), (self.in_channels, *sides(self.image_size))
         names = synthetic.class_names or self.class_names
         if not synthetic.class_names:
             replace(synthetic, class_names=names).check(file)  # labels of as many classes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ftd_lightning.data.sources import Pictures, fingerprints, unit_range
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, write_tensors
 from ftd_lightning.files.transforms import Whitening
+from ftd_lightning.sizes import sides, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ftd_lightning.data.sources import Parts, Request
+    from ftd_lightning.sizes import ImageSize
 
 
 T = TypeVar("T")
@@ -142,23 +145,24 @@ def pixels(image: Image.Image, *, channels: int, size: tuple[int, int] | None = 
 
 
 def decode(
-    parts: Mapping[str, LabelledFiles], *, channels: int, size: int, deep: bool, skip_broken: bool = False
+    parts: Mapping[str, LabelledFiles], *, channels: int, size: ImageSize, deep: bool, skip_broken: bool = False
 ) -> tuple[Parts, int]:
     """Decode the files of all parts of a data set in parallel; unreadable ones are refused together, or left out.
 
     Returns:
-        By part, pictures (N, channels, size, size) and labels; and the largest value of the images of 16 bits, or 0.
+        By part, pictures (N, channels, H, W) and labels; and the largest value of the images of 16 bits, or 0.
         Pictures are uint8, or if ``deep`` float32 in [0, 1]: 16 bits divided by that largest value, 8 bits by 255.
     """
     files = [file for part in parts.values() for file in part.files]
-    pictures = torch.empty(len(files), channels, size, size, dtype=torch.float32 if deep else torch.uint8)
+    height, width = sides(size)
+    pictures = torch.empty(len(files), channels, height, width, dtype=torch.float32 if deep else torch.uint8)
     view, peaks = pictures.numpy(), np.zeros(len(files))
 
     def read(i: int, image: Image.Image) -> None:
-        np.copyto(view[i], pixels(image, channels=channels, size=(size, size)), casting="safe")
+        np.copyto(view[i], pixels(image, channels=channels, size=(width, height)), casting="safe")
         peaks[i] = np.asarray(image).max() if is_deep(image) else 0
 
-    looks = for_each(files, read, f"decoding images to {size} px")
+    looks = for_each(files, read, f"decoding images to {size_text(size)}")
     good = torch.tensor([look is None for look in looks])
     if not good.all():
         if not skip_broken:
@@ -246,8 +250,8 @@ class DecodedImages:
         metadata = {"deep": False, "skip_broken": False, **self.form()}
         shape: dict[str, Any] = {key: metadata.pop(key) for key in ("channels", "size", "deep", "skip_broken")}
         channels, size = shape["channels"], shape["size"]
-        values = sum(len(part.files) for part in self.parts.values()) * channels * size**2
-        work = f"{self.path.parent}: decoding to {size} px"
+        values = sum(len(part.files) for part in self.parts.values()) * channels * math.prod(sides(size))
+        work = f"{self.path.parent}: decoding to {size_text(size)}"
         check_memory(2 * values * (4 if shape["deep"] else 1), work, "set data.image_size lower")
         parts, maximum = decode(self.parts, **shape)
         tensors = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part._asdict().items()}
@@ -256,7 +260,9 @@ class DecodedImages:
         write_tensors(self.path, tensors, kind=KIND, metadata=metadata)
 
 
-def cache_file(request: Request, name: str, size: int | str, base: Path, parts: Mapping[str, LabelledFiles]) -> Path:
+def cache_file(
+    request: Request, name: str, size: ImageSize | None, base: Path, parts: Mapping[str, LabelledFiles]
+) -> Path:
     """Name the cache of decoded files by all that it depends on: their paths, labels, lengths and times of change."""
     broken = "|skip_broken" if request.skip_broken else ""
     digest = hashlib.blake2b(f"{VERSION}|{base.resolve()}{broken}\n".encode(errors="surrogateescape"), digest_size=8)
@@ -265,7 +271,8 @@ def cache_file(request: Request, name: str, size: int | str, base: Path, parts: 
             stat = file.stat()
             line = f"{part}|{label}|{file.relative_to(base).as_posix()}|{stat.st_size}|{stat.st_mtime_ns}\n"
             digest.update(line.encode(errors="surrogateescape"))
-    return cache_folder(request.cache_dir) / "decoded" / f"{name}_{size}_{digest.hexdigest()}.safetensors"
+    shape = "own" if size is None else "x".join(map(str, [size] if isinstance(size, int) else size))
+    return cache_folder(request.cache_dir) / "decoded" / f"{name}_{shape}_{digest.hexdigest()}.safetensors"
 
 
 COPIES = 17  # of the matrix, float32, that fitting takes at its peak, as measured

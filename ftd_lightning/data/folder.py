@@ -29,11 +29,14 @@ from ftd_lightning.data.decoding import (
 )
 from ftd_lightning.data.sources import ImageDataset, Request, resizing
 from ftd_lightning.errors import InputError
+from ftd_lightning.sizes import as_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from PIL import ImageFile
+
+    from ftd_lightning.sizes import ImageSize
 
 
 @contextmanager
@@ -184,8 +187,8 @@ class Census:
     """Counts over all image files of a folder, by their headers.
 
     ``sizes`` are (width, height) in pixels, after turning by EXIF orientation; ``modes`` those of Pillow, "RGB;16" and
-    the like where 8 of 16 bits are read. ``channels`` is 1 if all training images are grey, else 3; ``size`` is the
-    shorter side of their most common size.
+    the like where 8 of 16 bits are read. ``channels`` is 1 if all training images are grey, else 3; ``size`` is
+    that of all training images, or the shorter side of their most common size where they differ.
     """
 
     files: int
@@ -197,7 +200,7 @@ class Census:
     classes: Mapping[str, int]
     unreadable: int
     channels: int
-    size: int
+    size: ImageSize
 
     @classmethod
     def take(cls, names: Sequence[str], parts: Mapping[str, LabelledFiles]) -> Census:
@@ -209,6 +212,7 @@ class Census:
         if not train:
             raise InputError(f"{unreadable(looks)}; {REPLACE}")
         sizes = Counter(header.size for header in train)
+        common = min(min(size) for size, count in sizes.items() if count == max(sizes.values()))
         counts = Counter(label for part in parts.values() for label in part.labels)
         return cls(
             files=len(files),
@@ -220,7 +224,7 @@ class Census:
             classes={name: counts[label] for label, name in enumerate(names)},
             unreadable=len(files) - len(headers),
             channels=1 if all(header.grey for header in train) else 3,
-            size=min(min(size) for size, count in sizes.items() if count == max(sizes.values())),
+            size=common if len(sizes) > 1 else as_size(train[0].size[::-1]),
         )
 
     def lines(self) -> list[str]:
@@ -266,7 +270,7 @@ def find_folder(request: Request) -> ImageDataset:
     """
     names, parts = find_parts(request)
     with os_errors_as_input_errors():
-        path = cache_file(request, "folder", request.image_size or "native", request.root, parts)
+        path = cache_file(request, "folder", request.image_size, request.root, parts)
     decoded = DecodedImages(path, parts, partial(_form, names, parts, request))
     metadata = decoded.metadata()
     # Only where it was used, so that whoever reads a description can ask for the same images.
@@ -278,10 +282,10 @@ def find_folder(request: Request) -> ImageDataset:
     return ImageDataset(
         class_names=names,
         in_channels=metadata["in_channels"],
-        image_size=metadata["image_size"],
+        image_size=as_size(metadata["image_size"]),
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
         load=decoded.load,
-        native_size=metadata["native_size"],
+        native_size=as_size(metadata["native_size"]),
         contents=partial(dict, {**contents, **split, **given}),
     )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ftd_lightning.data.sources import Parts
+    from ftd_lightning.sizes import ImageSize
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pictures in [0, 1]
@@ -60,7 +61,7 @@ SUBSETS: dict[str, dict[str, str]] = {
 
 
 @os_errors_as_input_errors()
-def _decoded(name: str, size: int, request: Request) -> DecodedImages:
+def _decoded(name: str, size: ImageSize, request: Request) -> DecodedImages:
     root, wnids = request.root, SUBSETS[name]
     tree = root / "imagenet" if (root / "imagenet").is_dir() else root
     folders = {part: [tree / folder / wnid for wnid in wnids] for part, folder in (("train", "train"), ("test", "val"))}
@@ -78,11 +79,11 @@ def _decoded(name: str, size: int, request: Request) -> DecodedImages:
     return DecodedImages(path, parts, partial(dict, channels=3, size=size, skip_broken=request.skip_broken))
 
 
-def _load(name: str, size: int, request: Request) -> Parts:
+def _load(name: str, size: ImageSize, request: Request) -> Parts:
     return _decoded(name, size, request).load()
 
 
-def _contents(name: str, size: int, request: Request) -> dict[str, Any]:
+def _contents(name: str, size: ImageSize, request: Request) -> dict[str, Any]:
     return _decoded(name, size, request).contents()
 
 

@@ -30,6 +30,7 @@ from ftd_lightning.data.sources import ImageDataset, Parts, Pictures, fingerprin
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
 from ftd_lightning.files.schema import NAMES, check_metadata
+from ftd_lightning.sizes import as_size, sides
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from ftd_lightning.contracts import ImageTransform
     from ftd_lightning.data.sources import Request
+    from ftd_lightning.sizes import ImageSize
 
 
 KIND = "images"
@@ -77,7 +79,9 @@ EXPECTED = "pass pictures as uint8, uint16 or floats in [0, 1], or transform= fo
 Batch = tuple[Tensor, Tensor]  # pictures (B, C, H, W) and labels (B,), as given
 
 
-def read_images(data: Any, part: str, *, image_size: int | None = None, transform: ImageTransform | None) -> Pictures:
+def read_images(
+    data: Any, part: str, *, image_size: ImageSize | None = None, transform: ImageTransform | None
+) -> Pictures:
     """Read a torch dataset of (image, label) or a pair of tensors into memory, resized to ``image_size``.
 
     Images are Pillow images, tensors (C, H, W) or (H, W), arrays (H, W, C) or (H, W); or all of them, (N, C, H, W) or
@@ -104,7 +108,7 @@ def read_datasets(
     val: Any = None,
     *,
     class_names: Sequence[str] | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     transform: ImageTransform | None = None,
 ) -> ImageDataset:
     """Read all parts and describe them; see :func:`read_images` and :func:`describe_images`."""
@@ -173,7 +177,7 @@ def _as_item(item: Any, part: str) -> Batch:
 
 
 def joined(
-    batches: Iterable[Batch], part: str, *, image_size: int | None = None, transform: ImageTransform | None
+    batches: Iterable[Batch], part: str, *, image_size: ImageSize | None = None, transform: ImageTransform | None
 ) -> Pictures:
     """Join batches into one tensor each of pictures and labels; see :func:`read_images`.
 
@@ -188,9 +192,9 @@ def joined(
     if not any(map(len, labels)):
         raise InputError(f"{part}: contains no images")
     sizes, channels = {images.shape[2:] for images in pictures}, {images.shape[1] for images in pictures}
-    if len(sizes) > 1 or any(height != width for height, width in sizes):
+    if len(sizes) > 1:
         some_sizes = ", ".join(f"{height} x {width}" for height, width in sorted(sizes)[:3])
-        raise InputError(f"{part}: images must be square and of one size, not {some_sizes}; image_size= resizes them")
+        raise InputError(f"{part}: images must be of one size, not {some_sizes}; image_size= resizes them")
     if len(channels) > 1 and channels != {1, 3}:
         raise InputError(f"{part}: images have {', '.join(map(str, sorted(channels)))} channels; all need the same")
     if len({images.dtype for images in pictures}) > 1:
@@ -203,8 +207,8 @@ def joined(
     return Pictures(out if transform else _as_bytes(out), torch.cat(labels))
 
 
-def _resize(images: Tensor, size: int | None) -> Tensor:
-    if size is None or tuple(images.shape[2:]) == (size, size):
+def _resize(images: Tensor, size: ImageSize | None) -> Tensor:
+    if size is None or tuple(images.shape[2:]) == sides(size):
         return images
     if images.dtype == torch.uint16:
         return resized(images.float(), size).round().to(torch.uint16)
@@ -264,7 +268,7 @@ def describe_images(
     return ImageDataset(
         class_names=names,
         in_channels=shape[0],
-        image_size=shape[1],
+        image_size=as_size(shape[1:]),
         mean=tuple(moments["mean"]),
         std=tuple(moments["std"]),
         load=partial(dict, parts),

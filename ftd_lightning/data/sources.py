@@ -13,11 +13,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from ftd_lightning.files.safetensors_io import fingerprint
+from ftd_lightning.sizes import sides, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from ftd_lightning.contracts import ImageTransform
+    from ftd_lightning.sizes import ImageSize
 
 
 OWN_IMAGES = "own images"  # the name of data that is given as objects, in descriptions
@@ -45,7 +47,7 @@ class Request:
     Attributes:
         root: folder of its files.
         download: fetch missing files.
-        image_size: height and width in pixels, >= 1; None: the data set's own.
+        image_size: pixels, or (height, width); None: the data set's own.
         test_fraction: share of every class that becomes the test part, in (0, 1), where the files name no such part.
         cache_dir: folder of decoded images; None: the user's cache folder.
         skip_broken: leave unreadable images out.
@@ -53,7 +55,7 @@ class Request:
 
     root: Path = Path("data")
     download: bool = True
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     test_fraction: float = 0.2
     cache_dir: str | Path | None = None
     skip_broken: bool = False
@@ -66,7 +68,7 @@ class ImageDataset:
     Attributes:
         class_names: K names, in label order.
         in_channels: C.
-        image_size: height and width in pixels.
+        image_size: pixels, or (height, width) of rectangles.
         mean: per channel, of pictures in [0, 1]; used where images are not whitened.
         std: standard deviation per channel.
         load: returns "train", "test" and, where images are given as held out, "val"; processes that are spawned pickle
@@ -79,15 +81,15 @@ class ImageDataset:
 
     class_names: tuple[str, ...]
     in_channels: int
-    image_size: int
+    image_size: ImageSize
     mean: tuple[float, ...]
     std: tuple[float, ...]
     load: Callable[[], Parts]
-    native_size: int | None = None
+    native_size: ImageSize | None = None
     contents: Callable[[], Mapping[str, Any]] = dict
     transform: ImageTransform | None = None
 
-    def at(self, image_size: int | None) -> ImageDataset:
+    def at(self, image_size: ImageSize | None) -> ImageDataset:
         """Return the same data set with its pictures resized; None or its own size changes nothing."""
         if image_size is None or image_size == self.image_size:
             return self
@@ -96,11 +98,12 @@ class ImageDataset:
 
     def fingerprint(self) -> dict[str, Any]:
         """Identify the pictures among those of the same name: by a size other than their own, and by their contents."""
-        other = {} if self.native_size in (None, self.image_size) else {"image_size": self.image_size}
+        size = self.image_size if isinstance(self.image_size, int) else list(self.image_size)  # as JSON holds it
+        other = {} if self.native_size in (None, self.image_size) else {"image_size": size}
         return {**other, **self.contents()}
 
 
-def _load_resized(load: Callable[[], Parts], size: int) -> Parts:
+def _load_resized(load: Callable[[], Parts], size: ImageSize) -> Parts:
     return {name: Pictures(resized(pictures, size), labels) for name, (pictures, labels) in load().items()}
 
 
@@ -110,25 +113,26 @@ def fingerprints(parts: Mapping[str, Pictures]) -> dict[str, str]:
     return {"fingerprint": fingerprint(*parts["train"], *parts["test"]), **held_out}
 
 
-def resized(pictures: Tensor, size: int) -> Tensor:
-    """Resize pictures (N, C, H, W) to (N, C, size, size), bilinear with antialiasing, the aspect ratio squashed.
+def resized(pictures: Tensor, size: ImageSize) -> Tensor:
+    """Resize pictures (N, C, H, W) to a size, bilinear with antialiasing, the aspect ratio squashed.
 
     Pillow resizes image files instead. Both decide the pixels of published sets, so neither can replace the other.
     """
     mode = InterpolationMode.BILINEAR
-    return torch.cat([resize(chunk, [size, size], mode, antialias=True) for chunk in pictures.split(CHUNK)])
+    return torch.cat([resize(chunk, [*sides(size)], mode, antialias=True) for chunk in pictures.split(CHUNK)])
 
 
-def resizing(sizes: Mapping[tuple[int, int], int], size: int) -> str | None:
-    """Say how many images, counted by (width, height), become larger or squashed as squares of a size; None: none."""
-    count = sum(sizes.values())
-    enlarged = sum(times for sides, times in sizes.items() if min(sides) < size)
-    squashed = sum(times for sides, times in sizes.items() if sides[0] != sides[1])
+def resizing(sizes: Mapping[tuple[int, int], int], size: ImageSize) -> str | None:
+    """Say how many images, counted by (width, height), become larger or squashed at a size; None: none."""
+    count, (height, width) = sum(sizes.values()), sides(size)
+    ratios = {(own_width, own_height): own_width * height / (own_height * width) for own_width, own_height in sizes}
+    enlarged = sum(times for own, times in sizes.items() if own[0] < width or own[1] < height)
+    squashed = sum(times for own, times in sizes.items() if ratios[own] != 1)
     changes = [f"{enlarged:,} of {count:,} are enlarged"] if enlarged else []
     if squashed:
-        most = max(max(sides) / min(sides) for sides in sizes)
+        most = max(max(ratio, 1 / ratio) for ratio in ratios.values())
         changes.append(f"{squashed:,} of {count:,} are squashed, aspect ratio changed by up to {most:.2f}")
-    return f"images become {size} x {size} px: {'; '.join(changes)}" if changes else None
+    return f"images become {size_text(size)}: {'; '.join(changes)}" if changes else None
 
 
 def unit_range(pictures: Tensor) -> Tensor:

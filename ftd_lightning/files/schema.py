@@ -62,6 +62,14 @@ def _is_network(value: Any) -> bool:
     )
 
 
+def _is_shape(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"in_channels", "num_classes", "image_size"}:
+        return False
+    size = value["image_size"]
+    lengths = size if isinstance(size, list) and len(size) == 2 else [size]
+    return all(_is_count(count) and count > 0 for count in (value["in_channels"], value["num_classes"], *lengths))
+
+
 Rule = tuple["Callable[[Any], bool]", str]
 MAPPING: Rule = (lambda value: isinstance(value, dict), "a mapping")
 MAPPING_OR_NONE: Rule = (lambda value: isinstance(value, dict | None), "a mapping or null")
@@ -101,13 +109,7 @@ TEACHER_METADATA: dict[str, Rule] = {
 STORE_METADATA: dict[str, Rule] = {
     "class_names": NAMES,
     "transform": MAPPING,
-    "shape": (
-        lambda value: (
-            _is_mapping(value, lambda size: _is_count(size) and size > 0)
-            and set(value) == {"in_channels", "num_classes", "image_size"}
-        ),
-        "a mapping of in_channels, num_classes and image_size, each above 0,",
-    ),
+    "shape": (_is_shape, "a mapping of in_channels, num_classes and image_size, each above 0,"),
 }
 
 

@@ -64,7 +64,7 @@ def load_store_data(path: Path) -> DataDescription:
     metadata = file.metadata
     check_metadata(metadata, STORE_METADATA, path, required=("shape", "class_names", "transform", "dataset"))
     return DataDescription(
-        shape=ImageShape(**metadata["shape"]),
+        shape=ImageShape.of(metadata["shape"]),
         class_names=metadata["class_names"],
         transform=load_transform(metadata["transform"], file.with_prefix(PREFIX), where=path),
         dataset=metadata["dataset"],
@@ -186,7 +186,7 @@ class TrajectoryStore:
         network = self.metadata["network"]
         if not set(ImageShape._fields) <= network.keys():
             return None
-        return ImageShape(**{key: network[key] for key in ImageShape._fields})
+        return ImageShape.of(network)
 
     def description(self) -> DataDescription | None:
         """Describe the data without their source; None where the store does not tell enough, as 0.1 of a whitening."""

@@ -208,7 +208,10 @@ def rotate(
 ) -> Tensor:
     """Rotate each image by an angle uniform in (-degrees, degrees)."""
     angle = (_uniform(images, generator, siamese=siamese) - 0.5) * (2 * math.radians(degrees))
-    return _warp(images, (angle.cos(), -angle.sin(), angle.sin(), angle.cos()), align_corners=align_corners)
+    height, width = (max(size - 1, 1) if align_corners else size for size in images.shape[2:])
+    # Coordinates run from -1 to 1 on both axes: a turn by an angle in pixels has the ratio of the sides in it.
+    rows = (angle.cos(), -angle.sin() * (height / width), angle.sin() * (width / height), angle.cos())
+    return _warp(images, rows, align_corners=align_corners)
 
 
 def crop(images: Tensor, generator: torch.Generator, *, ratio: float = 0.125, siamese: bool = False) -> Tensor:
@@ -226,7 +229,7 @@ def crop(images: Tensor, generator: torch.Generator, *, ratio: float = 0.125, si
 
 
 def cutout(images: Tensor, generator: torch.Generator, *, ratio: float = 0.5, siamese: bool = False) -> Tensor:
-    """Set a square of side int(size * ratio + 0.5), clipped at the border, to 0; its centre is uniform."""
+    """Set a box to 0, int(size * ratio + 0.5) long on each axis, clipped at the border; its centre is uniform."""
     inside = torch.ones(1, dtype=torch.bool, device=images.device)
     for axis in (2, 3):
         size = images.shape[axis]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import nn
@@ -9,9 +10,12 @@ from torch import nn
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.layers import NORMS, Norm, check_option, first_padding
+from ftd_lightning.sizes import sides, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ftd_lightning.sizes import ImageSize
 
 Activation = Literal["sigmoid", "relu", "leakyrelu"]
 Pooling = Literal["none", "max", "avg"]
@@ -37,8 +41,8 @@ class ConvNet(nn.Sequential):
     Args:
         in_channels: C of the images.
         num_classes: length of the logits.
-        image_size: height and width in pixels; pooling must divide it (32 instead of 28 with one channel) ``depth``
-            times.
+        image_size: pixels, or (height, width); pooling must divide each side (32 instead of 28 with one channel)
+            ``depth`` times.
         width: channels of every convolution.
         depth: number of blocks.
         norm: "none", "batch", "layer", "instance" or "group" (4 groups).
@@ -54,7 +58,7 @@ class ConvNet(nn.Sequential):
         self,
         in_channels: int,
         num_classes: int,
-        image_size: int,
+        image_size: ImageSize,
         width: int = 128,
         depth: int = 3,
         norm: Norm = "instance",
@@ -68,12 +72,14 @@ class ConvNet(nn.Sequential):
         if norm == "group" and width % 4:
             raise InputError(f"ConvNet's norm 'group' has 4 groups, which do not divide width {width}")
         padding = first_padding(in_channels, image_size)
-        size = image_size + 2 * (padding - 1)
-        if pooling != "none" and size % 2**depth:
-            raise InputError(f"ConvNet of depth {depth} cannot halve {image_size} px {depth} times: lower the depth")
+        size = [side + 2 * (padding - 1) for side in sides(image_size)]
+        if pooling != "none" and any(side % 2**depth for side in size):
+            given = size_text(image_size)
+            raise InputError(f"ConvNet of depth {depth} cannot halve {given} {depth} times: lower the depth")
         layers: list[nn.Module] = []
         for _ in range(depth):
             layers.append(nn.Conv2d(in_channels, width, 3, padding=padding))
             layers += [NORMS[norm](width, size), ACTIVATIONS[activation](), POOLINGS[pooling]()]
-            in_channels, padding, size = width, 1, size if pooling == "none" else size // 2
-        super().__init__(*layers, nn.Flatten(), nn.Linear(in_channels * size * size, num_classes))
+            in_channels, padding = width, 1
+            size = size if pooling == "none" else [side // 2 for side in size]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(in_channels * math.prod(size), num_classes))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from ftd_lightning.sizes import ImageSize
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
     "alexnet": AlexNet,
@@ -27,14 +29,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_network(name: str, in_channels: int, num_classes: int, image_size: int, **options: Any) -> nn.Module:
+def build_network(name: str, in_channels: int, num_classes: int, image_size: ImageSize, **options: Any) -> nn.Module:
     """Build a network by name.
 
     Args:
         name: a key of ``NETWORKS``, or the import path of a class or function that takes the same arguments.
         in_channels: C of the images.
         num_classes: K, length of the logits.
-        image_size: height and width of the images in pixels.
+        image_size: of the images, in pixels, or (height, width).
         options: further arguments of that network.
 
     Returns:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.models.layers import NORMS, check_option, check_size
+from ftd_lightning.sizes import sides
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ftd_lightning.models.layers import Norm
+    from ftd_lightning.sizes import ImageSize
 
 # (channels, stride of the first block); two blocks each.
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
@@ -29,20 +34,21 @@ class BasicBlock(nn.Module):
 
     The shortcut is the identity, or a 1x1 convolution with its norm where the block changes the shape.
 
-    With average pooling it halves the map, of height and width ``size``, by pooling instead of striding: after the
+    With average pooling it halves the map, of ``size`` (height, width), by pooling instead of striding: after the
     first ReLU, and, in the shortcut, after the convolution. A stride keeps the last place of an odd map, pooling drops
     it.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, size: int, stride: int, norm: Norm, *, average_pooling: bool
+        self, in_channels: int, channels: int, size: Sequence[int], stride: int, norm: Norm, *, average_pooling: bool
     ) -> None:
         super().__init__()
         stride, pool = (1, stride) if average_pooling else (stride, 1)
-        halved = -(-size // stride) // pool
+        strided = [-(-side // stride) for side in size]
+        halved = [side // pool for side in strided]
         self.residual = nn.Sequential(
             _convolution(in_channels, channels, 3, stride),
-            NORMS[norm](channels, -(-size // stride)),
+            NORMS[norm](channels, strided),
             nn.ReLU() if pool == 1 else nn.Sequential(nn.ReLU(), nn.AvgPool2d(pool)),
             _convolution(channels, channels, 3, 1),
             NORMS[norm](channels, halved),
@@ -53,7 +59,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(shortcut, NORMS[norm](channels, halved))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in_channels, size, size) to (N, channels, H, W)."""
+        """Map (N, in_channels, *size) to (N, channels, H, W)."""
         out: Tensor = self.residual(x) + self.shortcut(x)
         return out.relu()
 
@@ -67,8 +73,8 @@ class ResNet18(nn.Sequential):
     Args:
         in_channels: C of the images.
         num_classes: length of the logits.
-        image_size: height and width in pixels, at least 8. Instance norm leaves only its offset of a last map of one
-            place, and so takes at least 9 px, or 16 with average pooling.
+        image_size: pixels, or (height, width), each at least 8. Instance norm leaves only its offset of a last map of
+            one place, and so takes at least 9 px, or 16 with average pooling.
         norm: "none", "batch", "layer", "instance" or "group" (4 groups).
         average_pooling: the variant "ResNet18_AP" of DC. Where a block halves its map, it averages 2x2 places after the
             first ReLU, and after the convolution of the shortcut, instead of striding; the linear layer takes the whole
@@ -82,7 +88,7 @@ class ResNet18(nn.Sequential):
         self,
         in_channels: int,
         num_classes: int,
-        image_size: int,
+        image_size: ImageSize,
         norm: Norm = "instance",
         average_pooling: bool = False,
     ) -> None:
@@ -92,18 +98,19 @@ class ResNet18(nn.Sequential):
         if norm == "instance":
             name, least = "ResNet18 with instance norm", 16 if average_pooling else 9
         check_size(name, image_size, halvings=3, least=least)
-        channels, size = STAGES[0][0], image_size
+        channels, size = STAGES[0][0], list(sides(image_size))
         layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)]
         layers += [NORMS[norm](channels, size), nn.ReLU()]
         for wider, first_stride in STAGES:
             for stride in (first_stride, 1):
                 layers.append(BasicBlock(channels, wider, size, stride, norm, average_pooling=average_pooling))
-                channels, size = wider, size // stride if average_pooling else -(-size // stride)
-        last = size if average_pooling else 1
+                channels = wider
+                size = [side // stride if average_pooling else -(-side // stride) for side in size]
+        last = math.prod(size) if average_pooling else 1
         layers.append(nn.Identity() if average_pooling else nn.AdaptiveAvgPool2d(1))
-        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * last * last, num_classes))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * last, num_classes))
 
 
-def resnet18_ap(in_channels: int, num_classes: int, image_size: int, norm: Norm = "instance") -> ResNet18:
+def resnet18_ap(in_channels: int, num_classes: int, image_size: ImageSize, norm: Norm = "instance") -> ResNet18:
     """Build the average-pooling variant of :class:`ResNet18`, with the same arguments."""
     return ResNet18(in_channels, num_classes, image_size, norm, average_pooling=True)

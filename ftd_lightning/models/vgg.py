@@ -8,9 +8,11 @@ from torch import nn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.models.layers import NORMS, check_option, check_size, first_padding
+from ftd_lightning.sizes import sides
 
 if TYPE_CHECKING:
     from ftd_lightning.models.layers import Norm
+    from ftd_lightning.sizes import ImageSize
 
 # Channels of the convolutions before each pooling.
 STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -26,19 +28,19 @@ class VGG11(nn.Sequential):
     Args:
         in_channels: C of the images.
         num_classes: length of the logits.
-        image_size: height and width in pixels, at least 32, or 28 with one channel; a size that pooling does not
-            divide loses its last rows and columns.
+        image_size: pixels, or (height, width), each at least 32, or 28 with one channel; sides that pooling does not
+            divide lose their last rows or columns.
         norm: "none", "batch", "layer", "instance" or "group" (4 groups).
 
     Raises:
         InputError: for a number out of range, an unknown norm, or an image that five poolings leave nothing of.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, image_size: int, norm: Norm = "instance") -> None:
+    def __init__(self, in_channels: int, num_classes: int, image_size: ImageSize, norm: Norm = "instance") -> None:
         check_bounds(VGG11, locals())
         check_option("VGG11", "norm", norm)
         padding = first_padding(in_channels, image_size)
-        size = image_size + 2 * (padding - 1)
+        size = [side + 2 * (padding - 1) for side in sides(image_size)]
         check_size("VGG11", size, halvings=len(STAGES), least=2 ** len(STAGES))
         layers: list[nn.Module] = []
         for stage in STAGES:
@@ -46,5 +48,5 @@ class VGG11(nn.Sequential):
                 layers += [nn.Conv2d(in_channels, channels, 3, padding=padding), NORMS[norm](channels, size), nn.ReLU()]
                 in_channels, padding = channels, 1
             layers.append(nn.MaxPool2d(2))
-            size //= 2
+            size = [side // 2 for side in size]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))

@@ -26,6 +26,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import read_json, replacing, write_json
 from ftd_lightning.shipped_configs import find_config, read_config
+from ftd_lightning.sizes import as_size, sides, size_text
 from ftd_lightning.studies.compare import run_rows, write_results
 from ftd_lightning.studies.comparison import Comparison, Row, Teachers
 from ftd_lightning.studies.fits import WHERE, Deadline, Settings, run_child, split_by_phase
@@ -34,6 +35,7 @@ from ftd_lightning.studies.reproduce import Published, belonging, published
 from ftd_lightning.studies.tables import copy_set, short_table, summarize, verdict
 
 if TYPE_CHECKING:
+    from ftd_lightning.sizes import ImageSize
     from ftd_lightning.studies.fits import Runner
 
 PLAN = "plan.json"
@@ -80,7 +82,7 @@ class Survey(NamedTuple):
 
     names: tuple[str, ...]  # of the classes
     channels: int
-    size: int  # height and width in pixels, their own or those that are asked for
+    size: ImageSize  # their own or the one that is asked for
     train: tuple[int, ...]  # images of each class, those to be held out included
     test: tuple[int, ...]
     val_fraction: float  # share of the training images that is held out
@@ -96,28 +98,28 @@ class Survey(NamedTuple):
             )
 
 
-def depth_of(size: int) -> int:
-    """Give the depth of the ConvNet for images of a size: it ends with 4 x 4 values, or 2 x 2."""
-    return min(max(round(math.log2(size)) - 2, 2), 5)
+def depth_of(size: ImageSize) -> int:
+    """Give the depth of the ConvNet for images of a size: their shorter side ends with 4 values, or 2."""
+    return min(max(round(math.log2(min(sides(size)))) - 2, 2), 5)
 
 
-def buildable_size(channels: int, size: int) -> int:
+def buildable_size(channels: int, size: ImageSize) -> ImageSize:
     """Give a size for which the ConvNet of a plan can be built: this one, or the nearest that can be halved."""
     halved = 2 ** depth_of(size)
     # The network pads grey images of 28 px itself.
-    return size if (channels, size) == (1, 28) else halved * max(round(size / halved), 1)
+    return size if (channels, size) == (1, 28) else as_size([halved * max(round(s / halved), 1) for s in sides(size)])
 
 
-def strategy(channels: int, size: int) -> str:
+def strategy(channels: int, size: ImageSize) -> str:
     """Choose an augmentation: without flips and colours for grey images, which are often characters."""
     if channels == 1:
-        return "crop_scale_rotate" if size < 16 else "crop_cutout_scale_rotate"
+        return "crop_scale_rotate" if min(sides(size)) < 16 else "crop_cutout_scale_rotate"
     return "color_crop_cutout_flip_scale_rotate"
 
 
 def plan_configs(
     found: Survey, source: Source, out: Path, command: Mapping[str, Any], *, gpu: bool
-) -> tuple[Published, Settings, int]:
+) -> tuple[Published, Settings, ImageSize]:
     """Plan a job within its budget, print the plan, and write it as configs into ``out/configs``.
 
     Returns:
@@ -126,13 +128,14 @@ def plan_configs(
     ipc, method, seed, minutes = command["ipc"], command["method"], command["seed"], command["minutes"] or MINUTES
     if method not in METHODS:
         raise InputError(f"--method {method}: plans are made for {', '.join(METHODS)}; --config takes any other")
-    size = buildable_size(found.channels, found.size if found.asked else min(found.size, 128 if gpu else 32))
+    size = buildable_size(found.channels, found.size if found.asked else min(*sides(found.size), 128 if gpu else 32))
     if found.asked and size != found.size:
         halvings = depth_of(found.size)
         raise InputError(f"--data.image_size {found.size}: its ConvNet halves images {halvings} times; give {size}")
-    preset = PRESETS["small" if size <= 32 else "large"]
+    area = math.prod(sides(size))
+    preset = PRESETS["small" if area <= 32**2 else "large"]
     classes, largest, rho = len(found.names), max(found.train), METHODS[method]
-    affordable = round(VALUES * minutes * (GPU if gpu else 1) / (found.channels * size**2 * classes))
+    affordable = round(VALUES * minutes * (GPU if gpu else 1) / (found.channels * area * classes))
     least = max(20, math.ceil((ipc + 0.5) / (1 - found.val_fraction)))  # the initial images are not held out
     per_class = min(max(affordable, least), largest)
     used = sum(min(count, per_class) for count in found.train) * (1 - found.val_fraction)
@@ -144,7 +147,11 @@ def plan_configs(
     limits = {phase: round(share * minutes, 2) for phase, share in limits.items()}
 
     data = {"dataset": source.name, **({"root": source.root} if source.root else {}), "seed": seed}
-    data |= {"image_size": size, "val_fraction": found.val_fraction, "batch_size": batch_size}
+    data |= {
+        "image_size": size,
+        "val_fraction": found.val_fraction,
+        "batch_size": batch_size,
+    }
     part = {"max_per_class": per_class} if per_class < largest else {}
     network: dict[str, Any] = {"network_options": {"width": 128 if gpu else 32, "depth": depth_of(size)}}
     network |= {"augment": {"strategy": strategy(found.channels, size)}}
@@ -156,7 +163,7 @@ def plan_configs(
     else:
         learned |= {"augment": network["augment"], "trajectories": "runs/teacher/trajectories", "syn_steps": 15}
         learned |= {"expert_epochs": 2, "max_start_epoch": epochs // 2, "lr_step_size": 1e-4, "step_size_init": 0.05}
-        learned |= {"lr_images": float(f"{30 * size / 8 * math.sqrt(ipc):.2g}")}
+        learned |= {"lr_images": float(f"{30 * math.sqrt(area) / 8 * math.sqrt(ipc):.2g}")}
     callbacks = [UNMEASURED] if method == "mtt" else [AVERAGE, UNMEASURED]
     evaluation = {"networks": 3, "measure_every": 0}
 
@@ -182,7 +189,7 @@ def plan_configs(
     if rho is not None:
         teacher = write("teacher", "FlatTeacher", {**network, **teachers}, part, max_epochs=-1)
         print(f"  teachers      {limits['teacher']:.1f} min: as many of {epochs} epochs as end, rho {rho:g}")
-    print(f"  distillation  {limits['distill']:.1f} min: {ipc * classes} images of {size} x {size} px")
+    print(f"  distillation  {limits['distill']:.1f} min: {ipc * classes} images of {size_text(size)}")
     print(f"  evaluations   {3 * limits['evaluate']:.1f} min at most", flush=True)
     return Published(distillation, evaluate, teacher), Settings(trainer={"max_epochs": real_epochs}, data=part), size
 
@@ -237,7 +244,7 @@ def _say(title: str, data: DistillationDataModule, found: Survey) -> None:
     counts = f"{sum(found.train):,} training images, {sum(found.test):,} test images"
     if data.census is None:
         colour = "grey" if found.channels == 1 else "colour"
-        print(f"{title}: {counts}, {len(found.names)} classes, {found.size} px, {colour}")
+        print(f"{title}: {counts}, {len(found.names)} classes, {size_text(found.size)}, {colour}")
     else:
         first, *rest = data.census.lines()
         print("\n".join([f"{title}: {first}", *rest, counts]))

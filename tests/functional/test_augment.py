@@ -90,15 +90,14 @@ def rotate_reference(images, generator):
     return torch.stack([warp(image, turn) for image, turn in zip(images, turns, strict=True)])
 
 
-def warp(image, matrix, *, aligned=True):
-    """Bilinear with zeros outside; -1 and 1 are the centres of the outermost pixels, or their outer edges."""
+def warp(image, matrix):
+    """Bilinear with zeros outside; the matrix maps distances from the centre, in pixels."""
     _, height, width = image.shape
-    out, edge = torch.zeros_like(image), 0 if aligned else 1
-    across, down = (width, height) if edge else (width - 1, height - 1)
+    out, centre = torch.zeros_like(image), ((height - 1) / 2, (width - 1) / 2)
     for y, x in itertools.product(range(height), range(width)):
-        u, v = (2 * x + edge) / across - 1, (2 * y + edge) / down - 1
-        from_x = ((matrix[0][0] * u + matrix[0][1] * v + 1) * across - edge) / 2
-        from_y = ((matrix[1][0] * u + matrix[1][1] * v + 1) * down - edge) / 2
+        u, v = x - centre[1], y - centre[0]
+        from_x = matrix[0][0] * u + matrix[0][1] * v + centre[1]
+        from_y = matrix[1][0] * u + matrix[1][1] * v + centre[0]
         for near_y, near_x in itertools.product(*((math.floor(c), math.floor(c) + 1) for c in (from_y, from_x))):
             if 0 <= near_y < height and 0 <= near_x < width:
                 weight = (1 - abs(from_y - near_y)) * (1 - abs(from_x - near_x))
@@ -271,10 +270,20 @@ def test_unaligned_corners_against_a_loop_over_pixels():
     image = draw(1, size=9)[0, :, :, :8]
     unaligned = functools.partial(dsa, mode="multiple", align_corners=False)  # "multiple" draws no operation
     factors = 1 / 1.2 + torch.rand(2, generator=make_generator(seed)).double() * (1.2 - 1 / 1.2)
-    expected = warp(image, ((factors[0], 0), (0, factors[1])), aligned=False)
+    expected = warp(image, ((factors[0], 0), (0, factors[1])))
     got = unaligned(image[None], make_generator(seed), strategy="scale", siamese=True)[0]
     torch.testing.assert_close(got, expected)
     angle = (2 * torch.rand(1, generator=make_generator(seed)).double() - 1) * torch.pi / 12
-    expected = warp(image, ((angle.cos(), -angle.sin()), (angle.sin(), angle.cos())), aligned=False)
+    expected = warp(image, ((angle.cos(), -angle.sin()), (angle.sin(), angle.cos())))
     got = unaligned(image[None], make_generator(seed), strategy="rotate")[0]
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_quarter_turn_of_a_rectangle(align_corners):
+    """In pixels: the middle square turns, and the sides come from outside of the image."""
+    images, seed = batch(shape=(1, 3, 5, 9)), 3
+    (u,) = torch.rand(1, generator=make_generator(seed)).double().tolist()
+    got = dsa_operations.rotate(images, make_generator(seed), degrees=90 / (2 * u - 1), align_corners=align_corners)
+    torch.testing.assert_close(got[..., 2:7], images[..., 2:7].rot90(dims=(2, 3)))
+    torch.testing.assert_close(got[..., [0, 1, 7, 8]], torch.zeros(1, 3, 5, 4, dtype=torch.float64))
