@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
+import sys
 from collections.abc import Sequence
 from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
@@ -14,10 +16,67 @@ from ftd_lightning.bounds import check_bounds
 from ftd_lightning.shipped_configs import with_home
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 SECTION = re.compile(r"\n\n(?=[A-Z]\w*:\n)")  # of a docstring in Google style
 ARGUMENT = re.compile(r"^    (\w+): (.+(?:\n        .+)*)", re.MULTILINE)
+# Lines of jsonargparse's errors that repeat the types of a union, of which one is meant.
+NOISE = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Given value|Problem with given class_path|Expected a path but|"
+    r"Expected a <class 'NoneType'>|$"
+)
+
+
+def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, set(names), n=3, cutoff=0.75)
+    return f"{kind} {name!r}" + (f": did you mean {' or '.join(near)}?" if near else "")
+
+
+def explain(message: str, options: Iterable[str]) -> str:
+    """Reduce an error of jsonargparse to one line: its cause, with the nearest names that there are.
+
+    Args:
+        message: of the parser, often one for every type of a union.
+        options: of the parser, with their dashes.
+    """
+    if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
+        module, _, name = found[1].rpartition(".")
+        known = inspect.signature(getattr(sys.modules[module], name)).parameters
+        return _unknown(f"{name} has no option", found[2], known)
+    if found := re.search(r"unrecognized arguments: ([^\s=]+)|does not accept option '([\w.]+)'", message):
+        given = found[1] or f"--{found[2]}"
+        group, dot, rest = given.partition(".")
+        groups = difflib.get_close_matches(group, {option.partition(".")[0] for option in options}, n=1)
+        moved = [f"{near}{dot}{rest}" for near in groups if near != group]
+        return _unknown("unknown argument", given, [*options, *moved])
+    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        return _unknown(f"{found[1]} has no", found[2], dir(sys.modules[found[1]]))
+    if found := re.search(r"Expected a dot import path string: (\S+)", message):
+        own = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("ftd_lightning.")]
+        return _unknown("unknown class", found[1], [name for module in own for name in module.get("__all__", ())])
+    keys, causes = list[str](), list[str]()
+    inner, *values = re.split(r"\n *Given value: ", message)
+    for line in (line.strip(" -") for line in inner.splitlines()):
+        if key := re.match(r'Parser key "([\w.]+)"', line):
+            keys.append(key[1])
+        elif not NOISE.match(line):
+            causes.append(re.sub(r"Expected an? (?:<class '([\w.]+)'>|typing\.)", r"expected \1", line))
+    cause = " or ".join(dict.fromkeys(causes)).replace(" or expected ", " or ").replace(". Got value:", ", not")
+    given = f", not {values[0].splitlines()[0]}" if values and ", not " not in cause else ""
+    return f"{'.'.join(keys)}{': ' if keys else ''}{cause}{given}"
+
+
+class OneLineErrors(ArgumentParser):
+    """Tells a mistake in one line, where jsonargparse prints the usage first."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with code 2."""
+        if not self.exit_on_error:  # a parser of a class's arguments within another one
+            super().error(message, ex)
+        parser: ArgumentParser = (vars(ex) if ex else {}).get("subcommand_parser", self)
+        line = explain(message, re.findall(r"--[\w.-]+", parser.format_usage()))
+        hint = "" if line.endswith("?") else f"; see {parser.prog.replace(' [options]', '')} --help"
+        self.exit(2, f"ftd: error: {line}{hint}\n")
 
 
 def _kind(annotation: Any) -> dict[str, Any]:
@@ -32,14 +91,14 @@ def _kind(annotation: Any) -> dict[str, Any]:
     return {"type": annotation}
 
 
-def command_parser(command: Callable[..., Any], name: str) -> ArgumentParser:
+def command_parser(command: Callable[..., Any], name: str) -> OneLineErrors:
     """Build the parser of a command, a function or a dataclass, from its signature and docstring in Google style.
 
     Keyword-only parameters become options, and so do all of a class; the others are positional. Words are joined by "-"
     or "_". A bool is a switch (``--ema``, ``--no_ema``), a sequence takes one value or more. ``overrides`` is left out.
     """
     doc = inspect.getdoc(command) or ""
-    parser = ArgumentParser(prog=f"ftd {name}", description=SECTION.split(doc)[0], allow_abbrev=False)
+    parser = OneLineErrors(prog=f"ftd {name}", description=SECTION.split(doc)[0], allow_abbrev=False)
     helps, types = dict(ARGUMENT.findall(doc)), get_type_hints(command)
     for key, parameter in inspect.signature(command).parameters.items():
         if key == "overrides":

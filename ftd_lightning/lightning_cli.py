@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +25,7 @@ from ftd_lightning.callbacks import (
     TensorBoardPictures,
 )
 from ftd_lightning.callbacks.checkpoint_io import FitCheckpoint
+from ftd_lightning.command_line import OneLineErrors
 from ftd_lightning.contracts import LearnsSet, data_source
 from ftd_lightning.core.module import BaseModule, run_folder
 from ftd_lightning.core.results import summary
@@ -47,19 +45,8 @@ def _with_defaults(configured: Any, defaults: Mapping[type, Any]) -> list[Any]:
     return [*parts, *missing]
 
 
-class Parser(LightningArgumentParser):
-    """Lightning's parser, which tells an option that a class lacks in one line, with the nearest that it has."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with code 2."""
-        unknown = re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message)
-        if unknown is None:
-            super().error(message, ex)
-        module, _, name = unknown[1].rpartition(".")
-        options = list(inspect.signature(getattr(sys.modules[module], name)).parameters)
-        near = difflib.get_close_matches(unknown[2], options, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(options)}"
-        self.exit(2, f"ftd: error: {name} has no option {unknown[2]!r}: {hint}\n")
+class Parser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser, with errors in one line."""
 
 
 class FTDCLI(LightningCLI):

@@ -167,14 +167,43 @@ def test_bad_input_is_one_line_and_exit_code_1(trajectories: Path, capsys) -> No
     assert (code, line) == (1, "ftd: error: nowhere.yaml: no such config; ftd configs lists those that ship")
 
 
-def test_wrong_words_end_with_exit_code_2(capsys) -> None:
-    for arguments, words in (
-        (["fit", "--config", "digits/teacher_mtt", "--model.epoch=3"], "no option 'epoch': did you mean 'epochs'?"),
-        (["exprot"], "did you mean export?"),
-        (["export", "--emma"], "--emma"),
+MISSPELT = [
+    ("--model.epoch=3", "FlatTeacher has no option 'epoch': did you mean epochs?"),
+    ("--data.imagesize=8", "DistillationDataModule has no option 'imagesize': did you mean image_size?"),
+    ("--trainer.maxsteps=3", "unknown argument '--trainer.maxsteps': did you mean --trainer.max_steps or "),
+    ("--modle.epochs=3", "unknown argument '--modle.epochs': did you mean --model.epochs?"),
+    ("--model=ftd_lightning.FlatTeachr", "ftd_lightning has no 'FlatTeachr': did you mean FlatTeacher?"),
+    ("--trainer.callbacks+=SyntheticEM", "unknown class 'SyntheticEM': did you mean SyntheticEMA"),
+    ("--model.epochs=three", "model.epochs: expected int, not three; see ftd --help"),
+    ("--trainer.precision=3", "trainer.precision: expected Literal[64, 32, 16] or Literal["),
+]
+
+
+def test_wrong_words_end_with_exit_code_2(here: Path, capsys) -> None:
+    (here / "a.yaml").write_text("trainer: {max_epoch: 3}\n")
+    config = str(CONFIGS / "digits" / "teacher_mtt.yaml")
+    parser = lightning_cli.run(["--config", config], start=False).parser
+    capsys.readouterr()
+    for run, arguments, words in (
+        *((parser.parse_args, ["--config", config, option], words) for option, words in MISSPELT),
+        (
+            cli.main,
+            ["fit", "--config", "a.yaml"],
+            "unknown argument '--trainer.max_epoch': did you mean --trainer.max_e",
+        ),
+        (cli.main, ["exprot"], "unknown command 'exprot': did you mean export?"),
+        (cli.main, ["export", "a", "b", "--emma"], "unknown argument '--emma': did you mean --ema?"),
+        (
+            cli.main,
+            ["compare", "--config=a.yaml", "--stop-after=x"],
+            "stop_after: expected float, not x; see ftd compare",
+        ),
     ):
-        code, line = refusal(capsys, *arguments)
-        assert (code, words in line) == (2, True), line
+        with pytest.raises(SystemExit) as stop:
+            run(arguments)
+        shown = capsys.readouterr().err
+        assert (stop.value.code, shown.count("\n")) == (2, 1), shown
+        assert shown.startswith(f"ftd: error: {words}"), shown
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -19,7 +19,9 @@ def plain(value: Any) -> Any:
     A dataclass becomes a mapping, a rule or inner optimizer ``{"class_path": ..., "init_args": ...}``, a tuple a list.
     """
     if isinstance(value, (MatchingRule, InnerOptimizer)):
-        return {"class_path": _path(type(value)), "init_args": plain(asdict(value))}  # type: ignore[call-overload]
+        if not is_dataclass(value):
+            raise InputError(f"{type(value).__name__} is a base or no dataclass: name one of its kinds")
+        return {"class_path": _path(type(value)), "init_args": plain(asdict(value))}
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):
