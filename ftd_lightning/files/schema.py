@@ -87,6 +87,7 @@ SET_METADATA: dict[str, Rule] = {
     "target_scale": (lambda value: is_number(value, 0) and value > 0, "a finite number above 0"),
     "ema_initial_weight": (lambda value: is_number(value, 0, 1), "a number in [0, 1]"),
     "scores": (lambda value: _is_mapping(value, lambda score: isinstance(score, dict)), "a mapping of measurements"),
+    "joined": (lambda value: _is_list(value, lambda part: isinstance(part, dict)), "a list of mappings"),
     **dict.fromkeys(("method", "label_kind", "labels_made"), TEXT),
     **dict.fromkeys(("images_stored", "images_trained_on", "iterations", "rounds"), COUNT),
     **dict.fromkeys(("skipped_steps", "gated_steps"), COUNT),

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import one_hot
 from torch.utils.data import TensorDataset
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import schema
-from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
+from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, write_tensors
 from ftd_lightning.files.transforms import Standardization, check_transform, load_transform
 from ftd_lightning.functional.kernels import target_probabilities
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from ftd_lightning.contracts import ImageTransform
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 KIND = "synthetic_set"
 PREFIX = "transform."  # of the names of the transform's tensors
+# Metadata that do not hold for a part of the images, nor for more.
+OF_ALL_IMAGES = ("scores", "network", "images_stored", "images_trained_on", "label_kind", "target_scale", "kernel")
 
 
 def _open(path: str | Path) -> TensorFile:
@@ -31,12 +36,38 @@ def _open(path: str | Path) -> TensorFile:
     return file
 
 
+def _joined(sets: Sequence[SyntheticSet], names: Sequence[str]) -> SyntheticSet:
+    """Join the images of named classes, class by class, and what the sets have in common."""
+    classes, rows, described = [], [], []
+    for part in sets:
+        place = torch.tensor([names.index(name) if name in names else len(names) for name in part.class_names])
+        labels = part.training_labels()
+        labels = labels if labels.ndim == 2 else one_hot(labels, len(place)).float()
+        classes.append(place[labels.argmax(1)])
+        rows.append(labels.new_zeros(len(labels), len(names) + 1).index_add(1, place, labels)[:, :-1])
+        described.append({key: value for key, value in part.metadata.items() if key not in OF_ALL_IMAGES})
+    of_images = torch.cat(classes)
+    order = of_images.argsort(stable=True)[: int((of_images < len(names)).sum())]
+    soft, averages = torch.cat(rows)[order], [part.ema_images for part in sets if part.ema_images is not None]
+    rates = {part.learning_rate for part in sets}
+    mean = None if None in rates else torch.tensor(list(rates)).mean()
+    return SyntheticSet(
+        torch.cat([part.images for part in sets])[order],
+        of_images[order] if all(part.labels.ndim == 1 for part in sets) else soft / soft.sum(1, keepdim=True),
+        sets[0].step_size if len(rates) == 1 else mean,
+        torch.cat(averages)[order] if len(averages) == len(sets) else None,
+        list(names),
+        sets[0].transform,
+        {key: value for key, value in described[0].items() if all(other.get(key) == value for other in described)},
+    )
+
+
 def _own(header: dict[str, Any]) -> dict[str, Any]:
     """Drop what the fields of a set hold, and what only files have."""
     return {key: value for key, value in header.items() if key not in ("kind", "format", "class_names", "transform")}
 
 
-@dataclass
+@dataclass(repr=False)
 class SyntheticSet:
     """Synthetic images, their labels and the step size they were learned with.
 
@@ -69,6 +100,18 @@ class SyntheticSet:
         if self.step_size is not None:
             self.step_size = torch.as_tensor(self.step_size)
 
+    def __repr__(self) -> str:
+        """Describe the set in five lines, without its pixels; ``ftd info`` tells more of a file."""
+        names, of = self.class_names, self.metadata.get("dataset")
+        images = f"{len(self.images)} images, {' x '.join(map(str, self.images.shape[1:]))}"
+        return (
+            f"SyntheticSet of {images}{'' if self.ema_images is None else ', and their moving average'}\n"
+            f"  classes    {len(names)}: {', '.join(names[:10])}{', ...' if names[10:] else ''}\n"
+            f"  labels     {self.label_description}\n"
+            f"  step size  {self.learning_rate and f'{self.learning_rate:.4g}'}\n"
+            f"  method     {self.metadata.get('method')}, on {of.get('name') if isinstance(of, dict) else of}"
+        )
+
     @property
     def learning_rate(self) -> float | None:
         """The step size as one number, the mean of several; None where none was learned."""
@@ -91,6 +134,53 @@ class SyntheticSet:
         if schema.label_kind(self.labels, self.metadata) != "target":
             return self.labels
         return target_probabilities(self.labels, scale=self.metadata.get("target_scale", 1.0))
+
+    def fingerprint(self) -> str:
+        """Hash images, labels and step size."""
+        return fingerprint(*(value for value in (self.images, self.labels, self.step_size) if value is not None))
+
+    def take_classes(self, names: Sequence[str]) -> SyntheticSet:
+        """Return the images of some classes, class by class, numbered in the order of ``names``; without scores.
+
+        An image with soft labels belongs to its most probable class. Of these labels, the probabilities of the taken
+        classes are kept, divided by their sum. An InputError names a class that the set does not have.
+
+        Example:
+            >>> pets = SyntheticSet(torch.rand(3, 1, 8, 8), torch.arange(3), class_names=["cat", "dog", "eel"])
+            >>> part = pets.take_classes(["eel", "cat"])
+            >>> part.labels, torch.equal(part.images[0], pets.images[2])
+            (tensor([0, 1]), True)
+        """
+        if missing := [name for name in names if name not in self.class_names]:
+            raise InputError(f"take_classes: no class {missing[0]!r}: there are {', '.join(self.class_names)}")
+        return _joined([self], names)
+
+    @staticmethod
+    def concatenate(sets: Sequence[SyntheticSet]) -> SyntheticSet:
+        """Join sets of different classes, or of the same ones: all images, class by class.
+
+        Classes are known by their names, and numbered in the order of the sets. If a set has soft labels, all become
+        probabilities, 0 for classes of other sets. The step size is the mean of the sets', averaged images are kept,
+        where all sets have them. Metadata that all sets share are kept, and "joined" describes each set. An InputError
+        refuses sets without class names, of other image shapes, or with other transforms.
+
+        Example:
+            >>> cats = SyntheticSet(torch.rand(2, 1, 8, 8), torch.tensor([0, 0]), class_names=["cat"])
+            >>> dogs = SyntheticSet(torch.rand(1, 1, 8, 8), torch.tensor([0]), class_names=["dog"])
+            >>> pets = SyntheticSet.concatenate([cats, dogs])
+            >>> pets.labels, pets.class_names
+            (tensor([0, 0, 1]), ['cat', 'dog'])
+        """
+        for part in sets:
+            if part.images.shape[1:] != sets[0].images.shape[1:] or not part.class_names:
+                raise InputError("concatenate: the sets need class_names, and images of one shape")
+            if part.transform.describe() != sets[0].transform.describe():
+                raise InputError("concatenate: the sets' transforms differ; apply one of them to all pictures()")
+        joined = _joined(sets, list(dict.fromkeys(name for part in sets for name in part.class_names)))
+        described = [(part.fingerprint(), list(part.class_names), part.metadata.get("method")) for part in sets]
+        keys = ("fingerprint", "class_names", "method")
+        joined.metadata["joined"] = [dict(zip(keys, values, strict=True)) for values in described]
+        return joined
 
     def check(self, where: object) -> None:
         """Refuse a set that is not as its attributes are described; the InputError names ``where`` and the field."""

@@ -106,7 +106,7 @@ def centred_targets(labels: Tensor, num_classes: int, *, scale: float = 1.0) -> 
     """Return regression targets of classes, ``scale (one_hot - 1 / K)``; each row has sum 0.
 
     Args:
-        labels: (N,) int64 in [0, K).
+        labels: (N,) int64 in [0, K), or (N, K) in the place of ``one_hot``.
         num_classes: K.
         scale: > 0; 1 in KIP, ``sqrt(10 / K)`` in FRePo.
 
@@ -117,7 +117,8 @@ def centred_targets(labels: Tensor, num_classes: int, *, scale: float = 1.0) -> 
         >>> centred_targets(torch.tensor([1]), 2)
         tensor([[-0.5000,  0.5000]])
     """
-    return scale * (one_hot(labels, num_classes).to(torch.get_default_dtype()) - 1 / num_classes)
+    rows = one_hot(labels, num_classes) if labels.ndim == 1 else labels
+    return scale * (rows.to(torch.get_default_dtype()) - 1 / num_classes)
 
 
 def target_probabilities(targets: Tensor, *, scale: float = 1.0) -> Tensor:

@@ -71,7 +71,7 @@ class BilevelDistillation(Distillation):
         network: a name, an import path, or a function that builds one.
         network_options: for a named network.
         ipc: synthetic images per class; a list names those of each, in label order.
-        init: "real" starts from random real images of each class, "noise" from a standard normal.
+        init: "real" (random real images of each class), "noise" (standard normal), or a set or its file to continue.
         syn_steps: T, inner steps.
         window: M, the steps that are differentiated: those before a step drawn from {M .. T}; None: all T.
         optimizer: of the inner steps, an ``InnerSGD``, an ``InnerAdam``, or as in a config.
@@ -135,6 +135,8 @@ class BilevelDistillation(Distillation):
             rules=matching_rules(rules or []),
         )
         self.optimizer = inner_optimizer(optimizer)
+        if self.continued is not None and isinstance(self.optimizer, InnerAdam):
+            self.continued.step_size = None  # not Adam's: see ``synthetic_set``
         self.save_arguments(locals(), augment=self.augment, rules=self.rules, optimizer=self.optimizer)
         for hook in OF_TEACHERS:
             if asking := having(self.rules, hook):

@@ -117,7 +117,7 @@ class DistributionMatching(Distillation):
         network: a name, an import path, or a function that builds one.
         network_options: for a named network.
         ipc: synthetic images per class; a list names those of each, in label order.
-        init: "real" starts from random real images of each class (the published setting), "noise" from a normal.
+        init: "real" (random images of each class, as published), "noise", or a set or its file to continue.
         batch_real: real images per class and iteration.
         lr_images: learning rate of the pixels; 1 as published (10 for CIFAR-10 at 100 images per class and more).
         momentum: of the pixels.
@@ -195,7 +195,7 @@ class GradientMatching(Distillation):
         network: a name, an import path, or a function that builds one.
         network_options: for a named network.
         ipc: synthetic images per class; a list names those of each, in label order.
-        init: "real" starts from random real images of each class (DSA as published), "noise" from a normal (DC).
+        init: "real" (random images of each class, as in DSA), "noise" (as in DC), or a set or its file to continue.
         outer_loops: T, iterations on one network. None: as published for this ipc (1, 10, 20, 30, 40 or 50).
         inner_epochs: K, epochs over the synthetic set between two of them. None: as published.
         batch_real: real images per class and iteration.
@@ -237,6 +237,7 @@ class GradientMatching(Distillation):
             momentum=momentum,
         )
         self.save_arguments(locals(), augment=self.augment)
+        ipc = self.ipc
         published = None if isinstance(ipc, list) else PUBLISHED_LOOPS.get(ipc)
         if published is None and not (outer_loops and inner_epochs):
             missing = "inner_epochs" if outer_loops else "outer_loops"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -37,7 +40,8 @@ if TYPE_CHECKING:
     from ftd_lightning.core.networks import Network
     from ftd_lightning.functional.augment import Augmentation
 
-Init = Literal["real", "noise"]
+Init = str | SyntheticSet
+CONTINUES = "set "  # of ``init`` as it is recorded, before the fingerprint of the set that a fit continues from
 SMALLEST_STEP_SIZE = 1e-8  # far below any step size that trains a network, far above float32's smallest number
 
 # Arguments of every method's constructor, which it passes on unchanged.
@@ -47,6 +51,18 @@ COMMON = ("network", "network_options", "ipc", "init", "iterations_per_epoch", "
 def common(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Select them from a constructor's ``locals()``."""
     return {name: arguments[name] for name in COMMON}
+
+
+def _class_by_class(found: SyntheticSet) -> tuple[SyntheticSet, Ipc]:
+    """Order a set by (most probable) class, with the labels that learning starts from; also return its ipc."""
+    found.check("init")
+    labels = found.labels
+    classes = labels if labels.ndim == 1 else labels.argmax(1)
+    counts, order = classes.bincount(minlength=len(found.class_names)).tolist(), classes.argsort(stable=True)
+    if found.metadata.get("label_kind") == "target":  # as if they were probabilities
+        labels = labels / found.metadata.get("target_scale", 1.0) + 1 / labels.shape[1]
+    found = replace(found, images=found.images[order], labels=labels[order])
+    return found, counts[0] if len(set(counts)) == 1 else counts
 
 
 class Distillation(BaseModule):
@@ -67,7 +83,8 @@ class Distillation(BaseModule):
     Args:
         network, network_options, augment, seed: as for ``BaseModule``.
         ipc: synthetic images per class; a list names those of each, in label order.
-        init: "real" starts from random real images of each class, "noise" from a standard normal.
+        init: "real" starts from random real images of each class, "noise" from a standard normal; a ``SyntheticSet``,
+            or its file, is continued: its images, and its labels and step size where they are learned.
         iterations_per_epoch: iterations that make a Lightning epoch.
         real: images (N, C, H, W) and labels (N,); None takes the datamodule's training images.
         lr_images: learning rate of the pixels; 0 learns none.
@@ -81,6 +98,8 @@ class Distillation(BaseModule):
         labels: (N,) int64, the classes that the images are made for.
         soft_labels: labels other than these classes, or None.
         step_size: the current step size, a parameter.
+        continued: the set that ``init`` gave, or None.
+        first_labels: what learned labels start from: the classes, or probabilities (N, K) of that set.
         initial_images: a copy of the images at the start; None in a module loaded from a checkpoint.
         ema_images: their moving average, where a ``SyntheticEMA`` keeps one.
         scores: accuracies that ``EvaluateSynthetic`` measured of the current images.
@@ -89,6 +108,7 @@ class Distillation(BaseModule):
 
     images: nn.Parameter
     step_size: nn.Parameter
+    continued: SyntheticSet | None
     labels: Tensor
     verbs = ("fit",)  # ``SyntheticEvaluation`` measures a set
 
@@ -111,7 +131,15 @@ class Distillation(BaseModule):
     ) -> None:
         super().__init__(network=network, network_options=network_options, augment=augment, seed=seed)
         self.ipc: Ipc = list(ipc) if isinstance(ipc, list | tuple) else ipc
-        self.init, self.iterations_per_epoch, self.rules = init, iterations_per_epoch, rules
+        self.iterations_per_epoch, self.rules, self.continued = iterations_per_epoch, rules, None
+        if isinstance(init, str) and init not in ("real", "noise") and not init.startswith(CONTINUES):
+            if not Path(init).expanduser().is_file():
+                raise InputError(f"init={init!r} is no file of a synthetic set, nor 'real' or 'noise'")
+            init = SyntheticSet.load(init)
+        if isinstance(init, SyntheticSet):
+            self.continued, self.ipc = _class_by_class(init)
+            init = CONTINUES + init.fingerprint()
+        self.init = init
         self._given = None if real is None else given_images(real)
         self._lr_images, self._lr_step_size, self._momentum = lr_images, lr_step_size, momentum
         self._initial_step_size = step_size
@@ -135,14 +163,30 @@ class Distillation(BaseModule):
             self.images = nn.Parameter(torch.zeros(self._loaded_shapes["images"]))
             self.register_buffer("labels", torch.zeros(len(self.images), dtype=torch.long))
         else:
-            start = self.first_images(self.real_images())
+            drawn = self.init in ("real", "noise")
+            start = self.first_images(self.real_images()) if drawn else self._continued_images()
             images = start.images
             if self.init == "noise":
                 images = torch.randn(images.shape, generator=self.generator("initial noise"))
             self.images = nn.Parameter(images.clone(), requires_grad=self._lr_images > 0)
             self.register_buffer("labels", start.labels.clone())
             self.initial_images = images.clone()
-        self.step_size = nn.Parameter(torch.tensor(self._initial_step_size), requires_grad=bool(self._lr_step_size))
+        step_size = torch.tensor(self._initial_step_size)
+        if self.continued is not None and self._lr_step_size and (found := self.continued.step_size) is not None:
+            step_size = (found if found.shape == step_size.shape else found.mean()).to(step_size).expand_as(step_size)
+        self.step_size = nn.Parameter(step_size.clone(), requires_grad=bool(self._lr_step_size))
+        self.first_labels = self.labels if self.continued is None else self.continued.labels
+
+    def _continued_images(self) -> Images:
+        """Return images and classes of the set to continue from; refuse one of other data."""
+        found, data = self.continued or SyntheticSet.load(self.init), self.data
+        if data is not None:
+            ours = (data.shape.zeros(1).shape[1:], list(data.class_names), data.transform.describe())
+            theirs = (found.images.shape[1:], found.class_names or ours[1], found.transform.describe())
+            for name, one, other in zip(("image shape", "class_names", "transform"), theirs, ours, strict=True):
+                if one != other:
+                    raise InputError(f"init: {name} of the set is {one!r:.90}, of the data {other!r:.90}")
+        return Images(found.images, found.labels if found.labels.ndim == 1 else found.labels.argmax(1))
 
     def first_images(self, real: Images) -> Images:
         """Choose the real images to start from: random ones of each class, class by class."""
@@ -156,9 +200,15 @@ class Distillation(BaseModule):
         if self._loaded_shapes:  # the checkpoint's labels follow
             empty = torch.zeros(self._loaded_shapes["soft_labels.values"])
             return StudentLabels(rule, empty, learned=rule.made == "learned")
+        if rule.made == "learned" and self.first_labels.ndim == 2:
+            return StudentLabels(rule, self.first_labels.clamp_min(torch.finfo().tiny).log(), learned=True)
         logits = rule.initial_logits(self.labels, self.num_classes, answers)
         classes = one_hot(self.labels, self.num_classes).float()
         return StudentLabels(rule, classes if logits is None else logits, learned=logits is not None)
+
+    def save_arguments(self, arguments: Mapping[str, Any], **options: Any) -> None:
+        """Save a set to continue from as its fingerprint, and the ipc that it decides."""
+        super().save_arguments(arguments, **{"ipc": self.ipc, "init": self.init, **options})
 
     @property
     def method(self) -> str:
@@ -307,6 +357,9 @@ class Distillation(BaseModule):
     def on_fit_start(self) -> None:
         """Check the trainer; then call :meth:`begin` on the device."""
         super().on_fit_start()
+        if self.trainer.max_steps < 0 and self.trainer.max_epochs == 1000:  # Lightning's default
+            count = f"{1000 * self.iterations_per_epoch:,}"
+            rank_zero_warn(f"{type(self).__name__}: this fit has {count} iterations; Trainer(max_steps=...) limits it")
         self.begin(self._loaded_state)
         self._loaded_state = None
 

@@ -98,7 +98,7 @@ class FeatureAlignment(Distillation):
         network: a name, an import path, or a function that builds one.
         network_options: for a named network.
         ipc: synthetic images per class; a list names those of each, in label order.
-        init: "real" starts from random real images of each class, "noise" from a normal (the released script).
+        init: "real" (random images of each class), "noise" (as published), or a set or its file to continue.
         rounds: the fit ends after so many, if the trainer's ``max_steps`` does not end it; 2001 in the released script.
         loops: when a round and its training end: a ``Loops``, or its fields as a mapping.
         query: real images of a class for an accuracy; all, if there are fewer.

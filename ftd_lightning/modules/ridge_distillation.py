@@ -153,7 +153,7 @@ class KernelInducingPoints(Distillation):
         network: of evaluations by networks; a name, an import path, or a function that builds one.
         network_options: for a named network.
         ipc: synthetic images per class; a list names those of each, in label order.
-        init: "real" starts from random real images of each class, "noise" from a normal.
+        init: "real" (random real images of each class), "noise" (standard normal), or a set or its file to continue.
         kernel: "ntk" or "nngp".
         depth: hidden layers.
         bias_variance: of every layer; weights have variance 2. 0.01 as published.
@@ -203,7 +203,8 @@ class KernelInducingPoints(Distillation):
         super().build()
         hparams = self.hparams
         lr = hparams["lr_labels"] if hparams["learn_labels"] else None
-        self.soft_labels = RidgeTargets(self.labels, self.num_classes, reg=hparams["reg"], lr=lr)
+        labels = self.labels if lr is None else self.first_labels
+        self.soft_labels = RidgeTargets(labels, self.num_classes, reg=hparams["reg"], lr=lr)
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the real images to the device, where they fit."""
@@ -302,7 +303,7 @@ class FeatureRegression(Distillation):
         network: a name, an import path, or a function that builds one.
         network_options: for a named network.
         ipc: synthetic images per class; a list names those of each, in label order.
-        init: "real" starts from random real images of each class, "noise" from a normal.
+        init: "real" (random real images of each class), "noise" (standard normal), or a set or its file to continue.
         reg: regularisation relative to the mean of the kernel's diagonal; 1e-6 as published.
         pool_size: networks in the pool.
         max_steps_per_network: after which a network is replaced.
@@ -356,7 +357,8 @@ class FeatureRegression(Distillation):
         super().build()
         hparams, scale = self.hparams, math.sqrt(10 / self.num_classes)
         lr = hparams["lr_labels"] if hparams["learn_labels"] else None
-        self.soft_labels = RidgeTargets(self.labels, self.num_classes, reg=hparams["reg"], scale=scale, lr=lr)
+        labels = self.labels if lr is None else self.first_labels
+        self.soft_labels = RidgeTargets(labels, self.num_classes, reg=hparams["reg"], scale=scale, lr=lr)
 
     def describe(self) -> dict[str, Any]:
         """Describe the data, the network and the kernel, which is made of networks' features."""

@@ -80,7 +80,7 @@ class TrajectoryMatching(Distillation):
             parameters; None takes the teachers' network.
         network_options: for a named network.
         ipc: synthetic images per class; a list names those of each, in label order.
-        init: "real" starts from random real images of each class, "noise" from a standard normal.
+        init: "real" (random real images of each class), "noise" (standard normal), or a set or its file to continue.
         syn_steps: n, inner SGD steps.
         expert_epochs: m, teacher epochs that they match.
         max_start_epoch: segments start at an epoch in {0 .. max_start_epoch - 1}, or as a ``StartWindow`` narrows it.
@@ -140,8 +140,8 @@ class TrajectoryMatching(Distillation):
             rules=matching_rules(rules or []),
         )
         self.save_arguments(locals(), trajectories=str(trajectories), augment=self.augment, rules=self.rules)
-        if init == "noise" and (chooses := only_one(self.rules, "initial_images")):
-            raise InputError(f"init='noise' leaves {type(chooses).__name__} no image to choose: give init='real'")
+        if self.init != "real" and (chooses := only_one(self.rules, "initial_images")):
+            raise InputError(f"init={self.init!r} leaves {type(chooses).__name__} no image to choose: omit the rule")
         self._teachers: dict[str, Any] = {}  # the set's description of them
 
     @cached_property

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -148,3 +150,57 @@ def test_dataset_works_in_an_ordinary_dataloader(full, refused):
     for use in (full.chosen, full.dataset, full.pictures):
         with refused("no EMA images"):
             use(ema=True)
+
+
+def test_it_prints_in_five_lines_without_pixels(full):
+    full.class_names = [f"class {number}" for number in range(40)]
+    first, names, *_ = lines = repr(full).splitlines()
+    assert first == "SyntheticSet of 6 images, 2 x 4 x 4, and their moving average"
+    assert (len(lines), names[:24], names[-12:]) == (5, "  classes    40: class 0", "class 9, ...")
+
+
+def test_classes_are_taken_in_the_order_of_their_names(full, pictures, refused):
+    part = full.take_classes(["Käfer", "ant"])
+    assert torch.equal(part.images, full.images[[4, 5, 0, 1]])
+    assert torch.equal(part.ema_images, full.ema_images[[4, 5, 0, 1]])
+    assert (part.labels.tolist(), part.class_names, part.step_size) == ([0, 0, 1, 1], ["Käfer", "ant"], full.step_size)
+    assert part.metadata == {key: METADATA[key] for key in ("dataset", "augment", "versions")}
+    labels = torch.tensor([[0.6, 0.1, 0.3], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]]).repeat(2, 1)
+    part = SyntheticSet(pictures, labels, class_names=["a", "b", "c"]).take_classes(["c", "a"])
+    assert torch.equal(part.images, pictures[[2, 5, 0, 3]])  # of the most probable classes
+    torch.testing.assert_close(part.labels[[0, 2]], torch.tensor([[7 / 8, 1 / 8], [1 / 3, 2 / 3]]))
+    with refused("take_classes", "'d'", "ant, bee"):
+        full.take_classes(["ant", "d"])
+
+
+def test_sets_are_joined_by_the_names_of_their_classes(full, path):
+    names, metadata = ["bee", "wasp"], {"method": "ftd", "versions": {"torch": "2"}}
+    other = replace(full, images=full.images + 1, labels=torch.tensor([1, 0] * 3), class_names=names, metadata=metadata)
+    other = replace(other, step_size=0.0323, ema_images=None)
+    joined = SyntheticSet.concatenate([full, other])
+    assert joined.class_names == ["ant", "bee", "Käfer", "wasp"]
+    assert joined.labels.tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 3]
+    both = torch.cat([full.images, other.images])
+    assert torch.equal(joined.images, both[[0, 1, 2, 3, 7, 9, 11, 4, 5, 6, 8, 10]])
+    assert (joined.learning_rate, joined.ema_images) == (pytest.approx(0.0223), None)
+    found = [(one["fingerprint"], one["class_names"], one["method"]) for one in joined.metadata.pop("joined")]
+    assert found == [(full.fingerprint(), full.class_names, None), (other.fingerprint(), names, "ftd")]
+    assert joined.metadata == {"versions": {"torch": "2"}}
+    assert torch.equal(there_and_back(joined, path).take_classes(["wasp"]).images, other.images[::2])
+
+
+def test_soft_labels_are_widened_and_hard_ones_become_soft(full):
+    targets = {"labels": torch.tensor([[0.3, -0.3]] * 6), "metadata": {"label_kind": "target", "target_scale": 0.6}}
+    joined = SyntheticSet.concatenate([replace(full, class_names=["wasp", "ant"], **targets), full])
+    assert joined.class_names == ["wasp", "ant", "bee", "Käfer"]
+    assert torch.equal(joined.labels, torch.eye(4)[[0] * 6 + [1, 1, 2, 2, 3, 3]])
+    assert not {"label_kind", "target_scale"} & joined.metadata.keys()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("images", torch.zeros(6, 2, 5, 5)), ("transform", Standardization([0.0], [1.0])), ("class_names", [])],
+)
+def test_sets_that_are_not_alike_are_not_joined(full, refused, field, value):
+    with refused("concatenate", field):
+        SyntheticSet.concatenate([full, replace(full, **{field: value})])
