@@ -6,16 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 from fits import SMALL, make_trainer, record, small_data, small_matching, small_teacher
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import nn
 
-from ftd_lightning import FlatTeacher, SyntheticEvaluation, SyntheticSet, TrajectoryMatching, TrajectoryStore
+from ftd_lightning import (
+    DistillationDataModule,
+    FlatTeacher,
+    SyntheticEvaluation,
+    SyntheticSet,
+    TrajectoryMatching,
+    TrajectoryStore,
+)
 from ftd_lightning.callbacks import AtomicCheckpointIO, EvaluateSynthetic, SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.cli import main
+from ftd_lightning.files import Standardization
 from ftd_lightning.functional import Augmentation, make_generator
 from ftd_lightning.lightning_cli import run
+from ftd_lightning.models import describe_network
 from ftd_lightning.modules import DistributionMatching, GradientMatching
 from ftd_lightning.rules import RobustStart
 
@@ -98,13 +107,16 @@ class TestLoadFromCheckpoint:
             FlatTeacher.load_from_checkpoint(path)
 
 
+def own_net() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
 class Own(LightningModule):
     """Somebody's classifier."""
 
     def __init__(self, head: bool = True) -> None:
         super().__init__()
-        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-        self.add_module("network" if head else "body", net)
+        self.add_module("network" if head else "body", own_net())
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
@@ -116,6 +128,29 @@ class Own(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Theirs(Own):
+    """The shape of lightning-hydra-template's module: a network among other parameters, names with a slash."""
+
+    def __init__(self) -> None:
+        super().__init__(head=False)
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def validation_step(self, batch, batch_idx):
+        self.log_dict({"val/acc": 0.125 * (self.current_epoch + 1), "val/loss": 2.5})
+
+
+class Bare(LightningDataModule):
+    """Normalised images, as somebody else's loaders give them."""
+
+    def train_dataloader(self):
+        data = small_data(val_fraction=0.0)
+        images, labels = data.part("train")
+        normalised = (data.transform.invert(images) - 0.3) / 0.4
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(normalised, labels), batch_size=64)
+
+    val_dataloader = test_dataloader = train_dataloader
 
 
 class TestOwnTeachers:
@@ -140,8 +175,7 @@ class TestOwnTeachers:
         names = [name for name, _ in TrajectoryStore(tmp_path / "store").metadata["network"]["parameters"]]
         assert names == ["body.1.weight", "body.1.bias"]
         # A prefix is all that a student's names differ in.
-        student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-        module = small_matching(tmp_path / "store", network=student, max_start_epoch=1)
+        module = small_matching(tmp_path / "store", network=own_net(), max_start_epoch=1)
         make_trainer(tmp_path, max_steps=1).fit(module, datamodule=small_data())
         assert SyntheticSet.load(tmp_path / "set.safetensors").metadata["method"] == "mtm"
 
@@ -178,6 +212,64 @@ class TestOwnTeachers:
         else:
             trainer.fit(Theirs(), loader, loader)
             assert len(TrajectoryStore(tmp_path / "trajectories")) == 1
+
+    def test_a_part_of_a_module_is_recorded_and_matched(self, tmp_path: Path, refused) -> None:
+        def record_one(store: str, **options) -> TrajectoryStore:
+            recorder = TrajectoryRecorder(str(tmp_path / store), monitor="val/acc", **options)
+            trainer = make_trainer(tmp_path, callbacks=[recorder], max_epochs=3, check_val_every_n_epoch=2)
+            trainer.fit(Theirs(), datamodule=small_data())
+            return TrajectoryStore(tmp_path / store)
+
+        def match(store: str) -> None:
+            module = small_matching(tmp_path / store, network=own_net, max_start_epoch=1)
+            make_trainer(tmp_path / f"{store} set", max_steps=1).fit(module, datamodule=small_data())
+
+        part, layer = record_one("part", network="body"), record_one("layer", network="body.1")
+        assert part.num_parameters == layer.num_parameters == 650
+        assert part.metadata["network"] == describe_network(own_net())
+        assert part.metadata["precision"] == "32-true"
+        assert part.teacher_metadata(0)["accuracies"] == [None, 0.25, None]
+        match("part")
+        match("layer")
+        assert record_one("whole").num_parameters == 651
+        with refused("only theirs has temperature (1,)", "TrajectoryRecorder(network=...)"):
+            match("whole")
+
+    def test_arguments_that_no_teacher_can_be_recorded_with_are_refused(self, tmp_path: Path, refused) -> None:
+        with refused("data= is a Bare", "from_datamodule"):
+            TrajectoryRecorder(data=Bare())
+        for options, trainer, words in (
+            ({"network": "backbone"}, {}, ("network='backbone'", "Theirs, which has body")),
+            ({"network": "body"}, {"precision": "bf16-true"}, ("torch.bfloat16", "bf16-mixed or 32-true")),
+            ({"monitor": "val/loss"}, {}, ("monitor='val/loss' is 2", "in [0, 1]")),
+        ):
+            recorder = TrajectoryRecorder(str(tmp_path / "store"), **options)
+            with refused(*words):
+                make_trainer(tmp_path, callbacks=[recorder], max_epochs=1, **trainer).fit(Theirs(), Bare())
+        recorder = TrajectoryRecorder(str(tmp_path / "store"), monitor="val_acc")
+        with pytest.warns(UserWarning, match="monitor='val_acc' was not logged; logged are val/acc, val/loss"):
+            make_trainer(tmp_path, callbacks=[recorder], max_epochs=1).fit(Theirs(), Bare())
+
+    @pytest.mark.parametrize("named", [None, "my digits"])
+    def test_teachers_of_data_that_nobody_described_are_matched(self, named, tmp_path: Path) -> None:
+        recorder = TrajectoryRecorder(str(tmp_path / "store"), network="body", data=named)
+        make_trainer(tmp_path, callbacks=[recorder], max_epochs=2).fit(Theirs(), Bare())
+        data = DistillationDataModule.from_datamodule(Bare(), transform=Standardization([0.3], [0.4]))
+        module = small_matching(tmp_path / "store", network=own_net, max_start_epoch=1)
+        with pytest.warns(UserWarning, match="store: does not describe its teachers' images"):
+            make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
+        made = module.synthetic_set()
+        assert made.metadata["dataset"] == data.describe()["dataset"]
+        assert made.transform.describe() == Standardization([0.3], [0.4]).describe()
+
+    def test_a_whitening_that_was_not_set_up_describes_teachers(self, tmp_path: Path) -> None:
+        data = small_data(zca=True, val_fraction=0.0)
+        data.setup()
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data.part("train")), batch_size=64)
+        for _ in range(2):
+            recorder = TrajectoryRecorder(str(tmp_path / "store"), data=small_data(zca=True, val_fraction=0.0))
+            make_trainer(tmp_path, callbacks=[recorder], max_epochs=1).fit(Theirs(), loader, loader)
+        assert TrajectoryStore(tmp_path / "store").metadata["transform"] == data.transform.describe()
 
     def test_unnamed_data_joins_no_store(self, tmp_path: Path, refused) -> None:
         loader = torch.utils.data.DataLoader([(torch.randn(1, 8, 8), i % 10) for i in range(20)], batch_size=10)
@@ -304,6 +396,9 @@ def test_settings_that_change_the_result_are_refused(tmp_path: Path, trajectorie
         trainer.precision_plugin.precision = "16-mixed"  # a Trainer on a CPU refuses to be made with it
         with refused("16-mixed"):
             trainer.fit(module, datamodule=data)
+    for option in ({"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}):
+        with refused("FlatTeacher", *option):
+            make_trainer(tmp_path, **option).fit(small_teacher(), datamodule=small_data())
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -55,7 +56,8 @@ def refuse_other_batch(batch: Any, described: DataSource) -> None:
             )
     if contradiction:
         raise InputError(
-            f"TrajectoryRecorder: data= describes images {contradiction}: give data= that describes the loader's images"
+            f"TrajectoryRecorder: data= describes images {contradiction}: give data= that describes the loader's "
+            "images, or only a name for them"
         )
 
 
@@ -125,8 +127,8 @@ class TrajectoryRecorder(Callback):
     """Writes one file per teacher: its weights at initialisation and after every epoch.
 
     With a ``FlatTeacher`` every teacher of the fit is recorded, under its number. Any other LightningModule is one
-    teacher per fit: its ``network``, or all its parameters, under the next free number of the folder. Modules of this
-    library that train no teachers are left alone. All processes write into one folder.
+    teacher per fit, under the next free number of the folder. Modules of this library that train no teachers are left
+    alone. All processes write into one folder.
 
     Snapshots of unfinished teachers lie in ``.unfinished/``, so that neither memory nor checkpoints grow with them. The
     teacher's file appears whole at the end of its last epoch, or when an EarlyStopping ends it. An epoch that a limit
@@ -140,17 +142,36 @@ class TrajectoryRecorder(Callback):
         data: the teachers' training data, where the trainer's datamodule does not describe them: a name, or a
             ``DistillationDataModule``, with whose images the first training batch is compared. Teachers of data that is
             neither named nor fingerprinted join no store.
+        network: name of the submodule to record, as in ``get_submodule``: "net" or "model.backbone"; None: "network",
+            or all parameters of a module without one.
+        monitor: name of the logged metric to record as accuracy, in [0, 1], after every epoch that measured it; None:
+            ``FlatTeacher``'s.
     """
 
-    def __init__(self, path: str | None = None, keep_going: bool = True, data: str | DataSource | None = None) -> None:
+    def __init__(
+        self,
+        path: str | None = None,
+        keep_going: bool = True,
+        data: str | DataSource | None = None,
+        network: str | None = None,
+        monitor: str | None = None,
+    ) -> None:
+        if not isinstance(data, str | None) and data_source(data) is None:
+            raise InputError(
+                f"TrajectoryRecorder: data= is a {type(data).__name__}: give a name, or wrap it with "
+                "DistillationDataModule.from_datamodule"
+            )
         self._path = None if path is None else Path(path).expanduser()
         self.keep_going = keep_going
         self.data = data
+        self.network = network
+        self.monitor = monitor
         self._token = uuid.uuid4().hex  # names this recorder's unnamed data; part of checkpoints
         self._claimed: int | None = None
         self._first_epoch = 0  # the trainer's epoch in which the claimed teacher begins
         self._open: tuple[int, int] | None = None  # an unfinished teacher, and the epochs it has had
         self._resumed = False
+        self._measured: Tensor | None = None  # the last accuracy
         self._unchecked: DataSource | None = None  # describes batches, the first of which has not been compared yet
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -169,6 +190,14 @@ class TrajectoryRecorder(Callback):
         self._snapshots = Snapshots(self.path)
         described = data_source(trainer.datamodule) is not None  # type: ignore[attr-defined]
         self._unchecked = None if described else data_source(self.data)
+        if self._unchecked is not None:
+            self._unchecked.part("train")  # sets it up: before that, nothing is known of a whitening
+        halves = {weight.dtype for weight in self._network(pl_module).parameters()} - {torch.float32, torch.float64}
+        if halves and not isinstance(pl_module, TrainsTeachers):  # FlatTeacher refuses trainer.precision itself
+            raise InputError(
+                f"TrajectoryRecorder: {halves.pop()} weights, with trainer.precision={trainer.precision}, hide small "
+                "steps: use bf16-mixed or 32-true"
+            )
         if any(self.path.glob("teacher_*.safetensors")):  # on every rank, so that none waits for one that refuses
             self._refuse_other_teachers(stores.TrajectoryStore(self.path), self._metadata(trainer, pl_module))
             if isinstance(pl_module, TrainsTeachers):
@@ -218,6 +247,7 @@ class TrajectoryRecorder(Callback):
         else:
             named = {"name": self.data} if isinstance(self.data, str) else {"unnamed": self._token}
             data = {"dataset": named, "transform": None}
+        data["precision"] = str(trainer.precision)
         if isinstance(module, TrainsTeachers):
             return {**module.trajectory_metadata(), **data}
         return {
@@ -229,9 +259,17 @@ class TrajectoryRecorder(Callback):
             **data,
         }
 
-    @staticmethod
-    def _network(module: LightningModule) -> nn.Module:
-        return dict(module.named_children()).get("network", module)
+    def _network(self, module: LightningModule) -> nn.Module:
+        children = dict(module.named_children())
+        if self.network is None:
+            return children.get("network", module)
+        try:
+            return module.get_submodule(self.network)
+        except AttributeError:
+            raise InputError(
+                f"TrajectoryRecorder: network={self.network!r} is no submodule of {type(module).__name__}, which has "
+                f"{', '.join(children)}"
+            ) from None
 
     def _teacher(self, trainer: Trainer, module: LightningModule) -> tuple[int, int, int | None, bool]:
         """Return number and epoch of the current teacher, its planned length, and whether this process writes it."""
@@ -266,11 +304,12 @@ class TrajectoryRecorder(Callback):
         if not records:
             return
         # Metrics stay until they are measured again: a value of another epoch, or teacher, is not this one's.
-        every = trainer.check_val_every_n_epoch
-        due = every is not None and (trainer.current_epoch + 1) % every == 0
-        name = "val" if trainer.enable_validation else "train"
-        value = metrics.get(f"teacher/{name}_accuracy") if due or name == "train" else None
-        accuracy = None if value is None else round(float(value), 6)
+        name = self.monitor or f"teacher/{'val' if trainer.enable_validation else 'train'}_accuracy"
+        value, before = metrics.get(name), self._measured
+        self._measured = value
+        accuracy = None if value is None or value is before else round(float(value), 6)
+        if accuracy is not None and not 0 <= accuracy <= 1:
+            raise InputError(f"TrajectoryRecorder: monitor={name!r} is {accuracy:g}, an accuracy in [0, 1] is needed")
         self._snapshots.write(teacher, epoch + 1, self._network(pl_module), accuracy)
         self._open = (teacher, epoch + 1)
         if epoch + 1 == epochs:
@@ -284,6 +323,9 @@ class TrajectoryRecorder(Callback):
         if epochs > self._recorded(teacher)["epochs"]:
             weights, accuracies = self._snapshots.read(teacher, epochs)
             metadata = {**self._metadata(trainer, module), "accuracies": accuracies}
+            if self.monitor and accuracies.count(None) == epochs:
+                logged = ", ".join(sorted(trainer.callback_metrics))
+                rank_zero_warn(f"TrajectoryRecorder: monitor={self.monitor!r} was not logged; logged are {logged}")
             if trainer.limit_train_batches not in (None, 1.0):
                 metadata["batches_per_epoch"] = int(trainer.num_training_batches)
             if (description := self._description(trainer, module)) is not None:

@@ -44,6 +44,10 @@ def _named(value: Any) -> str:
     if not isinstance(value, dict):
         return phrase(value)
     hidden = ("name", "shapes", "parameters", "options")
+    if value.get("unnamed"):
+        return "not described"
+    if parameters := value.get("parameters"):
+        value = {**value, "of": f"{len(parameters)} parameters, {parameters[0][0]} to {parameters[-1][0]}"}
     rest = {key: item for key, item in value.items() if key not in hidden and item not in (None, {}, "")}
     rest = {**value.get("options", {}), **rest}
     return phrase(value.get("name")) + (f" ({phrase(rest)})" if rest else "")
@@ -135,7 +139,7 @@ def _training(metadata: Mapping[str, Any], accuracies: Sequence[float]) -> list[
     flatness = {key: metadata[key] for key in ("rho", "alpha", "adaptive") if key in metadata}
     rows = [("optimizer", f"{phrase(metadata.get('optimizer', 'unknown'))}, {phrase(settings)}".rstrip(", "))]
     rows += [("flatness", phrase(flatness))] if flatness else []
-    rows += _recorded({"transform": None, **metadata}, "dataset", "transform", "network", "augmentation")
+    rows += _recorded({"transform": None, **metadata}, "dataset", "transform", "network", "augmentation", "precision")
     if accuracies:
         mean, span = sum(accuracies) / len(accuracies), f"{100 * min(accuracies):.1f} to {100 * max(accuracies):.1f}"
         several = f" ({span})" if len(accuracies) > 1 else ""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.seeding import seeded
 from ftd_lightning.functional.unroll import flatten_parameters, require_function
-from ftd_lightning.models.description import describe_network, same_network
+from ftd_lightning.models.description import describe_network, only_first, same_network
 from ftd_lightning.models.registry import NETWORKS, build_network, find_network, recorded_network
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def refuse_dropout(network: nn.Module, images: Tensor) -> None:
     require_function(network, flatten_parameters(network), images, torch.arange(len(images)))
 
 
+MOST = 3  # parameters that an error names
 Network = str | nn.Module | Callable[[], nn.Module]
 
 
@@ -110,9 +111,15 @@ def student_networks(
     if not same_network(*both):
         listed = (", ".join(f"{key}={value}" for key, value in one.get("options", {}).items()) for one in both)
         theirs, ours = (f"{one['name']}({each})" for one, each in zip(both, listed, strict=True))
+        lists = zip(("theirs", "this"), (only_first(*both), only_first(*reversed(both))), strict=True)
+        said = [
+            f"; only {whose} has {', '.join(found[:MOST])}{', ...' * (len(found) > MOST)}"
+            for whose, found in lists
+            if found
+        ]
         raise InputError(
-            f"{store.path}: its teachers are {theirs}, which has other parameters than {ours}; change network and "
-            "network_options or record other teachers"
+            f"{store.path}: its teachers are {theirs}, which has other parameters than {ours}{''.join(said)}; change "
+            "network and network_options, or record a part of a module by TrajectoryRecorder(network=...)"
         )
     return fresh
 

@@ -101,7 +101,7 @@ TEACHER_METADATA: dict[str, Rule] = {
         "a list of accuracies in [0, 1] or null",
     ),
     "batch_size": (lambda value: value is None or _is_count(value), "a count or null"),
-    "method": TEXT,
+    **dict.fromkeys(("method", "precision"), TEXT),
     "versions": MAPPING,
     **dict.fromkeys(("epochs", "teacher"), COUNT),
     **dict.fromkeys(("transform", "augmentation"), MAPPING_OR_NONE),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from ftd_lightning.contracts import DataDescription, ImageShape
 from ftd_lightning.errors import DivergenceError, InputError
@@ -28,8 +29,9 @@ DATA_KIND = "trajectory_data"
 PREFIX = "transform."  # of the names of the transform's tensors
 # What each teacher of a store has for itself; the rest is shared.
 OWN_KEYS = ("teacher", "seed", "accuracies", "epochs", "versions", "kind", "format")
-# What version 0.1 did not record, and what is derived: a record without such a key does not contradict one with it.
-OPTIONAL_KEYS = ("method", "batches_per_epoch", "parameters")
+# What earlier versions did not record, and what is derived: a record without such a key contradicts none with it.
+OPTIONAL_KEYS = ("method", "batches_per_epoch", "parameters", "precision")
+DATA_KEYS = ("dataset", "transform")
 
 
 def teacher_file(folder: str | Path, teacher: int) -> Path:
@@ -179,6 +181,11 @@ class TrajectoryStore:
         return found
 
     @property
+    def describes_data(self) -> bool:
+        """Whether the teachers' images are described; those of a datamodule of somebody's own may not be."""
+        return self.metadata.get("transform") is not None
+
+    @property
     def shape(self) -> ImageShape | None:
         """Channels, classes and size of the images; None where neither data nor a named network tell."""
         if self.data is not None:
@@ -268,12 +275,16 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
 
 
 def check_compatible(store: TrajectoryStore, wanted: Mapping[str, Any]) -> None:
-    """Refuse teachers whose metadata, such as network, data set or transform, differ from the wanted values."""
+    """Refuse teachers whose metadata, such as network, data set or transform, differ from the wanted values.
+
+    Data that the teachers' store does not describe are not compared: a warning says so.
+    """
+    if not store.describes_data and not wanted.keys().isdisjoint(DATA_KEYS):
+        rank_zero_warn(f"{store.path}: does not describe its teachers' images: they are not compared with these")
+        wanted = {key: value for key, value in wanted.items() if key not in DATA_KEYS}
     for key in differences(store.metadata, wanted):
-        found = store.metadata.get(key)
-        unnamed = key == "dataset" and "unnamed" in (found or {})
-        change = "name it by TrajectoryRecorder(data=...)" if unnamed else "change the setting"
+        change = "give the data that they saw" if key in DATA_KEYS else "change the setting"
         raise InputError(
-            f"{store.path}: its teachers have {key} {found}, but {wanted[key]} is asked for; {change} or record other "
-            "teachers"
+            f"{store.path}: its teachers have {key} {store.metadata.get(key)}, but {wanted[key]} is asked for; "
+            f"{change} or record other teachers"
         )

@@ -28,6 +28,7 @@ SHAPE = ("in_channels", "num_classes", "image_size")
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
     """Describe a network by its parameters."""
+    network = dict(network.named_children()).get("_orig_mod", network)  # of torch.compile
     kind = type(network)
     parameters = [[name, list(parameter.shape)] for name, parameter in network.named_parameters()]
     return {"name": f"{kind.__module__}.{kind.__qualname__}", "parameters": parameters}
@@ -77,6 +78,20 @@ def same_network(a: Any, b: Any) -> bool:
     if "shapes" in a or "shapes" in b:
         return dict(ours) == dict(theirs)
     return _unwrapped(ours) == _unwrapped(theirs)
+
+
+def only_first(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """List parameters of one network that another lacks, "0.bias (10,)"; names of a part may lack a prefix."""
+    try:
+        ours, theirs = (_unwrapped(parameter_shapes(one)) for one in (a, b))
+    except InputError:  # version 0.2 left the parameters out
+        return []
+
+    def known(name: str, shape: tuple[int, ...]) -> bool:
+        names = [f".{other}" for other, size in theirs if size == shape]
+        return any(f".{name}".endswith(other) or other.endswith(f".{name}") for other in names)
+
+    return [f"{name} {shape}" for name, shape in ours if not known(name, shape)]
 
 
 def _unwrapped(shapes: Shapes) -> Shapes:

@@ -85,7 +85,8 @@ def summed(images: Tensor, losses: Iterable[Tensor]) -> Tensor:
     """
     value, gradient = images.new_zeros(()), torch.zeros_like(images)
     for loss in losses:
-        gradient += torch.autograd.grad(loss, images)[0]
+        if loss.requires_grad:  # else the network lets no gradient through, which the step guard reports
+            gradient += torch.autograd.grad(loss, images, allow_unused=True, materialize_grads=True)[0]
         value += loss.detach()
         del loss  # or its graph would live on while the next one is made
     return _Summed.apply(images, value, gradient)  # type: ignore[no-any-return]

@@ -168,6 +168,11 @@ class Distillation(BaseModule):
             images = start.images
             if self.init == "noise":
                 images = torch.randn(images.shape, generator=self.generator("initial noise"))
+            if self.data is None and not 0 <= float(images.min()) <= float(images.max()) <= 1:
+                rank_zero_warn(
+                    "real= holds images outside [0, 1], and pictures of the set will be clipped: fit with a "
+                    "DistillationDataModule.from_datamodule(..., transform=) for their normalisation"
+                )
             self.images = nn.Parameter(images.clone(), requires_grad=self._lr_images > 0)
             self.register_buffer("labels", start.labels.clone())
             self.initial_images = images.clone()
@@ -394,7 +399,7 @@ class Distillation(BaseModule):
             optimizer,
             [self._loss, *norms.values()],
             accepted=self._accepted(self._loss),
-            still=norms["images"] == 0 if "images" in norms else None,
+            still=norms.get("images", torch.zeros_like(self._loss)) == 0 if self.images.requires_grad else None,
             reduce=self._minimum_over_ranks,
         )
         self.log_dict({f"gradient_norm/{name}": norm for name, norm in norms.items()}, batch_size=1)

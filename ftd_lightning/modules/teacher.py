@@ -163,7 +163,13 @@ class FlatTeacher(BaseModule):
             self._states.remember(self)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add a recorder where the trainer has none."""
+        """Add a recorder where the trainer has none; refuse settings before Lightning names its own optimization."""
+        trainer = self.trainer
+        if trainer.gradient_clip_val or trainer.accumulate_grad_batches != 1:
+            raise InputError(
+                "FlatTeacher takes one unclipped step per batch: leave out trainer.gradient_clip_val and "
+                "trainer.accumulate_grad_batches"
+            )
         return [*super().configure_callbacks(), *self.missing_callbacks(TrajectoryRecorder)]
 
     def configure_optimizers(self) -> GSAM:

@@ -156,6 +156,8 @@ class TrajectoryMatching(Distillation):
         shape = None if self.data is None else self.data.shape
         fresh = student_networks(self.store, *self._network_arguments, shape)
         self._teachers = self.store.set_metadata()
+        if self.data is not None and not self.store.describes_data:
+            self._teachers["dataset"] = self.data.dataset
         self.data = self.data or self.store.description()
         self.train_dataloader()  # refuses segments beyond the record before anything else is done
         return fresh

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from ftd_lightning import SyntheticSet, TrajectoryStore, cli
 from ftd_lightning.commands.info import phrase
-from ftd_lightning.files import Standardization, Whitening
+from ftd_lightning.files import Standardization, Whitening, write_teacher
 from ftd_lightning.files.safetensors_io import write_tensors
+from ftd_lightning.models import describe_network
 
 METADATA = {
     "method": "ftd",
@@ -125,6 +126,15 @@ def test_a_store(trajectories: Path, capsys) -> None:
     assert (facts["kind"], facts["teachers"], facts["epochs"]) == ("trajectory_store", 2, 4)
     assert facts["metadata"] == store.metadata
     assert [one["teacher"] for one in facts["each"]] == [0, 1]
+
+
+def test_a_store_of_a_network_from_elsewhere(tmp_path: Path, capsys) -> None:
+    network = describe_network(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)))
+    metadata = {"network": network, "dataset": {"unnamed": "ab"}, "transform": None, "precision": "bf16-mixed"}
+    write_teacher(tmp_path, 0, [torch.zeros(25), torch.ones(25)], metadata)
+    found = rows(said(capsys, tmp_path))
+    assert found["network"] == "torch.nn.modules.container.Sequential (of 4 parameters, 0.weight to 1.bias)"
+    assert (found["data set"], found["precision"]) == ("not described", "bf16-mixed")
 
 
 def test_one_teacher_and_a_whitening(trajectories: Path, tmp_path: Path, capsys) -> None:

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from torch import nn
 
 from ftd_lightning.models import build_network, describe_network, parameter_shapes, same_network
+from ftd_lightning.models.description import only_first
 from ftd_lightning.models.registry import NETWORKS
 
 SHAPE = {"in_channels": 3, "num_classes": 10, "image_size": 32}
@@ -77,3 +79,21 @@ def test_networks_of_ones_own_are_compared_by_what_files_record_of_them():
 def test_a_description_does_not_decide_the_parameters_of_a_network_of_this_library():
     described = {**named(width=8), "parameters": [["weight", [2, 2]]]}
     assert parameter_shapes(described) == parameter_shapes(named(width=8))
+
+
+def test_a_module_that_wraps_or_compiles_a_network_has_its_parameters():
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    plain, compiled = describe_network(network), torch.compile(network, backend="eager")
+    assert describe_network(compiled) == plain
+    for wrapper in (network, compiled):
+        assert same_network(plain, describe_network(nn.ModuleDict({"net": wrapper})))
+
+
+def test_parameters_that_only_one_network_has_are_named():
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    plain = describe_network(network)
+    whole = describe_network(nn.ModuleDict({"net": network, "head": nn.Linear(4, 5, bias=False)}))
+    assert (only_first(whole, plain), only_first(plain, whole)) == (["head.weight (5, 4)"], [])
+    other = describe_network(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 6)))
+    assert only_first(plain, other) == ["1.weight (4, 3)", "1.bias (4,)"]
+    assert only_first(named("mine.Net", width=8), plain) == []  # version 0.2 did not record them

@@ -13,7 +13,7 @@ from ftd_lightning.contracts import DataDescription, Images, ImageShape
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import Standardization
 from ftd_lightning.models import ConvNet
-from ftd_lightning.modules import DistributionMatching, GradientMatching
+from ftd_lightning.modules import BilevelDistillation, DistributionMatching, FeatureRegression, GradientMatching
 from ftd_lightning.modules.class_matching import summed, train_on_set
 
 METHODS = [DistributionMatching, GradientMatching]
@@ -119,12 +119,32 @@ def test_training_on_the_set_is_plain_sgd_on_the_present_images(tmp_path) -> Non
 def test_own_images_without_a_datamodule(tmp_path, method) -> None:
     real = pictures_and_labels()
     module = method(partial(ConvNet, 2, 3, 8, width=4, depth=1), real=real, augment="", lr_images=1.0)
-    make_trainer(tmp_path, max_steps=2).fit(module)
+    with pytest.warns(UserWarning, match=r"outside \[0, 1\].*transform="):
+        make_trainer(tmp_path, max_steps=2).fit(module)
     assert module.images.shape == (3, 2, 8, 8)
     assert not torch.equal(module.images.detach(), module.initial_images)
     synthetic = module.synthetic_set()
     assert synthetic.metadata["dataset"] == {"name": "own images"}
     assert float(synthetic.step_size) == pytest.approx(0.01)
+
+
+class NoGradient(nn.Module):
+    """A network whose features are computed without gradient, as those of a frozen backbone are."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images):
+        return self.head(images.detach().flatten(1))
+
+
+@WITHOUT_VAL
+@pytest.mark.parametrize("method", [*METHODS, partial(BilevelDistillation, syn_steps=2), FeatureRegression])
+def test_a_network_without_gradient_ends_the_run(tmp_path, method, refused) -> None:
+    real = torch.rand(20, 1, 8, 8), torch.arange(10).repeat(2)
+    with refused("the images' gradient was exactly zero 10 iterations in a row", "the last one 9", "no_grad"):
+        make_trainer(tmp_path, max_steps=12).fit(method(NoGradient, real=real))
 
 
 class Source(LightningDataModule):
