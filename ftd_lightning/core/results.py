@@ -121,6 +121,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     chosen = "chosen on held-out images" + (" (seen by the set)" if results.get("held_out_seen") else "")
     columns = {
         "last iterate": last,
+        **({"balanced": results["balanced_accuracy"]} if "balanced_accuracy" in results else {}),
         chosen: results.get("chosen_on_held_out"),
         "best on test (an upper bound)": results.get("best_on_test"),
     }
@@ -136,4 +137,5 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     with replacing(folder / "evaluation.md") as part:
         part.write_text(as_markdown(results), encoding="utf-8")
     accuracy = per_cent(next(iter(results["accuracy"].values())))
-    rank_zero_info(f"wrote {folder / 'evaluation.json'}: test accuracy {accuracy} %")
+    balanced = f", balanced {per_cent(results['balanced_accuracy'])} %" if "balanced_accuracy" in results else ""
+    rank_zero_info(f"wrote {folder / 'evaluation.json'}: test accuracy {accuracy} %{balanced}")

@@ -56,7 +56,8 @@ class SyntheticEvaluation(BaseModule):
     Attributes:
         networks: an ``nn.ModuleList`` of those that this rank trains; of all, in a module loaded from a checkpoint.
         history: accuracies of all networks during training, on held-out and on test images.
-        results: after ``test``, the contents of ``evaluation.json`` (and as a table ``evaluation.md``) beside the logs.
+        results: after ``test``, the contents of ``evaluation.json`` (and as a table ``evaluation.md``) beside the logs;
+            "balanced_accuracy" is the mean of the classes' recalls, where classes of the test images are unequal.
     """
 
     networks: nn.ModuleList
@@ -86,6 +87,7 @@ class SyntheticEvaluation(BaseModule):
         self.own, self.counted = list[int](), 0
         self._states, self._unsynchronised = ranks.RankStates(), ExitStack()
         self._real: PartsOnDevice | None = None
+        self._class_weights: Tensor | None = None  # (K,), of test images
         self.trained_epochs = 0  # the trainer's own count is 0 where a checkpoint is tested
 
     def batch_plan(self) -> BatchPlan:
@@ -101,7 +103,7 @@ class SyntheticEvaluation(BaseModule):
         self.networks = nn.ModuleList(self.fresh.build(self.seed, "fresh", index) for index in self.own)
         # A look for NaN would wait for the device in every step; other ranks have other networks.
         own_mean = partial(MeanMetric, nan_strategy="disable", sync_on_compute=False)
-        self.accuracies = nn.ModuleList(own_mean() for _ in self.own)
+        self.accuracies, self.balanced = (nn.ModuleList(own_mean() for _ in self.own) for _ in range(2))
         self.train_loss = MeanMetric(nan_strategy="disable")  # of all ranks
 
     def configure_model(self) -> None:
@@ -124,7 +126,13 @@ class SyntheticEvaluation(BaseModule):
         super().on_validation_start()
         self._states.restore(self)
 
-    on_test_start = on_validation_start
+    def on_test_start(self) -> None:
+        """Restore them too; where classes of test images are unequal, weigh images by class, on average by 1."""
+        self.on_validation_start()
+        counts = torch.ones(1) if self.source is None else self.source.part("test").labels.bincount()
+        unequal = bool((counts != counts.max()).any())
+        weights = counts.sum() / counts / (counts > 0).sum()
+        self._class_weights = weights.to(self.device) if unequal else None
 
     def on_train_start(self) -> None:
         """Keep DDP from averaging gradients of different networks."""
@@ -177,10 +185,10 @@ class SyntheticEvaluation(BaseModule):
         """Return the mean logits of the networks (N, K)."""
         return self(batch[0]).mean(0)  # type: ignore[no-any-return]
 
-    def _measured(self) -> Tensor:
+    def _measured(self, metrics: nn.ModuleList) -> Tensor:
         """Return the accuracies of all ranks' networks, (n,), and clear the metrics."""
-        own = torch.stack([metric.compute() for metric in self.accuracies]).tolist()  # type: ignore[operator]
-        for metric in self.accuracies:
+        own = torch.stack([metric.compute() for metric in metrics]).tolist()  # type: ignore[operator]
+        for metric in metrics:
             metric.reset()  # type: ignore[operator]
         return torch.tensor(ranks.from_all_ranks(own, self.hparams["networks"]))
 
@@ -191,15 +199,22 @@ class SyntheticEvaluation(BaseModule):
         log(f"evaluation/{part}_accuracy_std", summary["std"])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measure on held-out training images, or on test images."""
+        """Measure on held-out training images."""
         for network, metric in zip(self.networks, self.accuracies, strict=True):
             metric.update(right_answers(network(batch[0]), batch[1]))  # type: ignore[operator]
 
-    test_step = validation_step
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure on test images."""
+        # The mean of recalls as a weighted mean: torchmetrics' own would count classes, which waits for the device.
+        weights = 1.0 if self._class_weights is None else self._class_weights[batch[1]]
+        for network, metric, balanced in zip(self.networks, self.accuracies, self.balanced, strict=True):
+            right = right_answers(network(batch[0]), batch[1])
+            metric.update(right)  # type: ignore[operator]
+            balanced.update(right * weights)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
         """Log their accuracy."""
-        self._log_accuracies("val", self._measured())
+        self._log_accuracies("val", self._measured(self.accuracies))
         if self.trainer.state.fn == "fit" and self.epoch_complete:
             self.trained_epochs = self.current_epoch + 1  # a checkpoint may be saved before the epoch's end counts it
 
@@ -238,7 +253,7 @@ class SyntheticEvaluation(BaseModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the accuracy of the last iterates and write ``evaluation.json`` beside the logs."""
-        values = self._measured()
+        values, balanced = self._measured(self.accuracies), self._measured(self.balanced)
         self._log_accuracies("test", values)
         synthetic = None if self.source is None else self.source.training_set()
         metadata = {} if synthetic is None else synthetic.metadata
@@ -248,6 +263,7 @@ class SyntheticEvaluation(BaseModule):
         failed = check_learning(self.trainer, self.networks, self.device, self.hparams["networks"])
         self.results = {
             "accuracy": {metadata.get("method", "set"): mean_and_std(values)},
+            **({} if self._class_weights is None else {"balanced_accuracy": mean_and_std(balanced)}),
             **chosen,
             **({"failed": failed} if failed else {}),
             "each": values.tolist(),

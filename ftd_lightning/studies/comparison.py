@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from ftd_lightning.data.coresets import BASELINES
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import TrajectoryStore
+from ftd_lightning.functional.selection import Ipc
 from ftd_lightning.shipped_configs import find_config, read_config
 from ftd_lightning.studies.fits import Fit, FitNames, Settings, split_by_phase
 
@@ -77,7 +78,7 @@ class Comparison:
     evaluate: Settings
     rows: dict[str, Row]
     title: str | None = None  # of tables and plots; by default the name of the file
-    ipc: int = 1  # images per class
+    ipc: Ipc = 1  # images per class, or a list of those of each
     fits: str | None = None  # folder of the fits; comparisons that name the same folder share equal fits
     cost: str | None = None  # of all rows, in words
     threads: int | None = None  # of each fit on a CPU, unless OMP_NUM_THREADS says

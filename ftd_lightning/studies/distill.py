@@ -336,7 +336,7 @@ def run_job(job: Comparison, out: Path, deadline: Deadline, run: Runner = run_ch
     method = next(name for name, row in job.rows.items() if row.distill is not None)
     file = copy_set(job, method, out / "set.safetensors")
     assert file is not None
-    if job.ipc > 1:  # images.png of a comparison holds one image per class
+    if job.ipc != 1:  # images.png of a comparison holds one image per class
         with replacing(out / "images.png") as part:
             set_picture(SyntheticSet.load(file), ema=job.rows[method].ema).save(part, format="PNG")
     write_json(out / "results.json", summarize(results))

@@ -21,6 +21,8 @@ from ftd_lightning.studies.fits import Settings, resolved, split_by_phase
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ftd_lightning.functional.selection import Ipc
+
 
 class Published(NamedTuple):
     """Shipped configs that belong together: of the distillation, its evaluation, and its teachers, if it has any."""
@@ -36,7 +38,7 @@ class Published(NamedTuple):
         return any(str(callback.get("class_path", "")).endswith("SyntheticEMA") for callback in callbacks)
 
 
-def published(dataset: str, ipc: int, method: str) -> Published:
+def published(dataset: str, ipc: Ipc, method: str) -> Published:
     """Find the shipped configs of a method on a data set, or in a folder of shipped configs (cifar10-part)."""
     shipped = shipped_names()
     folder = "imagenet" if dataset in SUBSETS else dataset
@@ -55,7 +57,7 @@ def published(dataset: str, ipc: int, method: str) -> Published:
     return belonging(distill, ipc, {"dataset": dataset} if other else {})
 
 
-def belonging(distill: Path, ipc: int, data: Mapping[str, Any] | None = None) -> Published:
+def belonging(distill: Path, ipc: Ipc, data: Mapping[str, Any] | None = None) -> Published:
     """Find the teachers and the evaluation of a distillation's config; all get ``data``, the DataModule's arguments."""
     model = read_config(distill).get("model", {})
     own = model.get("init_args") if isinstance(model, dict) else None
@@ -71,7 +73,7 @@ def belonging(distill: Path, ipc: int, data: Mapping[str, Any] | None = None) ->
         teacher = found(name.relative_to("runs") if name.is_relative_to("runs") else name)
     if ipc != own.get("ipc"):
         settings = settings.having(model={"ipc": ipc})
-        if model["class_path"].endswith("GradientMatching") and ipc in PUBLISHED_LOOPS:
+        if model["class_path"].endswith("GradientMatching") and isinstance(ipc, int) and ipc in PUBLISHED_LOOPS:
             # As many networks, with as many updates of the images on each as published for the ipc.
             networks = read_config(distill)["trainer"]["max_steps"] // PUBLISHED_LOOPS[own["ipc"]][0]
             settings = settings.having(trainer={"max_steps": networks * PUBLISHED_LOOPS[ipc][0]})

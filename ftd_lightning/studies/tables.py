@@ -103,7 +103,7 @@ def row_result(job: Comparison, name: str, failures: Mapping[str, str]) -> dict[
         "state": "done",
         "accuracy": next(iter(accuracy.values())),
         **({"networks": accuracy} if "" not in accuracy else {}),
-        **{key: first[key] for key in ("epochs", "seeds", "each")},
+        **{key: first[key] for key in ("epochs", "seeds", "each", "balanced_accuracy") if key in first},
         **counts,
         "iterations": made.get("iterations"),
         "seconds": {
@@ -156,9 +156,11 @@ def collect(job: Comparison, failures: Mapping[str, str]) -> dict[str, Any]:
 def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
     """Reduce ``compare.json``, all rows done, to ``results.json`` of the demo and of ``ftd distill``, by row."""
     rows = results["rows"]
+    balanced = {row["name"]: row["balanced_accuracy"] for row in rows if "balanced_accuracy" in row}
     return {
         "accuracy": {row["name"]: row["accuracy"]["last"] for row in rows},
         "difference": {row["name"]: row["difference"] for row in rows if "difference" in row},
+        **({"balanced_accuracy": balanced} if balanced else {}),
         "seconds": {row["name"]: row["seconds"] for row in rows},
         **{key: results[key] for key in ("dataset", "ipc", "device", "versions")},
     }
@@ -198,12 +200,20 @@ def _test_part(results: Mapping[str, Any]) -> list[str]:
 def short_lines(results: Mapping[str, Any]) -> list[list[str]]:
     """Lay a comparison out as label, accuracy and, where there is any, the paired difference; the head first."""
     bases = {row["difference"]["to_label"] for row in results["rows"] if "difference" in row}
-    lines = [["trained on", "test accuracy, %", *([f"difference to {', '.join(sorted(bases))}"] if bases else [])]]
+    balanced = _balanced(results)
+    head = ["trained on", "test accuracy, %", *balanced]
+    lines = [[*head, *([f"difference to {', '.join(sorted(bases))}"] if bases else [])]]
     for row in results["rows"]:
         found = row.get("difference")
         cell = points(found) + ("" if is_better(found) else ", not better") if found else "-"
-        lines.append([row["label"], per_cent(row["accuracy"]["last"]), *([cell] if bases else [])])
+        accuracies = [row["accuracy"]["last"], *(row.get("balanced_accuracy") for _ in balanced)]
+        lines.append([row["label"], *map(per_cent, accuracies), *([cell] if bases else [])])
     return lines
+
+
+def _balanced(results: Mapping[str, Any]) -> list[str]:
+    """Name the column of balanced accuracies; none where test classes are equal."""
+    return ["balanced, %"] if any("balanced_accuracy" in row for row in results["rows"]) else []
 
 
 def short_table(results: Mapping[str, Any]) -> str:
@@ -226,17 +236,19 @@ def full_lines(results: Mapping[str, Any]) -> list[list[str]]:
     """Lay the content of ``compare.json`` out as lines of cells, the names of the columns first."""
     networks = results.get("networks", [])
     kinds = ["last", "chosen on held-out", "best on test (upper bound)"]
-    head = ["method", *(networks or kinds), "iterations", "peak, MiB", "labels", "images", "share"]
+    balanced = _balanced(results)
+    head = ["method", *(networks or kinds), *balanced, "iterations", "peak, MiB", "labels", "images", "share"]
     differences = any("difference" in row for row in results["rows"])
     head += ["paired difference"] if differences else []
-    return [head, *(_cells(row, networks, differences) for row in results["rows"])]
+    return [head, *(_cells(row, networks, differences, balanced) for row in results["rows"])]
 
 
-def _cells(row: Mapping[str, Any], networks: Sequence[str], differences: bool) -> list[str]:
+def _cells(row: Mapping[str, Any], networks: Sequence[str], differences: bool, balanced: Sequence[str]) -> list[str]:
     if row["state"] != "done":
         return [row["label"], "to do" if row["state"] == "to do" else f"failed: {row['reason']}"]
     difference = row.get("difference")
     found = [row["networks"][name]["last"] for name in networks] or list(row["accuracy"].values())
+    found += [row.get("balanced_accuracy") for _ in balanced]
     peak = row["peak_memory_MiB"] or {}
     numbers = [row.get("iterations"), peak.get("device", peak.get("process"))]
     stored, share = row.get("images_stored", row["images"]), row.get("share")
@@ -259,6 +271,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     if results.get("networks"):
         measured = ["A column for each network that the sets were evaluated on: after the last epoch."]
+    if _balanced(results):
+        measured.append("Balanced: mean of the recalls of all classes, after the last epoch (of the first network).")
     if any("difference" in row for row in results["rows"]):
         measured.append(
             "Paired difference: mean over networks of the same seed ± its standard error, in points, last epoch."

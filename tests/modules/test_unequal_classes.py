@@ -2,7 +2,7 @@ import pytest
 import torch
 from fits import SMALL, make_trainer, record, small_matching
 
-from ftd_lightning import DistillationDataModule, SyntheticSet, modules
+from ftd_lightning import DistillationDataModule, SyntheticEvaluation, SyntheticSet, modules
 from ftd_lightning.commands.info import describe_set
 from ftd_lightning.data import get_dataset
 
@@ -72,3 +72,25 @@ def test_fixed_batches_take_the_first_image_of_every_class_then_the_second(tmp_p
 def test_loops_are_published_for_a_number_only(refused):
     with refused("ipc=[3, 1, 2] has no published loops", "give outer_loops"):
         modules.GradientMatching(ipc=IPC)
+
+
+def test_balanced_accuracy_is_the_mean_of_recalls_where_test_classes_are_unequal(tmp_path):
+    def evaluated(folder, data):
+        module = SyntheticEvaluation(network_options=SMALL, networks=2, augment="", lr=0.05)
+        trainer = make_trainer(folder, max_epochs=6)
+        trainer.fit(module, datamodule=data)
+        trainer.test(module, datamodule=data, verbose=False)
+        return module
+
+    data = long_tail(synthetic="random", ipc=IPC)
+    module = evaluated(tmp_path, data)
+    assert data.synthetic_set.labels.tolist() == [0, 0, 0, 1, 2, 2]
+    with torch.no_grad():
+        answers = module.eval()(data.test.images).argmax(2)
+    recalls = torch.stack([(answers[:, data.test.labels == k] == k).float().mean(1) for k in range(3)])
+    found = module.results["balanced_accuracy"]
+    assert abs(found["mean"] - module.results["accuracy"]["random"]["mean"]) > 0.01
+    expected = {"mean": recalls.mean(), "std": recalls.mean(0).std(correction=0), "n": 2}
+    assert found == pytest.approx({key: float(value) for key, value in expected.items()})
+    assert "| last iterate | balanced |" in (tmp_path / "evaluation.md").read_text()
+    assert "balanced_accuracy" not in evaluated(tmp_path / "equal", long_tail(max_per_class=4)).results

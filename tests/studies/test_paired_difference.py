@@ -9,6 +9,7 @@ from ftd_lightning.studies.tables import (
     paired_difference,
     short_lines,
     short_table,
+    summarize,
     verdict,
 )
 
@@ -51,6 +52,15 @@ def test_a_table_has_a_column_of_them_where_there_are_any():
     add_differences(results["rows"], {"mtt": "mtt", "ftd": "mtt", "dc": "mtt"})
     assert [line[-1] for line in full_lines(results)] == ["paired difference", "-", "-0.1 ± 0.2 to MTT", "to do"]
     assert "Paired difference: mean over networks of the same seed" in markdown(results)
+
+
+def test_balanced_accuracies_have_a_column_where_there_are_any():
+    learned, other, _ = found = rows()
+    learned["balanced_accuracy"] = {"mean": 0.625, "std": 0.05, "n": 2}
+    results = {"rows": [learned, other], "dataset": "own", "ipc": [3, 1], "device": "", "versions": {}}
+    assert [line[2] for line in short_lines(results)] == ["balanced, %", "62.5 ± 5.0", "-"]
+    assert [line[4] for line in full_lines({"rows": found})[:3]] == ["balanced, %", "62.5 ± 5.0 (2)", "-"]
+    assert summarize(results)["balanced_accuracy"] == {learned["name"]: learned["balanced_accuracy"]}
 
 
 def test_a_set_that_is_not_better_than_random_images_is_said_to_be_so():
