@@ -9,7 +9,7 @@ __version__ = "0.3.0"
 
 if TYPE_CHECKING:
     from ftd_lightning.data import DistillationDataModule
-    from ftd_lightning.files import SyntheticSet, TrajectoryStore
+    from ftd_lightning.files import Standardization, SyntheticSet, TrajectoryStore, Whitening
     from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation, TrajectoryMatching
     from ftd_lightning.studies.distill import distill
 
@@ -17,20 +17,24 @@ if TYPE_CHECKING:
 _HOMES = {
     "DistillationDataModule": "ftd_lightning.data",
     "FlatTeacher": "ftd_lightning.modules",
+    "Standardization": "ftd_lightning.files",
     "SyntheticEvaluation": "ftd_lightning.modules",
     "SyntheticSet": "ftd_lightning.files",
     "TrajectoryMatching": "ftd_lightning.modules",
     "TrajectoryStore": "ftd_lightning.files",
+    "Whitening": "ftd_lightning.files",
     "distill": "ftd_lightning.studies.distill",
 }
 
 __all__ = [
     "DistillationDataModule",
     "FlatTeacher",
+    "Standardization",
     "SyntheticEvaluation",
     "SyntheticSet",
     "TrajectoryMatching",
     "TrajectoryStore",
+    "Whitening",
     "__version__",
     "distill",
 ]

@@ -26,7 +26,7 @@ from ftd_lightning.data.coresets import BASELINES, random_real_images, teacher_c
 from ftd_lightning.data.datasets import DATASETS, check_name
 from ftd_lightning.data.decoding import cached_whitening
 from ftd_lightning.data.folder import Census, find_parts
-from ftd_lightning.data.in_memory import read_datamodule, read_datasets
+from ftd_lightning.data.in_memory import as_transform, read_datamodule, read_datasets
 from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on, host_loader
 from ftd_lightning.data.sources import OWN_IMAGES, ImageDataset, Request, unit_range
 from ftd_lightning.data.splits import split
@@ -38,12 +38,13 @@ from ftd_lightning.functional.selection import Ipc
 from ftd_lightning.sizes import as_size, sides
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from ftd_lightning.contracts import Part
     from ftd_lightning.data.decoding import LabelledFiles
+    from ftd_lightning.data.in_memory import Choice
     from ftd_lightning.sizes import ImageSize
 
 
@@ -127,9 +128,10 @@ class DistillationDataModule(LightningDataModule):
         zca: whiten instead of standardising; fitted on the training images that are not held out.
         zca_eps: added to the eigenvalues; above 0.
         max_per_class: keep at most so many images of each class, in training and in test; None keeps all.
-        synthetic: train on a synthetic set: its file, whose transform the test images then go through; "real" (all
-            real images); or ipc real images of each class: "random", or by a teacher's features "herding", "k-center".
-        ema: use the averaged images of the file.
+        synthetic: train on a synthetic set: its file, or from Python a ``SyntheticSet``, whose transform the test
+            images then go through; "real" (all real images); or ipc real images of each class: "random", or by a
+            teacher's features "herding", "k-center".
+        ema: use the averaged images of the set.
         ipc: images per class of "random", "herding" and "k-center"; a list names those of each, in label order.
         download: fetch missing files.
         on_device: "auto" puts images on the GPU where they take at most half of its free memory; "no" or False reads
@@ -143,6 +145,8 @@ class DistillationDataModule(LightningDataModule):
         teacher: which of them.
         cache_dir: folder of decoded images and whitenings; None: ``ftd_lightning`` in the user's cache folder.
         skip_broken: leave image files out that cannot be read, and say which; without it they are refused.
+        datamodule: in place of a named data set: another LightningDataModule, as for ``from_datamodule``. On
+            the command line a class, with its arguments below it.
 
     Attributes:
         spec: the description of the data set. "tiny-imagenet" and "folder" are described by their files, another
@@ -161,7 +165,7 @@ class DistillationDataModule(LightningDataModule):
         zca: bool = False,
         zca_eps: float = 0.1,
         max_per_class: int | None = None,
-        synthetic: str | None = None,
+        synthetic: str | SyntheticSet | None = None,
         ema: bool = False,
         ipc: Ipc = 1,
         download: bool = True,
@@ -174,6 +178,7 @@ class DistillationDataModule(LightningDataModule):
         teacher: int = 0,
         cache_dir: str | None = None,
         skip_broken: bool = False,
+        datamodule: LightningDataModule | None = None,
     ) -> None:
         check_bounds(DistillationDataModule, locals())
         super().__init__()
@@ -181,10 +186,16 @@ class DistillationDataModule(LightningDataModule):
         if dataset not in DATASETS:
             check_name(dataset)
         # Not to the logger: Lightning refuses names that module and datamodule share with different values.
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters(logger=False, ignore=["datamodule"])
         self.root: Path | None = Path(root).expanduser()
         self.synthetic_set: SyntheticSet | None = None
+        if isinstance(synthetic, SyntheticSet):  # hyper-parameters are plain values
+            self.synthetic_set, self.hparams["synthetic"] = synthetic, None
         self.wrapped: partial[tuple[ImageDataset, int]] | None = None  # reads another datamodule
+        if datamodule is not None:
+            self.hparams.update(dataset=OWN_IMAGES, val_fraction=0.0)
+            self.root, self.prepare_data_per_node = None, datamodule.prepare_data_per_node
+            self.wrapped = partial(read_datamodule, datamodule, image_size=image_size)
         self._real: RealImages | None = None
         self._transform: ImageTransform | None = None
         self._ready = False
@@ -197,7 +208,8 @@ class DistillationDataModule(LightningDataModule):
         *,
         val: Any = None,
         class_names: Sequence[str] | None = None,
-        transform: ImageTransform | None = None,
+        transform: Any = None,
+        item: Choice | None = None,
         **options: Any,
     ) -> Self:
         """Read torch datasets of (image, label), or pairs of tensors (images, labels), into memory.
@@ -210,45 +222,54 @@ class DistillationDataModule(LightningDataModule):
             test: the test images.
             val: the images that are held out; None: the share ``val_fraction`` of ``train`` is.
             class_names: in label order; None: ``train.classes``, or numbers.
-            transform: of images that are normalised already, which are taken as they are.
+            transform: of images that are normalised already, which are taken as they are: torchvision's ``Normalize``
+                or a ``Compose`` with one in it, ``Standardization`` or ``Whitening``. None: the ``Normalize`` in the
+                datasets' own ``transform``, where their images are not in [0, 1].
+            item: returns (image, label) from an item of another form, such as a dictionary.
             options: arguments of the constructor, but those that say where files are.
         """
         for name in ("dataset", "root", "download", "test_fraction", "skip_broken"):
             if name in options:
                 raise InputError(f"{name}= is for images in files: from_datasets takes them as objects")
-        if transform is not None and options.get("zca"):
-            raise InputError("zca=True whitens pictures: leave out transform=, which is for images normalised already")
         data = cls(**options)
         data.hparams["dataset"], data.root = OWN_IMAGES, None
         size = data.hparams["image_size"]
-        data.spec = read_datasets(train, test, val, class_names=class_names, image_size=size, transform=transform)
+        read: dict[str, Any] = {"class_names": class_names, "image_size": size, "transform": transform, "item": item}
+        data.spec = read_datasets(train, test, val, **read)
         return data
 
     @classmethod
     def from_datamodule(
         cls,
-        datamodule: LightningDataModule,
+        datamodule: Any,
         *,
+        batch: Choice | None = None,
+        loaders: Mapping[str, Any] | None = None,
         class_names: Sequence[str] | None = None,
-        transform: ImageTransform | None = None,
-        synthetic: str | None = None,
+        transform: Any = None,
+        **options: Any,
     ) -> Self:
         """Read the loaders of another LightningDataModule into memory, once, and serve every phase from there.
 
         Images are pictures, as for :meth:`from_datasets`. The validation loader's images are the held-out ones; without
-        one, none are. Map-style datasets are read whole, in their own order: of samplers, only the choice of a
-        ``SubsetRandomSampler`` counts. Hooks on batches (``on_after_batch_transfer`` and the like) are not called.
+        one, none are. Without a test loader, only what needs test images is refused. Map-style datasets are read whole,
+        in their own order: of samplers, only the choice of a ``SubsetRandomSampler`` counts. Hooks on batches
+        (``on_after_batch_transfer`` and the like) are not called: images are what the loaders yield.
 
         Args:
-            datamodule: its loaders yield (images, labels); the batch size is that of its training loader.
+            datamodule: of ``lightning`` or ``pytorch_lightning``. Its loaders yield (images, labels); the batch size is
+                that of its training loader.
+            batch: returns (images, labels) from a batch of another form:
+                ``lambda b: (b["image"] / 10000, b["label"])``.
+            loaders: which of several loaders of a part is read, by its index or key, such as ``{"val": 0}``.
             class_names: in label order; None: those of its training dataset, or numbers.
-            transform: of images that are normalised already.
-            synthetic: as in the constructor.
+            transform: of images that are normalised already, as for :meth:`from_datasets`.
+            options: arguments of the constructor, such as ``synthetic``, but those that say where files are.
         """
-        data = cls(val_fraction=0.0, synthetic=synthetic)
-        data.hparams["dataset"], data.root = OWN_IMAGES, None
-        data.wrapped = partial(read_datamodule, datamodule, class_names=class_names, transform=transform)
-        data.prepare_data_per_node = datamodule.prepare_data_per_node
+        data = cls(datamodule=datamodule, **options)
+        how: dict[str, Any] = {"batch": batch, "loaders": loaders, "class_names": class_names}
+        assert data.wrapped is not None
+        data.wrapped = partial(data.wrapped, **how, transform=as_transform(transform))
         return data
 
     @classmethod
@@ -341,6 +362,8 @@ class DistillationDataModule(LightningDataModule):
     def part(self, name: Part) -> Images:
         """Return the images of a part, transformed at first use: "train", "val" (possibly none) or "test"."""
         self.setup("fit")
+        if name == "test" and not len(self._read().labels(name)):
+            raise InputError("there are no test images: the wrapped datamodule has no test_dataloader")
         return self._read().images(name, self.transform)
 
     @property
@@ -364,22 +387,23 @@ class DistillationDataModule(LightningDataModule):
             self.wrapped.args[0].prepare_data()
             return
         self._read()
-        if self.hparams["zca"] and not self._set_file():
+        if self.hparams["zca"] and self.synthetic_set is None and not self._set_file():
             self._fit_whitening()
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split the images, unless that was done."""
         if self._ready:
             return
-        file = self._set_file()
-        loaded = SyntheticSet.load(file) if file else None
+        loaded, where = self.synthetic_set, "synthetic"
+        if (file := self._set_file()) is not None:
+            loaded, where = SyntheticSet.load(file), file
         self._read()
         if loaded is not None:
-            self._check_fits(loaded, file)
+            self._check_fits(loaded, where)
             self._transform = loaded.transform
             initial = loaded.metadata.get("ema_initial_weight", 0.0)
             if self.hparams["ema"] and initial > 0.05:
-                rank_zero_info(f"{file}: its averaged images still hold {100 * initial:.0f} % of the initial ones")
+                rank_zero_info(f"{where}: its averaged images still hold {100 * initial:.0f} % of the initial ones")
         elif self.hparams["zca"]:
             self._fit_whitening()
         self.synthetic_set = loaded or self._baseline()
@@ -387,6 +411,8 @@ class DistillationDataModule(LightningDataModule):
 
     def _fit_whitening(self) -> None:
         if self._transform is None:
+            if self.spec.transform is not None:
+                raise InputError("zca=True whitens pictures, but these images are normalised already")
             eps, cache_dir = self.hparams["zca_eps"], self.hparams["cache_dir"]
             pictures = partial(self._read().pictures, "train")
             self._transform = cached_whitening(pictures, self._fingerprint, eps=eps, cache_dir=cache_dir)
@@ -414,7 +440,7 @@ class DistillationDataModule(LightningDataModule):
             real, metadata["chosen_by"] = teacher_coreset(real, kind, described=described, **by)
         return SyntheticSet(*real, class_names=self.class_names, transform=self.transform, metadata=metadata)
 
-    def _check_fits(self, synthetic: SyntheticSet, file: str | None) -> None:
+    def _check_fits(self, synthetic: SyntheticSet, file: str) -> None:
         shape, wanted = tuple(synthetic.images.shape[1:]), (self.in_channels, *sides(self.image_size))
         names = synthetic.class_names or self.class_names
         if not synthetic.class_names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -10,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
-    ConcatDataset,
     DataLoader,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
     SubsetRandomSampler,
 )
+from torchvision.transforms import Normalize as NormalizeV1
+from torchvision.transforms.v2 import Normalize
 from tqdm.auto import tqdm
 
 from ftd_lightning.data.decoding import is_grey, measure, pixels
@@ -30,13 +30,14 @@ from ftd_lightning.data.sources import ImageDataset, Parts, Pictures, fingerprin
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
 from ftd_lightning.files.schema import NAMES, check_metadata
+from ftd_lightning.files.transforms import Standardization, Whitening
 from ftd_lightning.sizes import as_size, sides
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from lightning.pytorch import LightningDataModule, Trainer
+    from lightning.pytorch import Trainer
 
     from ftd_lightning.contracts import ImageTransform
     from ftd_lightning.data.sources import Request
@@ -74,29 +75,85 @@ def find_images_file(request: Request) -> ImageDataset:
 
 
 READ_TWICE = 4  # items that are read a second time, to notice random augmentation
-EXPECTED = "pass pictures as uint8, uint16 or floats in [0, 1], or transform= for images that are normalised already"
+EXPECTED = (
+    "pass pictures as uint8, uint16 or floats in [0, 1], or for images that are normalised already "
+    "transform=Normalize(mean, std), torchvision's or the like"
+)
+
+SLACK = 0.05  # of pixels without their normalisation: resizing may overshoot
 
 Batch = tuple[Tensor, Tensor]  # pictures (B, C, H, W) and labels (B,), as given
+Choice = Callable[[Any], Any]  # takes images and labels from a batch or an item of any form
+
+
+class NotPicturesError(InputError):
+    """Images are no pictures: their values are not in [0, 1]."""
+
+
+def normalisations(transform: Any) -> list[Standardization]:
+    """Return what the ``Normalize``s of a torchvision transform do to pictures; of others, nothing."""
+    if isinstance(transform, NormalizeV1 | Normalize):
+        constants = (torch.as_tensor(values, dtype=torch.float64) for values in (transform.mean, transform.std))
+        return [Standardization(*(values.flatten().tolist() for values in constants))]
+    steps = transform if isinstance(transform, nn.Sequential) else getattr(transform, "transforms", [])
+    return [found for step in steps for found in normalisations(step)]
+
+
+def as_transform(given: Any) -> ImageTransform | None:
+    """Turn the argument ``transform``, which may be torchvision's, into a transform that a file can carry."""
+    if given is None or isinstance(given, Standardization | Whitening):
+        return given
+    if len(found := normalisations(given)) != 1:
+        raise InputError(
+            f"transform={given!r:.60} holds {len(found)} Normalize, not one: pass the Normalize(mean, std) that was "
+            "applied to the images, or ftd_lightning.Standardization(mean, std)"
+        )
+    return found[0]
+
+
+def known(dataset: Any, ask: Callable[[Any], Any]) -> Any:
+    """Ask a dataset, and where it does not know those that it wraps, which have to agree; None without an answer."""
+    if (answer := ask(dataset)) is not None:
+        return answer
+    wrapped = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
+    answers = [known(inner, ask) for inner in wrapped if inner is not None]
+    return answers[0] if answers and all(other == answers[0] for other in answers) else None
+
+
+def normalisation_of(datasets: Iterable[Any], error: NotPicturesError) -> Standardization:
+    """Return the one normalisation that the attributes ``transform`` of all parts have; raise the error without."""
+    held = [known(dataset, lambda one: normalisations(getattr(one, "transform", None)) or None) for dataset in datasets]
+    first = held[0]
+    if first is None or len(first) != 1 or any(other != first for other in held):
+        raise error
+    rank_zero_info(f"images are normalised by the {first[0]} of their dataset's transform, which is kept")
+    return first[0]
 
 
 def read_images(
-    data: Any, part: str, *, image_size: ImageSize | None = None, transform: ImageTransform | None
+    data: Any,
+    part: str,
+    *,
+    image_size: ImageSize | None = None,
+    transform: ImageTransform | None,
+    item: Choice | None = None,
 ) -> Pictures:
     """Read a torch dataset of (image, label) or a pair of tensors into memory, resized to ``image_size``.
 
     Images are Pillow images, tensors (C, H, W) or (H, W), arrays (H, W, C) or (H, W); or all of them, (N, C, H, W) or
-    (N, H, W). They are pictures, or with a ``transform`` normalised already. ``part`` is named in messages.
+    (N, H, W). They are pictures, or with a ``transform`` normalised already. ``part`` is named in messages, ``item``
+    takes image and label from items of another form.
     """
     batches: Iterable[Batch]
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
         batches = [as_batch(data[0], data[1], part)]
     elif isinstance(data, IterableDataset):
-        batches = (_as_item(item, part) for item in data)
+        batches = (_as_item(one, part, item) for one in data)
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        first = [_as_item(data[i], part) for i in range(min(READ_TWICE, len(data)))]
-        warn_of_random(first, (_as_item(data[i], part) for i in range(len(first))), part)
+        first = [_as_item(data[i], part, item) for i in range(min(READ_TWICE, len(data)))]
+        warn_of_random(first, (_as_item(data[i], part, item) for i in range(len(first))), part)
         rest = tqdm(range(len(first), len(data)), desc=f"reading {part} images", unit="image", leave=False, delay=1)
-        batches = chain(first, (_as_item(data[i], part) for i in rest))  # each is resized when it is read
+        batches = chain(first, (_as_item(data[i], part, item) for i in rest))  # each is resized when it is read
     else:
         raise InputError(f"{part}: must be a Dataset of (image, label) or a pair of tensors, not {type(data).__name__}")
     return joined(batches, part, image_size=image_size, transform=transform)
@@ -109,24 +166,42 @@ def read_datasets(
     *,
     class_names: Sequence[str] | None = None,
     image_size: ImageSize | None = None,
-    transform: ImageTransform | None = None,
+    transform: Any = None,
+    item: Choice | None = None,
 ) -> ImageDataset:
-    """Read all parts and describe them; see :func:`read_images` and :func:`describe_images`."""
+    """Read all parts and describe them; see :func:`read_images`, :func:`as_transform` and :func:`describe_images`."""
     given = {"train": train, "test": test, **({} if val is None else {"val": val})}
-    parts = {name: read_images(data, name, image_size=image_size, transform=transform) for name, data in given.items()}
-    names = class_names or classes_of(train, parts["train"].labels)
+
+    def read(by: ImageTransform | None) -> Parts:
+        options: dict[str, Any] = {"image_size": image_size, "transform": by, "item": item}
+        return {name: read_images(data, name, **options) for name, data in given.items()}
+
+    return _described(read, given, class_names=class_names, transform=as_transform(transform))
+
+
+def _described(
+    read: Callable[[ImageTransform | None], Parts],
+    datasets: Mapping[str, Any],
+    *,
+    class_names: Sequence[str] | None,
+    transform: ImageTransform | None,
+) -> ImageDataset:
+    """Read and describe all parts; what is not given is read from their datasets: normalisation and names."""
+    try:
+        parts = read(transform)
+    except NotPicturesError as error:
+        transform = normalisation_of(datasets.values(), error)
+        parts = read(transform)
+    names = class_names or classes_of(datasets["train"], parts["train"].labels)
     return describe_images(parts, class_names=names, transform=transform)
 
 
 def classes_of(dataset: Any, labels: Tensor) -> Sequence[str] | None:
-    """Return the ``classes`` of a dataset, or of those that a Subset or ConcatDataset is made of; None without."""
-    if isinstance(dataset, Subset):
-        names = classes_of(dataset.dataset, labels)
-        return names and names[: int(labels.max()) + 1]  # it may leave out the last classes
-    if isinstance(dataset, ConcatDataset):
-        first, *others = [classes_of(part, labels) for part in dataset.datasets]
-        return first if all(other == first for other in others) else None
-    return getattr(dataset, "classes", None)
+    """Return the ``classes`` of a dataset, or of those that it wraps; None without."""
+    names: Sequence[str] | None = known(dataset, lambda one: getattr(one, "classes", None))
+    if names is None or hasattr(dataset, "classes"):
+        return names
+    return names[: int(labels.max()) + 1]  # a part may leave out the last classes
 
 
 def warn_of_random(first: Iterable[Batch], again: Iterable[Batch], part: str) -> None:
@@ -146,8 +221,11 @@ def as_batch(images: Any, labels: Any, part: str) -> Batch:
     pictures, labels = torch.as_tensor(images).detach().cpu(), _as_labels(labels, part)
     pictures = pictures.unsqueeze(1) if pictures.ndim == 3 else pictures
     if labels.shape != pictures.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        axes = labels.ndim == 2 and len(labels) == len(pictures)
+        hint = "" if not axes else f"; labels.{'squeeze(1)' if labels.shape[1] == 1 else 'argmax(1)'} makes them so"
         raise InputError(
-            f"{part}: labels must be {len(pictures)} integers, one per image, not {labels.dtype} {tuple(labels.shape)}"
+            f"{part}: labels must be {len(pictures)} integers, one per image, not {labels.dtype} "
+            f"{tuple(labels.shape)}{hint}"
         )
     return pictures, labels.long()
 
@@ -160,11 +238,31 @@ def _as_labels(labels: Any, part: str) -> Tensor:
         raise InputError(f"{part}: labels must be integers, not {one!r:.40}; number the classes from 0") from error
 
 
-def _as_item(item: Any, part: str) -> Batch:
+def pair(found: Any, part: str, choose: Choice | None, name: str) -> tuple[Any, Any]:
+    """Return images and labels of a batch, or an item, by the user's function ``choose`` where its form is another.
+
+    ``name`` is that of the function as an argument, "batch" or "item".
+    """
+    chosen = found if choose is None else choose(found)
+    if isinstance(chosen, tuple | list) and len(chosen) == 2:
+        return chosen[0], chosen[1]
+    if choose is not None:
+        raise InputError(f"{part}: {name}= must return a pair (images, labels), not {type(chosen).__name__}")
+    entries = dict(found if isinstance(found, Mapping) else enumerate(found if isinstance(found, tuple | list) else ()))
+    axes = {key: 2 if isinstance(value, Image.Image) else getattr(value, "ndim", 0) for key, value in entries.items()}
+    image = next((key for key in entries if axes[key] > 1), "images")
+    integers = (Tensor, np.ndarray, np.integer, int)
+    label = next((key for key in entries if axes[key] < 2 and isinstance(entries[key], integers)), "labels")
+    kind = f"a {type(found).__name__}" + (f" of {', '.join(map(str, entries))}" if entries else "")
+    raise InputError(
+        f"{part}: must consist of pairs (images, labels), not {kind}: give "
+        f"{name}=lambda {name[0]}: ({name[0]}[{image!r}], {name[0]}[{label!r}]) or the like"
+    )
+
+
+def _as_item(found: Any, part: str, choose: Choice | None) -> Batch:
     """Turn an item of a dataset into a batch of one."""
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        raise InputError(f"{part}: items must be pairs (image, label), not {type(item).__name__}")
-    image, label = item
+    image, label = pair(found, part, choose, "item")
     if isinstance(image, Image.Image):
         try:
             image = torch.from_numpy(pixels(image, channels=1 if is_grey(image) else 3).copy())  # uint16 of 16 bits
@@ -173,7 +271,8 @@ def _as_item(item: Any, part: str) -> Batch:
     elif isinstance(image, np.ndarray):
         image = image.transpose(2, 0, 1) if image.ndim == 3 else image
     images = image[None] if isinstance(image, Tensor | np.ndarray) else image
-    return as_batch(images, _as_labels(label, part).reshape(-1), part)
+    labels = _as_labels(label, part)
+    return as_batch(images, labels.reshape(1) if labels.numel() == 1 else labels[None], part)
 
 
 def joined(
@@ -223,7 +322,15 @@ def _checked(images: Tensor, part: str, transform: ImageTransform | None) -> Ten
         raise InputError(f"{part}: images are {images.dtype}; {wrong}")
     if transform is None and not bool(((images >= 0) & (images <= 1)).all()):
         low, high = float(images.min()), float(images.max())
-        raise InputError(f"{part}: images have values from {low:.3g} to {high:.3g}; {EXPECTED}")
+        raise NotPicturesError(f"{part}: images have values from {low:.3g} to {high:.3g}; {EXPECTED}")
+    if isinstance(transform, Standardization):
+        ends = torch.stack([images.amin((0, 2, 3)), images.amax((0, 2, 3))])  # of each channel
+        low, high = map(float, transform.invert(ends[..., None, None].float()).aminmax())
+        if not -SLACK <= low <= high <= 1 + SLACK:
+            raise InputError(
+                f"{part}: without the {transform} of transform=, images have values from {low:.3g} to {high:.3g}, not "
+                "in [0, 1]: give what was applied to them"
+            )
     return images.float()
 
 
@@ -285,54 +392,76 @@ def _class_names(labels: Tensor, names: Sequence[str] | None) -> tuple[str, ...]
 
 
 def read_datamodule(
-    datamodule: LightningDataModule,
+    datamodule: Any,
     trainer: Trainer | None,
     *,
+    batch: Choice | None = None,
+    loaders: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
+    image_size: ImageSize | None = None,
     transform: ImageTransform | None = None,
 ) -> tuple[ImageDataset, int]:
-    """Set another LightningDataModule up and read all its images; also return its batch size."""
+    """Set another LightningDataModule up and read all its images; also return its batch size.
+
+    Without a test loader, the test part has no images.
+    """
     datamodule.trainer = trainer
     for stage in ("fit", "test"):
         datamodule.setup(stage)
-    loaders = {part: _loader(datamodule, part) for part in ("train", "test", "val")}
-    for part in ("train", "test"):
-        if loaders[part] is None:
-            raise InputError(f"{type(datamodule).__name__} has no {part}_dataloader, which is needed")
-    read = {part: _read(loader, part, transform) for part, loader in loaders.items() if loader is not None}
-    parts = {part: pictures for part, (pictures, _) in read.items()}
-    names = class_names or classes_of(getattr(loaders["train"], "dataset", None), parts["train"].labels)
-    return describe_images(parts, class_names=names, transform=transform), read["train"][1]
+    found = {part: _loader(datamodule, part, loaders or {}) for part in ("train", "test", "val")}
+    used = {part: loader for part, loader in found.items() if loader is not None}
+    if "train" not in used:
+        raise InputError(f"{type(datamodule).__name__} has no train_dataloader, which is needed")
+    size = 0
+
+    def read(by: ImageTransform | None) -> Parts:
+        nonlocal size
+        some = {part: _read(loader, part, batch, image_size=image_size, transform=by) for part, loader in used.items()}
+        size = some["train"][1]
+        parts = {part: pictures for part, (pictures, _) in some.items()}
+        train = parts["train"]
+        return {"train": train, "test": Pictures(train.pictures[:0], train.labels[:0]), **parts}
+
+    datasets = {part: getattr(loader, "dataset", None) for part, loader in used.items()}
+    return _described(read, datasets, class_names=class_names, transform=transform), size
 
 
-def _loader(datamodule: LightningDataModule, part: str) -> Any:
-    if not is_overridden(f"{part}_dataloader", datamodule):
+# Of the package `pytorch_lightning`, too: `lightning` has its classes a second time.
+ABSTRACT = ("lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks")
+
+
+def _loader(datamodule: Any, part: str, loaders: Mapping[str, Any]) -> Any:
+    """Return the loader of a part, of several the one that ``loaders`` names; None where there is none."""
+    make = getattr(datamodule, f"{part}_dataloader")
+    if getattr(make, "__module__", None) in ABSTRACT:
         return None
-    found = getattr(datamodule, f"{part}_dataloader")()
-    loaders = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list) else [found]
-    if len(loaders) > 1:
-        raise InputError(f"{type(datamodule).__name__}.{part}_dataloader returns {len(loaders)} loaders, not one")
-    return loaders[0] if loaders else None
+    found = make()
+    choices = found if isinstance(found, dict) else dict(enumerate(found if isinstance(found, list) else [found]))
+    if part in loaders or len(choices) < 2:
+        return choices.get(loaders.get(part, next(iter(choices), None)))
+    keys = list(choices)
+    raise InputError(
+        f"{type(datamodule).__name__}.{part}_dataloader returns {len(keys)} loaders: choose one of {keys}, such as "
+        f"loaders={{{part!r}: {keys[0]!r}}}"
+    )
 
 
-def _read(loader: Any, part: str, transform: ImageTransform | None) -> tuple[Pictures, int]:
+def _read(
+    loader: Any, part: str, choose: Choice | None, *, image_size: ImageSize | None, transform: ImageTransform | None
+) -> tuple[Pictures, int]:
     """Read all images of a loader; also return its batch size."""
     ordered = _in_order(loader, part)
+
+    def batches(given: Iterable[Any]) -> Iterator[Batch]:
+        return (as_batch(*pair(one, part, choose, "batch"), part) for one in given)
+
     if ordered is not None:
         some = range(min(READ_TWICE, len(ordered.dataset)))  # type: ignore[arg-type]
-        first, again = (_as_batches([ordered.collate_fn([ordered.dataset[i] for i in some])], part) for _ in "12")
+        first, again = (batches([ordered.collate_fn([ordered.dataset[i] for i in some])]) for _ in "12")
         warn_of_random(first, again, part)
-    bar = tqdm(ordered or loader, desc=f"reading {part} images", unit="batch", leave=False, delay=1)
-    batches = list(_as_batches(bar, part))
-    size = getattr(loader, "batch_size", None) or (len(batches[0][1]) if batches else 1)
-    return joined(batches, part, transform=transform), size
-
-
-def _as_batches(batches: Iterable[Any], part: str) -> Iterator[Batch]:
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise InputError(f"{part}: batches must be pairs (images, labels), not {type(batch).__name__}")
-        yield as_batch(batch[0], batch[1], part)
+    read = list(batches(tqdm(ordered or loader, desc=f"reading {part} images", unit="batch", leave=False, delay=1)))
+    size = getattr(loader, "batch_size", None) or (len(read[0][1]) if read else 1)
+    return joined(read, part, image_size=image_size, transform=transform), size
 
 
 def _in_order(loader: Any, part: str) -> DataLoader[Any] | None:

@@ -6,6 +6,7 @@ Convention: pictures are float32 in [0, 1], (N, C, H, W); images lie around 0 an
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass
 class Standardization:
     """Subtract a mean and divide by a standard deviation, per channel.
 
@@ -31,8 +33,11 @@ class Standardization:
         std: C values above 0.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = list(mean), list(std)
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __post_init__(self) -> None:
+        self.mean, self.std = list(self.mean), list(self.std)
 
     def _columns(self, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)

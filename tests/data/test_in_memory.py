@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torchvision.transforms as v1
 from lightning.pytorch import LightningDataModule
 from PIL import Image
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -15,6 +17,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     random_split,
 )
+from torchvision.transforms import v2
 
 from ftd_lightning import DistillationDataModule
 from ftd_lightning.contracts import DataSource
@@ -54,6 +57,20 @@ class Items(Dataset):
         elif self.form == "float":
             image = image.float().div(255)
         return image, int(self.targets[index])
+
+
+class Wrapped(Dataset):
+    """Somebody's own wrapper, with a transform of each image."""
+
+    def __init__(self, dataset, transform=None):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return image if self.transform is None else self.transform(image), label
 
 
 def items(count, form="pillow", **options):
@@ -130,6 +147,7 @@ def test_class_names_are_those_of_the_dataset_or_given_or_numbers():
     part, _ = random_split(named, [24, 6])
     assert own(ConcatDataset([part, part])).class_names == ["ant", "bee, honeybee", "cow"]
     assert own(ConcatDataset([part, items(30)])).class_names == ["0", "1", "2"]
+    assert own(Wrapped(Subset(ConcatDataset([part, Wrapped(part)]), range(30)))).class_names[0] == "ant"
     two = Subset(named, [i for i in range(30) if i % 3 < 2])
     assert own(two, (pictures(6), labels(6, classes=2))).class_names == ["ant", "bee, honeybee"]
 
@@ -196,6 +214,8 @@ def test_wrong_labels_are_refused(refused):
         (labels(30).float(), "integers"),
         (labels(30) * 2, "class 1"),
         (labels(29), "30 integers"),
+        (nn.functional.one_hot(labels(30)), "argmax(1)"),
+        (labels(30)[:, None], "squeeze(1)"),
         (["ant", "bee", "cow"] * 10, "integers, not 'ant'"),
         ([None] * 30, "integers, not None"),
     ):
@@ -217,6 +237,8 @@ def test_parts_that_do_not_belong_together_are_refused(refused):
         own((pictures(30), labels(30)), class_names=list("abcd"))
     with refused("train", "pairs"):
         own(TensorDataset(pictures(30)))
+    with refused("train", "argmax(1)"):
+        own(TensorDataset(pictures(30), nn.functional.one_hot(labels(30))))
     with refused("root="):
         own((pictures(30), labels(30)), root="data")
 
@@ -228,10 +250,41 @@ def test_normalised_images_are_taken_as_they_are(refused):
     assert torch.equal(data.train.images, train)
     assert torch.equal(data.test.images, test)
     assert data.describe()["transform"] == transform.describe()
-    for options, words in (({"zca": True}, "zca"), ({}, "floats")):
-        with refused(words):
-            images = train if options else pictures(30)
-            own((images, labels(30)), transform=transform, **options)
+    with refused("zca"):
+        own((train, labels(30)), (test, labels(6)), transform=transform, zca=True).setup()
+    with refused("floats"):
+        own((pictures(30), labels(30)), transform=transform)
+
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+NORMALIZE = v2.Normalize(MEAN, STD)
+COMPOSED = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Compose([NORMALIZE])])
+
+
+def test_torchvisions_normalize_says_how_images_are_normalised(refused, monkeypatch):
+    said = []
+    monkeypatch.setattr(in_memory, "rank_zero_info", said.append)
+    plain = [items(count, "uint8") for count in (30, 6)]
+    train, test = (Wrapped(dataset, COMPOSED) for dataset in plain)
+    wanted = {"kind": "standardization", "mean": list(MEAN), "std": list(STD)}
+    for transform in (Standardization(MEAN, STD), NORMALIZE, v1.Compose([v1.ToTensor(), v1.Normalize(MEAN, STD)])):
+        data = own(train, test, transform=transform, val_fraction=0.0)
+        assert data.describe()["transform"] == wanted
+        back = data.transform.invert(data.train.images).mul(255).round().byte()
+        assert torch.equal(back, plain[0].images)
+    assert not said
+    for parts in ((train, test), (Subset(train, range(30)), ConcatDataset([test]))):
+        assert own(*parts, val_fraction=0.0).describe() == data.describe()
+        assert "Standardization(mean=[0.5, 0.4, 0.3]" in said.pop()
+    for wrong in (v1.ToTensor(), v2.Compose([NORMALIZE, NORMALIZE]), "imagenet"):
+        with refused("transform=", "Normalize"):
+            own(train, test, transform=wrong)
+    with refused("from -0.", "not in [0, 1]"):
+        own(train, test, transform=v2.Normalize(MEAN, [0.4] * 3))
+    with refused("train", "transform=Normalize"):  # the parts disagree
+        own(
+            train, Wrapped(plain[1], v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, [0.3] * 3)]))
+        )
 
 
 # One file
@@ -359,12 +412,51 @@ def test_datamodules_without_what_is_needed_are_refused(refused):
         def train_dataloader(self):
             return [super().train_dataloader(), super().train_dataloader()]
 
-    with refused("NoTest", "test_dataloader"):
-        read(NoTest())
-    with refused("Two.train_dataloader", "2 loaders"):
+    data = read(NoTest())
+    assert len(data.train.labels) == 30
+    with refused("test_dataloader"):
+        data.test_dataloader()
+    with refused("LightningDataModule has no train_dataloader"):
+        read(LightningDataModule())
+    with refused("Two.train_dataloader", "2 loaders", "loaders={'train': 0}"):
         read(Two())
-    normalised = TensorDataset(pictures(30).float() - 100, labels(30))
+    assert read(Two(), loaders={"train": 1}).describe() == read(Theirs()).describe()
+    normalised = TensorDataset(NORMALIZE(pictures(30).float() / 255), labels(30))
     with refused("train", "transform="):
         read(Theirs(normalised))
-    data = read(Theirs(normalised, test=normalised), transform=Standardization([0.5] * 3, [0.2] * 3))
+    data = read(Theirs(normalised, test=normalised), transform=NORMALIZE)
     assert torch.equal(data.train.images, normalised.tensors[0])
+
+
+def test_other_forms_of_batches_and_items_are_read_by_a_function(refused):
+    def dictionary(found):
+        return {"index": [1], "img": found[0], "target": found[1]}
+
+    def triple(found):
+        return ["name", *found]
+
+    for form, function in ((dictionary, "lambda b: (b['img'], b['target'])"), (triple, "lambda b: (b[1], b[2])")):
+        forms = [[form(items(count, "uint8", seed=seed)[i]) for i in range(count)] for count, seed in ((31, 0), (6, 1))]
+        theirs = Theirs(*(forms[0], None, forms[1]))
+        with refused("train", f"batch={function}"):
+            read(theirs)
+        assert read(theirs, batch=eval(function)).describe() == read(Theirs()).describe()
+        function = function.replace("b:", "i:").replace("b[", "i[")
+        with refused("train", f"item={function}"):
+            own(forms[0])
+        assert own(*forms, item=eval(function)).describe() == own(items(31), items(6, seed=1)).describe()
+    with refused("train", "not a Tensor", "batch="):
+        read(Theirs(list(pictures(30))))
+    with refused("batch= must return a pair"):
+        read(Theirs(), batch=lambda b: b[0])
+
+
+def test_options_of_a_wrapped_datamodule():
+    data = read(Theirs(), image_size=4, max_per_class=5, zca=True, synthetic="random", ipc=2)
+    assert data.train.images.shape == (15, 3, 4, 4)
+    assert data.describe()["transform"]["kind"] == "zca"
+    given = data.training_set()
+    other = read(Theirs(), image_size=4, synthetic=given)
+    assert other.training_set() is given
+    assert other.hparams["synthetic"] is None
+    assert other.describe()["transform"] == given.transform.describe()  # the test images' too
