@@ -72,7 +72,7 @@ RANGES: dict[Count | Range, str] = {
     Range(0, 0.9): "val_fraction",
     Range(0, 0.9, open_least=True): "test_fraction",
     # 0: the first epoch or teacher, never, or as many as published
-    Count(0): "first teacher teacher_epochs every_n_epochs measure_every lr_milestones",
+    Count(0): "first teacher teacher_epochs every_n_epochs measure_every patience lr_milestones",
     Count(1): (
         "teachers epochs real_epochs rounds iterations outer_loops inner_epochs outer_max inner_max window syn_steps "
         "expert_epochs max_start_epoch ceiling growth_iterations segments_per_step networks_per_step "

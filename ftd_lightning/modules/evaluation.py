@@ -14,11 +14,19 @@ from torchmetrics import MeanMetric
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import BatchPlan
 from ftd_lightning.core import ranks
-from ftd_lightning.core.evaluation import EvaluationProtocol, PartsOnDevice, learned_lr, mean_and_std, set_lr
+from ftd_lightning.core.evaluation import (
+    EvaluationProtocol,
+    PartsOnDevice,
+    learned_lr,
+    mean_and_std,
+    set_lr,
+    stalls,
+)
 from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.module import BaseModule, run_folder
 from ftd_lightning.core.networks import Network, right_answers
 from ftd_lightning.core.results import check_learning, choose_iterates, held_out_seen, write_results
+from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile
@@ -52,6 +60,9 @@ class SyntheticEvaluation(BaseModule):
             the gradients change, the schedule stays. 0: plain SGD.
         measure_every: measure held-out and test images after every so many epochs; among these iterates one is chosen.
             0: never. ``test`` measures the last iterate in any case.
+        patience: train until accuracy on held-out images levels off: once their mean accuracy has not risen for so many
+            measurements, the learning rate drops to a tenth, and the next time the fit ends; ``max_epochs`` is a limit
+            then. 0: drop at half of ``max_epochs``.
 
     Attributes:
         networks: an ``nn.ModuleList`` of those that this rank trains; of all, in a module loaded from a checkpoint.
@@ -75,8 +86,11 @@ class SyntheticEvaluation(BaseModule):
         compile: Compile = "auto",  # noqa: A002
         rho: float = 0.0,
         measure_every: int = 100,
+        patience: int = 0,
     ) -> None:
         check_bounds(SyntheticEvaluation, locals())
+        if patience and not measure_every:
+            raise InputError("patience counts measurements on held-out images: give measure_every, too")
         IndependentLosses(compile, torch.device("cpu"), rho=rho)  # refuses settings that make no sense
         super().__init__(network=network, network_options=network_options, augment=Augmentation.of(augment), seed=seed)
         self.save_arguments(locals(), augment=self.augment)
@@ -138,6 +152,7 @@ class SyntheticEvaluation(BaseModule):
         """Keep DDP from averaging gradients of different networks."""
         self.warn_of_unordered_loader()
         ranks.refuse_split_loaders(self.trainer, or_else="use a DistillationDataModule")
+        self.trainer.should_stop = self.trainer.should_stop or self.levelled_off  # a finished fit ends at once
         self._losses = IndependentLosses(self.hparams["compile"], self.device, rho=self.hparams["rho"])
         self._unsynchronised.close()  # left open by a fit that failed
         self._unsynchronised.enter_context(ranks.without_gradient_sync(self.trainer))
@@ -146,6 +161,16 @@ class SyntheticEvaluation(BaseModule):
         """Leave DDP as it was, and give the memory of the real images back."""
         self._unsynchronised.close()
         self._real = None
+
+    @property
+    def _stalls(self) -> int:
+        held_out = [sum(entry["held_out"]) for entry in self.history]
+        return stalls(held_out, self.hparams["patience"]) if self.hparams["patience"] else 0
+
+    @property
+    def levelled_off(self) -> bool:
+        """Whether accuracy on held-out images has stalled a second time, at the lower learning rate."""
+        return self._stalls >= 2
 
     @property
     def protocol(self) -> EvaluationProtocol:
@@ -163,7 +188,12 @@ class SyntheticEvaluation(BaseModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the learning rate of the epoch."""
-        set_lr(self.optimizers(use_pl_optimizer=False), self.protocol.lr_at(self.current_epoch))  # type: ignore[arg-type]
+        lr = (
+            self.lr * 0.1 ** min(self._stalls, 1)
+            if self.hparams["patience"]
+            else self.protocol.lr_at(self.current_epoch)
+        )
+        set_lr(self.optimizers(use_pl_optimizer=False), lr)  # type: ignore[arg-type]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Sum the losses. Augmentation seeds do not depend on the rank: a network is trained alike wherever it runs."""
@@ -232,6 +262,7 @@ class SyntheticEvaluation(BaseModule):
         self.history = [entry for entry in self.history if entry["epoch"] < self.trained_epochs]
         held_out, test = (measured[part].tolist() for part in ("val", "test"))
         self.history.append({"epoch": self.trained_epochs, "held_out": held_out, "test": test})
+        self.trainer.should_stop = self.trainer.should_stop or self.levelled_off
 
     def extra_state(self) -> dict[str, Any]:
         """Return the measurements so far."""
@@ -271,6 +302,7 @@ class SyntheticEvaluation(BaseModule):
             "seeds": [derive_seed(self.seed, "fresh", index) for index in range(len(values))],
             "lr": self.lr,
             "epochs": self.trained_epochs,
+            **({"levelled_off": self.levelled_off} if self.hparams["patience"] else {}),
             "settings": self.settings(),
             "set": metadata,
             "versions": versions(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,20 @@ from ftd_lightning.studies.plots import draw_study, write_pictures
 from ftd_lightning.studies.tables import collect, markdown, text
 
 if TYPE_CHECKING:
-    from ftd_lightning.studies.fits import Runner
+    from ftd_lightning.studies.fits import Fit, Runner
 
 
 def run_rows(
-    job: Comparison, names: Sequence[str], deadline: Deadline, run: Runner = run_child
+    job: Comparison,
+    names: Sequence[str],
+    deadline: Deadline,
+    run: Runner = run_child,
+    limit: Callable[[Fit], float | None] = lambda fit: None,
 ) -> tuple[dict[str, str], bool]:
-    """Run what is not done of rows; return reasons by failed row, and whether there was time. ``run`` starts a fit."""
+    """Run what is not done of rows; return reasons by failed row, and whether there was time.
+
+    ``run`` starts a fit; ``limit`` gives the seconds that it may train, and is asked when it begins.
+    """
     if job.threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
     fits = {name: list(job.fits_of(name).each()) for name in names}
@@ -45,10 +52,11 @@ def run_rows(
                 if deadline.remaining() == 0:
                     return failures, False
                 resumes = f", resumes after {earlier}" if fit.checkpoint.exists() else ""
-                print(f"{head}{resumes}: log {fit.folder / LOG}", flush=True)
-                began = time.monotonic()
+                seconds, began = limit(fit), time.monotonic()
+                most = f", at most {seconds / 60:.1f} min" if seconds is not None else ""
+                print(f"{head}{resumes}{most}: log {fit.folder / LOG}", flush=True)
                 try:
-                    if not run_fit(fit, deadline, run):
+                    if not run_fit(fit, deadline, run, seconds):
                         return failures, False
                     print(f"{' ' * head.index(' ')} {time.monotonic() - began:.0f} s", flush=True)
                 except InputError as error:

@@ -6,8 +6,9 @@ import difflib
 import json
 import math
 import tempfile
+import time
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,20 +32,24 @@ from ftd_lightning.studies.compare import run_rows, write_results
 from ftd_lightning.studies.comparison import Comparison, Row, Teachers
 from ftd_lightning.studies.fits import WHERE, Deadline, Settings, run_child, split_by_phase
 from ftd_lightning.studies.plots import set_picture
-from ftd_lightning.studies.reproduce import Published, belonging, published
+from ftd_lightning.studies.reproduce import Published, belonging
 from ftd_lightning.studies.tables import copy_set, short_table, summarize, verdict
 
 if TYPE_CHECKING:
     from ftd_lightning.sizes import ImageSize
-    from ftd_lightning.studies.fits import Runner
+    from ftd_lightning.studies.fits import Fit, Runner
 
 PLAN = "plan.json"
-MINUTES = 30.0  # of a folder's budget, if none are given
+MINUTES = 30.0  # if none are given
 METHODS: dict[str, float | None] = {"ftd": 0.01, "mtt": 0.0, "rat-bptt": None}  # rho of the teachers; FTD, Table 7
-TEACHING, EVALUATING = 0.35, 0.25  # shares of the budget; the rest is the distillation's
+TEACHING = 0.45  # of the time for teachers and distillation
+EVALUATING, REFERENCE = 0.08, 0.25  # shares of the budget: a set's evaluation, and training on real images
+START = 10.0  # seconds in which a fit starts, and measures test images
+PATIENCE = 8  # measurements of held-out images
 TEACHER_STEPS = 400  # of each teacher at least, where 40 epochs give so many
 VALUES = 120_000  # of real images per minute of the budget, for one CPU core: 40 images of 32 x 32 px
-GPU = 30  # times as many on a GPU
+SPEED = 1.8e6  # values of images per second that a network learns from on one CPU core
+GPU = 30  # times as fast
 PRESETS = {  # images up to 32 px, and above
     "small": {"inner_images": 50, "evaluation_epochs": 500, "iterations_per_epoch": 20},
     "large": {"inner_images": 20, "evaluation_epochs": 300, "iterations_per_epoch": 5},
@@ -86,7 +91,14 @@ class Survey(NamedTuple):
     train: tuple[int, ...]  # images of each class, those to be held out included
     test: tuple[int, ...]
     val_fraction: float  # share of the training images that is held out
+    val: int = 0  # images that are held out beside them
     asked: bool = False  # whether the size was asked for
+
+    def used(self, limit: int | None) -> tuple[int, int]:
+        """Count the images that are trained on and those that are held out, at most ``limit`` of a class together."""
+        kept = [min(count, limit or count) for count in self.train]
+        held_out = sum(round(self.val_fraction * count) for count in kept)
+        return sum(kept) - held_out, held_out + self.val
 
     def check_ipc(self, ipc: int) -> None:
         """Refuse more images per class than the smallest class has to begin with, naming that class."""
@@ -110,6 +122,32 @@ def buildable_size(channels: int, size: ImageSize) -> ImageSize:
     return size if (channels, size) == (1, 28) else as_size([halved * max(round(s / halved), 1) for s in sides(size)])
 
 
+def largest_size(minutes: float, *, gpu: bool) -> int:
+    """Give the size to which larger images are reduced: four times the minutes allow twice the size.
+
+    Example:
+        >>> [largest_size(minutes, gpu=False) for minutes in (8, 30, 120, 480)]
+        [32, 32, 64, 128]
+    """
+    affordable = minutes * (GPU if gpu else 1) / MINUTES
+    return 128 if affordable >= 16 else 64 if affordable >= 4 else 32
+
+
+def reference(steps: int, *, held_out: bool) -> Settings:
+    """Settings of networks that are trained on real images, in epochs of so many steps, until they level off.
+
+    Without held-out images they take a fixed number of steps.
+    """
+    if not held_out:
+        print("no images are held out: training on real images takes a fixed number of steps")
+        return Settings(
+            model={"networks": 2, "measure_every": 0}, trainer={"max_epochs": math.ceil(REAL_STEPS / steps)}
+        )
+    every = math.ceil(REAL_STEPS / PATIENCE / steps)
+    model = {"networks": 2, "measure_every": every, "patience": PATIENCE}
+    return Settings(model=model, trainer={"max_epochs": 20 * PATIENCE * every})
+
+
 def strategy(channels: int, size: ImageSize) -> str:
     """Choose an augmentation: without flips and colours for grey images, which are often characters."""
     if channels == 1:
@@ -125,10 +163,12 @@ def plan_configs(
     Returns:
         The configs, the settings of an evaluation on real images, and the size of the images.
     """
-    ipc, method, seed, minutes = command["ipc"], command["method"], command["seed"], command["minutes"] or MINUTES
+    ipc, method, seed, minutes = (command[key] for key in ("ipc", "method", "seed", "minutes"))
     if method not in METHODS:
         raise InputError(f"--method {method}: plans are made for {', '.join(METHODS)}; --config takes any other")
-    size = buildable_size(found.channels, found.size if found.asked else min(*sides(found.size), 128 if gpu else 32))
+    size = buildable_size(
+        found.channels, found.size if found.asked else min(*sides(found.size), largest_size(minutes, gpu=gpu))
+    )
     if found.asked and size != found.size:
         halvings = depth_of(found.size)
         raise InputError(f"--data.image_size {found.size}: its ConvNet halves images {halvings} times; give {size}")
@@ -138,13 +178,15 @@ def plan_configs(
     affordable = round(VALUES * minutes * (GPU if gpu else 1) / (found.channels * area * classes))
     least = max(20, math.ceil((ipc + 0.5) / (1 - found.val_fraction)))  # the initial images are not held out
     per_class = min(max(affordable, least), largest)
-    used = sum(min(count, per_class) for count in found.train) * (1 - found.val_fraction)
+    used, held_out = found.used(per_class)
     batch_size = int(min(max(2 ** round(math.log2(max(used, 80) / 10)), 8), 256))
     steps = math.ceil(used / batch_size)
-    epochs, real_epochs = min(max(math.ceil(TEACHER_STEPS / steps), 8), 40), max(20, math.ceil(REAL_STEPS / steps))
-    teaching = TEACHING if rho is not None else 0.0
-    limits = {"teacher": teaching, "distill": 1 - teaching - EVALUATING, "evaluate": EVALUATING / 3}
-    limits = {phase: round(share * minutes, 2) for phase, share in limits.items()}
+    epochs = min(max(math.ceil(TEACHER_STEPS / steps), 8), 40)
+    # As many networks, and epochs of each, as its share of the budget allows: 3 at least.
+    epoch = max(ipc * classes * found.channels * area / (SPEED * (GPU if gpu else 1)), 0.008)  # seconds
+    affordable = math.floor(max(60 * minutes * EVALUATING - START, 0) / epoch)  # epochs of all networks
+    on_sets = min(max(affordable // 3, 50), preset["evaluation_epochs"])
+    networks = min(max(affordable // on_sets, 3), 10)
 
     data = {"dataset": source.name, **({"root": source.root} if source.root else {}), "seed": seed}
     data |= {
@@ -165,14 +207,14 @@ def plan_configs(
         learned |= {"expert_epochs": 2, "max_start_epoch": epochs // 2, "lr_step_size": 1e-4, "step_size_init": 0.05}
         learned |= {"lr_images": float(f"{30 * math.sqrt(area) / 8 * math.sqrt(ipc):.2g}")}
     callbacks = [UNMEASURED] if method == "mtt" else [AVERAGE, UNMEASURED]
-    evaluation = {"networks": 3, "measure_every": 0}
+    evaluation = {"networks": networks, "measure_every": 0}
 
     def write(phase: str, module: str, model: dict[str, Any], images: dict[str, Any], **trainer: Any) -> Settings:
         content = {
             "seed_everything": seed % 2**32,
             "model": {"class_path": f"ftd_lightning.{module}", "init_args": {**model, "seed": seed}},
             "data": {"class_path": "ftd_lightning.DistillationDataModule", "init_args": {**data, **images}},
-            "trainer": {**trainer, "max_time": {"seconds": round(60 * limits[phase])}},
+            "trainer": trainer,
         }
         file = out / "configs" / f"{phase}.yaml"
         with replacing(file) as temporary:
@@ -182,16 +224,20 @@ def plan_configs(
 
     module = "modules.BilevelDistillation" if rho is None else "TrajectoryMatching"
     distillation = write("distill", module, learned, part, max_steps=5000, callbacks=callbacks)
-    of_set, on_sets = {"synthetic": "runs/distill/set.safetensors"}, preset["evaluation_epochs"]
-    evaluate = write("evaluate", "SyntheticEvaluation", {**network, **evaluation}, of_set, max_epochs=on_sets)
+    of_set = {"synthetic": "runs/distill/set.safetensors"}
+    evaluate = write(
+        "evaluate", "SyntheticEvaluation", {**network, **evaluation}, {**part, **of_set}, max_epochs=on_sets
+    )
     teacher = None
     print(f"plan for {minutes:g} minutes: a ConvNet of depth {depth_of(size)}, {per_class} real images per class")
+    learning = minutes * (1 - REFERENCE - 2 * EVALUATING)
     if rho is not None:
         teacher = write("teacher", "FlatTeacher", {**network, **teachers}, part, max_epochs=-1)
-        print(f"  teachers      {limits['teacher']:.1f} min: as many of {epochs} epochs as end, rho {rho:g}")
-    print(f"  distillation  {limits['distill']:.1f} min: {ipc * classes} images of {size_text(size)}")
-    print(f"  evaluations   {3 * limits['evaluate']:.1f} min at most", flush=True)
-    return Published(distillation, evaluate, teacher), Settings(trainer={"max_epochs": real_epochs}, data=part), size
+        print(f"  teachers      about {TEACHING * learning:.1f} min: as many of {epochs} epochs as end, rho {rho:g}")
+        learning *= 1 - TEACHING
+    print(f"  distillation  about {learning:.1f} min: {ipc * classes} images of {size_text(size)}")
+    print(f"  evaluations   the rest: {networks} networks on each set; real images until held-out accuracy levels off")
+    return Published(distillation, evaluate, teacher), reference(steps, held_out=held_out > 0).having(data=part), size
 
 
 def find_source(source: str) -> Source:
@@ -223,11 +269,9 @@ def _data_options(overrides: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def survey(data: DistillationDataModule, val_fraction: float | None) -> Survey:
+def survey(data: DistillationDataModule, val_fraction: float) -> Survey:
     """Count images and classes, none held out yet; those of a folder by the headers of its files."""
     census, train, asked = data.census, tuple(data.count("train")), data.hparams["image_size"]
-    if val_fraction is None:
-        val_fraction = 0.1 if sum(train) < 10_000 else 0.02
     return Survey(
         names=tuple(census.classes if census else data.class_names),
         channels=census.channels if census else data.in_channels,
@@ -235,6 +279,7 @@ def survey(data: DistillationDataModule, val_fraction: float | None) -> Survey:
         train=train,
         test=tuple(data.count("test")),
         val_fraction=0.0 if sum(data.count("val")) else val_fraction,
+        val=sum(data.count("val")),
         asked=asked is not None,
     )
 
@@ -255,14 +300,10 @@ def _say(title: str, data: DistillationDataModule, found: Survey) -> None:
 
 def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: Sequence[str]) -> Comparison:
     """Plan a job and print the plan, which ``out/plan.json`` records; another command is refused in that folder."""
-    ipc, method, minutes, config = (command[key] for key in ("ipc", "method", "minutes", "config"))
-    if config is not None and minutes is not None:
-        raise InputError("--config names all settings; leave out --minutes, or --config")
+    ipc, method, config = (command[key] for key in ("ipc", "method", "config"))
     configs = None
     if config is not None:
         configs = belonging(find_config(config), ipc)
-    elif minutes is None and source.root is None:
-        configs = published(source.name, ipc, method)
     recorded = read_json(out / PLAN)
     if not recorded and out.exists() and (not out.is_dir() or any(entry.name != "data" for entry in out.iterdir())):
         raise InputError(f"{out}: is not empty and holds no {PLAN}; name another folder")
@@ -273,11 +314,11 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         raise InputError(f"{out}: was created with {', '.join(different)}; name another folder")
 
     options = {"dataset": source.name, **({"root": source.root} if source.root else {}), **_data_options(overrides)}
-    val_fraction = options.pop("val_fraction", None)
     if configs is not None:
         own = read_config(Path(str(configs.distill.config))).get("data", {}).get("init_args", {})
         options = {"image_size": own.get("image_size"), "max_per_class": own.get("max_per_class"), **options}
-        val_fraction = own.get("val_fraction", 0.1) if val_fraction is None else val_fraction
+        options = {"val_fraction": own.get("val_fraction", 0.1), **options}
+    val_fraction = options.pop("val_fraction", 0.1)
     data = DistillationDataModule(**{**options, "val_fraction": 0.0})
     found = survey(data, val_fraction)
     found.check_ipc(ipc)
@@ -287,7 +328,8 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         names = [Path(str(of.config)).stem for of in configs if of is not None]
         print(f"plan: the settings of {', '.join(names)}, as published")
         whitening = {"zca": own.get("zca", False)}
-        real = Settings(trainer={"max_epochs": 60}, model={"measure_every": 10}, data=whitening)
+        used, held_out = found.used(options["max_per_class"])
+        real = reference(math.ceil(used / own.get("batch_size", 256)), held_out=held_out > 0).having(data=whitening)
         distillation, ema = configs.distill.having(trainer={"callbacks+": [UNMEASURED]}), configs.averages_images
     else:
         # Configs are programs: they are written again, never read from the folder.
@@ -295,8 +337,10 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         distillation = configs.distill
         if real.data:
             label = f"real images, {real.data['max_per_class']} per class"
-        if data.census and (told := resizing(data.census.sizes, options["image_size"])):
-            print(f"{told}; --data.image_size asks for another size")
+        height, width = sides(found.size)
+        sizes = data.census.sizes if data.census else {(width, height): sum(found.train)}
+        if told := resizing(sizes, options["image_size"]):
+            print(f"{told}; more --minutes allow larger ones, and --data.image_size asks for another size")
     # Decodes the images into the cache that the fits read.
     described = DistillationDataModule(**{key: options[key] for key in WHERE if key in options}).describe()
     content = json.loads(json.dumps({"command": asked, "data": described}))
@@ -325,15 +369,60 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     )
 
 
-def run_job(job: Comparison, out: Path, deadline: Deadline, run: Runner = run_child) -> bool:
-    """Run what there is time for; write the set and results when all is done. A failed fit raises InputError."""
-    failures, in_time = run_rows(job, list(job.rows), deadline, run)
+def time_limits(job: Comparison, method: str, seconds: float) -> Callable[[Fit], float]:
+    """Divide the seconds that are left of a budget: a fit that begins gets its share of what is left then."""
+    random, learned, real = (job.fits_of(name) for name in ("random", method, "real"))
+    (first,), (last,) = (list(fits.evaluations.values()) for fits in (random, real))
+    spent = sum(fit.status()["seconds"] for fits in (random, learned, real) for fit in fits.each())
+    end = Deadline((seconds - spent - START) / 60)  # START: of the command itself, and its tables
+
+    def limit(fit: Fit) -> float:
+        left = end.remaining() or 0.0
+        if fit is not last:
+            left -= REFERENCE * seconds
+        if fit in (learned.teachers, learned.distill):
+            left -= first.status()["seconds"]  # as long as that of random images
+        share = {first.folder: EVALUATING * seconds}
+        if learned.teachers is not None:
+            share[learned.teachers.folder] = TEACHING * left
+        return max(share.get(fit.folder, left) - START, 1.0)
+
+    return limit
+
+
+def no_teacher(folder: Path, minutes: float) -> str:
+    """Say what helps where no teacher of the fit in a folder ended in its time."""
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    epochs, done = settings["model"]["init_args"]["epochs"], len(list(folder.rglob("*_epoch_*"))) - 1
+    enough = math.ceil(1.5 * minutes * epochs / max(done, 1))
+    return (
+        f"no teacher ended in time, {max(done, 0)} of {epochs} epochs: give --minutes {enough}, a smaller "
+        "--data.image_size or --data.max_per_class, or --method rat-bptt, which has no teachers"
+    )
+
+
+def run_job(
+    job: Comparison, out: Path, command: Mapping[str, Any], began: float, deadline: Deadline, run: Runner = run_child
+) -> bool:
+    """Run what there is time for; write the set and results when all is done. A failed fit raises InputError.
+
+    ``began`` is the ``time.monotonic()`` at which the command began, ``command`` its arguments.
+    """
+    method, minutes, limits = command["method"], command["minutes"], {}
+    fits = job.fits_of(method)
+    assert fits.distill is not None
+    if minutes is not None:
+        limits = {"limit": time_limits(job, method, 60 * minutes - (time.monotonic() - began))}
+    print(f"the set so far is {fits.distill.folder / fits.distill.output} while it is learned")
+    failures, in_time = run_rows(job, list(job.rows), deadline, run, **limits)
     if failures:
+        taught = fits.teachers.folder if limits and fits.teachers else out
+        if (taught / "config.yaml").is_file() and not any(taught.glob("trajectories/teacher_*")):
+            raise InputError(no_teacher(taught, minutes))
         raise InputError("; ".join(dict.fromkeys(failures.values())))
     if not in_time:
         return False
     results = write_results(job, failures)
-    method = next(name for name, row in job.rows.items() if row.distill is not None)
     file = copy_set(job, method, out / "set.safetensors")
     assert file is not None
     if job.ipc != 1:  # images.png of a comparison holds one image per class
@@ -342,9 +431,17 @@ def run_job(job: Comparison, out: Path, deadline: Deadline, run: Runner = run_ch
     write_json(out / "results.json", summarize(results))
     print(f"\n{short_table(results)}\n")
     print(f"set       {file}\nresults   {out / 'results.json'}\nimages    {out / 'images.png'}")
-    if said := verdict(results):
-        print(f"\n{said}")
+    print(f"\n{verdict(results)} {advice(command)}")
     return True
+
+
+def advice(command: Mapping[str, Any]) -> str:
+    """Say what gives a better set than a command, in one sentence."""
+    ways = [] if command["minutes"] is None else [f"--minutes {4 * command['minutes']:g}"]
+    ways += [f"--ipc {10 * command['ipc']}"] if command["ipc"] < 10 else []
+    ways += [] if torch.cuda.is_available() else ["a GPU"]
+    ways.append(f"--method {'ftd' if command['method'] == 'rat-bptt' else 'rat-bptt'}")
+    return f"For more, name another --out and try {', '.join(ways[:-1])} or {ways[-1]}."
 
 
 def distill_source(
@@ -372,7 +469,7 @@ def distill_source(
         ipc: images per class.
         out: the folder to write to.
         method: ftd, mtt, rat-bptt (without teachers), or any whose settings ship.
-        minutes: budget of the whole job; by default a data set takes its published settings, a folder 30 minutes.
+        minutes: budget of the whole job; by default 30.
         config: take the settings of this distillation's config, and of what belongs to it.
         stop_after: minutes; the same command continues.
         seed: of everything that is drawn.
@@ -384,9 +481,13 @@ def distill_source(
     """
     check_bounds(distill_source, locals())
     overrides = [*overrides, *(["--data.skip_broken=true"] if skip_broken else [])]
+    began = time.monotonic()
+    if config is not None and minutes is not None:
+        raise InputError("--config names all settings; leave out --minutes, or --config")
+    minutes = MINUTES if minutes is None and config is None else minutes
     command = {"ipc": ipc, "method": method, "minutes": minutes, "config": config, "seed": seed}
     job = plan_job(find_source(source), out, command, overrides)
-    if not run_job(job, out, Deadline(stop_after)):
+    if not run_job(job, out, command, began, Deadline(stop_after)):
         print("not done: run the same command again")
 
 
@@ -396,7 +497,7 @@ def distill(
     *,
     ipc: int = 1,
     method: str = "ftd",
-    minutes: float | None = None,
+    minutes: float = MINUTES,
     out: str | Path | None = None,
     seed: int = 0,
     **data_options: Any,
@@ -412,7 +513,7 @@ def distill(
         test: images that fresh networks are measured on, in the same form.
         ipc: images per class.
         method: "ftd", "mtt" or "rat-bptt".
-        minutes: budget of the whole job; None: 30.
+        minutes: budget of the whole job.
         out: folder to write to; None: a temporary one, so only the set is kept.
         seed: of everything that is drawn.
         data_options: ``val``, ``class_names``, ``image_size`` and other options of
@@ -430,6 +531,7 @@ def distill(
         >>> synthetic = distill(train, test, ipc=10, minutes=120, out="cifar10")  # doctest: +SKIP
     """
     check_bounds(distill, locals())
+    began = time.monotonic()
     if fixed := sorted(FIXED & data_options.keys()):
         raise InputError(f"distill() does not accept {', '.join(fixed)}=; pass unnormalised images in [0, 1] or uint8")
     reading = {name: data_options.pop(name, None) for name in ("val", "class_names", "image_size")}
@@ -440,7 +542,7 @@ def distill(
         folder.mkdir(parents=True, exist_ok=True)
         source = Source("images", str(write_images_file(dataset, folder / "data").parent), "own images")
         command = {"ipc": ipc, "method": method, "minutes": minutes, "config": None, "seed": seed}
-        run_job(plan_job(source, folder, command, overrides), folder, Deadline(None))
+        run_job(plan_job(source, folder, command, overrides), folder, command, began, Deadline(None))
         return SyntheticSet.load(folder / "set.safetensors")
 
 

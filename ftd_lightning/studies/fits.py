@@ -176,13 +176,21 @@ class Fit:
         """The file that a resumed fit begins with."""
         return self.folder / "checkpoints" / "last.ckpt"
 
-    def command(self) -> list[str]:
-        """Return the arguments after ``ftd``; with a checkpoint there, those of a fit that resumes."""
+    def command(self, seconds: float | None = None) -> list[str]:
+        """Return the arguments after ``ftd``; with a checkpoint there, those of a fit that resumes.
+
+        ``seconds`` are what training may take from here on. They decide the result, but belong to no name: a fit that
+        is resumed has another number of them.
+        """
         options = ["--config", str(self.config), *self.options, *self.inputs()]
         if self.subcommand != "fit":
             return [self.subcommand, str(self.folder / self.output), *options]
         logger = {"save_dir": self.folder.parent, "name": self.folder.name}
         options += [f"--trainer.logger.init_args.{key}={value}" for key, value in logger.items()]
+        if seconds is not None:
+            # Lightning's timer goes on counting where a fit resumes.
+            spent = self.status()["seconds"] if self.checkpoint.exists() else 0.0
+            options.append(f"--trainer.max_time={json.dumps({'seconds': round(spent + seconds)})}")
         return ["fit", *options, *(["--ckpt_path=last"] if self.checkpoint.exists() else [])]
 
     def status(self) -> dict[str, Any]:
@@ -277,13 +285,16 @@ def _reason(log: Path) -> str:
     return re.sub(r"^(ftd: )?error: ", "", text)[:500]
 
 
-def run_fit(fit: Fit, deadline: Deadline, run: Runner = run_child) -> bool:
-    """Run a fit until it ends or its time is over, and note the wall time; return whether it is done, else raise."""
+def run_fit(fit: Fit, deadline: Deadline, run: Runner = run_child, seconds: float | None = None) -> bool:
+    """Run a fit until it ends or its time is over, and note the wall time; return whether it is done, else raise.
+
+    Training ends by itself after ``seconds``, which is a result; after the deadline the fit is to be continued.
+    """
     with held(fit.folder):
         log, before, began = fit.folder / LOG, fit.status()["seconds"], time.monotonic()
         code, done = None, False
         try:
-            code = run(fit.command(), log, deadline.remaining())
+            code = run(fit.command(seconds), log, deadline.remaining())
             done = code == 0 and (fit.folder / fit.output).is_file()
         finally:
             seconds = round(before + time.monotonic() - began, 1)

@@ -95,8 +95,10 @@ def row_result(job: Comparison, name: str, failures: Mapping[str, str]) -> dict[
     first, folder = next(iter(measured.values())), next(iter(fits.evaluations.values())).folder
     counts = count_images(folder)
     if row.synthetic == "real":
-        short = ", not trained to their end" if first["epochs"] * counts["steps_per_epoch"] < REAL_STEPS else ""
+        ended = first.get("levelled_off", first["epochs"] * counts["steps_per_epoch"] >= REAL_STEPS)
+        short = "" if ended else ", not trained to its end"
         facts["label"] += f" ({counts['images']:,}, {first['epochs']} epochs{short})"
+        facts["trained_to_its_end"] = ended
     made = SyntheticSet.read_metadata(made_set(fits.distill, row.iterate)) if fits.distill else {}
     return {
         **facts,
@@ -175,16 +177,24 @@ def copy_set(job: Comparison, name: str, path: Path) -> Path | None:
     return path
 
 
-def verdict(results: Mapping[str, Any]) -> str | None:
-    """Say that a distilled set is not better than the row that it is compared with; None where it is."""
-    for row in results["rows"]:
-        found = row.get("difference")
-        if found and row.get("iterations") is not None and not is_better(found):
-            return (
-                f"{row['label']} is not better than {found['to_label']}: {points(found)} points over {found['n']} "
-                "networks. Give it more --minutes or images."
-            )
-    return None
+def verdict(results: Mapping[str, Any]) -> str:
+    """Say how much better than random images the set of ``ftd distill`` is and, if it is known, how far from real ones.
+
+    "trained_to_its_end" of the row "real" tells whether its accuracy is the one that real images allow.
+    """
+    rows = {row["name"]: row for row in results["rows"]}
+    learned = next(row for row in results["rows"] if row.get("iterations") is not None)
+    found = learned["difference"]
+    said = (
+        f"{learned['label']} is {'' if is_better(found) else 'not '}better than {found['to_label']}: {points(found)} "
+        f"points (paired over {found['n']} networks, ± standard error)."
+    )
+    real = rows["real"]
+    if not real["trained_to_its_end"]:
+        return said
+    gap = 100 * (real["accuracy"]["last"]["mean"] - learned["accuracy"]["last"]["mean"])
+    which = real["label"][:1].upper() + real["label"][1:]
+    return f"{said} {which} are {abs(gap):.1f} points {'better' if gap > 0 else 'worse'} than the set."
 
 
 def _test_part(results: Mapping[str, Any]) -> list[str]:

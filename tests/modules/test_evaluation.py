@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
-from ftd_lightning.core.evaluation import EvaluationProtocol, accuracies, mean_and_std, train_fresh_networks
+from ftd_lightning.core.evaluation import EvaluationProtocol, accuracies, mean_and_std, stalls, train_fresh_networks
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.schema import per_cent
 from ftd_lightning.functional import Augmentation, flatten_parameters, seeded
@@ -123,6 +123,41 @@ def test_other_iterates_are_reported_under_their_own_names(tmp_path: Path) -> No
     table = (tmp_path / "evaluation.md").read_text().splitlines()
     assert table[0].startswith("| set | network | networks | last iterate | chosen on held-out images | best on test")
     assert table[2].startswith("| random | convnet | 2 | ")
+
+
+def test_training_ends_once_held_out_accuracy_levels_off(tmp_path: Path, refused) -> None:
+    """The rate drops at the first stall, the fit ends at the second, and a resumed one does the same."""
+    options = {"networks": 1, "augment": "", "lr": 0.05, "measure_every": 1, "patience": 3}
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def fit(folder: Path, epochs: int, ckpt_path: Path | None = None) -> SyntheticEvaluation:
+        module, data = SyntheticEvaluation(network_options=SMALL, **options), small_data(synthetic="random", ipc=2)
+        trainer = make_trainer(folder, max_epochs=epochs, callbacks=[Rates()])
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(folder / "last.ckpt")
+        trainer.test(module, datamodule=data, verbose=False)
+        return module
+
+    whole = fit(tmp_path / "whole", 100)
+    held_out = [sum(entry["held_out"]) for entry in whole.history]
+    assert whole.results["levelled_off"] is True
+    assert whole.results["epochs"] == len(held_out) == len(rates) < 100
+    assert stalls(held_out, 3) == 2
+    assert stalls(held_out[:-1], 3) == 1
+    dropped = next(count for count in range(len(held_out)) if stalls(held_out[:count], 3) == 1)
+    assert rates == pytest.approx([0.05] * dropped + [0.005] * (len(rates) - dropped))
+    cut = fit(tmp_path / "cut", dropped)
+    assert cut.results["levelled_off"] is False
+    resumed = fit(tmp_path / "resumed", 100, tmp_path / "cut" / "last.ckpt")
+    assert resumed.history == whole.history
+    again = fit(tmp_path / "again", 100, tmp_path / "whole" / "last.ckpt")
+    assert again.results["epochs"] == whole.results["epochs"]
+    with refused("patience counts measurements on held-out images: give measure_every, too"):
+        SyntheticEvaluation(measure_every=0, patience=3)
 
 
 @pytest.mark.parametrize(("options", "times"), [({}, 0), ({"measure_every": 2}, 2)])

@@ -120,7 +120,7 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, in
     assert found["mtt"]["seeds"] == found["random"]["seeds"] == found["whole"]["seeds"]
     images = {name: (row["images"], row["share"]) for name, row in found.items() if name != "broken"}
     assert images == {"mtt": (10, 1 / 14), "random": (10, 1 / 14), "whole": (130, 13 / 14)}
-    assert found["whole"]["label"] == "whole (130, 12 epochs, not trained to their end)"
+    assert found["whole"]["label"] == "whole (130, 12 epochs, not trained to its end)"
     assert np.asarray(Image.open("runs/small/study.png")).shape == (480, 660, 4)
     picture = np.asarray(Image.open("runs/small/random.png"))
     sheet = np.asarray(Image.open("runs/small/images.png"))
@@ -357,7 +357,7 @@ def test_real_images_say_how_many_they_are_and_whether_they_were_learned(here: P
     counts |= {"training_images": 1800, "test_images": 4, "chance": 0.5}
     (fit.folder / "images.json").write_text(json.dumps(counts))
     last = {"real": {"mean": 0.215, "std": 0.001, "n": 3}}
-    for epochs, label in ((10, "real (324, 10 epochs, not trained to their end)"), (60, "real (324, 60 epochs)")):
+    for epochs, label in ((10, "real (324, 10 epochs, not trained to its end)"), (60, "real (324, 60 epochs)")):
         measured = {"accuracy": last, "each": [0.2] * 3, "seeds": [1, 2, 3], "epochs": epochs}
         (fit.folder / "evaluation.json").write_text(json.dumps(measured))
         results = collect(job, {})
