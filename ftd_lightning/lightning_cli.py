@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -22,20 +25,24 @@ from ftd_lightning.callbacks import (
     EvaluateSynthetic,
     FitProgress,
     HyperparameterReport,
+    SyntheticSetWriter,
     TensorBoardPictures,
+    TrajectoryRecorder,
 )
 from ftd_lightning.callbacks.checkpoint_io import FitCheckpoint
+from ftd_lightning.callbacks.set_writer import summary as set_summary
 from ftd_lightning.command_line import OneLineErrors
 from ftd_lightning.contracts import LearnsSet, data_source
 from ftd_lightning.core.module import BaseModule, run_folder
-from ftd_lightning.core.results import summary
+from ftd_lightning.core.results import result_summary, summary
 from ftd_lightning.errors import DivergenceError, InputError
-from ftd_lightning.files.safetensors_io import replacing
+from ftd_lightning.files.safetensors_io import read_json, replacing, write_json
+from ftd_lightning.files.trajectory_store import summary as store_summary
 from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation
-from ftd_lightning.shipped_configs import run_folder_of, with_config_files, with_home
+from ftd_lightning.shipped_configs import find_config, run_folder_of, shipped_names, with_config_files, with_home
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 
 def _with_defaults(configured: Any, defaults: Mapping[type, Any]) -> list[Any]:
@@ -47,6 +54,48 @@ def _with_defaults(configured: Any, defaults: Mapping[type, Any]) -> list[Any]:
 
 class Parser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser, with errors in one line."""
+
+
+class Quiet(logging.Filter):
+    """Drops Lightning's advertisements, and its notes that nothing is wrong."""
+
+    dropped = ("\N{ELECTRIC LIGHT BULB} Tip:", "TPU available: False", "`Trainer.fit` stopped:")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is shown."""
+        return not record.getMessage().startswith(self.dropped)
+
+
+class RepeatedFit(Callback):
+    """Ends a fit that was finished in the same folder, of the same settings and inputs, before it begins.
+
+    ``done.json`` beside the logs records the fit that was finished last.
+
+    Args:
+        settings: of the fit, all that are given.
+        outputs: returns the files that the fit writes; one that is gone is made again.
+    """
+
+    def __init__(self, settings: str, outputs: Callable[[], list[Path]]) -> None:
+        self.settings, self.outputs, self.done = settings, outputs, False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare with the record; a fit that begins deletes it."""
+        self.file = run_folder(trainer) / "done.json"
+        inputs = json.dumps(pl_module.inputs() if isinstance(pl_module, BaseModule) else None, sort_keys=True)
+        text = f"{self.settings} {inputs} {ftd_lightning.__version__}"
+        self.fit = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        found = {} if trainer.fast_dev_run else read_json(self.file)  # type: ignore[attr-defined]
+        there = found.get("fit") == self.fit and all(Path(file).exists() for file in found["outputs"])
+        self.done = trainer.strategy.broadcast(there)
+        if self.done:
+            trainer.should_stop = True
+        elif trainer.is_global_zero:
+            self.file.unlink(missing_ok=True)
+
+    def record(self) -> None:
+        """Record that the fit is finished."""
+        write_json(self.file, {"fit": self.fit, "outputs": [str(file) for file in self.outputs()]})
 
 
 class FTDCLI(LightningCLI):
@@ -74,6 +123,11 @@ class FTDCLI(LightningCLI):
             self.save_config_callback = None  # config.yaml beside the logs belongs to the fit
         config = self._get(self.config_init, "trainer", default={})
         kwargs["callbacks"] = _with_defaults(config.get("callbacks"), self._recording(config))
+        if self.subcommand == "fit" and isinstance(self.model, BaseModule):
+            given = self.config["fit"].as_dict()
+            settings = {key: given[key] for key in ("seed_everything", "model", "data", "trainer")}
+            self.repeated = RepeatedFit(json.dumps(settings, default=str, sort_keys=True), self.outputs)
+            kwargs["callbacks"].insert(0, self.repeated)
         kwargs["plugins"] = _with_defaults(config.get("plugins"), {CheckpointIO: AtomicCheckpointIO()})
         if config.get("benchmark") is None and not config.get("deterministic"):
             kwargs["benchmark"] = True  # cuDNN's default for a convolution's double backward pass takes twice as long
@@ -110,11 +164,51 @@ class FTDCLI(LightningCLI):
         """Allow TF32 on a GPU."""
         torch.set_float32_matmul_precision("high")  # the published numbers were made with it; several times as fast
 
+    def outputs(self) -> list[Path]:
+        """Return the files that a fit of a module of this library writes: teachers, a set or a result."""
+        trainer: Any = self.trainer
+        if isinstance(self.model, FlatTeacher):
+            store = next(callback.path for callback in trainer.callbacks if isinstance(callback, TrajectoryRecorder))
+            return sorted(store.glob("teacher_*.safetensors"))
+        if isinstance(self.model, LearnsSet):
+            writers = (callback for callback in trainer.callbacks if isinstance(callback, SyntheticSetWriter))
+            return [next(writers).file(trainer)]
+        return [run_folder(trainer) / "evaluation.json"]
+
     def after_fit(self) -> None:
-        """Test the networks that an evaluation trained."""
-        if isinstance(self.model, SyntheticEvaluation):
-            self.trainer.test(self.model, datamodule=self.datamodule)
+        """Test the networks that an evaluation trained; tell a finished fit's outcome, and the next command."""
+        trainer: Any = self.trainer
+        if not isinstance(self.model, BaseModule) or trainer.fast_dev_run:
+            return
+        if isinstance(self.model, SyntheticEvaluation) and not self.repeated.done:
+            trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             self.after_test()
+        if not trainer.is_global_zero or not (files := self.outputs()):
+            return
+        if not self.repeated.done:
+            self.repeated.record()
+        if isinstance(self.model, FlatTeacher):
+            made, text = files[0].parent, store_summary(files[0].parent)
+            follows = f"ftd fit --config {self._next('distill')} --model.trajectories {made}"
+        elif isinstance(self.model, LearnsSet):
+            made, text = files[0], set_summary(files[0])
+            follows = f"ftd fit --config {self._next('evaluate')} --data.synthetic {made}"
+        else:
+            made, text = files[0], result_summary(read_json(files[0]))
+            synthetic = str(self.datamodule.hparams.get("synthetic"))
+            follows = f"ftd export {synthetic} FOLDER" if Path(synthetic).is_file() else ""
+        if self.repeated.done:
+            print(f"done already: {made}: {text}")
+        if follows:
+            print(f"next: {follows}")
+
+    def _next(self, phase: str) -> str:
+        """Name the shipped config of the next phase: with these teachers where one has them, or else of this folder."""
+        logger = run_folder(self.trainer)
+        names = [name for name in shipped_names() if name.startswith(f"{logger.parent.name}/{phase}")]
+        named = [name for name in names if f"/{logger.name}/" in find_config(name).read_text(encoding="utf-8")]
+        kind = "_".join([phase, *logger.name.split("_")[1:2]])
+        return min(named or names or ["CONFIG"], key=lambda name: (kind not in name, name))
 
     def after_test(self) -> None:
         """Report networks of an evaluation that diverged or learned nothing; raise DivergenceError if all did."""
@@ -144,7 +238,9 @@ def run(args: list[str] | None = None, *, start: bool = True) -> FTDCLI:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     # Lightning warns when it is given arguments, in which names of configs have become files.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
-    defaults: dict[str, Any] = {"num_sanity_val_steps": 0, "log_every_n_steps": 10}
+    warnings.filterwarnings("ignore", message=".*(smaller than the logging interval|exists and is not empty)")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(Quiet())
+    defaults: dict[str, Any] = {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "enable_model_summary": False}
     args, config = with_config_files(sys.argv[1:] if args is None else args)
     if config is not None:
         folder, name = run_folder_of(config)

@@ -122,6 +122,40 @@ def test_the_three_steps() -> None:
     assert len(TrajectoryStore("runs/digits/teacher_ftd/trajectories")) == 3
 
 
+@pytest.mark.slow
+def test_a_fit_tells_its_outcome_and_is_done_once(capsys, caplog) -> None:
+    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    unmeasured = "--trainer.callbacks=[{class_path: EvaluateSynthetic, init_args: {every_n_epochs: 0}}]"
+    distil, evaluate = [*DISTIL, unmeasured], [*EVALUATE, "--trainer.max_epochs=60", "--model.lr=0.1"]
+    store, made = "runs/digits/teacher_ftd/trajectories", "runs/digits/distill_ftd_ipc1/set.safetensors"
+    for config, arguments, outcome, follows in (
+        ("teacher_ftd", TEACHERS, store, f"fit --config digits/distill_ftd_ipc1 --model.trajectories {store}"),
+        ("distill_ftd_ipc1", distil, made, f"fit --config digits/evaluate --data.synthetic {made}"),
+        ("evaluate", evaluate, "runs/digits/evaluate/evaluation.json", f"export {made} FOLDER"),
+    ):
+        cli.main(["fit", f"--config=digits/{config}", *QUIET, *arguments])
+        (wrote,) = [line for line in caplog.messages if line.startswith("wrote")]
+        assert wrote.startswith(f"wrote {outcome}: ")
+        assert capsys.readouterr().out == f"next: ftd {follows}\n"
+        assert not [line for line in caplog.messages if "Tip:" in line]
+        caplog.clear()
+        files = {path: path.stat().st_mtime_ns for path in Path().rglob("*.safetensors")}
+        for again in ([], ["--ckpt_path=last"]):
+            trainer = fit(f"digits/{config}", *arguments, *again).trainer
+            assert capsys.readouterr().out == f"{wrote.replace('wrote', 'done already:')}\nnext: ftd {follows}\n"
+            assert trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0
+        caplog.clear()
+        assert files == {path: path.stat().st_mtime_ns for path in Path().rglob("*.safetensors")}
+    # The same command for another set, or without its result, trains.
+    assert SyntheticSet.load(made).metadata["loss"] > 0
+    fit("digits/distill_ftd_ipc1", *distil, "--trainer.max_steps=7", "--ckpt_path=last")
+    for _ in range(2):
+        capsys.readouterr()
+        fit("digits/evaluate", *evaluate)
+        assert capsys.readouterr().out == f"next: ftd {follows}\n"
+        Path(outcome).unlink()
+
+
 def test_a_result_is_that_of_trained_networks(capsys) -> None:
     arguments = [*EVALUATE, "--trainer.max_epochs=60", "--model.lr=0.1", "--data.synthetic=random", "--data.ipc=2"]
     results = fit("digits/evaluate", *arguments).model.results

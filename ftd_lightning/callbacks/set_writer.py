@@ -14,6 +14,7 @@ from ftd_lightning.contracts import LearnsSet
 from ftd_lightning.core.module import run_folder
 from ftd_lightning.core.resume import HARMLESS, as_json
 from ftd_lightning.errors import InputError
+from ftd_lightning.files.schema import per_cent
 from ftd_lightning.files.synthetic_set import SyntheticSet
 
 if TYPE_CHECKING:
@@ -28,6 +29,19 @@ def _identity(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata and settings that differ between sets of different runs."""
     settings = {key: value for key, value in metadata.get("settings", {}).items() if key not in FREE}
     return {**settings, **{key: metadata[key] for key in ("method", "dataset", "network") if key in metadata}}
+
+
+def summary(file: Path) -> str:
+    """Sum up a distilled set in words: its iterations, the last loss and, where it was measured, its accuracy."""
+    metadata = SyntheticSet.read_metadata(file)
+    text = f"the set after {metadata['iterations']} iterations"
+    text += f", matching loss {metadata['loss']:.4g}" if "loss" in metadata else ""
+    scores = metadata.get("scores", {})
+    held_out = {name: score for name, score in scores.items() if "held-out" in name} or scores
+    if held_out:
+        best = max(held_out, key=lambda name: float(held_out[name]["mean"]))
+        text += f", {per_cent(held_out[best])} % ({best})"
+    return text
 
 
 class SyntheticSetWriter(Callback):
@@ -50,7 +64,8 @@ class SyntheticSetWriter(Callback):
         self.path = None if path is None else Path(path).expanduser()
         self._training = False
 
-    def _file(self, trainer: Trainer) -> Path:
+    def file(self, trainer: Trainer) -> Path:
+        """Return the set's file."""
         return self.path or run_folder(trainer) / "set.safetensors"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,7 +73,7 @@ class SyntheticSetWriter(Callback):
         if not isinstance(pl_module, LearnsSet) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # On every rank, so that none waits for one that refuses; under the first rank's name for it.
-        file = Path(trainer.strategy.broadcast(str(self._file(trainer))))
+        file = Path(trainer.strategy.broadcast(str(self.file(trainer))))
         if not file.exists() or trainer.ckpt_path:  # a resumed fit may have been given more to do
             return
         there = _identity(SyntheticSet.read_metadata(file))
@@ -71,7 +86,7 @@ class SyntheticSetWriter(Callback):
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero and isinstance(module, LearnsSet) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            module.synthetic_set().save(self._file(trainer))
+            module.synthetic_set().save(self.file(trainer))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget earlier fits of the trainer."""
@@ -89,8 +104,8 @@ class SyntheticSetWriter(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final set, and say so."""
         self._write(trainer, pl_module)
-        if isinstance(pl_module, LearnsSet) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(f"wrote {self._file(trainer)}: the set after {pl_module.iterations} iterations")
+        if trainer.is_global_zero and isinstance(pl_module, LearnsSet) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(f"wrote {self.file(trainer)}: {summary(self.file(trainer))}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the last good set before the run ends; nothing where it failed before training began."""

@@ -200,7 +200,7 @@ class TrajectoryRecorder(Callback):
             )
         if any(self.path.glob("teacher_*.safetensors")):  # on every rank, so that none waits for one that refuses
             self._refuse_other_teachers(stores.TrajectoryStore(self.path), self._metadata(trainer, pl_module))
-            if isinstance(pl_module, TrainsTeachers):
+            if isinstance(pl_module, TrainsTeachers) and not trainer.should_stop:
                 self._refuse_recorded(pl_module)
 
     def _recorded(self, teacher: int) -> dict[str, Any]:
@@ -351,8 +351,8 @@ class TrajectoryRecorder(Callback):
                     f"{self.path}: {complete} of {plan.teachers} teachers of {plan.epochs} epochs are recorded: "
                     "the fit ended early; resume it with ckpt_path for the rest"
                 )
-        if count := len(list(self.path.glob("teacher_*.safetensors"))):
-            rank_zero_info(f"wrote {self.path}: {count} teacher{'s' * (count > 1)}")
+        if trainer.is_global_zero and any(self.path.glob("teacher_*.safetensors")):
+            rank_zero_info(f"wrote {self.path}: {stores.summary(self.path)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the teacher of a foreign module that was killed after its last epoch, where no training ends."""

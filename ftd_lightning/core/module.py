@@ -166,6 +166,11 @@ class BaseModule(LightningModule):
         """Return the hyper-parameters as files record them."""
         return {**plain_settings(self.hparams), "augment": self.augment.plain()}
 
+    def inputs(self) -> dict[str, Any]:
+        """Describe what a fit begins with beside its settings, as JSON holds it: images, or the set in their place."""
+        data = None if self.data is None else resume.as_json(self.data.metadata())
+        return {"data": data, "set": self._training_set()}
+
     def generator(self, *keys: int | str) -> torch.Generator:
         """Return a CPU generator for a purpose; equal keys give equal numbers."""
         return make_generator(self.seed, *keys)

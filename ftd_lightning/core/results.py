@@ -131,11 +131,15 @@ def as_markdown(results: dict[str, Any]) -> str:
     return table + (f"\n\n{summary(results['failed'], last['n'])}\n" if results.get("failed") else "\n")
 
 
+def result_summary(results: Mapping[str, Any]) -> str:
+    """Sum up the results of an evaluation in words."""
+    balanced = f", balanced {per_cent(results['balanced_accuracy'])} %" if "balanced_accuracy" in results else ""
+    return f"test accuracy {per_cent(next(iter(results['accuracy'].values())))} %{balanced}"
+
+
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write the results of an evaluation as ``evaluation.json`` and as a table, ``evaluation.md``, and say so."""
     write_json(folder / "evaluation.json", results)
     with replacing(folder / "evaluation.md") as part:
         part.write_text(as_markdown(results), encoding="utf-8")
-    accuracy = per_cent(next(iter(results["accuracy"].values())))
-    balanced = f", balanced {per_cent(results['balanced_accuracy'])} %" if "balanced_accuracy" in results else ""
-    rank_zero_info(f"wrote {folder / 'evaluation.json'}: test accuracy {accuracy} %{balanced}")
+    rank_zero_info(f"wrote {folder / 'evaluation.json'}: {result_summary(results)}")

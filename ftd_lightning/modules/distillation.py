@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
 from ftd_lightning.contracts import Images
+from ftd_lightning.core import resume
 from ftd_lightning.core.evaluation import on_device
 from ftd_lightning.core.labels import StudentLabels
 from ftd_lightning.core.module import BaseModule
@@ -272,6 +273,10 @@ class Distillation(BaseModule):
         dataset = {"name": "own images"} if self.data is None else self.data.dataset
         return {"dataset": dataset, "network": self.fresh.describe()}
 
+    def inputs(self) -> dict[str, Any]:
+        """Add the description of the set."""
+        return {**super().inputs(), **resume.as_json(self.describe())}
+
     def synthetic_set(self) -> SyntheticSet:
         """Return the current synthetic set, on the CPU, with everything that describes it."""
         data, classes = self.data, [str(label) for label in self.labels.unique().tolist()]
@@ -285,6 +290,8 @@ class Distillation(BaseModule):
             "skipped_steps": self.skipped_steps,
             "versions": versions(),
         }
+        if self._loss is not None:
+            metadata["loss"] = float(self._loss)
         if self._guard.gates:
             metadata["gated_steps"] = int(self._guard.gated)
         if self._initial_weight is not None:
@@ -455,12 +462,14 @@ class Distillation(BaseModule):
 
     def extra_state(self) -> dict[str, Any]:
         """Return the counts that the set records."""
-        return {"skipped_steps": self._guard.state(), "iterations": self.global_step}
+        loss = None if self._loss is None else float(self._loss)
+        return {"skipped_steps": self._guard.state(), "iterations": self.global_step, "loss": loss}
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
         """Continue to count; :meth:`begin` gets the state when a fit starts."""
         self._guard.load(state["skipped_steps"])
         self._loaded_iterations = int(state["iterations"])
+        self._loss = None if state.get("loss") is None else torch.tensor(state["loss"])
         self._loaded_state = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -259,6 +259,10 @@ class TrajectoryMatching(Distillation):
         """Describe the teachers."""
         return {key: self._teachers[key] for key in ("dataset", "network", "teachers")}
 
+    def inputs(self) -> dict[str, Any]:
+        """Add each teacher."""
+        return {**super().inputs(), "each": [self.store.teacher_metadata(index) for index in range(len(self.store))]}
+
     def extra_state(self) -> dict[str, Any]:
         """Add the set's description of its teachers."""
         return {**super().extra_state(), "teachers": self._teachers}

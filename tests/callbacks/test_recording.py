@@ -17,7 +17,9 @@ def test_files_go_beside_the_logs_by_default(tmp_path: Path, trajectories: Path,
     assert names == ["data.safetensors", "teacher_0000.safetensors"]
     distil(tmp_path, trajectories, callbacks=[SyntheticSetWriter()])
     assert len(SyntheticSet.load(tmp_path / "set.safetensors").images) == 10
-    assert f"wrote {tmp_path / 'trajectories'}: 1 teacher\n" in caplog.text
+    (accuracy,) = TrajectoryStore(tmp_path / "trajectories").teacher_metadata(0)["accuracies"][-1:]
+    text = f"1 teacher, {100 * accuracy:.1f} % mean accuracy after the last epoch"
+    assert f"wrote {tmp_path / 'trajectories'}: {text}\n" in caplog.text
     assert f"wrote {tmp_path / 'set.safetensors'}: the set after 5 iterations" in caplog.text
 
 
