@@ -144,12 +144,14 @@ class Comparison:
             self._fits[name] = self._plan(self.rows[name], name)
         return self._fits[name]
 
-    def _fit(self, title: str, settings: Settings, options: Sequence[str], depends: Sequence[Any], **rest: Any) -> Fit:
+    def _fit(
+        self, title: str, name: str, settings: Settings, options: list[str], depends: list[Any], **rest: Any
+    ) -> Fit:
         if settings.config is None:
             raise InputError(f"{self.file}: names settings without a config: give config: NAME")
         config = find_config(settings.config, near=self.file.parent)
-        name = self._names.name(config, options, *depends)
-        folder = Path(self.fits or self.folder / "fits") / f"{rest.pop('prefix', '')}{name}"
+        identity = self._names.identity(config, options, *depends)
+        folder = self._names.folder(Path(self.fits or self.folder / "fits"), re.sub(r"[^\w.+-]+", "-", name), identity)
         return Fit(title, config, tuple(options), folder, **rest)
 
     def _plan(self, row: Row, name: str) -> RowFits:
@@ -161,16 +163,18 @@ class Comparison:
         if row.distill is not None:
             options = [*self.distill.options(), *row.distill.options(), *self.overrides["distill"]]
             given = _given(*(f"--model.{option}" for option in trajectories), PEAK_MEMORY)
-            distill = self._fit(f"{label}: distillation", row.distill, options, taught, output=SET, inputs=given)
+            title = f"{label}: distillation"
+            distill = self._fit(title, f"distill_{name}", row.distill, options, taught, output=SET, inputs=given)
         if row.labels is not None:
             options = [*self._evaluation_options(row, next(iter(self.networks))), f"--data.ipc={self.ipc}"]
-            rest = {"output": SET, "inputs": from_store, "subcommand": "label", "prefix": "labels_"}
-            labels = self._fit(f"{label}: labels of a teacher", self._evaluation(row), options, taught, **rest)
+            rest = {"output": SET, "inputs": from_store, "subcommand": "label"}
+            title, depends = f"{label}: labels of a teacher", [*taught, "labels"]
+            labels = self._fit(title, f"labels_{name}", self._evaluation(row), options, depends, **rest)
         made, evaluations = distill or labels, dict[str, Fit]()
         for network in self.networks:
             options, inputs = self._evaluation_options(row, network), from_store
             if made is not None:
-                depends, inputs = [made.folder.name, row.iterate], partial(_evaluated, made, row.iterate)
+                depends, inputs = [made.identity, row.iterate], partial(_evaluated, made, row.iterate)
             elif row.set is not None:
                 depends = [hashlib.blake2b(Path(row.set).read_bytes()).hexdigest()]
                 inputs = _given(f"--data.synthetic={row.set}")
@@ -178,9 +182,9 @@ class Comparison:
                 options += [f"--data.synthetic={row.synthetic}", f"--data.ipc={self.ipc}"]
                 depends = taught
             title = f"{label}: evaluation{f' on {network}' if network else ''}"
-            evaluations[network] = self._fit(
-                title, self._evaluation(row), options, depends, output=EVALUATION, inputs=inputs
-            )
+            own = "_".join(["evaluate", name, *([network] if network else [])])
+            rest = {"output": EVALUATION, "inputs": inputs}
+            evaluations[network] = self._fit(title, own, self._evaluation(row), options, depends, **rest)
         return RowFits(store, teachers, distill, labels, evaluations)
 
     def _teachers(self, row: Row) -> tuple[Fit | None, Path | None, list[Any]]:
@@ -195,8 +199,9 @@ class Comparison:
             except InputError:  # not there yet
                 return None, Path(entry.store), [entry.store]
         options = [*entry.options(), *self.overrides["teacher"]]
-        fit = self._fit(f"teachers {row.teachers}", entry, options, [], output="trajectories/teacher_0000.safetensors")
-        return fit, fit.folder / "trajectories", [fit.folder.name]
+        title, file = f"teachers {row.teachers}", "trajectories/teacher_0000.safetensors"
+        fit = self._fit(title, f"teacher_{row.teachers}", entry, options, [], output=file)
+        return fit, fit.folder / "trajectories", [fit.identity]
 
     def _evaluation(self, row: Row) -> Settings:
         return self.evaluate if row.evaluate.config is None else row.evaluate

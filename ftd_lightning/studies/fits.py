@@ -126,6 +126,7 @@ class FitNames:
 
     def __init__(self) -> None:
         self._images: dict[str, dict[str, Any] | None] = {}
+        self._folders: dict[Path, Path] = {}
 
     def _contents(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
         """Describe the images of a fit by their contents, unless the data set's name identifies them."""
@@ -139,8 +140,16 @@ class FitNames:
                 self._images[key] = DistillationDataModule(**options, download=False).describe()
         return self._images[key]
 
-    def name(self, config: Path, options: Sequence[str], *depends: Any) -> str:
-        """Name a fit's folder: its config, and a hash of all that decides its result.
+    def folder(self, parent: Path, name: str, identity: str) -> Path:
+        """Return the folder of a fit: that which bears its identity, or a new one that bears a name, too.
+
+        Equal fits of several rows share the folder that is named after the first.
+        """
+        there = (path for path in sorted(parent.glob(f"*_{identity}")) if path.is_dir())
+        return self._folders.setdefault(parent / identity, next(there, parent / f"{name}_{identity}"))
+
+    def identity(self, config: Path, options: Sequence[str], *depends: Any) -> str:
+        """Hash all that decides the result of a fit.
 
         That is the settings with all defaults, the images' contents, identities of the inputs, and the minor version.
         """
@@ -156,7 +165,7 @@ class FitNames:
                 for key in keys:
                     values.pop(key, None)
         text = json.dumps([minor_version(), settings, contents, depends], sort_keys=True, default=str)
-        return f"{config.stem}_{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+        return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,11 @@ class Fit:
     output: str  # file in the folder that exists when the fit is done
     inputs: Callable[[], Sequence[str]] = tuple  # options that decide no result, or follow from the folder's name
     subcommand: str = "fit"  # or "label", which writes the output itself and starts anew after a stop
+
+    @property
+    def identity(self) -> str:
+        """The hash that the folder's name ends with; see ``FitNames``."""
+        return self.folder.name.rpartition("_")[2]
 
     @property
     def checkpoint(self) -> Path:

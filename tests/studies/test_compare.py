@@ -124,7 +124,8 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, in
     assert np.asarray(Image.open("runs/small/study.png")).shape == (480, 660, 4)
     picture = np.asarray(Image.open("runs/small/random.png"))
     sheet = np.asarray(Image.open("runs/small/images.png"))
-    assert np.array_equal(sheet[len(picture) :, -picture.shape[1] :], picture)
+    assert sheet.shape == (2 * (26 + len(picture)), picture.shape[1], 3), "MTT above random, each under its name"
+    assert np.array_equal(sheet[-len(picture) :], picture)
     lines = Path("runs/small/compare.md").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("| MTT |"))
     assert f"| {100 * found['mtt']['accuracy']['last']['mean']:.1f} ± " in line
@@ -171,6 +172,23 @@ def test_a_setting_in_several_spellings_is_one_fit(here: Path, monkeypatch) -> N
         monkeypatch.setattr(ftd_lightning, "__version__", version)
         found = zip(folders(comparison(), "mtt"), before, strict=True)
         assert [now == then for now, then in found] == [same] * 3
+
+
+def test_a_folder_bears_the_name_of_the_first_row_and_the_identity_of_the_fit(here: Path) -> None:
+    def named(job: Comparison, row: str) -> list[str]:
+        return [folder.name.rpartition("_")[0] for folder in folders(job, row)]
+
+    job = comparison(networks={"": {}, "a net/1": {"model": {"network": "alexnet"}}})
+    assert named(job, "mtt") == ["teacher_mtt", "distill_mtt", "evaluate_mtt", "evaluate_mtt_a-net-1"]
+    assert named(job, "mtt+wide")[:3] == ["teacher_mtt", "distill_mtt", "evaluate_mtt+wide"], "what it shares with mtt"
+    own = folders(comparison(), "mtt")
+    other = comparison(rows={"second": MTT})
+    assert not {*own} & {*folders(other, "second")[1:]}
+    for folder in own:
+        folder.mkdir(parents=True)
+    assert folders(comparison(rows={"second": MTT}), "second") == own, "the fits that are there"
+    renamed = own[0].rename(own[0].with_name(f"mine_{own[0].name.rpartition('_')[2]}"))
+    assert folders(comparison(), "mtt") == [renamed, *own[1:]]
 
 
 def test_a_fit_is_named_after_the_pictures_in_a_folder(here: Path, image_folder, monkeypatch) -> None:
