@@ -82,7 +82,7 @@ RANGES: dict[Count | Range, str] = {
     Count(2): "architectures real_architectures",  # one alone has no rank
     Count(1, 64): "depth depths",
     Count(1, 1024): "image_size in_channels",
-    Count(0, 1024): "num_workers",
+    Count(0, 1024): "num_workers channels",
     Count(1, 8192): "width widths",
     Count(1, 10_000): "networks lr_networks pool_size",  # all at once
     Count(1, 10**6): "num_classes",

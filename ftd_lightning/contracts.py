@@ -17,7 +17,7 @@ import torch
 from ftd_lightning.sizes import ImageSize, as_size, sides
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -110,8 +110,8 @@ class TrainingSet(Protocol):
     def save(self, path: str | Path) -> None:
         """Write the set atomically."""
 
-    def pictures(self, *, ema: bool = False) -> Tensor:
-        """Return the images with the transform undone, (N, C, H, W) in [0, 1]."""
+    def pictures(self, *, ema: bool = False, channels: Sequence[int] | None = None) -> Tensor:
+        """Return the images with the transform undone, (N, C, H, W) in [0, 1]; of some channels, or all."""
 
 
 @runtime_checkable
@@ -190,9 +190,15 @@ class TrainsTeachers(Protocol):
 
 @runtime_checkable
 class LearnsSet(Protocol):
-    """A module that learns a synthetic set; ``augment`` is the augmentation of its training."""
+    """A module that learns a synthetic set.
+
+    Attributes:
+        augment: the augmentation of its training.
+        initial_images: what the set began as, (N, C, H, W); None where that is not known.
+    """
 
     augment: Augmentation
+    initial_images: Tensor | None
 
     def train_dataloader(self) -> Iterable[Any]:
         """Return the module's own batches, which it is fitted on with any datamodule; sized, and with a state."""

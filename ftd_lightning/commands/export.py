@@ -13,7 +13,7 @@ import torch
 import yaml
 from torchvision.transforms.functional import to_pil_image
 
-from ftd_lightning.callbacks.tensorboard import picture_grid
+from ftd_lightning.callbacks.tensorboard import picture_grid, visible_channels
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.commands.info import describe_set, format_transform
 from ftd_lightning.data.coresets import BASELINES
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def class_major_order(synthetic: SyntheticSet, where: object) -> tuple[Tensor, int]:
-    """Order images by class; return indices (N,) int64, and the number of images of each class.
+def class_major_order(synthetic: SyntheticSet) -> tuple[Tensor, int | None]:
+    """Order images by class; return indices (N,) int64, and the number of images of each class; None: of unequal ones.
 
     An image's class is its label, or the most probable one. Where the most probable ones are not equally many, images
     keep their order if the set was made class by class: by a distillation, or by a selection of real images.
@@ -45,34 +45,34 @@ def class_major_order(synthetic: SyntheticSet, where: object) -> tuple[Tensor, i
     by_class = metadata.get("settings", {}).get("ipc") == ipc or metadata.get("method") in BASELINES[:-1]
     if soft and by_class and len(labels) == ipc * count:
         return torch.arange(len(labels)), ipc
-    raise InputError(
-        f"{where}: has {int(counts.min())} to {int(counts.max())} images per class; readers of these tensors count on "
-        "equally many of each"
-    )
+    return classes.argsort(stable=True), None
 
 
 TENSORS_README = """\
-Synthetic images, {ipc} of each class, class by class. images.pt holds them as networks see them: {transform}.
+Synthetic images, {of_each}class by class. images.pt holds them as networks see them: {transform}.
 labels.pt holds {labels}; lr.pt the learning rate to train with.
 
-ddranking: ipc {ipc}, image_tensor images.pt, {kind}_labels labels.pt, syn_lr lr.pt, use_zca {zca}{soft}
+ddranking: {reader}
 ftd import images.pt labels.pt set.safetensors --dataset {dataset} {options} --step-size lr.pt
 """
 
 
-def readme(synthetic: SyntheticSet, ipc: int) -> str:
+UNEQUAL = "cannot read them: it counts on equally many images of each class"
+
+
+def readme(synthetic: SyntheticSet, ipc: int | None) -> str:
     """Write the README.txt of the three tensors: what they are, and what their reader has to set."""
     described, soft = synthetic.transform.describe(), synthetic.labels.ndim == 2
     zca = described.get("kind") == "zca"
     options = f"--whitened --zca-eps {described['eps']}" if zca else "--standardized"
     dataset = synthetic.metadata.get("dataset", "DATASET")
+    reader = f"ipc {ipc}, image_tensor images.pt, {'soft' if soft else 'hard'}_labels labels.pt, syn_lr lr.pt, "
+    reader += f"use_zca {str(zca).lower()}{', soft_label_mode S, soft_label_criterion sce, temperature 1' * soft}"
     return TENSORS_README.format(
-        ipc=ipc,
+        of_each="" if ipc is None else f"{ipc} of each class, ",
+        reader=UNEQUAL if ipc is None else reader,
         transform=format_transform(described),
         labels="logits, whose softmax at temperature 1 is the labels" if soft else "classes",
-        kind="soft" if soft else "hard",
-        zca="true" if zca else "false",
-        soft=", soft_label_mode S, soft_label_criterion sce, temperature 1" if soft else "",
         dataset=dataset.get("name", "DATASET") if isinstance(dataset, dict) else dataset,
         options=options + (" --logits" if soft else ""),
     )
@@ -90,7 +90,9 @@ def export_tensors(path: Path, folder: Path, *, ema: bool = False) -> int:
         raise InputError(f"{path}: has no step size, which lr.pt holds; export it as pictures")
     if label_kind(labels, synthetic.metadata) == "target":
         raise InputError(f"{path}: its labels are targets of a regression, not probabilities, which labels.pt holds")
-    order, ipc = class_major_order(synthetic, path)
+    order, ipc = class_major_order(synthetic)
+    if ipc is None:
+        print(f"ddranking {UNEQUAL}")
     if labels.ndim == 2:  # readers need finite values: a probability of 0 becomes -87.3
         labels = labels.clamp_min(torch.finfo(torch.float32).tiny).double().log().float()
     with new_folder(folder) as part:
@@ -146,7 +148,7 @@ The 8-bit PNGs are a preview, rounded and clipped to what a picture can hold; tr
 """
 
 
-def card(path: Path, synthetic: SyntheticSet, class_names: Sequence[str], *, ema: bool) -> str:
+def card(path: Path, synthetic: SyntheticSet, class_names: Sequence[str], shown: Sequence[int], *, ema: bool) -> str:
     """Write the card of a set of pictures: the header for Hugging Face, how to read it, metadata."""
     # ClassLabel refuses two classes of one name; their folders differ.
     names = class_names if len(set(class_names)) == len(class_names) else folder_names(class_names)
@@ -166,6 +168,8 @@ def card(path: Path, synthetic: SyntheticSet, class_names: Sequence[str], *, ema
         "configs": [{"config_name": "default", "data_files": files, "features": features}],
     }
     rows = {name: text.replace("|", "\\|").replace("<", "&lt;") for name, text in describe_set(path).rows}
+    if (count := synthetic.images.shape[1]) != len(shown):
+        rows["channels"] = f"{', '.join(map(str, shown))} of {count}, from 0, in the PNGs; all in the tensors"
     return CARD.format(
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=1000),
         count=len(synthetic.images),
@@ -175,12 +179,11 @@ def card(path: Path, synthetic: SyntheticSet, class_names: Sequence[str], *, ema
     )
 
 
-def export_pictures(path: Path, folder: Path, *, ema: bool = False) -> int:
+def export_pictures(path: Path, folder: Path, *, ema: bool = False, channels: Sequence[int] | None = None) -> int:
     """Write a set's images as PNGs; arguments and result are those of :func:`export`."""
     synthetic = SyntheticSet.load(path)
-    pictures, labels = synthetic.pictures(ema=ema), synthetic.training_labels()
-    if pictures.shape[1] not in (1, 3):
-        raise InputError(f"{path}: images have {pictures.shape[1]} channels, but a PNG holds 1 or 3")
+    shown = visible_channels(synthetic.images.shape[1], channels)
+    pictures, labels = synthetic.pictures(ema=ema, channels=shown), synthetic.training_labels()
     classes = (labels if labels.ndim == 1 else labels.argmax(1)).tolist()
     known = synthetic.class_names
     class_names = [*known, *map(str, range(len(known), max(classes) + 1))]
@@ -197,12 +200,19 @@ def export_pictures(path: Path, folder: Path, *, ema: bool = False) -> int:
             lines.append(line | ({"probabilities": labels[index].tolist()} if labels.ndim == 2 else {}))
         (part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         to_pil_image(picture_grid(pictures, labels, class_names=class_names)).save(part / "grid.png")
-        (part / "README.md").write_text(card(path, synthetic, class_names, ema=ema), encoding="utf-8")
+        (part / "README.md").write_text(card(path, synthetic, class_names, shown, ema=ema), encoding="utf-8")
         shutil.copyfile(path, part / "set.safetensors")
     return len(classes)
 
 
-def export(path: Path, folder: Path, *, ema: bool = False, format: Literal["png", "tensors"] = "png") -> int:  # noqa: A002
+def export(
+    path: Path,
+    folder: Path,
+    *,
+    ema: bool = False,
+    format: Literal["png", "tensors"] = "png",  # noqa: A002
+    channels: list[int] | None = None,
+) -> int:
     """Write a set as PNGs in class folders, whitening or standardisation undone, or as tensors, as networks see them.
 
     Beside the PNGs are metadata.jsonl, grid.png, a card (README.md) and a copy of the set. The tensors are images.pt,
@@ -213,16 +223,21 @@ def export(path: Path, folder: Path, *, ema: bool = False, format: Literal["png"
         folder: a new or empty folder; it appears whole or not at all.
         ema: the averaged images instead of the last ones.
         format: what to write, png or tensors.
+        channels: numbers of the one or three channels, from 0, that PNGs show, e.g. 3,2,1; by default those of grey or
+            colour, of others the first three, or of two the first.
 
     Returns:
         The number of images.
     """
-    return {"png": export_pictures, "tensors": export_tensors}[format](path, folder, ema=ema)
+    if format == "tensors":
+        return export_tensors(path, folder, ema=ema)
+    return export_pictures(path, folder, ema=ema, channels=channels)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd export``."""
-    parsed = parse_command(export, "export", arguments)
+    numbers = [word.split(",") if word.replace(",", "").isdecimal() else [word] for word in arguments]
+    parsed = parse_command(export, "export", [word for words in numbers for word in words])
     count = export(**parsed)
     if parsed["format"] == "tensors":
         print(f"{parsed['folder']}: {count} images, images.pt, labels.pt, lr.pt, README.txt")

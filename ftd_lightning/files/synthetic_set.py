@@ -240,6 +240,7 @@ class SyntheticSet:
             raise InputError("this synthetic set has no EMA images: evaluate the raw ones")
         return self.ema_images
 
-    def pictures(self, *, ema: bool = False) -> Tensor:
-        """Undo the transform: (N, C, H, W) in [0, 1], clamped."""
-        return self.transform.invert(self.chosen(ema=ema)).clamp(0, 1)
+    def pictures(self, *, ema: bool = False, channels: Sequence[int] | None = None) -> Tensor:
+        """Undo the transform: (N, C, H, W) in [0, 1], clamped, of all channels, or those with these numbers, from 0."""
+        pictures = self.transform.invert(self.chosen(ema=ema)).clamp(0, 1)
+        return pictures if channels is None else pictures[:, list(channels)]

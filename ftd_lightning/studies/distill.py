@@ -31,7 +31,6 @@ from ftd_lightning.sizes import as_size, sides, size_text
 from ftd_lightning.studies.compare import run_rows, write_results
 from ftd_lightning.studies.comparison import Comparison, Row, Teachers
 from ftd_lightning.studies.fits import WHERE, Deadline, Settings, run_child, split_by_phase
-from ftd_lightning.studies.plots import set_picture
 from ftd_lightning.studies.reproduce import Published, belonging
 from ftd_lightning.studies.tables import copy_set, short_table, summarize, verdict
 
@@ -425,9 +424,6 @@ def run_job(
     results = write_results(job, failures)
     file = copy_set(job, method, out / "set.safetensors")
     assert file is not None
-    if job.ipc != 1:  # images.png of a comparison holds one image per class
-        with replacing(out / "images.png") as part:
-            set_picture(SyntheticSet.load(file), ema=job.rows[method].ema).save(part, format="PNG")
     write_json(out / "results.json", summarize(results))
     print(f"\n{short_table(results)}\n")
     print(f"set       {file}\nresults   {out / 'results.json'}\nimages    {out / 'images.png'}")

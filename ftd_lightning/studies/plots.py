@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from ftd_lightning.callbacks.tensorboard import picture_grid
+from ftd_lightning.callbacks.tensorboard import COLUMNS, picture_grid, picture_sheet
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.files.safetensors_io import read_json, replacing, write_json
 
@@ -23,22 +24,16 @@ COUNTS, PICTURE = "images.json", "images.png"
 
 def set_picture(synthetic: SyntheticSet, *, ema: bool = False) -> Image.Image:
     """Lay a set's images out as a grid, one column per class, at most ten images of each; see ``picture_grid``."""
-    grid = picture_grid(synthetic.pictures(ema=ema), synthetic.labels, class_names=synthetic.class_names)
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+    pictures, names = synthetic.pictures(ema=ema), synthetic.class_names
+    return to_pil_image(picture_grid(pictures, synthetic.labels, class_names=names, columns=COLUMNS))
 
 
 def write_sheet(rows: Mapping[str, Image.Image], path: Path) -> None:
-    """Write pictures as one PNG, one below the other, each with its name on its left."""
-    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    margin = max(96, *(round(pen.textlength(name)) + 16 for name in rows))
-    size = (margin + max(picture.width for picture in rows.values()), sum(p.height for p in rows.values()))
-    sheet, top = Image.new("RGB", size, "white"), 0
-    for name, picture in rows.items():
-        sheet.paste(picture, (margin, top))
-        ImageDraw.Draw(sheet).text((8, top + picture.height // 2 - 6), name, fill="black")
-        top += picture.height
+    """Write pictures as one PNG, each under its name: strips below one another, others in two columns."""
+    across = 1 if all(picture.width > 2 * picture.height for picture in rows.values()) else 2
+    sheet = picture_sheet({name: pil_to_tensor(picture) for name, picture in rows.items()}, across)
     with replacing(path) as part:
-        sheet.save(part, format="PNG")
+        to_pil_image(sheet).save(part, format="PNG")
 
 
 def count_images(folder: Path) -> dict[str, Any]:
@@ -70,14 +65,13 @@ def count_images(folder: Path) -> dict[str, Any]:
 
 
 def write_pictures(job: Comparison, names: Sequence[str]) -> None:
-    """Write ``ROW.png`` of rows that are done and, at 1 image per class, ``images.png``: all of them."""
+    """Write ``ROW.png`` of rows that are done, and ``images.png``: all but the whole training set."""
     sheet = {}
     for name in names:
         drawn = next(iter(job.fits_of(name).evaluations.values())).folder / PICTURE
         with replacing(job.folder / f"{name}.png") as part:
             part.write_bytes(drawn.read_bytes())
-        # The whole training set does not fit on a sheet of one image per class.
-        if job.ipc == 1 and job.rows[name].synthetic != "real":
+        if job.rows[name].synthetic != "real":
             with Image.open(drawn) as picture:
                 sheet[job.rows[name].label or name] = picture.convert("RGB")
     if sheet:

@@ -235,18 +235,41 @@ def test_averaged_images_several_step_sizes_and_learned_labels(tmp_path: Path) -
 
 def test_what_cannot_be_written_is_refused_in_one_line(tmp_path: Path, capsys) -> None:
     path, out = tmp_path / "some.safetensors", tmp_path / "out"
-    unequal = soft_labels(IN_TURNS)
-    unequal[0] = unequal[0].roll(3)
     targets = {"labels": torch.randn(20, 10), "metadata": {"label_kind": "target"}}
     for changes, said in (
         ({"step_size": None}, "has no step size"),
-        ({"labels": torch.tensor([0] * 11 + list(range(1, 10)))}, "has 1 to 11 images per class"),
-        ({"labels": unequal, "metadata": {"method": "imported"}}, "has 1 to 3 images per class"),
         (targets, "targets of a regression"),
     ):
         digits_set(**{"labels": IN_TURNS, **changes}).save(path)
         assert said in refusal(capsys, "export", path, out, "--format", "tensors")
     assert "no EMA images" in refusal(capsys, "export", path, out, "--ema")
-    make_set(2, 8, zca=False, names=DIGITS).save(path)
-    assert "2 channels" in refusal(capsys, "export", path, out)
+    make_set(4, 8, zca=False, names=DIGITS).save(path)
+    assert "one or three of the 4" in refusal(capsys, "export", path, out, "--channels", "1,2")
     assert not out.exists()
+
+
+def test_pictures_of_many_channels_show_three_and_the_tensors_hold_all(tmp_path: Path) -> None:
+    synthetic = make_set(13, 8, zca=False, names=DIGITS)
+    folder = exported(synthetic, tmp_path, "--channels", "3,2,1")
+    line = table(folder)[0]
+    shown = np.asarray(Image.open(folder / line["file_name"]))
+    wanted = synthetic.pictures()[line["index"], [3, 2, 1]].mul(255).round()
+    assert np.array_equal(shown, wanted.permute(1, 2, 0).numpy())
+    assert "| channels | 3, 2, 1 of 13, from 0, in the PNGs" in (folder / "README.md").read_text(encoding="utf-8")
+    cli.main(["export", str(tmp_path / "some.safetensors"), str(tmp_path / "tensors"), "--format", "tensors"])
+    images = torch.load(tmp_path / "tensors/images.pt", weights_only=True)
+    assert torch.equal(images, synthetic.images[synthetic.labels.argsort(stable=True)])
+    (tmp_path / "two").mkdir()
+    with pytest.warns(UserWarning, match="the first 1 of 2 channels"):
+        grey = exported(make_set(2, 8, zca=False, names=DIGITS), tmp_path / "two")
+    assert Image.open(grey / table(grey)[0]["file_name"]).mode == "L"
+
+
+def test_unequal_classes_become_tensors_that_say_who_cannot_read_them(tmp_path: Path, capsys) -> None:
+    labels = torch.tensor([1] * 11 + [0, *range(2, 10)])
+    images, classes, _ = tensors(digits_set(labels), tmp_path)
+    assert torch.equal(classes, labels.sort().values)
+    assert len(images) == 20
+    told = "cannot read them: it counts on equally many images of each class"
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "out/README.txt").read_text(encoding="utf-8")
