@@ -8,8 +8,9 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from fits import make_trainer
 
-from ftd_lightning import SyntheticSet, TrajectoryStore
+from ftd_lightning import DistillationDataModule, SyntheticEvaluation, SyntheticSet, TrajectoryStore
 from ftd_lightning.files import schema
 from ftd_lightning.shipped_configs import shipped_names
 
@@ -79,11 +80,28 @@ def test_marked_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     marked = {page: BLOCK.findall(text) for page, text in TEXTS.items() if BLOCK.search(text)}
     assert set(marked) == {"README.md", "docs/plug-in.md", "docs/formats.md"}
     exec(compile(marked["README.md"][0], "README.md", "exec"), {})
-    store = TrajectoryStore("mine/lightning_logs/version_0/trajectories")
+    store = TrajectoryStore("mine/teachers")
     assert (len(store), store.epochs, store.num_parameters) == (2, 5, 64 * 32 + 32 + 330)
-    assert SyntheticSet.load("mine/lightning_logs/version_1/set.safetensors").metadata["iterations"] == 100
-    assert Path("mine/lightning_logs/version_2/evaluation.json").is_file()
-    namespace: dict[str, Any] = {}
+    assert SyntheticSet.load("mine/set.safetensors").metadata["iterations"] == 100
+    assert Path("lightning_logs/version_2/evaluation.json").is_file()
+    here: dict[str, Any] = {}
     for page in ("docs/plug-in.md", "docs/formats.md"):
         for block in marked[page]:
-            exec(compile(block, page, "exec"), namespace)
+            exec(compile(block, page, "exec"), here)
+    # The training loop ends where SyntheticEvaluation does.
+    own = float((here["answers"] == here["classes"]).float().mean())
+    data = DistillationDataModule.from_datasets(here["train"], here["test"], synthetic="distilled/set.safetensors")
+    evaluation = SyntheticEvaluation(here["network"], networks=4, augment="")
+    trainer = make_trainer(tmp_path, max_epochs=300)
+    trainer.fit(evaluation, data)
+    trainer.test(evaluation, data)
+    assert own > 0.4
+    assert own == pytest.approx(evaluation.results["accuracy"]["ftd"]["mean"], abs=0.1)
+    # The matching module brings the student closer to the teachers.
+    mine, module = here["mine"], here["MyMatching"]
+    assert len(re.findall(r"class MyMatching.*?\n\n\n", TEXTS["docs/plug-in.md"], re.DOTALL)[0].splitlines()) <= 40
+    before, after = (
+        sum(float(module(mine.store, mine.student, *images).training_step((0, epoch), 0)) for epoch in range(4))
+        for images in (here["real"], (mine.images.detach(), mine.labels))
+    )
+    assert after < 0.8 * before
