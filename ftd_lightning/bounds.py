@@ -110,6 +110,8 @@ def check_bounds(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
         if bound is None or name not in values or (values[name] is None and parameter.default is None):
             continue
         given = values[name]
+        if isinstance(given, str) and repr(given) in str(parameter.annotation):  # a word of a Literal
+            continue
         several = isinstance(given, (list, tuple))
         for index, value in enumerate(given if several else [given]):
             problem = "must be a number" if isinstance(value, (bool, str)) else bound.problem(value)

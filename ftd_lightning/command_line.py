@@ -83,12 +83,27 @@ def _kind(annotation: Any) -> dict[str, Any]:
     """Say how an option of this type is read: a switch, a list of values, or one value."""
     if annotation is bool:
         return {"action": ActionYesNo}
+    if {int, list[int]} <= set(get_args(annotation)):
+        return {"type": numbers}
     for member in get_args(annotation) or ():
         if get_origin(member) in (list, Sequence) and NoneType in get_args(annotation):
             annotation = member  # an optional list
     if get_origin(annotation) in (list, Sequence):
         return {"type": get_args(annotation)[0], "nargs": "+"}
     return {"type": annotation}
+
+
+def numbers(text: Any) -> Any:
+    """Read a whole number, several that commas join, or a word; the parser may pass a value again.
+
+    Example:
+        >>> numbers("10"), numbers("10,6"), numbers("[10, 6]"), numbers("auto")
+        (10, [10, 6], [10, 6], 'auto')
+    """
+    if not isinstance(text, str):
+        return text
+    found = [part if part.isalpha() else int(part) for part in text.strip("[]").split(",")]
+    return found[0] if len(found) == 1 else found
 
 
 def command_parser(command: Callable[..., Any], name: str) -> OneLineErrors:

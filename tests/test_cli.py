@@ -182,7 +182,7 @@ BAD = [
     ("--model.network=convent", "did you mean 'convnet'?"),
     ("--model.trajectories=nowhere", "nowhere: no teachers here"),
     ("--model.max_start_epoch=4", "reaches epoch 5, but 4 were recorded"),
-    ("--model.ipc=100", "100 images per class are asked for"),
+    ("--model.ipc=100", "class 0 has 13 images to train on; this works: [13,13,"),
     ("--model.ipc=0", "ipc=0"),
     ('--model.network=convnet --model.network_options={"width":8}', "its teachers are convnet("),
     ("--data.zca=true", "teachers have transform"),

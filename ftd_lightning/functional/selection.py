@@ -23,12 +23,13 @@ First = Literal["mean", "random"]
 ROWS_PER_BLOCK = 512
 
 
-def images_per_class(ipc: Ipc, available: Sequence[int]) -> list[int]:
+def images_per_class(ipc: Ipc, available: Sequence[int], names: Sequence[str] = ()) -> list[int]:
     """Return the images of each class.
 
     Args:
         ipc: images of every class, or a list of the images of each, in label order.
         available: images that each class has.
+        names: of the classes, for errors; else they are numbered.
 
     Raises:
         InputError: for a list of another length, and for a class that has fewer, with a list that works.
@@ -43,7 +44,8 @@ def images_per_class(ipc: Ipc, available: Sequence[int]) -> list[int]:
     works = [min(pair) for pair in zip(wanted, available, strict=True)]
     if works != wanted:
         short = next(label for label, count in enumerate(wanted) if count > works[label])
-        raise InputError(f"ipc={ipc}: class {short} has {works[short]} images; give ipc=[{','.join(map(str, works))}]")
+        of, fitting = names[short] if names else short, ",".join(map(str, works))
+        raise InputError(f"ipc={ipc}: class {of} has {works[short]} images to train on; this works: [{fitting}]")
     return wanted
 
 

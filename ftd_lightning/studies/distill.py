@@ -10,7 +10,7 @@ import time
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -26,6 +26,7 @@ from ftd_lightning.data.sources import resizing
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import read_json, replacing, write_json
+from ftd_lightning.functional.selection import Ipc, images_per_class
 from ftd_lightning.shipped_configs import find_config, read_config
 from ftd_lightning.sizes import as_size, sides, size_text
 from ftd_lightning.studies.compare import run_rows, write_results
@@ -68,6 +69,7 @@ AVERAGE["init_args"] = {"decay": 0.99, "bias_correction": True}
 # Nothing is chosen by measurements on the way, which take time.
 UNMEASURED = {"class_path": "ftd_lightning.callbacks.EvaluateSynthetic", "init_args": {"every_n_epochs": 0}}
 FEW_TESTS = 20  # images of a class
+AUTO = 0.01  # share of the training images of each class that "--ipc auto" stands for
 IN_FOLDERS = {"folder", "images"}  # data sets that need a folder
 # Options of from_datasets that would contradict where distill() keeps the images.
 FIXED = {"transform", "dataset", "root", "download", "test_fraction", "synthetic", "trajectories", "teacher"}
@@ -99,14 +101,17 @@ class Survey(NamedTuple):
         held_out = sum(round(self.val_fraction * count) for count in kept)
         return sum(kept) - held_out, held_out + self.val
 
-    def check_ipc(self, ipc: int) -> None:
-        """Refuse more images per class than the smallest class has to begin with, naming that class."""
+    def resolved(self, ipc: Ipc | str) -> Ipc:
+        """Return ``ipc``, "auto" by the images that are not held out; more than a class has of these are refused."""
         left = [count - round(self.val_fraction * count) for count in self.train]
-        if ipc > min(left):
-            raise InputError(
-                f"--ipc {ipc}: class {self.names[left.index(min(left))]} has {min(left)} training images that are not "
-                f"held out; give --ipc {min(left)} at most, or more images"
-            )
+        if isinstance(ipc, str):
+            shares = [max(round(AUTO * count), 1) for count in left]
+            return shares if len(set(shares)) > 1 else shares[0]
+        try:
+            images_per_class(ipc, left, self.names)
+        except InputError as error:
+            raise InputError(f"--{error}") from error
+        return ipc
 
 
 def depth_of(size: ImageSize) -> int:
@@ -174,15 +179,17 @@ def plan_configs(
     area = math.prod(sides(size))
     preset = PRESETS["small" if area <= 32**2 else "large"]
     classes, largest, rho = len(found.names), max(found.train), METHODS[method]
+    each = images_per_class(ipc, found.train)
+    total = sum(each)
     affordable = round(VALUES * minutes * (GPU if gpu else 1) / (found.channels * area * classes))
-    least = max(20, math.ceil((ipc + 0.5) / (1 - found.val_fraction)))  # the initial images are not held out
+    least = max(20, math.ceil((max(each) + 0.5) / (1 - found.val_fraction)))  # the initial images are not held out
     per_class = min(max(affordable, least), largest)
     used, held_out = found.used(per_class)
     batch_size = int(min(max(2 ** round(math.log2(max(used, 80) / 10)), 8), 256))
     steps = math.ceil(used / batch_size)
     epochs = min(max(math.ceil(TEACHER_STEPS / steps), 8), 40)
     # As many networks, and epochs of each, as its share of the budget allows: 3 at least.
-    epoch = max(ipc * classes * found.channels * area / (SPEED * (GPU if gpu else 1)), 0.008)  # seconds
+    epoch = max(total * found.channels * area / (SPEED * (GPU if gpu else 1)), 0.008)  # seconds
     affordable = math.floor(max(60 * minutes * EVALUATING - START, 0) / epoch)  # epochs of all networks
     on_sets = min(max(affordable // 3, 50), preset["evaluation_epochs"])
     networks = min(max(affordable // on_sets, 3), 10)
@@ -197,14 +204,14 @@ def plan_configs(
     network: dict[str, Any] = {"network_options": {"width": 128 if gpu else 32, "depth": depth_of(size)}}
     network |= {"augment": {"strategy": strategy(found.channels, size)}}
     teachers: dict[str, Any] = {"teachers": 50, "epochs": epochs, "lr": 0.05, "rho": rho}
-    inner = preset["inner_images"] if preset["inner_images"] < ipc * classes else None
+    inner = preset["inner_images"] if preset["inner_images"] < total else None
     learned: dict[str, Any] = {"ipc": ipc, "syn_batch": inner, "iterations_per_epoch": preset["iterations_per_epoch"]}
     if rho is None:
         learned |= {**network, **BILEVEL}
     else:
         learned |= {"augment": network["augment"], "trajectories": "runs/teacher/trajectories", "syn_steps": 15}
         learned |= {"expert_epochs": 2, "max_start_epoch": epochs // 2, "lr_step_size": 1e-4, "step_size_init": 0.05}
-        learned |= {"lr_images": float(f"{30 * math.sqrt(area) / 8 * math.sqrt(ipc):.2g}")}
+        learned |= {"lr_images": float(f"{30 * math.sqrt(area) / 8 * math.sqrt(total / classes):.2g}")}
     callbacks = [UNMEASURED] if method == "mtt" else [AVERAGE, UNMEASURED]
     evaluation = {"networks": networks, "measure_every": 0}
 
@@ -234,7 +241,7 @@ def plan_configs(
         teacher = write("teacher", "FlatTeacher", {**network, **teachers}, part, max_epochs=-1)
         print(f"  teachers      about {TEACHING * learning:.1f} min: as many of {epochs} epochs as end, rho {rho:g}")
         learning *= 1 - TEACHING
-    print(f"  distillation  about {learning:.1f} min: {ipc * classes} images of {size_text(size)}")
+    print(f"  distillation  about {learning:.1f} min: {total} images of {size_text(size)}")
     print(f"  evaluations   the rest: {networks} networks on each set; real images until held-out accuracy levels off")
     return Published(distillation, evaluate, teacher), reference(steps, held_out=held_out > 0).having(data=part), size
 
@@ -320,10 +327,11 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     val_fraction = options.pop("val_fraction", 0.1)
     data = DistillationDataModule(**{**options, "val_fraction": 0.0})
     found = survey(data, val_fraction)
-    found.check_ipc(ipc)
+    ipc = found.resolved(ipc)
     _say(source.title, data, found)
     label, ema, whitening = "all real images", method != "mtt", dict[str, Any]()
     if configs is not None:
+        configs = configs._replace(distill=configs.distill.having(model={"ipc": ipc}))  # as it is resolved
         names = [Path(str(of.config)).stem for of in configs if of is not None]
         print(f"plan: the settings of {', '.join(names)}, as published")
         whitening = {"zca": own.get("zca", False)}
@@ -332,7 +340,7 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         distillation, ema = configs.distill.having(trainer={"callbacks+": [UNMEASURED]}), configs.averages_images
     else:
         # Configs are programs: they are written again, never read from the folder.
-        configs, real, options["image_size"] = plan_configs(found, source, out, command, gpu=gpu)
+        configs, real, options["image_size"] = plan_configs(found, source, out, {**command, "ipc": ipc}, gpu=gpu)
         distillation = configs.distill
         if real.data:
             label = f"real images, {real.data['max_per_class']} per class"
@@ -346,10 +354,11 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     if recorded and recorded.get("data") != content["data"]:
         raise InputError(f"{out}: the images of {source.title} have changed since it was begun; name another folder")
     write_json(out / PLAN, content)
-    each, teachers = f"{ipc} per class", configs.teacher
+    count = f"{min(ipc)} to {max(ipc)}" if isinstance(ipc, list) else ipc
+    each, teachers = f"{count} per class", configs.teacher
     where = [] if source.root is None else [f"--data.root={source.root}"]
     return Comparison(
-        title=f"{source.title}, {ipc} image{'s' * (ipc > 1)} per class",
+        title=f"{source.title}, {count} image{'s' * (count != 1)} per class",
         dataset=source.name,
         ipc=ipc,
         run=str(out),
@@ -434,7 +443,7 @@ def run_job(
 def advice(command: Mapping[str, Any]) -> str:
     """Say what gives a better set than a command, in one sentence."""
     ways = [] if command["minutes"] is None else [f"--minutes {4 * command['minutes']:g}"]
-    ways += [f"--ipc {10 * command['ipc']}"] if command["ipc"] < 10 else []
+    ways += [f"--ipc {10 * command['ipc']}"] if command["ipc"] in range(10) else []
     ways += [] if torch.cuda.is_available() else ["a GPU"]
     ways.append(f"--method {'ftd' if command['method'] == 'rat-bptt' else 'rat-bptt'}")
     return f"For more, name another --out and try {', '.join(ways[:-1])} or {ways[-1]}."
@@ -443,7 +452,7 @@ def advice(command: Mapping[str, Any]) -> str:
 def distill_source(
     source: str,
     *,
-    ipc: int,
+    ipc: int | list[int] | Literal["auto"],
     out: Path,
     method: str = "ftd",
     minutes: float | None = None,
@@ -462,7 +471,7 @@ def distill_source(
 
     Args:
         source: a folder with a folder of images for each class, or a data set's name.
-        ipc: images per class.
+        ipc: images per class; for unequal classes numbers in label order (10,10,6), or auto, 1 % of each class's.
         out: the folder to write to.
         method: ftd, mtt, rat-bptt (without teachers), or any whose settings ship.
         minutes: budget of the whole job; by default 30.
@@ -491,7 +500,7 @@ def distill(
     train: Any,
     test: Any,
     *,
-    ipc: int = 1,
+    ipc: int | list[int] | Literal["auto"] = 1,
     method: str = "ftd",
     minutes: float = MINUTES,
     out: str | Path | None = None,
@@ -507,7 +516,7 @@ def distill(
         train: a torch ``Dataset`` of (image, label), torchvision's with or without ``ToTensor``; or a pair of tensors,
             images (N, C, H, W), uint8 or floats in [0, 1], and labels (N,).
         test: images that fresh networks are measured on, in the same form.
-        ipc: images per class.
+        ipc: images per class, a list of those of each, or "auto", 1 % of each class's training images.
         method: "ftd", "mtt" or "rat-bptt".
         minutes: budget of the whole job.
         out: folder to write to; None: a temporary one, so only the set is kept.

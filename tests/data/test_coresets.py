@@ -97,7 +97,7 @@ def test_what_cannot_be_chosen_is_refused(trajectories, refused):
         choose(trajectories, "k-center", described={"dataset": {"name": "digits", "seed": 1}})
     with refused("teacher 7 is asked for"):
         choose(trajectories, "herding", teacher=7)
-    with refused("ipc=15: class 0 has 14 images; give ipc=[14,14,"):
+    with refused("ipc=15: class 0 has 14 images to train on; this works: [14,14,"):
         choose(trajectories, "herding", ipc=15)
 
 

@@ -48,7 +48,10 @@ def test_every_family_learns_as_many_images_of_a_class_as_a_list_names(tmp_path,
     assert module.labels.tolist() == [0, 0, 0, 1, 2, 2]
     assert bool((made.images != module.initial_images).flatten(1).any(1).all())  # every image has moved
     assert "1 to 3 per class" in dict(describe_set(tmp_path / "set.safetensors").rows)["images"]
-    for ipc, words in ((7, "ipc=7: class 2 has 6 images; give ipc=[7,7,6]"), ([1, 2], "names 2 classes, there are 3")):
+    for ipc, words in (
+        (7, "ipc=7: class 2 has 6 images to train on; this works: [7,7,6]"),
+        ([1, 2], "names 2 classes, there are 3"),
+    ):
         with refused(words):
             make_trainer(tmp_path / "x", max_steps=1).fit(module_of(family, store, ipc), datamodule=long_tail())
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import ftd_lightning
 from ftd_lightning import SyntheticSet, cli
+from ftd_lightning.command_line import parse_command
 from ftd_lightning.data import decoding
 from ftd_lightning.models import build_network
 from ftd_lightning.shipped_configs import read_config
@@ -120,8 +121,8 @@ def test_a_network_can_be_built_for_every_size():
 def test_what_cannot_be_planned_is_refused(tmp_path, refused):
     with refused("--method dm: plans are made for ftd, mtt, rat-bptt"):
         planned(DIGITS, tmp_path, method="dm")
-    with refused("--ipc 130: class a has 129 training images that are not held out; give --ipc 129 at most"):
-        DIGITS.check_ipc(130)
+    with refused("--ipc=130: class a has 129 images to train on; this works: [129,129,"):
+        DIGITS.resolved(130)
     with refused("--data.image_size 60: its ConvNet halves images 4 times; give 64"):
         planned(CIFAR._replace(size=60, asked=True), tmp_path)
 
@@ -161,9 +162,24 @@ def test_a_class_that_is_smaller_than_ipc_is_refused_at_once(here, image_folder,
     image_folder(here / "photos", ["emu"], count=8)
     for further in (["--minutes", "8"], ["--config", "digits/distill_ftd_ipc1"]):
         line = refusal(capsys, "distill", "photos", "--ipc", "6", "--out", "out", *further)
-        assert "--ipc 6: class emu has 5 training images that are not held out; give --ipc 5 at most" in line
+        assert "--ipc=6: class emu has 5 images to train on; this works: [6,6,5]" in line
     assert not Path("out").exists()
     assert "sise" in refusal(capsys, "distill", "photos", "--ipc", "6", "--out", "out", "--data.sise", "3")
+
+
+def test_unequal_classes_get_what_is_asked_for_each(here, image_folder, tmp_path):
+    tail = DIGITS._replace(train=(500, 400, *(100,) * 7, 6))
+    assert (DIGITS.resolved("auto"), tail.resolved("auto")) == (1, [4, 4, *[1] * 8])
+    assert planned(tail, tmp_path, ipc=[4, 4, *[1] * 8])[0]["distill"]["model"]["init_args"]["lr_images"] == 38.0
+    for classes, count in (("cat", 20), ("emu", 6)):
+        image_folder(here / "photos", [classes], count=count)
+    for given, ipc in (("3,2", [3, 2]), ("[3, 2]", [3, 2]), ("auto", 1)):
+        parsed = parse_command(command.distill_source, "distill", ["photos", "--ipc", given, "--out", "out"])
+        job = plan_job(find_source("photos"), Path(f"out {given}"), {**COMMAND, "ipc": parsed["ipc"]}, [])
+        assert job.ipc == ipc
+        assert read_config(Path(job.rows["ftd"].distill.config))["model"]["init_args"]["ipc"] == ipc
+        assert f"--data.ipc={ipc}" in next(iter(job.fits_of("random").evaluations.values())).options
+    assert (job.title, job.rows["ftd"].label) == ("photos, 1 image per class", "FTD, 1 per class")
 
 
 def write_digits(folder: Path, count: int = 20) -> None:
