@@ -123,10 +123,8 @@ def resized(pictures: Tensor, size: ImageSize) -> Tensor:
 
 
 def resizing(sizes: Mapping[tuple[int, int], int], size: ImageSize) -> str | None:
-    """Say how many images, counted by (width, height), change as they become of a size; None: none."""
+    """Say how many images, counted by (width, height), become larger or squashed at a size; None: none."""
     count, (height, width) = sum(sizes.values()), sides(size)
-    if set(sizes) == {(width, height)}:
-        return None
     ratios = {(own_width, own_height): own_width * height / (own_height * width) for own_width, own_height in sizes}
     enlarged = sum(times for own, times in sizes.items() if own[0] < width or own[1] < height)
     squashed = sum(times for own, times in sizes.items() if ratios[own] != 1)
@@ -134,8 +132,7 @@ def resizing(sizes: Mapping[tuple[int, int], int], size: ImageSize) -> str | Non
     if squashed:
         most = max(max(ratio, 1 / ratio) for ratio in ratios.values())
         changes.append(f"{squashed:,} of {count:,} are squashed, aspect ratio changed by up to {most:.2f}")
-    become = "are reduced to" if not enlarged else "become"
-    return ": ".join([f"images {become} {size_text(size)}", *(["; ".join(changes)] if changes else [])])
+    return f"images become {size_text(size)}: {'; '.join(changes)}" if changes else None
 
 
 def unit_range(pictures: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from ftd_lightning.core.evaluation import REAL_STEPS
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.datasets import DATASETS
 from ftd_lightning.data.in_memory import read_datasets, write_images_file
-from ftd_lightning.data.sources import resizing
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import read_json, replacing, write_json
@@ -195,11 +194,7 @@ def plan_configs(
     networks = min(max(affordable // on_sets, 3), 10)
 
     data = {"dataset": source.name, **({"root": source.root} if source.root else {}), "seed": seed}
-    data |= {
-        "image_size": size,
-        "val_fraction": found.val_fraction,
-        "batch_size": batch_size,
-    }
+    data |= {"image_size": size, "val_fraction": found.val_fraction, "batch_size": batch_size}
     part = {"max_per_class": per_class} if per_class < largest else {}
     network: dict[str, Any] = {"network_options": {"width": 128 if gpu else 32, "depth": depth_of(size)}}
     network |= {"augment": {"strategy": strategy(found.channels, size)}}
@@ -243,6 +238,8 @@ def plan_configs(
         learning *= 1 - TEACHING
     print(f"  distillation  about {learning:.1f} min: {total} images of {size_text(size)}")
     print(f"  evaluations   the rest: {networks} networks on each set; real images until held-out accuracy levels off")
+    if area < math.prod(sides(found.size)):
+        print(f"images are reduced to {size_text(size)}; more --minutes allow larger ones, or give --data.image_size")
     return Published(distillation, evaluate, teacher), reference(steps, held_out=held_out > 0).having(data=part), size
 
 
@@ -344,10 +341,6 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         distillation = configs.distill
         if real.data:
             label = f"real images, {real.data['max_per_class']} per class"
-        height, width = sides(found.size)
-        sizes = data.census.sizes if data.census else {(width, height): sum(found.train)}
-        if told := resizing(sizes, options["image_size"]):
-            print(f"{told}; more --minutes allow larger ones, and --data.image_size asks for another size")
     # Decodes the images into the cache that the fits read.
     described = DistillationDataModule(**{key: options[key] for key in WHERE if key in options}).describe()
     content = json.loads(json.dumps({"command": asked, "data": described}))

@@ -198,8 +198,7 @@ def test_images_of_several_sizes_are_resized_or_refused(refused, monkeypatch):
     said = []
     monkeypatch.setattr(in_memory, "rank_zero_info", said.append)
     data = own(train, image_size=4)
-    squashed = "train: images are reduced to 4 x 4 px: 15 of 30 are squashed, aspect ratio changed by up to 1.20"
-    assert said == [squashed, "test: images are reduced to 4 x 4 px"]
+    assert said == ["train: images become 4 x 4 px: 15 of 30 are squashed, aspect ratio changed by up to 1.20"]
     assert data.train.images.shape[1:] == data.test.images.shape[1:] == (3, 4, 4)
 
 
