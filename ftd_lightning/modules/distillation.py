@@ -167,13 +167,13 @@ class Distillation(BaseModule):
             drawn = self.init in ("real", "noise")
             start = self.first_images(self.real_images()) if drawn else self._continued_images()
             images = start.images
-            if self.init == "noise":
-                images = torch.randn(images.shape, generator=self.generator("initial noise"))
-            if self.data is None and not 0 <= float(images.min()) <= float(images.max()) <= 1:
+            if self.data is None and drawn and not 0 <= float(images.min()) <= float(images.max()) <= 1:
                 rank_zero_warn(
                     "real= holds images outside [0, 1], and pictures of the set will be clipped: fit with a "
                     "DistillationDataModule.from_datamodule(..., transform=) for their normalisation"
                 )
+            if self.init == "noise":
+                images = torch.randn(images.shape, generator=self.generator("initial noise"))
             self.images = nn.Parameter(images.clone(), requires_grad=self._lr_images > 0)
             self.register_buffer("labels", start.labels.clone())
             self.initial_images = images.clone()
