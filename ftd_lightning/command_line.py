@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 
 SECTION = re.compile(r"\n\n(?=[A-Z]\w*:\n)")  # of a docstring in Google style
 ARGUMENT = re.compile(r"^    (\w+): (.+(?:\n        .+)*)", re.MULTILINE)
-# Lines of jsonargparse's errors that repeat the types of a union, of which one is meant.
-NOISE = re.compile(
-    r"Does not validate|Subtypes:|Errors:|Given value|Problem with given class_path|Expected a path but|"
-    r"Expected a <class 'NoneType'>|$"
-)
+# Lines of jsonargparse's errors that repeat the types of a union.
+NOISE = re.compile("$|Parser key|Does not|Subtypes|Errors|Given value|Problem with|Expected a path|.*'NoneType'")
 
 
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
@@ -33,16 +30,10 @@ def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
 
 
 def explain(message: str, options: Iterable[str]) -> str:
-    """Reduce an error of jsonargparse to one line: its cause, with the nearest names that there are.
-
-    Args:
-        message: of the parser, often one for every type of a union.
-        options: of the parser, with their dashes.
-    """
-    if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
-        module, _, name = found[1].rpartition(".")
-        known = inspect.signature(getattr(sys.modules[module], name)).parameters
-        return _unknown(f"{name} has no option", found[2], known)
+    """Reduce an error of jsonargparse to one line with the nearest names; ``options`` are the parser's, with dashes."""
+    if found := re.search(r"class_path '([\w.]+)\.(\w+)':\s+Option '(\w+)' is not accepted", message):
+        known = inspect.signature(getattr(sys.modules[found[1]], found[2])).parameters
+        return _unknown(f"{found[2]} has no option", found[3], known)
     if found := re.search(r"unrecognized arguments: ([^\s=]+)|does not accept option '([\w.]+)'", message):
         given = found[1] or f"--{found[2]}"
         group, dot, rest = given.partition(".")
@@ -54,16 +45,11 @@ def explain(message: str, options: Iterable[str]) -> str:
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         own = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("ftd_lightning.")]
         return _unknown("unknown class", found[1], [name for module in own for name in module.get("__all__", ())])
-    keys, causes = list[str](), list[str]()
     inner, *values = re.split(r"\n *Given value: ", message)
-    for line in (line.strip(" -") for line in inner.splitlines()):
-        if key := re.match(r'Parser key "([\w.]+)"', line):
-            keys.append(key[1])
-        elif not NOISE.match(line):
-            causes.append(re.sub(r"Expected an? (?:<class '([\w.]+)'>|typing\.)", r"expected \1", line))
-    cause = " or ".join(dict.fromkeys(causes)).replace(" or expected ", " or ").replace(". Got value:", ", not")
-    given = f", not {values[0].splitlines()[0]}" if values and ", not " not in cause else ""
-    return f"{'.'.join(keys)}{': ' if keys else ''}{cause}{given}"
+    causes = dict.fromkeys(line.strip(" -") for line in inner.splitlines() if not NOISE.match(line.strip(" -")))
+    given = [f"not {value.splitlines()[0]}" for value in values[:1] if "Got value" not in inner]
+    keys = ".".join(re.findall(r'Parser key "([\w.]+)"', inner))
+    return ": ".join(filter(None, [keys, ", ".join([*causes, *given])]))
 
 
 class OneLineErrors(ArgumentParser):

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,50 +57,37 @@ class Parser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser, with errors in one line."""
 
 
-class Quiet(logging.Filter):
-    """Drops Lightning's advertisements, and its notes that nothing is wrong."""
-
-    dropped = ("\N{ELECTRIC LIGHT BULB} Tip:", "TPU available: False", "`Trainer.fit` stopped:")
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is shown."""
-        return not record.getMessage().startswith(self.dropped)
-
-
 class RepeatedFit(Callback):
-    """Ends a fit that was finished in the same folder, of the same settings and inputs, before it begins.
+    """Ends a fit before it begins where ``done.json`` beside the logs says that it was finished.
 
-    ``done.json`` beside the logs records the fit that was finished last.
-
-    Args:
-        settings: of the fit, all that are given.
-        outputs: returns the files that the fit writes; one that is gone is made again.
+    Its settings, its inputs and the summary of its outcome are those of the record.
     """
 
-    def __init__(self, settings: str, outputs: Callable[[], list[Path]]) -> None:
-        self.settings, self.outputs, self.done = settings, outputs, False
+    def __init__(self, settings: dict[str, Any], outcome: Callable[[], tuple[str, str]]) -> None:
+        self.settings, self.outcome, self.done = settings, outcome, False
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: BaseModule) -> None:  # type: ignore[override]
         """Compare with the record; a fit that begins deletes it."""
-        self.file = run_folder(trainer) / "done.json"
-        inputs = json.dumps(pl_module.inputs() if isinstance(pl_module, BaseModule) else None, sort_keys=True)
-        text = f"{self.settings} {inputs} {ftd_lightning.__version__}"
-        self.fit = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        found = {} if trainer.fast_dev_run else read_json(self.file)  # type: ignore[attr-defined]
-        there = found.get("fit") == self.fit and all(Path(file).exists() for file in found["outputs"])
-        self.done = trainer.strategy.broadcast(there)
-        if self.done:
-            trainer.should_stop = True
-        elif trainer.is_global_zero:
+        self.file, inputs = run_folder(trainer) / "done.json", [ftd_lightning.__version__, pl_module.inputs()]
+        text = json.dumps([self.settings, *inputs], default=str, sort_keys=True)
+        self.fit, same = hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), False
+        with suppress(InputError, KeyError):  # there is no outcome
+            same = read_json(self.file) == {"fit": self.fit, "outcome": self.outcome()[0]}
+        self.done = trainer.should_stop = trainer.strategy.broadcast(same)
+        if not self.done and trainer.is_global_zero:
             self.file.unlink(missing_ok=True)
 
-    def record(self) -> None:
-        """Record that the fit is finished."""
-        write_json(self.file, {"fit": self.fit, "outputs": [str(file) for file in self.outputs()]})
+    def tell(self) -> None:
+        """Say the next command, and of a repeated fit its outcome; record one that is finished."""
+        outcome, follows = self.outcome()
+        write_json(self.file, {"fit": self.fit, "outcome": outcome})
+        print(f"done already: {outcome}\n" * self.done + f"next: {follows}")
 
 
 class FTDCLI(LightningCLI):
     """LightningCLI with this library's defaults; everything else is as in Lightning's documentation."""
+
+    repeated: RepeatedFit | None = None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Expand "~" in paths; read checkpoints without running code in them."""
@@ -123,10 +111,10 @@ class FTDCLI(LightningCLI):
             self.save_config_callback = None  # config.yaml beside the logs belongs to the fit
         config = self._get(self.config_init, "trainer", default={})
         kwargs["callbacks"] = _with_defaults(config.get("callbacks"), self._recording(config))
-        if self.subcommand == "fit" and isinstance(self.model, BaseModule):
+        if self.subcommand == "fit" and isinstance(self.model, BaseModule) and not config.get("fast_dev_run"):
             given = self.config["fit"].as_dict()
             settings = {key: given[key] for key in ("seed_everything", "model", "data", "trainer")}
-            self.repeated = RepeatedFit(json.dumps(settings, default=str, sort_keys=True), self.outputs)
+            self.repeated = RepeatedFit(settings, self.outcome)
             kwargs["callbacks"].insert(0, self.repeated)
         kwargs["plugins"] = _with_defaults(config.get("plugins"), {CheckpointIO: AtomicCheckpointIO()})
         if config.get("benchmark") is None and not config.get("deterministic"):
@@ -164,51 +152,38 @@ class FTDCLI(LightningCLI):
         """Allow TF32 on a GPU."""
         torch.set_float32_matmul_precision("high")  # the published numbers were made with it; several times as fast
 
-    def outputs(self) -> list[Path]:
-        """Return the files that a fit of a module of this library writes: teachers, a set or a result."""
+    def outcome(self) -> tuple[str, str]:
+        """Return where the result of a fit is and how good it is, and the next command."""
         trainer: Any = self.trainer
         if isinstance(self.model, FlatTeacher):
-            store = next(callback.path for callback in trainer.callbacks if isinstance(callback, TrajectoryRecorder))
-            return sorted(store.glob("teacher_*.safetensors"))
+            made = next(callback.path for callback in trainer.callbacks if isinstance(callback, TrajectoryRecorder))
+            follows = f"ftd fit --config {self._next('distill')} --model.trajectories {made}"
+            return f"{made}: {store_summary(made)}", follows
         if isinstance(self.model, LearnsSet):
             writers = (callback for callback in trainer.callbacks if isinstance(callback, SyntheticSetWriter))
-            return [next(writers).file(trainer)]
-        return [run_folder(trainer) / "evaluation.json"]
-
-    def after_fit(self) -> None:
-        """Test the networks that an evaluation trained; tell a finished fit's outcome, and the next command."""
-        trainer: Any = self.trainer
-        if not isinstance(self.model, BaseModule) or trainer.fast_dev_run:
-            return
-        if isinstance(self.model, SyntheticEvaluation) and not self.repeated.done:
-            trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-            self.after_test()
-        if not trainer.is_global_zero or not (files := self.outputs()):
-            return
-        if not self.repeated.done:
-            self.repeated.record()
-        if isinstance(self.model, FlatTeacher):
-            made, text = files[0].parent, store_summary(files[0].parent)
-            follows = f"ftd fit --config {self._next('distill')} --model.trajectories {made}"
-        elif isinstance(self.model, LearnsSet):
-            made, text = files[0], set_summary(files[0])
-            follows = f"ftd fit --config {self._next('evaluate')} --data.synthetic {made}"
-        else:
-            made, text = files[0], result_summary(read_json(files[0]))
-            synthetic = str(self.datamodule.hparams.get("synthetic"))
-            follows = f"ftd export {synthetic} FOLDER" if Path(synthetic).is_file() else ""
-        if self.repeated.done:
-            print(f"done already: {made}: {text}")
-        if follows:
-            print(f"next: {follows}")
+            made = next(writers).file(trainer)
+            return f"{made}: {set_summary(made)}", f"ftd fit --config {self._next('evaluate')} --data.synthetic {made}"
+        made, synthetic = run_folder(trainer) / "evaluation.json", self.datamodule.hparams.get("synthetic")
+        is_set = synthetic is not None and Path(synthetic).is_file()
+        follows = f"ftd export {synthetic} FOLDER" if is_set else f"ftd compare --config {self._next('compare')}"
+        return f"{made}: {result_summary(read_json(made))}", follows
 
     def _next(self, phase: str) -> str:
-        """Name the shipped config of the next phase: with these teachers where one has them, or else of this folder."""
-        logger = run_folder(self.trainer)
-        names = [name for name in shipped_names() if name.startswith(f"{logger.parent.name}/{phase}")]
-        named = [name for name in names if f"/{logger.name}/" in find_config(name).read_text(encoding="utf-8")]
-        kind = "_".join([phase, *logger.name.split("_")[1:2]])
-        return min(named or names or ["CONFIG"], key=lambda name: (kind not in name, name))
+        """Name the shipped config of the next phase: of this run, or else of its folder."""
+        run = run_folder(self.trainer)
+        names = [name for name in shipped_names() if name.startswith(f"{run.parent.name}/{phase}")]
+        fitting = [name for name in names if f"/{run.name}/" in find_config(name).read_text(encoding="utf-8")]
+        wanted = "_".join([phase, *run.name.split("_")[1:2]])
+        return min(fitting or names or ["CONFIG"], key=lambda name: (wanted not in name, name))
+
+    def after_fit(self) -> None:
+        """Test the networks that an evaluation trained; tell the outcome and the next command."""
+        if isinstance(self.model, SyntheticEvaluation) and not (self.repeated and self.repeated.done):
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            self.after_test()
+        if self.repeated and self.trainer.is_global_zero:
+            with suppress(InputError, KeyError):  # a fit that ended early has no outcome
+                self.repeated.tell()
 
     def after_test(self) -> None:
         """Report networks of an evaluation that diverged or learned nothing; raise DivergenceError if all did."""
@@ -216,8 +191,6 @@ class FTDCLI(LightningCLI):
             total, failed = self.model.hparams["networks"], self.model.results.get("failed", {})
             if len(failed) == total:
                 raise DivergenceError(summary(failed, total))
-            if failed and self.trainer.is_global_zero:
-                print(f"ftd: warning: {summary(failed, total)}", file=sys.stderr)
 
     def after_predict(self) -> None:
         """Write the logits (N, K) of a module of this library as ``predictions.npy`` beside the logs."""
@@ -239,7 +212,9 @@ def run(args: list[str] | None = None, *, start: bool = True) -> FTDCLI:
     # Lightning warns when it is given arguments, in which names of configs have become files.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*(smaller than the logging interval|exists and is not empty)")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(Quiet())
+    notes = ("\N{ELECTRIC LIGHT BULB} Tip:", "TPU available: False", "`Trainer.fit` stopped:")
+    shown = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    shown.addFilter(lambda record: not record.getMessage().startswith(notes))
     defaults: dict[str, Any] = {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "enable_model_summary": False}
     args, config = with_config_files(sys.argv[1:] if args is None else args)
     if config is not None:

@@ -34,14 +34,11 @@ def _identity(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def summary(file: Path) -> str:
     """Sum up a distilled set in words: its iterations, the last loss and, where it was measured, its accuracy."""
     metadata = SyntheticSet.read_metadata(file)
-    text = f"the set after {metadata['iterations']} iterations"
-    text += f", matching loss {metadata['loss']:.4g}" if "loss" in metadata else ""
+    loss = [f"matching loss {metadata['loss']:.4g}"] if "loss" in metadata else []
     scores = metadata.get("scores", {})
-    held_out = {name: score for name, score in scores.items() if "held-out" in name} or scores
-    if held_out:
-        best = max(held_out, key=lambda name: float(held_out[name]["mean"]))
-        text += f", {per_cent(held_out[best])} % ({best})"
-    return text
+    measured = [name for name in scores if "held-out" in name] or list(scores)
+    each = [f"{per_cent(scores[name])} % ({name})" for name in measured]
+    return ", ".join([f"the set after {metadata['iterations']} iterations", *loss, *each])
 
 
 class SyntheticSetWriter(Callback):

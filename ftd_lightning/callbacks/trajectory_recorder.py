@@ -177,6 +177,8 @@ class TrajectoryRecorder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run; this run's checkpoint is loaded later."""
         self._resumed, self._claimed, self._open = False, None, None
+        # The first rank's: loggers that count versions may have another name on each.
+        self.path = Path(trainer.strategy.broadcast(str(self._path or run_folder(trainer) / "trajectories")))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that holds other teachers, or all teachers of this fit."""
@@ -184,8 +186,6 @@ class TrajectoryRecorder(Callback):
         self._active = self._active and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if not self._active:
             return
-        # The first rank's: loggers that count versions may have another name on each.
-        self.path = Path(trainer.strategy.broadcast(str(self._path or run_folder(trainer) / "trajectories")))
         self._token = trainer.strategy.broadcast(self._token)
         self._snapshots = Snapshots(self.path)
         described = data_source(trainer.datamodule) is not None  # type: ignore[attr-defined]

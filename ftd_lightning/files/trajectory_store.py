@@ -277,8 +277,8 @@ def write_teacher(folder: str | Path, teacher: int, snapshots: Sequence[Tensor],
 def summary(folder: str | Path) -> str:
     """Sum up the teachers in a folder in words, with the mean of the accuracies after their last epochs."""
     store = TrajectoryStore(folder)
-    last = [store.teacher_metadata(index).get("accuracies", [])[-1:] for index in range(len(store))]
-    measured = [value for values in last for value in values if value is not None]
+    last = [store.teacher_metadata(index).get("accuracies", [None])[-1] for index in range(len(store))]
+    measured = [value for value in last if value is not None]
     mean = f", {100 * sum(measured) / len(measured):.1f} % mean accuracy after the last epoch" if measured else ""
     return f"{len(store)} teacher{'s' * (len(store) > 1)}{mean}"
 

@@ -14,7 +14,6 @@ from torch.nn.functional import one_hot
 
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
 from ftd_lightning.contracts import Images
-from ftd_lightning.core import resume
 from ftd_lightning.core.evaluation import on_device
 from ftd_lightning.core.labels import StudentLabels
 from ftd_lightning.core.module import BaseModule
@@ -272,10 +271,6 @@ class Distillation(BaseModule):
         """Return the set's metadata beyond settings: here the data and the network."""
         dataset = {"name": "own images"} if self.data is None else self.data.dataset
         return {"dataset": dataset, "network": self.fresh.describe()}
-
-    def inputs(self) -> dict[str, Any]:
-        """Add the description of the set."""
-        return {**super().inputs(), **resume.as_json(self.describe())}
 
     def synthetic_set(self) -> SyntheticSet:
         """Return the current synthetic set, on the CPU, with everything that describes it."""

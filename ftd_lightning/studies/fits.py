@@ -293,10 +293,8 @@ def run_child(command: Sequence[str], log: Path, seconds: float | None) -> int |
 def _reason(log: Path) -> str:
     """Return the last error in a log, or else its last line."""
     lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").strip()) if log.is_file() else [""]
-    errors = [index for index, line in enumerate(lines) if re.match(r"(ftd: )?error: ", line)]
-    # An error of the parser spreads over several lines.
-    text = " ".join(line.strip() for line in lines[errors[-1] if errors else -1 :])
-    return re.sub(r"^(ftd: )?error: ", "", text)[:500]
+    text = next((line for line in reversed(lines) if line.startswith("ftd: error: ")), lines[-1])
+    return text.removeprefix("ftd: error: ")[:500]
 
 
 def run_fit(fit: Fit, deadline: Deadline, run: Runner = run_child, seconds: float | None = None) -> bool:

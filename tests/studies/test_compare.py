@@ -318,7 +318,7 @@ def test_a_fit_is_done_when_it_ended_by_itself_and_its_output_is_there(here: Pat
 
     def run(code: int | None, *, writes: bool = False):
         def child(command, log, seconds):
-            log.write_text("Epoch 1\rEpoch 2\nftd: error: no such\n  thing\n")
+            log.write_text("Epoch 1\rEpoch 2\nftd: error: no such thing\nnext\n")
             if writes:
                 (fit.folder / "evaluation.json").write_text("{}")
             return code
