@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import Context
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -99,6 +101,13 @@ def given_images(real: Sequence[Tensor]) -> Images:
     return Images(images, labels)
 
 
+def _made(make: Callable[[], LightningDataModule]) -> LightningDataModule:
+    """Make another datamodule whose ``save_hyperparameters`` does not take the arguments of this one for its own."""
+    if isinstance(make, partial) and make.args and isinstance(make.args[-1], type):  # LightningCLI's hands them on
+        make = partial(make.args[-1], **make.keywords)
+    return Context().run(make)
+
+
 class NoLoaders(CombinedLoader):
     """The combination of no loaders, on which Lightning skips validation; of an empty list it warns."""
 
@@ -145,8 +154,8 @@ class DistillationDataModule(LightningDataModule):
         teacher: which of them.
         cache_dir: folder of decoded images and whitenings; None: ``ftd_lightning`` in the user's cache folder.
         skip_broken: leave image files out that cannot be read, and say which; without it they are refused.
-        datamodule: in place of a named data set: another LightningDataModule, as for ``from_datamodule``. On
-            the command line a class, with its arguments below it.
+        datamodule: class, or function without arguments, of another LightningDataModule, which is read in place of a
+            data set as by ``from_datamodule``: ``--data.datamodule mine.MyData --data.datamodule.init_args.size 3``.
 
     Attributes:
         spec: the description of the data set. "tiny-imagenet" and "folder" are described by their files, another
@@ -178,7 +187,7 @@ class DistillationDataModule(LightningDataModule):
         teacher: int = 0,
         cache_dir: str | None = None,
         skip_broken: bool = False,
-        datamodule: LightningDataModule | None = None,
+        datamodule: Callable[[], LightningDataModule] | None = None,
     ) -> None:
         check_bounds(DistillationDataModule, locals())
         super().__init__()
@@ -193,9 +202,10 @@ class DistillationDataModule(LightningDataModule):
             self.synthetic_set, self.hparams["synthetic"] = synthetic, None
         self.wrapped: partial[tuple[ImageDataset, int]] | None = None  # reads another datamodule
         if datamodule is not None:
+            theirs = _made(datamodule)
             self.hparams.update(dataset=OWN_IMAGES, val_fraction=0.0)
-            self.root, self.prepare_data_per_node = None, datamodule.prepare_data_per_node
-            self.wrapped = partial(read_datamodule, datamodule, image_size=image_size)
+            self.root, self.prepare_data_per_node = None, theirs.prepare_data_per_node
+            self.wrapped = partial(read_datamodule, theirs, image_size=image_size)
         self._real: RealImages | None = None
         self._transform: ImageTransform | None = None
         self._ready = False
@@ -266,7 +276,7 @@ class DistillationDataModule(LightningDataModule):
             transform: of images that are normalised already, as for :meth:`from_datasets`.
             options: arguments of the constructor, such as ``synthetic``, but those that say where files are.
         """
-        data = cls(datamodule=datamodule, **options)
+        data = cls(datamodule=lambda: datamodule, **options)
         how: dict[str, Any] = {"batch": batch, "loaders": loaders, "class_names": class_names}
         assert data.wrapped is not None
         data.wrapped = partial(data.wrapped, **how, transform=as_transform(transform))
