@@ -33,6 +33,11 @@ def as_size(value: int | Sequence[int]) -> ImageSize:
     return height if height == width else (height, width)
 
 
+def plain(size: ImageSize) -> int | list[int]:
+    """Return a size as JSON and YAML hold it."""
+    return size if isinstance(size, int) else list(size)
+
+
 def size_text(size: int | Sequence[int]) -> str:
     """Write a size for people: "32 x 32 px", or "24 x 32 px (height x width)"."""
     height, width = sides(size)

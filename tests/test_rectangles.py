@@ -82,7 +82,8 @@ def test_a_folder_of_one_size_keeps_it_and_others_are_resized_as_asked(tmp_path,
 
 
 def test_the_notice_tells_what_a_rectangle_squashes():
-    assert resizing({(16, 12): 5, (8, 6): 2}, (6, 8)) is None
+    assert resizing({(8, 6): 2}, (6, 8)) is None
+    assert resizing({(16, 12): 5, (8, 6): 2}, (6, 8)) == "images are reduced to 6 x 8 px (height x width)"
     several = {(16, 12): 5, (8, 6): 2, (16, 16): 1}
     changes = "2 of 8 are enlarged; 1 of 8 are squashed, aspect ratio changed by up to 1.33"
     assert resizing(several, (12, 16)) == f"images become 12 x 16 px (height x width): {changes}"

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from ftd_lightning.files.safetensors_io import fingerprint
-from ftd_lightning.sizes import sides, size_text
+from ftd_lightning.sizes import plain, sides, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -98,8 +98,7 @@ class ImageDataset:
 
     def fingerprint(self) -> dict[str, Any]:
         """Identify the pictures among those of the same name: by a size other than their own, and by their contents."""
-        size = self.image_size if isinstance(self.image_size, int) else list(self.image_size)  # as JSON holds it
-        other = {} if self.native_size in (None, self.image_size) else {"image_size": size}
+        other = {} if self.native_size in (None, self.image_size) else {"image_size": plain(self.image_size)}
         return {**other, **self.contents()}
 
 

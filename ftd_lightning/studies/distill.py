@@ -27,7 +27,7 @@ from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import read_json, replacing, write_json
 from ftd_lightning.functional.selection import Ipc, images_per_class
 from ftd_lightning.shipped_configs import find_config, read_config
-from ftd_lightning.sizes import as_size, sides, size_text
+from ftd_lightning.sizes import as_size, plain, sides, size_text
 from ftd_lightning.studies.compare import run_rows, write_results
 from ftd_lightning.studies.comparison import Comparison, Row, Teachers
 from ftd_lightning.studies.fits import WHERE, Deadline, Settings, run_child, split_by_phase
@@ -174,7 +174,8 @@ def plan_configs(
     )
     if found.asked and size != found.size:
         halvings = depth_of(found.size)
-        raise InputError(f"--data.image_size {found.size}: its ConvNet halves images {halvings} times; give {size}")
+        given, fits = plain(found.size), plain(size)
+        raise InputError(f"--data.image_size {given}: its ConvNet halves images {halvings} times; give {fits}")
     area = math.prod(sides(size))
     preset = PRESETS["small" if area <= 32**2 else "large"]
     classes, largest, rho = len(found.names), max(found.train), METHODS[method]

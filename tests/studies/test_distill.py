@@ -124,6 +124,8 @@ def test_what_cannot_be_planned_is_refused(tmp_path, refused):
         DIGITS.resolved(130)
     with refused("--data.image_size 60: its ConvNet halves images 4 times; give 64"):
         planned(CIFAR._replace(size=60, asked=True), tmp_path)
+    with refused("--data.image_size [60, 90]: its ConvNet halves images 4 times; give [64, 96]"):
+        planned(CIFAR._replace(size=(60, 90), asked=True), tmp_path)
 
 
 def test_a_folder_is_decoded_once_at_the_size_of_the_plan(here, image_folder, monkeypatch, capsys):
