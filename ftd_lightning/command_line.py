@@ -80,12 +80,7 @@ def _kind(annotation: Any) -> dict[str, Any]:
 
 
 def numbers(text: Any) -> Any:
-    """Read a whole number, several that commas join, or a word; the parser may pass a value again.
-
-    Example:
-        >>> numbers("10"), numbers("10,6"), numbers("[10, 6]"), numbers("auto")
-        (10, [10, 6], [10, 6], 'auto')
-    """
+    """Read a whole number, several that commas join, or a word; the parser may pass what was read again."""
     if not isinstance(text, str):
         return text
     found = [part if part.isalpha() else int(part) for part in text.strip("[]").split(",")]

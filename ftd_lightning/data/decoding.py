@@ -264,8 +264,8 @@ def cache_file(
     request: Request, name: str, size: ImageSize | None, base: Path, parts: Mapping[str, LabelledFiles]
 ) -> Path:
     """Name the cache of decoded files by all that it depends on: their paths, labels, lengths and times of change."""
-    broken = "|skip_broken" if request.skip_broken else ""
-    digest = hashlib.blake2b(f"{VERSION}|{base.resolve()}{broken}\n".encode(errors="surrogateescape"), digest_size=8)
+    head = f"{VERSION}{'|skip_broken' * request.skip_broken}|{base.resolve()}\n"
+    digest = hashlib.blake2b(head.encode(errors="surrogateescape"), digest_size=8)
     for part, (files, labels) in parts.items():
         for file, label in zip(files, labels, strict=True):
             stat = file.stat()

@@ -24,19 +24,9 @@ ROWS_PER_BLOCK = 512
 
 
 def images_per_class(ipc: Ipc, available: Sequence[int], names: Sequence[str] = ()) -> list[int]:
-    """Return the images of each class.
+    """Return the images of each class; refuse more than are ``available`` of one, with a list that works.
 
-    Args:
-        ipc: images of every class, or a list of the images of each, in label order.
-        available: images that each class has.
-        names: of the classes, for errors; else they are numbered.
-
-    Raises:
-        InputError: for a list of another length, and for a class that has fewer, with a list that works.
-
-    Example:
-        >>> images_per_class(2, [5, 4]), images_per_class([3, 1], [5, 4])
-        ([2, 2], [3, 1])
+    ``names`` are those of the classes in label order, for errors; without them classes are numbered.
     """
     wanted = list(ipc) if isinstance(ipc, list | tuple) else [ipc] * len(available)
     if len(wanted) != len(available):

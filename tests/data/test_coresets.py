@@ -106,7 +106,6 @@ def test_a_list_chooses_a_number_of_its_own_for_each_class(trajectories, kind):
     counts = [3, 1, 2, *[1] * 7]
     chosen, most = (choose(trajectories, kind, ipc=ipc)[0] for ipc in (counts, 3))
     assert chosen.labels.bincount().tolist() == counts
-    # A smaller number takes the first of a larger one.
     kept = [3 * label + i for label, count in enumerate(counts) for i in range(count)]
     assert torch.equal(chosen.images, most.images[kept])
 

@@ -180,8 +180,9 @@ def test_loops_are_the_published_ones_or_have_to_be_given(refused) -> None:
     for ipc, loops in {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}.items():
         module = matching(ipc=ipc)
         assert (module.outer_loops, module.inner_epochs) == loops
-    with refused("ipc=2", "give outer_loops"):
-        matching(ipc=2)
+    for ipc in (2, [10, 1]):
+        with refused(f"ipc={ipc}", "give outer_loops"):
+            matching(ipc=ipc)
     with refused("ipc=2", "give inner_epochs"):
         matching(ipc=2, outer_loops=3)
 
