@@ -49,12 +49,12 @@ def _joined(sets: Sequence[SyntheticSet], names: Sequence[str]) -> SyntheticSet:
     of_images = torch.cat(classes)
     order = of_images.argsort(stable=True)[: int((of_images < len(names)).sum())]
     soft, averages = torch.cat(rows)[order], [part.ema_images for part in sets if part.ema_images is not None]
-    rates = {part.learning_rate for part in sets}
-    mean = None if None in rates else torch.tensor(list(rates)).mean()
+    rates = [part.learning_rate for part in sets]
+    mean = None if None in rates else torch.tensor(rates).mean()
     return SyntheticSet(
         torch.cat([part.images for part in sets])[order],
         of_images[order] if all(part.labels.ndim == 1 for part in sets) else soft / soft.sum(1, keepdim=True),
-        sets[0].step_size if len(rates) == 1 else mean,
+        sets[0].step_size if len(set(rates)) == 1 else mean,
         torch.cat(averages)[order] if len(averages) == len(sets) else None,
         list(names),
         sets[0].transform,
@@ -103,9 +103,9 @@ class SyntheticSet:
     def __repr__(self) -> str:
         """Describe the set in five lines, without its pixels; ``ftd info`` tells more of a file."""
         names, of = self.class_names, self.metadata.get("dataset")
-        images = f"{len(self.images)} images, {' x '.join(map(str, self.images.shape[1:]))}"
         return (
-            f"SyntheticSet of {images}{'' if self.ema_images is None else ', and their moving average'}\n"
+            f"SyntheticSet of {len(self.images)} images, {' x '.join(map(str, self.images.shape[1:]))}"
+            f"{'' if self.ema_images is None else ', and their moving average'}\n"
             f"  classes    {len(names)}: {', '.join(names[:10])}{', ...' if names[10:] else ''}\n"
             f"  labels     {self.label_description}\n"
             f"  step size  {self.learning_rate and f'{self.learning_rate:.4g}'}\n"

@@ -82,7 +82,7 @@ class Distillation(BaseModule):
 
     Args:
         network, network_options, augment, seed: as for ``BaseModule``.
-        ipc: synthetic images per class; a list names those of each, in label order.
+        ipc: synthetic images per class; a list names those of each, in label order. Those of a set to continue count.
         init: "real" starts from random real images of each class, "noise" from a standard normal; a ``SyntheticSet``,
             or its file, is continued: its images, and its labels and step size where they are learned.
         iterations_per_epoch: iterations that make a Lightning epoch.
@@ -98,8 +98,8 @@ class Distillation(BaseModule):
         labels: (N,) int64, the classes that the images are made for.
         soft_labels: labels other than these classes, or None.
         step_size: the current step size, a parameter.
-        continued: the set that ``init`` gave, or None.
-        first_labels: what learned labels start from: the classes, or probabilities (N, K) of that set.
+        continued: the set to continue from, or None.
+        first_labels: where learned labels start: the classes, (N,), or probabilities of that set, (N, K).
         initial_images: a copy of the images at the start; None in a module loaded from a checkpoint.
         ema_images: their moving average, where a ``SyntheticEMA`` keeps one.
         scores: accuracies that ``EvaluateSynthetic`` measured of the current images.
