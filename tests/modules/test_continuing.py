@@ -7,28 +7,20 @@ import pytest
 import torch
 from fits import SMALL, make_trainer, small_data, small_matching
 
-from ftd_lightning import SyntheticSet
+from ftd_lightning import SyntheticSet, modules
 from ftd_lightning.functional import InnerAdam
-from ftd_lightning.modules import (
-    BilevelDistillation,
-    DistributionMatching,
-    FeatureAlignment,
-    FeatureRegression,
-    GradientMatching,
-    KernelInducingPoints,
-)
 from ftd_lightning.modules.distillation import Distillation
 from ftd_lightning.rules import CorrectImages, LearnedLabels
 
 LABELS = {"rules": [LearnedLabels(lr=1.0, init="one_hot")]}
 METHODS = {
     "matching": (small_matching, LABELS),
-    "bilevel": (BilevelDistillation, {"syn_steps": 2, "schedule": "fixed", "batch_real": 20, **LABELS}),
-    "dm": (DistributionMatching, {"batch_real": 4}),
-    "dsa": (GradientMatching, {"outer_loops": 1, "inner_epochs": 1, "batch_real": 4}),
-    "cafe": (FeatureAlignment, {"batch_real": 4}),
-    "kip": (KernelInducingPoints, {"learn_labels": True, "batch_target": 20}),
-    "frepo": (FeatureRegression, {"pool_size": 1, "batch_target": 20}),
+    "bilevel": (modules.BilevelDistillation, {"syn_steps": 2, "schedule": "fixed", "batch_real": 20, **LABELS}),
+    "dm": (modules.DistributionMatching, {"batch_real": 4}),
+    "dsa": (modules.GradientMatching, {"outer_loops": 1, "inner_epochs": 1, "batch_real": 4}),
+    "cafe": (modules.FeatureAlignment, {"batch_real": 4}),
+    "kip": (modules.KernelInducingPoints, {"learn_labels": True, "batch_target": 20}),
+    "frepo": (modules.FeatureRegression, {"pool_size": 1, "batch_target": 20}),
 }
 
 
@@ -69,7 +61,7 @@ def test_it_resumes_exactly_and_loads_without_the_set(tmp_path: Path, trajectori
     trainer.save_checkpoint(ckpt)
     resumed = fit(tmp_path / "half", make("dm", trajectories, init=first), 4, ckpt)
     assert torch.equal(resumed.images, whole.images)
-    loaded = DistributionMatching.load_from_checkpoint(ckpt)
+    loaded = modules.DistributionMatching.load_from_checkpoint(ckpt)
     assert torch.equal(loaded.synthetic_set().images, half.synthetic_set().images)
     with refused("init=", first.fingerprint()):
         fit(tmp_path / "half", make("dm", trajectories, init=whole), 4, ckpt)
@@ -77,11 +69,10 @@ def test_it_resumes_exactly_and_loads_without_the_set(tmp_path: Path, trajectori
 
 def test_a_set_for_adam_keeps_its_step_size_to_itself(tmp_path: Path, trajectories: Path) -> None:
     first = replace(fit(tmp_path / "first", make("dm", trajectories), 1), step_size=0.7)
-    for name, options, rate in (("sgd", {}, 0.7), ("adam", {"optimizer": InnerAdam()}, 0.01)):
+    for options, rate in (({}, 0.7), ({"optimizer": InnerAdam()}, 0.01)):
         module = make("bilevel", trajectories, init=first, **options)
-        fit(tmp_path / name, module, 0)
+        fit(tmp_path / str(rate), module, 0)
         assert module.step_size.tolist() == pytest.approx([rate, rate])
-    assert float(first.step_size) == pytest.approx(0.7)
 
 
 def test_unequal_classes_continue_class_by_class(tmp_path: Path, trajectories: Path) -> None:
