@@ -190,12 +190,7 @@ class TrainsTeachers(Protocol):
 
 @runtime_checkable
 class LearnsSet(Protocol):
-    """A module that learns a synthetic set.
-
-    Attributes:
-        augment: the augmentation of its training.
-        initial_images: what the set began as, (N, C, H, W); None where that is not known.
-    """
+    """A module that learns a synthetic set from ``initial_images``; ``augment`` is the augmentation of its training."""
 
     augment: Augmentation
     initial_images: Tensor | None

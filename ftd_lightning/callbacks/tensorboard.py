@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import textwrap
 import unicodedata
 import warnings
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jsonargparse import dict_to_namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -26,7 +28,7 @@ from ftd_lightning.data.imagenet import SUBSETS
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
@@ -124,15 +126,9 @@ def _printable(name: str) -> str:
 def _heading(texts: Sequence[str], column: int, width: int) -> Tensor:
     """Write texts above columns of so many pixels each, on one line or two; (3, 20 or 34, width) uint8."""
     font, room = ImageFont.load_default(NAME), column - 3 * GAP  # neighbours do not touch
-    written = []
-    for text in texts:
-        lines: list[str] = []
-        for word in text.replace("_", " ").split():
-            longer = " ".join([*lines[-1:], word])
-            lines = [*lines[:-1], longer] if lines and font.getlength(longer) <= room else [*lines, word]
-        written.append(lines[:2])
-    strip = Image.new("RGB", (width, 6 + NAME * max(map(len, written))), "white")
-    for place, lines in enumerate(written):
+    wrapped = [textwrap.wrap(text.replace("_", " "), room // 7, break_long_words=False)[:2] for text in texts]
+    strip = Image.new("RGB", (width, 6 + NAME * max(map(len, wrapped))), "white")
+    for place, lines in enumerate(wrapped):
         middle = GAP + place * (column + GAP) + column // 2
         for row, line in enumerate(lines):
             while font.getlength(line) > room:
@@ -200,16 +196,6 @@ class TensorBoardPictures(Callback):
                 logger.experiment.add_histogram(f"values/{name}", values[name], step)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
-    """Yield entries with names like ``network_options/width``, values as TensorBoard keeps them; none for None."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}/")
-        elif value is not None:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            yield f"{prefix}{key}", value if number else str(value)
-
-
 def run_settings(trainer: Trainer, module: LightningModule) -> dict[str, float | str]:
     """Return what tells runs apart: data set, method, set, ipc, network, seed, and arguments that are no defaults."""
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
@@ -223,18 +209,20 @@ def run_settings(trainer: Trainer, module: LightningModule) -> dict[str, float |
         learned = module.synthetic_set().metadata
         found |= {"method": learned.get("method"), "network": learned.get("network", {}).get("name")}
     elif source is not None and (synthetic := source.training_set()) is not None:
-        found["set"] = "/".join(Path(str(options.get("synthetic"))).parts[-2:])
-        found |= {"method": synthetic.metadata.get("method"), "ipc": len(synthetic.images) / len(synthetic.class_names)}
+        found["method"], file = synthetic.metadata.get("method"), options.get("synthetic")
+        found["set"] = file and "/".join(Path(file).parts[-2:])
+        found["ipc"] = len(synthetic.images) / source.description().shape.num_classes
     if isinstance(found.get("augment"), Mapping):
         found["augment"] = found["augment"]["strategy"]
-    return dict(_flat(found))
+    flat = {key: value for key, value in dict_to_namespace(found).items() if value is not None}
+    return {key: value if type(value) in (int, float) else str(value) for key, value in flat.items()}
 
 
 class HyperparameterReport(Callback):
     """Writes the settings of a run to TensorBoard's HPARAMS page, once, at the end.
 
     They are data set, method, set, ipc, network, seed, and arguments of the module that are not at their default; an
-    empty cell is the default. Nested ones have names like ``network_options/width``. The page shows them beside the
+    empty cell is the default. Nested ones have names like ``network_options.width``. The page shows them beside the
     run's last scalars. A logger of your own needs ``default_hp_metric=False``, or Lightning's entry is shown.
     """
 

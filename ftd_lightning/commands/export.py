@@ -55,8 +55,6 @@ labels.pt holds {labels}; lr.pt the learning rate to train with.
 ddranking: {reader}
 ftd import images.pt labels.pt set.safetensors --dataset {dataset} {options} --step-size lr.pt
 """
-
-
 UNEQUAL = "cannot read them: it counts on equally many images of each class"
 
 

@@ -152,7 +152,7 @@ class Comparison:
         config = find_config(settings.config, near=self.file.parent)
         identity = self._names.identity(config, options, *depends)
         folder = self._names.folder(Path(self.fits or self.folder / "fits"), re.sub(r"[^\w.+-]+", "-", name), identity)
-        return Fit(title, config, tuple(options), folder, **rest)
+        return Fit(title, config, tuple(options), folder, identity=identity, **rest)
 
     def _plan(self, row: Row, name: str) -> RowFits:
         label = row.label or name
@@ -182,8 +182,7 @@ class Comparison:
                 options += [f"--data.synthetic={row.synthetic}", f"--data.ipc={self.ipc}"]
                 depends = taught
             title = f"{label}: evaluation{f' on {network}' if network else ''}"
-            own = "_".join(["evaluate", name, *([network] if network else [])])
-            rest = {"output": EVALUATION, "inputs": inputs}
+            own, rest = f"evaluate_{name}{f'_{network}' if network else ''}", {"output": EVALUATION, "inputs": inputs}
             evaluations[network] = self._fit(title, own, self._evaluation(row), options, depends, **rest)
         return RowFits(store, teachers, distill, labels, evaluations)
 

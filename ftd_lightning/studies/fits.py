@@ -141,10 +141,7 @@ class FitNames:
         return self._images[key]
 
     def folder(self, parent: Path, name: str, identity: str) -> Path:
-        """Return the folder of a fit: that which bears its identity, or a new one that bears a name, too.
-
-        Equal fits of several rows share the folder that is named after the first.
-        """
+        """Return the folder of a fit: the one of that identity, which bears the name of the first that needed it."""
         there = (path for path in sorted(parent.glob(f"*_{identity}")) if path.is_dir())
         return self._folders.setdefault(parent / identity, next(there, parent / f"{name}_{identity}"))
 
@@ -178,12 +175,8 @@ class Fit:
     folder: Path  # of logs and checkpoints; studies that name the same folder share the fit
     output: str  # file in the folder that exists when the fit is done
     inputs: Callable[[], Sequence[str]] = tuple  # options that decide no result, or follow from the folder's name
+    identity: str = ""  # what the folder's name ends with; see ``FitNames``
     subcommand: str = "fit"  # or "label", which writes the output itself and starts anew after a stop
-
-    @property
-    def identity(self) -> str:
-        """The hash that the folder's name ends with; see ``FitNames``."""
-        return self.folder.name.rpartition("_")[2]
 
     @property
     def checkpoint(self) -> Path:

@@ -84,10 +84,10 @@ def test_settings_of_a_command_are_flat_and_its_own_keys_left_out(tmp_path: Path
     lightning_cli.run(["fit", "--config", str(config), *options])
     (folder,) = {file.parent for file in tmp_path.rglob("events*")}
     events = read(folder)
-    nested = {"augment": "crop_scale_rotate", "network_options/width": 8, "network_options/depth": 2}
+    nested = {"augment": "crop_scale_rotate", "network_options.width": 8, "network_options.depth": 2}
     values = hparams(events)
     assert values.items() >= {**nested, "epochs": 1, "network": "convnet", "dataset": "digits"}.items()
-    assert not [key for key in values if any(part.startswith("_") for part in key.split("/"))]
+    assert not [key for key in values if any(part.startswith("_") for part in key.split("."))]
     assert {"alpha", "adaptive", "parallel", "weight_decay"}.isdisjoint(values), "at their default"
     assert {"teacher/train_accuracy", "teacher/val_accuracy"} <= set(events.Tags()["scalars"])
 
