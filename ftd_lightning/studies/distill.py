@@ -42,8 +42,8 @@ PLAN = "plan.json"
 MINUTES = 30.0  # if none are given
 METHODS: dict[str, float | None] = {"ftd": 0.01, "mtt": 0.0, "rat-bptt": None}  # rho of the teachers; FTD, Table 7
 TEACHING = 0.45  # of the time for teachers and distillation
-EVALUATING, REFERENCE = 0.08, 0.25  # shares of the budget: a set's evaluation, and training on real images
-START = 10.0  # seconds in which a fit starts, and measures test images
+EVALUATING, REFERENCE = 0.1, 0.25  # shares of the budget: a set's evaluation, and training on real images
+START = 8.0  # seconds in which a fit starts, and measures test images
 PATIENCE = 8  # measurements of held-out images
 TEACHER_STEPS = 400  # of each teacher at least, where 40 epochs give so many
 VALUES = 120_000  # of real images per minute of the budget, for one CPU core: 40 images of 32 x 32 px
@@ -190,7 +190,7 @@ def plan_configs(
     epochs = min(max(math.ceil(TEACHER_STEPS / steps), 8), 40)
     # As many networks, and epochs of each, as its share of the budget allows: 3 at least.
     epoch = max(total * found.channels * area / (SPEED * (GPU if gpu else 1)), 0.008)  # seconds
-    affordable = math.floor(max(60 * minutes * EVALUATING - START, 0) / epoch)  # epochs of all networks
+    affordable = math.floor((evaluating(60 * minutes) - START) / epoch)  # epochs of all networks
     on_sets = min(max(affordable // 3, 50), preset["evaluation_epochs"])
     networks = min(max(affordable // on_sets, 3), 10)
 
@@ -371,6 +371,11 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     )
 
 
+def evaluating(seconds: float) -> float:
+    """Give the time for a set's evaluation, its start included, in a budget of so many seconds."""
+    return max(EVALUATING * seconds, 2 * START)
+
+
 def time_limits(job: Comparison, method: str, seconds: float) -> Callable[[Fit], float]:
     """Divide the seconds that are left of a budget: a fit that begins gets its share of what is left then."""
     random, learned, real = (job.fits_of(name) for name in ("random", method, "real"))
@@ -384,7 +389,7 @@ def time_limits(job: Comparison, method: str, seconds: float) -> Callable[[Fit],
             left -= REFERENCE * seconds
         if fit in (learned.teachers, learned.distill):
             left -= first.status()["seconds"]  # as long as that of random images
-        share = {first.folder: EVALUATING * seconds}
+        share = {first.folder: evaluating(seconds)}
         if learned.teachers is not None:
             share[learned.teachers.folder] = TEACHING * left
         return max(share.get(fit.folder, left) - START, 1.0)
