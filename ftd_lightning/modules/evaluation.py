@@ -188,11 +188,8 @@ class SyntheticEvaluation(BaseModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the learning rate of the epoch."""
-        lr = (
-            self.lr * 0.1 ** min(self._stalls, 1)
-            if self.hparams["patience"]
-            else self.protocol.lr_at(self.current_epoch)
-        )
+        patience = self.hparams["patience"]
+        lr = self.lr * 0.1 ** min(self._stalls, 1) if patience else self.protocol.lr_at(self.current_epoch)
         set_lr(self.optimizers(use_pl_optimizer=False), lr)  # type: ignore[arg-type]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -126,29 +126,20 @@ def buildable_size(channels: int, size: ImageSize) -> ImageSize:
 
 
 def largest_size(minutes: float, *, gpu: bool) -> int:
-    """Give the size to which larger images are reduced: four times the minutes allow twice the size.
-
-    Example:
-        >>> [largest_size(minutes, gpu=False) for minutes in (8, 30, 120, 480)]
-        [32, 32, 64, 128]
-    """
+    """Give the size to which larger images are reduced: four times the minutes allow twice the size."""
     affordable = minutes * (GPU if gpu else 1) / MINUTES
     return 128 if affordable >= 16 else 64 if affordable >= 4 else 32
 
 
 def reference(steps: int, *, held_out: bool) -> Settings:
-    """Settings of networks that are trained on real images, in epochs of so many steps, until they level off.
-
-    Without held-out images they take a fixed number of steps.
-    """
-    if not held_out:
+    """Settings of networks that are trained on real images, in epochs of so many steps, until they level off."""
+    if held_out:
+        every = math.ceil(REAL_STEPS / PATIENCE / steps)
+        model, epochs = {"measure_every": every, "patience": PATIENCE}, 20 * PATIENCE * every
+    else:
+        model, epochs = {"measure_every": 0}, math.ceil(REAL_STEPS / steps)
         print("no images are held out: training on real images takes a fixed number of steps")
-        return Settings(
-            model={"networks": 2, "measure_every": 0}, trainer={"max_epochs": math.ceil(REAL_STEPS / steps)}
-        )
-    every = math.ceil(REAL_STEPS / PATIENCE / steps)
-    model = {"networks": 2, "measure_every": every, "patience": PATIENCE}
-    return Settings(model=model, trainer={"max_epochs": 20 * PATIENCE * every})
+    return Settings(model={"networks": 2, **model}, trainer={"max_epochs": epochs})
 
 
 def strategy(channels: int, size: ImageSize) -> str:
@@ -400,11 +391,11 @@ def time_limits(job: Comparison, method: str, seconds: float) -> Callable[[Fit],
 def no_teacher(folder: Path, minutes: float) -> str:
     """Say what helps where no teacher of the fit in a folder ended in its time."""
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    epochs, done = settings["model"]["init_args"]["epochs"], len(list(folder.rglob("*_epoch_*"))) - 1
+    epochs, done = settings["model"]["init_args"]["epochs"], max(len(list(folder.rglob("*_epoch_*"))) - 1, 0)
     enough = math.ceil(1.5 * minutes * epochs / max(done, 1))
     return (
-        f"no teacher ended in time, {max(done, 0)} of {epochs} epochs: give --minutes {enough}, a smaller "
-        "--data.image_size or --data.max_per_class, or --method rat-bptt, which has no teachers"
+        f"no teacher ended in time, {done} of {epochs} epochs: give --minutes {enough}, "
+        "a smaller --data.image_size or --data.max_per_class, or --method rat-bptt, which has no teachers"
     )
 
 
@@ -413,7 +404,7 @@ def run_job(
 ) -> bool:
     """Run what there is time for; write the set and results when all is done. A failed fit raises InputError.
 
-    ``began`` is the ``time.monotonic()`` at which the command began, ``command`` its arguments.
+    ``command``, by its arguments, began at the ``time.monotonic()`` of ``began``.
     """
     method, minutes, limits = command["method"], command["minutes"], {}
     fits = job.fits_of(method)
@@ -441,11 +432,10 @@ def run_job(
 
 def advice(command: Mapping[str, Any]) -> str:
     """Say what gives a better set than a command, in one sentence."""
-    ways = [] if command["minutes"] is None else [f"--minutes {4 * command['minutes']:g}"]
-    ways += [f"--ipc {10 * command['ipc']}"] if command["ipc"] in range(10) else []
-    ways += [] if torch.cuda.is_available() else ["a GPU"]
-    ways.append(f"--method {'ftd' if command['method'] == 'rat-bptt' else 'rat-bptt'}")
-    return f"For more, name another --out and try {', '.join(ways[:-1])} or {ways[-1]}."
+    longer = "" if command["minutes"] is None else f"--minutes {4 * command['minutes']:g}, "
+    gpu = "" if torch.cuda.is_available() else ", a GPU"
+    other = "ftd" if command["method"] == "rat-bptt" else "rat-bptt"
+    return f"For more, name another --out and give {longer}a larger --ipc{gpu} or --method {other}."
 
 
 def distill_source(

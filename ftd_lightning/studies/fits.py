@@ -186,8 +186,7 @@ class Fit:
     def command(self, seconds: float | None = None) -> list[str]:
         """Return the arguments after ``ftd``; with a checkpoint there, those of a fit that resumes.
 
-        ``seconds`` are what training may take from here on. They decide the result, but belong to no name: a fit that
-        is resumed has another number of them.
+        Training may take ``seconds`` from here on. They belong to no name, because a fit that resumes has others.
         """
         options = ["--config", str(self.config), *self.options, *self.inputs()]
         if self.subcommand != "fit":
@@ -196,8 +195,8 @@ class Fit:
         options += [f"--trainer.logger.init_args.{key}={value}" for key, value in logger.items()]
         if seconds is not None:
             # Lightning's timer goes on counting where a fit resumes.
-            spent = self.status()["seconds"] if self.checkpoint.exists() else 0.0
-            options.append(f"--trainer.max_time={json.dumps({'seconds': round(spent + seconds)})}")
+            seconds += self.status()["seconds"] if self.checkpoint.exists() else 0.0
+            options.append(f"--trainer.max_time={json.dumps({'seconds': round(seconds)})}")
         return ["fit", *options, *(["--ckpt_path=last"] if self.checkpoint.exists() else [])]
 
     def status(self) -> dict[str, Any]:

@@ -95,6 +95,10 @@ def test_a_job_ends_in_its_time_whatever_its_fits_take(method, early, here, monk
     assert began["distill"] < 240, "the set is being written at half of the budget"
 
 
+def test_longer_budgets_allow_larger_images():
+    assert [command.largest_size(minutes, gpu=False) for minutes in (8, 30, 120, 480)] == [32, 32, 64, 128]
+
+
 def test_networks_on_real_images_are_trained_until_they_level_off(tmp_path, capsys):
     few = DIGITS._replace(train=(8,) * 60, test=(2,) * 60, names=tuple(map(str, range(60))))
     for found in (few, DIGITS, CIFAR):
@@ -216,7 +220,7 @@ def test_a_folder_becomes_a_set(method, tiny, capsys, monkeypatch):
     assert list(results["accuracy"]) == ["random", method, "real"]
     worse = " is not better than random real images, 1 per class: " in out.splitlines()[-1]
     assert worse != is_better(results["difference"][method])
-    assert out.endswith(f"For more, name another --out and try --minutes 24, --ipc 10, a GPU or --method {other}.\n")
+    assert out.endswith(f"name another --out and give --minutes 24, a larger --ipc, a GPU or --method {other}.\n")
     assert (results["dataset"], results["ipc"]) == ("folder", 1)
     synthetic = SyntheticSet.load("out/set.safetensors")
     assert synthetic.images.shape == (10, 1, 8, 8)
