@@ -185,9 +185,10 @@ def verdict(results: Mapping[str, Any]) -> str:
     rows = {row["name"]: row for row in results["rows"]}
     learned = next(row for row in results["rows"] if row.get("iterations") is not None)
     found = learned["difference"]
+    better = "better" if is_better(found) else "not clearly better"
     said = (
-        f"{learned['label']} is {'' if is_better(found) else 'not '}better than {found['to_label']}: {points(found)} "
-        f"points (paired over {found['n']} networks, ± standard error)."
+        f"{learned['label']} is {better} than {found['to_label']}: {points(found)} points "
+        f"(paired over {found['n']} networks, ± standard error)."
     )
     real = rows["real"]
     if not real["trained_to_its_end"]:

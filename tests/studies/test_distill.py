@@ -218,7 +218,7 @@ def test_a_folder_becomes_a_set(method, tiny, capsys, monkeypatch):
     assert "Measured on 40 test images: an accuracy is uncertain by 7.9 points. Chance: 10.0 %." in out
     results = json.loads(Path("out/results.json").read_text())
     assert list(results["accuracy"]) == ["random", method, "real"]
-    worse = " is not better than random real images, 1 per class: " in out.splitlines()[-1]
+    worse = " is not clearly better than random real images, 1 per class: " in out.splitlines()[-1]
     assert worse != is_better(results["difference"][method])
     assert out.endswith(f"name another --out and give --minutes 24, a larger --ipc, a GPU or --method {other}.\n")
     assert (results["dataset"], results["ipc"]) == ("folder", 1)

@@ -81,6 +81,6 @@ def test_a_set_that_is_not_better_than_random_images_is_said_to_be_so():
         assert [line[2] for line in lines] == ["-", cell, "-"]
         assert cell in short_table(results)
         points, _, worse = cell.partition(",")
-        said = f"FTD is {worse and 'not '}better than random images: {points} points"
+        said = f"FTD is {worse and 'not clearly '}better than random images: {points} points"
         said += " (paired over 3 networks, ± standard error)."
         assert verdict(results) == said + " Real images (99, 7 epochs) are 5.1 points better than the set." * ended
