@@ -219,7 +219,6 @@ class DistillationDataModule(LightningDataModule):
         val: Any = None,
         class_names: Sequence[str] | None = None,
         transform: Any = None,
-        item: Choice | None = None,
         **options: Any,
     ) -> Self:
         """Read torch datasets of (image, label), or pairs of tensors (images, labels), into memory.
@@ -235,7 +234,6 @@ class DistillationDataModule(LightningDataModule):
             transform: of images that are normalised already, which are taken as they are: torchvision's ``Normalize``
                 or a ``Compose`` with one in it, ``Standardization`` or ``Whitening``. None: the ``Normalize`` in the
                 datasets' own ``transform``, where their images are not in [0, 1].
-            item: returns (image, label) from an item of another form, such as a dictionary.
             options: arguments of the constructor, but those that say where files are.
         """
         for name in ("dataset", "root", "download", "test_fraction", "skip_broken"):
@@ -244,8 +242,7 @@ class DistillationDataModule(LightningDataModule):
         data = cls(**options)
         data.hparams["dataset"], data.root = OWN_IMAGES, None
         size = data.hparams["image_size"]
-        read: dict[str, Any] = {"class_names": class_names, "image_size": size, "transform": transform, "item": item}
-        data.spec = read_datasets(train, test, val, **read)
+        data.spec = read_datasets(train, test, val, class_names=class_names, image_size=size, transform=transform)
         return data
 
     @classmethod
@@ -262,24 +259,21 @@ class DistillationDataModule(LightningDataModule):
         """Read the loaders of another LightningDataModule into memory, once, and serve every phase from there.
 
         Images are pictures, as for :meth:`from_datasets`. The validation loader's images are the held-out ones; without
-        one, none are. Without a test loader, only what needs test images is refused. Map-style datasets are read whole,
-        in their own order: of samplers, only the choice of a ``SubsetRandomSampler`` counts. Hooks on batches
-        (``on_after_batch_transfer`` and the like) are not called: images are what the loaders yield.
+        one, none are. Without a test loader, what needs test images is refused. Map-style datasets are read whole, in
+        their own order: of samplers, only the choice of a ``SubsetRandomSampler`` counts. Hooks on batches
+        (``on_after_batch_transfer`` and the like) are not called.
 
         Args:
-            datamodule: of ``lightning`` or ``pytorch_lightning``. Its loaders yield (images, labels); the batch size is
-                that of its training loader.
-            batch: returns (images, labels) from a batch of another form:
-                ``lambda b: (b["image"] / 10000, b["label"])``.
+            datamodule: of ``lightning`` or ``pytorch_lightning``; the batch size is that of its training loader.
+            batch: returns (images, labels) from a batch of another form: ``lambda b: (b["image"] / 1e4, b["label"])``.
             loaders: which of several loaders of a part is read, by its index or key, such as ``{"val": 0}``.
             class_names: in label order; None: those of its training dataset, or numbers.
             transform: of images that are normalised already, as for :meth:`from_datasets`.
             options: arguments of the constructor, such as ``synthetic``, but those that say where files are.
         """
         data = cls(datamodule=lambda: datamodule, **options)
-        how: dict[str, Any] = {"batch": batch, "loaders": loaders, "class_names": class_names}
-        assert data.wrapped is not None
-        data.wrapped = partial(data.wrapped, **how, transform=as_transform(transform))
+        how = {"batch": batch, "loaders": loaders, "class_names": class_names, "transform": as_transform(transform)}
+        data.wrapped = partial(data.wrapped, **how)  # type: ignore[misc, arg-type]
         return data
 
     @classmethod

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,25 +70,17 @@ def find_images_file(request: Request) -> ImageDataset:
         for name in ("train", "test", "val")
         if name != "val" or "val_images" in file.names
     }
+    normalisation(parts, None, where=f"{path}: ")
     maximum = file.metadata.get("maximum")
     names = file.metadata["class_names"]
     return describe_images(parts, class_names=names, transform=None, maximum=maximum).at(request.image_size)
 
 
 READ_TWICE = 4  # items that are read a second time, to notice random augmentation
-EXPECTED = (
-    "pass pictures as uint8, uint16 or floats in [0, 1], or for images that are normalised already "
-    "transform=Normalize(mean, std), torchvision's or the like"
-)
-
-SLACK = 0.05  # of pixels without their normalisation: resizing may overshoot
+EXPECTED = "pass pictures as uint8, uint16 or floats in [0, 1], or transform=Normalize(mean, std) of normalised images"
 
 Batch = tuple[Tensor, Tensor]  # pictures (B, C, H, W) and labels (B,), as given
-Choice = Callable[[Any], Any]  # takes images and labels from a batch or an item of any form
-
-
-class NotPicturesError(InputError):
-    """Images are no pictures: their values are not in [0, 1]."""
+Choice = Callable[[Any], Any]  # takes images and labels from a batch of any form
 
 
 def normalisations(transform: Any) -> list[Standardization]:
@@ -105,8 +98,7 @@ def as_transform(given: Any) -> ImageTransform | None:
         return given
     if len(found := normalisations(given)) != 1:
         raise InputError(
-            f"transform={given!r:.60} holds {len(found)} Normalize, not one: pass the Normalize(mean, std) that was "
-            "applied to the images, or ftd_lightning.Standardization(mean, std)"
+            "transform= needs the one Normalize of the images, or a ftd_lightning.Standardization(mean, std)"
         )
     return found[0]
 
@@ -120,40 +112,53 @@ def known(dataset: Any, ask: Callable[[Any], Any]) -> Any:
     return answers[0] if answers and all(other == answers[0] for other in answers) else None
 
 
-def normalisation_of(datasets: Iterable[Any], error: NotPicturesError) -> Standardization:
-    """Return the one normalisation that the attributes ``transform`` of all parts have; raise the error without."""
-    held = [known(dataset, lambda one: normalisations(getattr(one, "transform", None)) or None) for dataset in datasets]
-    first = held[0]
-    if first is None or len(first) != 1 or any(other != first for other in held):
-        raise error
-    rank_zero_info(f"images are normalised by the {first[0]} of their dataset's transform, which is kept")
-    return first[0]
+def normalisation(
+    parts: Parts, given: ImageTransform | None, datasets: Iterable[Any] = (), where: str = ""
+) -> ImageTransform | None:
+    """Return how images are normalised: as given, or where they are no pictures, as all their datasets say.
+
+    Images that are no pictures even without it are refused; ``where`` begins the message.
+    """
+    for name, (images, _) in parts.items():
+        if not images.is_floating_point() or not len(images):
+            continue
+        ends = torch.stack([images.amin((0, 2, 3)), images.amax((0, 2, 3))])[..., None, None]  # of each channel
+        if given is None and not _within(ends, 0):
+            all_of_them = SimpleNamespace(datasets=list(datasets))
+            said = known(all_of_them, lambda one: normalisations(getattr(one, "transform", None)) or None)
+            if said is not None and len(said) == 1:
+                given = said[0]
+                rank_zero_info(f"images are normalised by the {given} of their dataset's transform, which is kept")
+        ends = given.invert(ends) if isinstance(given, Standardization) else ends  # resizing may overshoot
+        if not isinstance(given, Whitening) and not _within(ends, 0.05 if given else 0):
+            without = "" if given is None else f" without their {given}"
+            low, high = map(float, ends.aminmax())
+            raise InputError(f"{where}{name}: images{without} have values from {low:.3g} to {high:.3g}; {EXPECTED}")
+    return given
+
+
+def _within(ends: Tensor, slack: float) -> bool:
+    return bool(((ends >= -slack) & (ends <= 1 + slack)).all())
 
 
 def read_images(
-    data: Any,
-    part: str,
-    *,
-    image_size: ImageSize | None = None,
-    transform: ImageTransform | None,
-    item: Choice | None = None,
+    data: Any, part: str, *, image_size: ImageSize | None = None, transform: ImageTransform | None
 ) -> Pictures:
     """Read a torch dataset of (image, label) or a pair of tensors into memory, resized to ``image_size``.
 
     Images are Pillow images, tensors (C, H, W) or (H, W), arrays (H, W, C) or (H, W); or all of them, (N, C, H, W) or
-    (N, H, W). They are pictures, or with a ``transform`` normalised already. ``part`` is named in messages, ``item``
-    takes image and label from items of another form.
+    (N, H, W). They are pictures, or with a ``transform`` normalised already. ``part`` is named in messages.
     """
     batches: Iterable[Batch]
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
         batches = [as_batch(data[0], data[1], part)]
     elif isinstance(data, IterableDataset):
-        batches = (_as_item(one, part, item) for one in data)
+        batches = (_as_item(item, part) for item in data)
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        first = [_as_item(data[i], part, item) for i in range(min(READ_TWICE, len(data)))]
-        warn_of_random(first, (_as_item(data[i], part, item) for i in range(len(first))), part)
+        first = [_as_item(data[i], part) for i in range(min(READ_TWICE, len(data)))]
+        warn_of_random(first, (_as_item(data[i], part) for i in range(len(first))), part)
         rest = tqdm(range(len(first), len(data)), desc=f"reading {part} images", unit="image", leave=False, delay=1)
-        batches = chain(first, (_as_item(data[i], part, item) for i in rest))  # each is resized when it is read
+        batches = chain(first, (_as_item(data[i], part) for i in rest))  # each is resized when it is read
     else:
         raise InputError(f"{part}: must be a Dataset of (image, label) or a pair of tensors, not {type(data).__name__}")
     return joined(batches, part, image_size=image_size, transform=transform)
@@ -167,31 +172,20 @@ def read_datasets(
     class_names: Sequence[str] | None = None,
     image_size: ImageSize | None = None,
     transform: Any = None,
-    item: Choice | None = None,
 ) -> ImageDataset:
     """Read all parts and describe them; see :func:`read_images`, :func:`as_transform` and :func:`describe_images`."""
     given = {"train": train, "test": test, **({} if val is None else {"val": val})}
 
-    def read(by: ImageTransform | None) -> Parts:
-        options: dict[str, Any] = {"image_size": image_size, "transform": by, "item": item}
-        return {name: read_images(data, name, **options) for name, data in given.items()}
-
-    return _described(read, given, class_names=class_names, transform=as_transform(transform))
+    by = as_transform(transform)
+    parts = {name: read_images(data, name, image_size=image_size, transform=by) for name, data in given.items()}
+    return _described(parts, given, class_names=class_names, transform=by)
 
 
 def _described(
-    read: Callable[[ImageTransform | None], Parts],
-    datasets: Mapping[str, Any],
-    *,
-    class_names: Sequence[str] | None,
-    transform: ImageTransform | None,
+    parts: Parts, datasets: Mapping[str, Any], *, class_names: Sequence[str] | None, transform: ImageTransform | None
 ) -> ImageDataset:
-    """Read and describe all parts; what is not given is read from their datasets: normalisation and names."""
-    try:
-        parts = read(transform)
-    except NotPicturesError as error:
-        transform = normalisation_of(datasets.values(), error)
-        parts = read(transform)
+    """Describe all parts by what is given and what their datasets say of normalisation and names."""
+    transform = normalisation(parts, transform, datasets.values())
     names = class_names or classes_of(datasets["train"], parts["train"].labels)
     return describe_images(parts, class_names=names, transform=transform)
 
@@ -238,31 +232,11 @@ def _as_labels(labels: Any, part: str) -> Tensor:
         raise InputError(f"{part}: labels must be integers, not {one!r:.40}; number the classes from 0") from error
 
 
-def pair(found: Any, part: str, choose: Choice | None, name: str) -> tuple[Any, Any]:
-    """Return images and labels of a batch, or an item, by the user's function ``choose`` where its form is another.
-
-    ``name`` is that of the function as an argument, "batch" or "item".
-    """
-    chosen = found if choose is None else choose(found)
-    if isinstance(chosen, tuple | list) and len(chosen) == 2:
-        return chosen[0], chosen[1]
-    if choose is not None:
-        raise InputError(f"{part}: {name}= must return a pair (images, labels), not {type(chosen).__name__}")
-    entries = dict(found if isinstance(found, Mapping) else enumerate(found if isinstance(found, tuple | list) else ()))
-    axes = {key: 2 if isinstance(value, Image.Image) else getattr(value, "ndim", 0) for key, value in entries.items()}
-    image = next((key for key in entries if axes[key] > 1), "images")
-    integers = (Tensor, np.ndarray, np.integer, int)
-    label = next((key for key in entries if axes[key] < 2 and isinstance(entries[key], integers)), "labels")
-    kind = f"a {type(found).__name__}" + (f" of {', '.join(map(str, entries))}" if entries else "")
-    raise InputError(
-        f"{part}: must consist of pairs (images, labels), not {kind}: give "
-        f"{name}=lambda {name[0]}: ({name[0]}[{image!r}], {name[0]}[{label!r}]) or the like"
-    )
-
-
-def _as_item(found: Any, part: str, choose: Choice | None) -> Batch:
+def _as_item(item: Any, part: str) -> Batch:
     """Turn an item of a dataset into a batch of one."""
-    image, label = pair(found, part, choose, "item")
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise InputError(f"{part}: items must be pairs (image, label), not {type(item).__name__}")
+    image, label = item
     if isinstance(image, Image.Image):
         try:
             image = torch.from_numpy(pixels(image, channels=1 if is_grey(image) else 3).copy())  # uint16 of 16 bits
@@ -320,17 +294,6 @@ def _checked(images: Tensor, part: str, transform: ImageTransform | None) -> Ten
     if not images.is_floating_point():
         wrong = "transform= is for normalised images, which are floats" if transform else EXPECTED
         raise InputError(f"{part}: images are {images.dtype}; {wrong}")
-    if transform is None and not bool(((images >= 0) & (images <= 1)).all()):
-        low, high = float(images.min()), float(images.max())
-        raise NotPicturesError(f"{part}: images have values from {low:.3g} to {high:.3g}; {EXPECTED}")
-    if isinstance(transform, Standardization):
-        ends = torch.stack([images.amin((0, 2, 3)), images.amax((0, 2, 3))])  # of each channel
-        low, high = map(float, transform.invert(ends[..., None, None].float()).aminmax())
-        if not -SLACK <= low <= high <= 1 + SLACK:
-            raise InputError(
-                f"{part}: without the {transform} of transform=, images have values from {low:.3g} to {high:.3g}, not "
-                "in [0, 1]: give what was applied to them"
-            )
     return images.float()
 
 
@@ -401,10 +364,7 @@ def read_datamodule(
     image_size: ImageSize | None = None,
     transform: ImageTransform | None = None,
 ) -> tuple[ImageDataset, int]:
-    """Set another LightningDataModule up and read all its images; also return its batch size.
-
-    Without a test loader, the test part has no images.
-    """
+    """Set another LightningDataModule up and read all its images, test images if any; also return its batch size."""
     datamodule.trainer = trainer
     for stage in ("fit", "test"):
         datamodule.setup(stage)
@@ -412,18 +372,12 @@ def read_datamodule(
     used = {part: loader for part, loader in found.items() if loader is not None}
     if "train" not in used:
         raise InputError(f"{type(datamodule).__name__} has no train_dataloader, which is needed")
-    size = 0
-
-    def read(by: ImageTransform | None) -> Parts:
-        nonlocal size
-        some = {part: _read(loader, part, batch, image_size=image_size, transform=by) for part, loader in used.items()}
-        size = some["train"][1]
-        parts = {part: pictures for part, (pictures, _) in some.items()}
-        train = parts["train"]
-        return {"train": train, "test": Pictures(train.pictures[:0], train.labels[:0]), **parts}
-
+    read = {part: _read(loader, part, batch, image_size, transform) for part, loader in used.items()}
+    train, size = read["train"]
+    no_test = {"test": Pictures(train.pictures[:0], train.labels[:0])}
+    parts = {**no_test, **{part: pictures for part, (pictures, _) in read.items()}}
     datasets = {part: getattr(loader, "dataset", None) for part, loader in used.items()}
-    return _described(read, datasets, class_names=class_names, transform=transform), size
+    return _described(parts, datasets, class_names=class_names, transform=transform), size
 
 
 # Of the package `pytorch_lightning`, too: `lightning` has its classes a second time.
@@ -437,23 +391,41 @@ def _loader(datamodule: Any, part: str, loaders: Mapping[str, Any]) -> Any:
         return None
     found = make()
     choices = found if isinstance(found, dict) else dict(enumerate(found if isinstance(found, list) else [found]))
-    if part in loaders or len(choices) < 2:
-        return choices.get(loaders.get(part, next(iter(choices), None)))
-    keys = list(choices)
+    if not (keys := list(choices)):
+        return None
+    if (key := loaders.get(part, keys[0] if len(keys) == 1 else None)) in keys:
+        return choices[key]
     raise InputError(
         f"{type(datamodule).__name__}.{part}_dataloader returns {len(keys)} loaders: choose one of {keys}, such as "
         f"loaders={{{part!r}: {keys[0]!r}}}"
     )
 
 
+def pair(found: Any, part: str, choose: Choice | None) -> tuple[Any, Any]:
+    """Return images and labels of a batch, by the user's function where its form is another."""
+    chosen = found if choose is None else choose(found)
+    if isinstance(chosen, tuple | list) and len(chosen) == 2:
+        return chosen[0], chosen[1]
+    if choose is not None:
+        raise InputError(f"{part}: batch= must return a pair (images, labels), not {type(chosen).__name__}")
+    keyed = dict(found if isinstance(found, Mapping) else enumerate(found if isinstance(found, tuple | list) else ()))
+    tensors = {key: value.ndim for key, value in keyed.items() if isinstance(value, Tensor | np.ndarray)}
+    image = next((key for key, axes in tensors.items() if axes > 2), "images")
+    label = next((key for key in tensors if key != image), "labels")
+    raise InputError(
+        f"{part}: batches must be pairs (images, labels), not {type(found).__name__} with {list(keyed)}: give "
+        f"batch=lambda b: (b[{image!r}], b[{label!r}]) or the like"
+    )
+
+
 def _read(
-    loader: Any, part: str, choose: Choice | None, *, image_size: ImageSize | None, transform: ImageTransform | None
+    loader: Any, part: str, choose: Choice | None, image_size: ImageSize | None, transform: ImageTransform | None
 ) -> tuple[Pictures, int]:
     """Read all images of a loader; also return its batch size."""
     ordered = _in_order(loader, part)
 
     def batches(given: Iterable[Any]) -> Iterator[Batch]:
-        return (as_batch(*pair(one, part, choose, "batch"), part) for one in given)
+        return (as_batch(*pair(one, part, choose), part) for one in given)
 
     if ordered is not None:
         some = range(min(READ_TWICE, len(ordered.dataset)))  # type: ignore[arg-type]
