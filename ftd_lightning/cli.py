@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 import ftd_lightning
@@ -123,10 +124,16 @@ def _message(error: BaseException | None) -> str | None:
     # Without Lightning imported, none of its errors can have been raised.
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
     mistakes = (InputError, DivergenceError, *([lightning.MisconfigurationException] if lightning else []))
+    # Lightning restores a checkpoint of odd content without looking at it.
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    restores = any("checkpoint_connector" in frame.filename and "restore_" in frame.name for frame in frames)
+    odd = f"ckpt_path: the checkpoint does not fit these settings, or is damaged ({error}); begin the fit anew"
     while error is not None:
         if isinstance(error, mistakes):
             return str(error)
         if isinstance(error, OSError) and error.filename is not None:
             return f"{error.filename}: {error.strerror}"
+        if "embedded null byte" in str(error):
+            return "a path must not contain a null byte"
         error = error.__cause__
-    return None
+    return odd if restores else None

@@ -232,6 +232,8 @@ def test_the_checkpoint_of_another_module_or_of_other_settings(here: Path, capsy
     line = one_line(capsys, *EVALUATE, "--data.synthetic=random", f"--ckpt_path={path}")
     assert "is a checkpoint of a FlatTeacher" in line
     assert "SyntheticEvaluation" in line
+    torch.save({**torch.load(path, weights_only=True), "optimizer_states": [{}]}, "odd.ckpt")
+    assert "the checkpoint does not fit these settings" in one_line(capsys, *TEACH, "--ckpt_path=odd.ckpt")
     for given in ("last", path):
         line = one_line(capsys, *TEACH, "--model.lr=0.5", f"--ckpt_path={given}")
         assert "lr=0.5, but the checkpoint was made with 0.05" in line
@@ -242,7 +244,7 @@ def test_what_the_operating_system_refuses(shelf: Path, here: Path, capsys) -> N
     (here / "file").write_text("")
     os.symlink("loop", "loop")
     good = str(shelf / "set.safetensors")
-    for target, named in (("file/sub", "file"), ("loop", "loop"), ("/proc/x", "/proc/")):
+    for target, named in (("file/sub", "file"), ("loop", "loop"), ("/proc/x", "/proc/x: ")):
         assert named in one_line(capsys, "export", good, target)
     assert "file" in one_line(capsys, *TEACH, "--trainer.logger.init_args.save_dir=file")
     (here / "runs" / "digits" / "evaluate" / "evaluation.json").mkdir(parents=True)

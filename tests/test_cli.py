@@ -70,12 +70,15 @@ def test_configs_lists_prints_and_copies(capsys) -> None:
     assert set(listed) == {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.yaml")}
     found = printed(capsys, "configs", "cifar10/", "DATM", "distill").splitlines()
     assert [line.split()[0][-8:].split("_")[-1] for line in found] == ["ipc1", "ipc10", "ipc50", "ipc500", "ipc1000"]
+    listed = printed(capsys, "configs", "cifar10", "datm", "ipc1").split()
+    assert [word for word in listed if "/" in word] == ["cifar10/distill_datm_ipc1"]
     text = printed(capsys, "configs", "digits/teacher_mtt")
     assert text == (CONFIGS / "digits" / "teacher_mtt.yaml").read_text()
     copy = ("configs", "digits/teacher_mtt", "--to", "own/mine.yaml")
     cli.main(copy)
     assert Path("own/mine.yaml").read_text() == text
     assert refusal(capsys, *copy)[0] == 1
+    assert refusal(capsys, *copy[:-1], "a\0b") == (1, "ftd: error: a path must not contain a null byte")
     Path("latin.yaml").write_bytes("# é\n".encode("latin-1"))
     code, line = refusal(capsys, "configs", "latin.yaml")
     assert (code, "UTF-8" in line) == (1, True)

@@ -108,7 +108,7 @@ STORE_READERS = {
     "matching": lambda store: student_networks(TrajectoryStore(store)),
     "coreset": lambda store: small_data(synthetic="herding", trajectories=str(store)).setup(),
     "label": label,
-    "trajectory-error": lambda store: trajectory_error(Path("set.safetensors"), store, output=Path("curve")),
+    "trajectory-error": lambda store: trajectory_error(Path("set.safetensors"), store, out=Path("curve")),
 }
 SET_READERS = {
     "info": lambda file: describe(file),
@@ -116,7 +116,7 @@ SET_READERS = {
     "evaluation": lambda file: small_data(synthetic=str(file)).setup(),
     "export": lambda file: export(file, Path("exported")),
     "rank": lambda file: prepare([str(file)], RankSettings(out="ranked"), {"max_per_class": 14}),
-    "trajectory-error": lambda file: trajectory_error(file, Path("store"), output=Path("curve")),
+    "trajectory-error": lambda file: trajectory_error(file, Path("store"), out=Path("curve")),
 }
 
 
@@ -274,7 +274,7 @@ def test_a_network_of_ones_own_is_passed_by_whoever_runs_the_command(here, refus
         SET_READERS["rank"]("set.safetensors")
     prepare(["set.safetensors"], RankSettings(out="ranked", network=OWN), {"max_per_class": 14})
     with refused("not of this library: pass it as network"):
-        trajectory_error(Path("set.safetensors"), Path("own"), output=Path("curve"))
+        trajectory_error(Path("set.safetensors"), Path("own"), out=Path("curve"))
     synthetic, store = SyntheticSet.load("set.safetensors"), TrajectoryStore("own")
     measure_trajectory_error(synthetic, store, small_data().part("test"), own(1, 10, 8))
     with refused("not of this library: choose by teachers of"):

@@ -31,11 +31,9 @@ def _order(name: str) -> tuple[str, int, list[str | int]]:
 def matching(words: Sequence[str]) -> dict[str, str]:
     """Return names and titles of the shipped configs that hold all words, by data set and kind."""
     titles = {name: _title(name) for name in sorted(shipped_names(), key=_order)}
-    return {
-        name: title
-        for name, title in titles.items()
-        if all(word.lower() in f"{name} {title}".lower() for word in words)
-    }
+    # "cifar10" is not in "cifar100".
+    wanted = [re.compile(re.escape(word) + (r"(?!\d)" if word[-1:].isdigit() else ""), re.IGNORECASE) for word in words]
+    return {name: title for name, title in titles.items() if all(word.search(f"{name} {title}") for word in wanted)}
 
 
 def configs(words: Sequence[str] = (), *, to: Path | None = None) -> None:

@@ -219,5 +219,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
+    except OSError as error:
+        if error.errno is None or error.filename != str(part):
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error  # names the folder, not its part
     finally:
         shutil.rmtree(part, ignore_errors=True)

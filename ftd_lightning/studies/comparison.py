@@ -124,14 +124,16 @@ class Comparison:
             if missing:
                 raise ValueError(f"lacks {', '.join(missing)}")
             found: dict[str, Any] = parser.parse_object(given).as_dict()
+            # Not by the parser: it would make objects of the class paths within settings.
+            for entry in (found, *found["rows"].values()):
+                entry |= {key: Settings(**entry[key]) for key in SETTINGS if entry[key] is not None}
+            for key, kind in {"rows": Row, "teachers": Teachers, "networks": Settings}.items():
+                found[key] = {name: kind(**entry) for name, entry in found[key].items()}
+            return cls(**found, file=file, overrides=split_by_phase(overrides))
+        except InputError:
+            raise
         except Exception as error:  # jsonargparse raises several kinds
             raise InputError(f"{file}: {' '.join(str(error).split())[:400]}") from error
-        # Not by the parser: it would make objects of the class paths within settings.
-        for entry in (found, *found["rows"].values()):
-            entry |= {key: Settings(**entry[key]) for key in SETTINGS if entry[key] is not None}
-        for key, kind in {"rows": Row, "teachers": Teachers, "networks": Settings}.items():
-            found[key] = {name: kind(**entry) for name, entry in found[key].items()}
-        return cls(**found, file=file, overrides=split_by_phase(overrides))
 
     def base(self, name: str) -> str | None:
         """Return the row that a row is compared with; None where there is none, or it is the same."""

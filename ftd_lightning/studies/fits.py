@@ -204,8 +204,9 @@ class Fit:
         return {"done": False, "seconds": 0.0, "device": "", **read_json(self.folder / STATUS)}
 
     def is_done(self) -> bool:
-        """Whether the fit ended by itself and its output is there."""
-        return self.status()["done"] is True and (self.folder / self.output).is_file()
+        """Whether the fit ended by itself and its output is there; a damaged result is not."""
+        file = self.folder / self.output
+        return self.status()["done"] is True and file.is_file() and (file.suffix != ".json" or bool(read_json(file)))
 
 
 class Deadline:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from ftd_lightning.core.networks import student_networks
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore, check_compatible
-from ftd_lightning.files.safetensors_io import versions, write_json
+from ftd_lightning.files.safetensors_io import read_json, versions, write_json
 from ftd_lightning.files.schema import markdown_table
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.matching import chunked_permutations
@@ -224,7 +223,7 @@ def trajectory_error(
     ema: bool = False,
     syn_steps: int | None = None,
     expert_epochs: int | None = None,
-    output: Path | None = None,
+    out: Path | None = None,
     against: Sequence[Path] = (),
     seed: int = 0,
 ) -> None:
@@ -240,12 +239,15 @@ def trajectory_error(
         ema: use the set's averaged images.
         syn_steps: inner steps per segment; by default the set's.
         expert_epochs: teacher epochs per segment; by default the set's.
-        output: by default a folder trajectory_error beside the set.
+        out: by default a folder trajectory_error beside the set.
         against: a curve.json to draw beside it.
         seed: of mini-batches and augmentation.
     """
-    others = [json.loads(path.read_text(encoding="utf-8")) for path in against]
-    folder = output or set_file.parent / "trajectory_error"
+    others = [read_json(path) for path in against]
+    for path, found in zip(against, others, strict=True):
+        if found.get("kind") != "trajectory_error":
+            raise InputError(f"{path}: is no curve.json of ftd trajectory-error")
+    folder = out or set_file.parent / "trajectory_error"
     synthetic, store = SyntheticSet.load(set_file), TrajectoryStore(store_folder)
     curves = measure_trajectory_error(
         synthetic,

@@ -320,7 +320,7 @@ def test_a_fit_is_done_when_it_ended_by_itself_and_its_output_is_there(here: Pat
         def child(command, log, seconds):
             log.write_text("Epoch 1\rEpoch 2\nftd: error: no such thing\nnext\n")
             if writes:
-                (fit.folder / "evaluation.json").write_text("{}")
+                (fit.folder / "evaluation.json").write_text('{"lr": 1}')
             return code
 
         return lambda: run_fit(fit, Deadline(None), child)
@@ -335,8 +335,8 @@ def test_a_fit_is_done_when_it_ended_by_itself_and_its_output_is_there(here: Pat
         run(0)()
     assert run(0, writes=True)()
     assert fit.is_done()
-    (fit.folder / "evaluation.json").unlink()
-    assert not fit.is_done()
+    (fit.folder / "evaluation.json").write_text('{"lr"')
+    assert not fit.is_done(), "damaged"
     (fit.folder / "fit.json").write_text('{"done"')
     assert fit.status()["done"] is False
 

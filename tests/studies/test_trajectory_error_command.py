@@ -165,7 +165,7 @@ def run(*arguments: object) -> None:
 
 
 def test_the_command_writes_a_curve_a_plot_and_a_table(here: Path, trajectories: Path, capsys) -> None:
-    run("set.safetensors", "store", "--teachers", 2, "--output", "out")
+    run("set.safetensors", "store", "--teachers", 2, "--out", "out")
     curve = json.loads(Path("out/curve.json").read_text())
     assert (curve["kind"], curve["method"], curve["on"], curve["ema"]) == ("trajectory_error", "mtt", "test", False)
     assert (curve["syn_steps"], curve["expert_epochs"], curve["epochs"]) == (3, 1, [1, 2, 3, 4])
@@ -188,7 +188,7 @@ def test_the_command_writes_a_curve_a_plot_and_a_table(here: Path, trajectories:
 def test_options_and_a_second_run_in_the_folder_of_the_set(here: Path) -> None:
     run("set.safetensors", "store")
     plain = json.loads(Path("trajectory_error/curve.json").read_text())["mean"]
-    run("set.safetensors", "store", "--dataset", "digits", "--on", "train", "--output", "train")
+    run("set.safetensors", "store", "--dataset", "digits", "--on", "train", "--out", "train")
     train = json.loads(Path("train/curve.json").read_text())["mean"]
     assert train["epsilon"] == plain["epsilon"], "weights do not know what they are measured on"
     assert train["teacher_loss"] != plain["teacher_loss"]
@@ -206,7 +206,7 @@ def test_bad_input_is_one_line_before_anything_is_written(here: Path, capsys) ->
         (["store/teacher_0000.safetensors", "store"], "a synthetic set is needed here"),
         ([*both, "--teachers", 3], "teacher 2 is asked for"),
         ([*both, "--dataset", "digit"], "did you mean 'digits'"),
-        ([*both, "--against", "nowhere/curve.json"], "nowhere/curve.json: No such file"),
+        ([*both, "--against", "nowhere/curve.json"], "nowhere/curve.json: is no curve.json"),
     ]
     for arguments, words in cases:
         assert words in refusal(capsys, "trajectory-error", *arguments)
