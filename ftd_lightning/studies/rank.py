@@ -54,7 +54,7 @@ COLUMNS = ("hard", "soft", PLAIN)
 SIDES = ("set", "random")
 KIND = "ranking_network"
 SPLIT = {"val_fraction", "max_per_class", "seed"}  # may differ between sets
-DATA_OPTIONS = {"root", "dataset", "image_size", *SPLIT, "test_fraction", "download", "cache_dir"}
+DATA_OPTIONS = {"root", "dataset", "image_size", *SPLIT, "test_fraction", "download", "cache_dir", "skip_broken"}
 
 
 @dataclass(frozen=True)
