@@ -144,9 +144,7 @@ def _boards(trainer: Trainer) -> list[Any]:
 
 
 class TensorBoardPictures(Callback):
-    """Shows the synthetic images below those that they began as, and histograms of their values.
-
-    Pictures are laid out by :func:`picture_grid`, whitening undone.
+    """Shows the synthetic images, whitening undone, below those that they began as, and histograms of their values.
 
     Args:
         every_n_epochs: how often, in Lightning epochs of ``iterations_per_epoch``, and at the beginning and the end;

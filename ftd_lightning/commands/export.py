@@ -221,8 +221,7 @@ def export(
         folder: a new or empty folder; it appears whole or not at all.
         ema: the averaged images instead of the last ones.
         format: what to write, png or tensors.
-        channels: numbers of the one or three channels, from 0, that PNGs show, e.g. 3,2,1; by default those of grey or
-            colour, of others the first three, or of two the first.
+        channels: one or three that PNGs show, numbered from 0, e.g. 3,2,1; by default the first three, or first of two.
 
     Returns:
         The number of images.
