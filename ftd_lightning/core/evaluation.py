@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -104,22 +103,6 @@ class EvaluationProtocol:
             [0.5, 0.5, 0.05, 0.05]
         """
         return self.lr * 0.1 if epoch >= max(1, self.epochs // 2) else self.lr
-
-
-def stalls(accuracies: Sequence[float], patience: int) -> int:
-    """Count how often a series has not risen above its maximum for ``patience`` values in a row.
-
-    Example:
-        >>> stalls([0.1, 0.3, 0.2, 0.3, 0.4, 0.4], patience=2)
-        1
-    """
-    count, best, since = 0, -math.inf, 0
-    for index, value in enumerate(accuracies):
-        if value > best:
-            best, since = value, index
-        elif index - since >= patience:
-            count, since = count + 1, index
-    return count
 
 
 def learned_lr(training: TrainingSet | None) -> float:

@@ -101,6 +101,22 @@ def held_out_seen(of_set: Any, here: Any) -> bool:
     return any(of_set.get(key) != here.get(key) for key in ("val_fraction", "seed", "max_per_class"))
 
 
+def stalls(accuracies: Sequence[float], patience: int) -> int:
+    """Count how often a series has not risen above its maximum for ``patience`` values in a row.
+
+    Example:
+        >>> stalls([0.1, 0.3, 0.2, 0.3, 0.4, 0.4], patience=2)
+        1
+    """
+    count, best, since = 0, -math.inf, 0
+    for index, value in enumerate(accuracies):
+        if value > best:
+            best, since = value, index
+        elif index - since >= patience:
+            count, since = count + 1, index
+    return count
+
+
 def choose_iterates(history: Sequence[dict[str, Any]], last: Tensor) -> dict[str, Any]:
     """Summarise the test accuracy of other iterates than the last, (n,); empty without a history.
 

@@ -14,18 +14,11 @@ from torchmetrics import MeanMetric
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import BatchPlan
 from ftd_lightning.core import ranks
-from ftd_lightning.core.evaluation import (
-    EvaluationProtocol,
-    PartsOnDevice,
-    learned_lr,
-    mean_and_std,
-    set_lr,
-    stalls,
-)
+from ftd_lightning.core.evaluation import EvaluationProtocol, PartsOnDevice, learned_lr, mean_and_std, set_lr
 from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.module import BaseModule, run_folder
 from ftd_lightning.core.networks import Network, right_answers
-from ftd_lightning.core.results import check_learning, choose_iterates, held_out_seen, write_results
+from ftd_lightning.core.results import check_learning, choose_iterates, held_out_seen, stalls, write_results
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.functional.augment import Augmentation

@@ -30,7 +30,7 @@ def run_rows(
 ) -> tuple[dict[str, str], bool]:
     """Run what is not done of rows; return reasons by failed row, and whether there was time.
 
-    ``run`` starts a fit; ``limit`` gives the seconds that it may train, and is asked when it begins.
+    ``run`` starts a fit; ``limit`` says, when it begins, how many seconds it may train.
     """
     if job.threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))

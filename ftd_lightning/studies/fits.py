@@ -186,7 +186,7 @@ class Fit:
     def command(self, seconds: float | None = None) -> list[str]:
         """Return the arguments after ``ftd``; with a checkpoint there, those of a fit that resumes.
 
-        Training may take ``seconds`` from here on. They belong to no name, because a fit that resumes has others.
+        Training may take ``seconds`` from here on, which belong to no name: a fit that resumes has others.
         """
         options = ["--config", str(self.config), *self.options, *self.inputs()]
         if self.subcommand != "fit":
@@ -291,10 +291,7 @@ def _reason(log: Path) -> str:
 
 
 def run_fit(fit: Fit, deadline: Deadline, run: Runner = run_child, seconds: float | None = None) -> bool:
-    """Run a fit until it ends or its time is over, and note the wall time; return whether it is done, else raise.
-
-    Training ends by itself after ``seconds``, which is a result; after the deadline the fit is to be continued.
-    """
+    """Run a fit, whose training may take ``seconds``, until it ends or the deadline; return whether it is done."""
     with held(fit.folder):
         log, before, began = fit.folder / LOG, fit.status()["seconds"], time.monotonic()
         code, done = None, False

@@ -178,10 +178,7 @@ def copy_set(job: Comparison, name: str, path: Path) -> Path | None:
 
 
 def verdict(results: Mapping[str, Any]) -> str:
-    """Say how much better than random images the set of ``ftd distill`` is and, if it is known, how far from real ones.
-
-    "trained_to_its_end" of the row "real" tells whether its accuracy is the one that real images allow.
-    """
+    """Say how much better than random images a set is, and how far from real ones that were trained to the end."""
     rows = {row["name"]: row for row in results["rows"]}
     learned = next(row for row in results["rows"] if row.get("iterations") is not None)
     found = learned["difference"]

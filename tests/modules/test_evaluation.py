@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
-from ftd_lightning.core.evaluation import EvaluationProtocol, accuracies, mean_and_std, stalls, train_fresh_networks
+from ftd_lightning.core.evaluation import EvaluationProtocol, accuracies, mean_and_std, train_fresh_networks
+from ftd_lightning.core.results import stalls
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.schema import per_cent
 from ftd_lightning.functional import Augmentation, flatten_parameters, seeded
