@@ -77,9 +77,7 @@ def test_instance_norm_is_torchs_affine_instance_norm():
 
 @pytest.mark.parametrize(("size", "depth"), [(28, 3), (33, 1)])
 def test_size_that_pooling_does_not_divide_is_refused(size, depth):
-    with pytest.raises(
-        InputError, match=rf"depth {depth} cannot halve {size} x {size} px {depth} times: lower the depth"
-    ):
+    with pytest.raises(InputError, match=rf"cannot halve {size} x {size} px {depth} times: lower the depth"):
         ConvNet(3, 10, size, depth=depth)
 
 
