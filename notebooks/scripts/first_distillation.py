@@ -19,6 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import Trainer
+from torchvision.utils import make_grid
 
 from ftd_lightning import (
     DistillationDataModule,
@@ -28,7 +29,6 @@ from ftd_lightning import (
     TrajectoryStore,
 )
 from ftd_lightning.callbacks import SyntheticEMA, SyntheticSetWriter, TrajectoryRecorder
-from ftd_lightning.callbacks.tensorboard import picture_grid
 from ftd_lightning.functional import Augmentation, InnerAdam
 from ftd_lightning.models import build_network
 from ftd_lightning.modules import BilevelDistillation
@@ -97,9 +97,9 @@ rows = {
     "distilled": synthetic.pictures(),
     "distilled, moving average": synthetic.pictures(ema=True),
 }
-figure, axes = plt.subplots(3, 1, figsize=(7, 3), dpi=70)
+figure, axes = plt.subplots(3, 1, figsize=(7, 3.2), dpi=100, layout="constrained")
 for axis, (title, pictures) in zip(axes, rows.items(), strict=True):
-    axis.imshow(picture_grid(pictures.clamp(0, 1), synthetic.labels).permute(1, 2, 0))
+    axis.imshow(make_grid(pictures.clamp(0, 1), nrow=10, padding=1).permute(1, 2, 0))
     axis.set_title(title, fontsize=9)
     axis.axis("off")
 plt.show()

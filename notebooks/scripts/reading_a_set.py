@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import Trainer
+from torchvision.utils import make_grid
 
 from ftd_lightning import (
     DistillationDataModule,
@@ -26,7 +27,6 @@ from ftd_lightning import (
     TrajectoryStore,
 )
 from ftd_lightning.callbacks import SyntheticSetWriter, TrajectoryRecorder
-from ftd_lightning.callbacks.tensorboard import picture_grid
 from ftd_lightning.functional import Augmentation
 from ftd_lightning.models import build_network
 from ftd_lightning.studies.trajectory_error import measure_trajectory_error
@@ -81,11 +81,11 @@ for key in ("method", "dataset", "network", "augmentation", "teachers", "iterati
 values = (synthetic.images - synthetic.images.amin()) / (
     synthetic.images.amax() - synthetic.images.amin()
 )
-figure, axes = plt.subplots(2, 1, figsize=(7, 2), dpi=70)
+figure, axes = plt.subplots(2, 1, figsize=(7, 2.2), dpi=100, layout="constrained")
 for axis, title, pictures in zip(
     axes, ("values", "pictures"), (values, synthetic.pictures()), strict=True
 ):
-    axis.imshow(picture_grid(pictures, synthetic.labels).permute(1, 2, 0))
+    axis.imshow(make_grid(pictures, nrow=10, padding=1).permute(1, 2, 0))
     axis.set_title(title, fontsize=9)
     axis.axis("off")
 plt.show()
