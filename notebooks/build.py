@@ -6,6 +6,7 @@ scripts are what is edited; outputs are those of the last run.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
+os.environ["TQDM_DISABLE"] = "1"  # a slow machine would show bars, on standard error
 LARGEST = 200_000  # bytes of a notebook: what a code-hosting page shows at once
 
 

@@ -6,7 +6,10 @@
 # teachers' store).
 
 # %%
+import json
 import logging
+import subprocess
+import sys
 import tempfile
 import warnings
 
@@ -24,12 +27,10 @@ from ftd_lightning import (
     FlatTeacher,
     SyntheticSet,
     TrajectoryMatching,
-    TrajectoryStore,
 )
 from ftd_lightning.callbacks import SyntheticSetWriter, TrajectoryRecorder
 from ftd_lightning.functional import Augmentation
 from ftd_lightning.models import build_network
-from ftd_lightning.studies.trajectory_error import measure_trajectory_error
 from ftd_lightning.core import EvaluationProtocol, accuracies, train_fresh_networks
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -128,23 +129,16 @@ for name, options in others.items():
 # from the teacher. How far?
 
 # %%
-store = TrajectoryStore(folder / "teachers")
-student = build_network("convnet", 1, 10, 8, width=16, depth=2)
-curves = measure_trajectory_error(synthetic, store, data.test, student, teachers=range(3))
-figure, axis = plt.subplots(figsize=(5, 2.6), dpi=70)
-for label, key in (
-    ("running through", "evaluation"),
-    ("started afresh from the teacher", "distillation"),
-):
-    axis.plot(
-        curves[0].epochs,
-        torch.tensor([getattr(curve, key) for curve in curves]).mean(0),
-        marker=".",
-        label=label,
-    )
+command = [sys.executable, "-m", "ftd_lightning", "trajectory-error", "--teachers", "3"]
+command += [folder / "set.safetensors", folder / "teachers", "--out", folder]
+subprocess.run(command, check=True, capture_output=True)
+curve = json.loads((folder / "curve.json").read_text())
+figure, axis = plt.subplots(figsize=(5, 2.6), dpi=100, layout="constrained")
+labels = {"evaluation": "running through", "distillation": "started afresh from the teacher"}
+for key, label in labels.items():
+    axis.plot(curve["epochs"], curve["mean"][key], marker=".", label=label)
 axis.set(xlabel="teacher epoch", ylabel="loss above the teacher's")
 axis.legend(fontsize=8)
 plt.show()
-epsilon = torch.tensor([curve.epsilon[-1] for curve in curves])
-mean, std = epsilon.mean(), epsilon.std(correction=0)
-print(f"accumulated error after {curves[0].epochs[-1]} epochs: {mean:.2f} ± {std:.2f}")
+mean, std = (curve[key]["epsilon"][-1] for key in ("mean", "std"))
+print(f"accumulated error after {curve['epochs'][-1]} epochs: {mean:.2f} ± {std:.2f}")
