@@ -18,11 +18,11 @@ from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.inner_optimizers import InnerAdam, InnerOptimizer, InnerSGD
 from ftd_lightning.functional.inner_step import student_logits
+from ftd_lightning.functional.matching import chunked_permutations
 from ftd_lightning.functional.seeding import derive_seed, to_device
 from ftd_lightning.functional.selection import Ipc
 from ftd_lightning.functional.unroll import flatten_parameters, unroll
 from ftd_lightning.modules.distillation import Distillation, Init, common
-from ftd_lightning.modules.inner_loop import InnerLoop
 from ftd_lightning.rules.base import MatchingRule, having
 
 if TYPE_CHECKING:
@@ -144,9 +144,8 @@ class BilevelDistillation(Distillation):
 
     def build(self) -> None:
         """Make the student, the initial synthetic set and its labels."""
-        hparams = self.hparams
-        student = self.fresh.architecture()
-        self.inner_loop = InnerLoop(student, hparams["syn_steps"], hparams["syn_batch"], hparams["compile"])
+        # In a tuple, no submodule: its weights are neither in checkpoints nor among DDP's parameters.
+        self._student = (self.fresh.architecture().requires_grad_(False).train(),)
         super().build()
         self.soft_labels = labels = self.student_labels(self._no_teachers)
         if labels is not None and not labels.learned():
@@ -159,7 +158,7 @@ class BilevelDistillation(Distillation):
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the student to the device; the real images too, where they fit."""
-        self.inner_loop.network.to(self.device, self.images.dtype)
+        self._student[0].to(self.device, self.images.dtype)
         self._real = self.real_on_device()
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
@@ -171,7 +170,7 @@ class BilevelDistillation(Distillation):
 
     def _loss_of(self, iteration: int, slot: int) -> Tensor:
         """Train a network on the set, and measure real images at its weights."""
-        hparams, student, keys = self.hparams, self.inner_loop.network, (iteration, slot)
+        hparams, student, keys = self.hparams, self._student[0], (iteration, slot)
         steps, skip = self.draw_window(*keys)
         start = self.fresh.build(self.seed, "network", *((0, 0) if hparams["fixed_network"] else keys))
         labels = self.soft_labels.learned_labels() if isinstance(self.soft_labels, StudentLabels) else self.labels
@@ -184,7 +183,7 @@ class BilevelDistillation(Distillation):
             batches=self._batches(*keys)[:steps],
             augment=self.augment or None,
             seed=derive_seed(self.seed, "dsa", *keys),
-            compile=self.inner_loop.compile,
+            compile=hparams["compile"],
             optimizer=self.optimizer,
             skip=skip,
         )
@@ -205,7 +204,7 @@ class BilevelDistillation(Distillation):
         """Return the mini-batches of all inner steps."""
         count, steps, size = len(self.images), self.hparams["syn_steps"], self.hparams["syn_batch"]
         if self.hparams["schedule"] == "shuffled":
-            return self.inner_loop.batches(count, self.generator("batches", iteration, slot))
+            return chunked_permutations(count, steps, self.generator("batches", iteration, slot), batch_size=size)
         # The first image of every class, then the second of every class, and so on.
         ranks = torch.cat([torch.arange(of_class) for of_class in self.images_of_class])
         chunks = ranks.argsort(stable=True).split(size or count)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
-from ftd_lightning.contracts import Images
+from ftd_lightning.contracts import DataDescription, Images, ImageShape
 from ftd_lightning.core.evaluation import on_device
 from ftd_lightning.core.labels import StudentLabels
 from ftd_lightning.core.module import BaseModule
@@ -22,6 +22,7 @@ from ftd_lightning.core.step_guard import MAX_SKIPPED, StepGuard
 from ftd_lightning.data.coresets import random_real_images
 from ftd_lightning.data.datamodule import NoLoaders, given_images
 from ftd_lightning.data.loaders import IterationCounter, IterationLoader
+from ftd_lightning.data.sources import OWN_IMAGES
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import versions
 from ftd_lightning.files.synthetic_set import SyntheticSet
@@ -29,6 +30,7 @@ from ftd_lightning.files.transforms import Standardization
 from ftd_lightning.functional.seeding import network_to_device, to_device
 from ftd_lightning.functional.selection import Ipc
 from ftd_lightning.rules.base import LabelRule, MatchingRule, having, only_one
+from ftd_lightning.sizes import as_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -132,10 +134,11 @@ class Distillation(BaseModule):
         super().__init__(network=network, network_options=network_options, augment=augment, seed=seed)
         self.ipc: Ipc = list(ipc) if isinstance(ipc, list | tuple) else ipc
         self.iterations_per_epoch, self.rules, self.continued = iterations_per_epoch, rules, None
-        if isinstance(init, str) and init not in ("real", "noise") and not init.startswith(CONTINUES):
-            if not Path(init).expanduser().is_file():
+        if isinstance(init, str) and init not in ("real", "noise"):
+            if Path(init).expanduser().is_file():
+                init = SyntheticSet.load(init)
+            elif not init.startswith(CONTINUES):
                 raise InputError(f"init={init!r} is no file of a synthetic set, nor 'real' or 'noise'")
-            init = SyntheticSet.load(init)
         if isinstance(init, SyntheticSet):
             self.continued, self.ipc = _class_by_class(init)
             init = CONTINUES + init.fingerprint()
@@ -185,13 +188,19 @@ class Distillation(BaseModule):
     def _continued_images(self) -> Images:
         """Return images and classes of the set to continue from; refuse one of other data."""
         found, data = self.continued or SyntheticSet.load(self.init), self.data
-        if data is not None:
+        classes = found.labels if found.labels.ndim == 1 else found.labels.argmax(1)
+        if data is None:  # ``real`` is as the set's images are
+            names = found.class_names or [str(label) for label in range(int(classes.max()) + 1)]
+            channels, *size = found.images.shape[1:]
+            shape = ImageShape(channels, len(names), as_size(size))
+            self.data = DataDescription(shape, names, found.transform, {"name": OWN_IMAGES})
+        else:
             ours = (data.shape.zeros(1).shape[1:], list(data.class_names), data.transform.describe())
             theirs = (found.images.shape[1:], found.class_names or ours[1], found.transform.describe())
             for name, one, other in zip(("image shape", "class_names", "transform"), theirs, ours, strict=True):
                 if one != other:
                     raise InputError(f"init: {name} of the set is {one!r:.90}, of the data {other!r:.90}")
-        return Images(found.images, found.labels if found.labels.ndim == 1 else found.labels.argmax(1))
+        return Images(found.images, classes)
 
     def first_images(self, real: Images) -> Images:
         """Choose the real images to start from: random ones of each class, class by class."""
@@ -269,7 +278,7 @@ class Distillation(BaseModule):
 
     def describe(self) -> dict[str, Any]:
         """Return the set's metadata beyond settings: here the data and the network."""
-        dataset = {"name": "own images"} if self.data is None else self.data.dataset
+        dataset = {"name": OWN_IMAGES} if self.data is None else self.data.dataset
         return {"dataset": dataset, "network": self.fresh.describe()}
 
     def synthetic_set(self) -> SyntheticSet:

@@ -17,7 +17,7 @@ from ftd_lightning.core import ranks
 from ftd_lightning.core.evaluation import EvaluationProtocol, PartsOnDevice, learned_lr, mean_and_std, set_lr
 from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.module import BaseModule, run_folder
-from ftd_lightning.core.networks import Network, right_answers
+from ftd_lightning.core.networks import Network
 from ftd_lightning.core.results import check_learning, choose_iterates, held_out_seen, stalls, write_results
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import versions
@@ -55,7 +55,7 @@ class SyntheticEvaluation(BaseModule):
             0: never. ``test`` measures the last iterate in any case.
         patience: train until accuracy on held-out images levels off: once their mean accuracy has not risen for so many
             measurements, the learning rate drops to a tenth, and the next time the fit ends; ``max_epochs`` is a limit
-            then. 0: drop at half of ``max_epochs``.
+            then. 0, or without held-out images: drop at half of ``max_epochs``.
 
     Attributes:
         networks: an ``nn.ModuleList`` of those that this rank trains; of all, in a module loaded from a checkpoint.
@@ -94,7 +94,8 @@ class SyntheticEvaluation(BaseModule):
         self.own, self.counted = list[int](), 0
         self._states, self._unsynchronised = ranks.RankStates(), ExitStack()
         self._real: PartsOnDevice | None = None
-        self._class_weights: Tensor | None = None  # (K,), of test images
+        self._right: list[Tensor] = []  # of each batch, (n, N) bool
+        self._classes: list[Tensor] = []  # (N,)
         self.trained_epochs = 0  # the trainer's own count is 0 where a checkpoint is tested
 
     def batch_plan(self) -> BatchPlan:
@@ -108,10 +109,7 @@ class SyntheticEvaluation(BaseModule):
         self.own = ranks.ranks_share(count, rank=rank, world_size=world_size)
         self.counted = sum(index < count for index in self.own)
         self.networks = nn.ModuleList(self.fresh.build(self.seed, "fresh", index) for index in self.own)
-        # A look for NaN would wait for the device in every step; other ranks have other networks.
-        own_mean = partial(MeanMetric, nan_strategy="disable", sync_on_compute=False)
-        self.accuracies, self.balanced = (nn.ModuleList(own_mean() for _ in self.own) for _ in range(2))
-        self.train_loss = MeanMetric(nan_strategy="disable")  # of all ranks
+        self.train_loss = MeanMetric(nan_strategy="disable")  # of all ranks; a look for NaN would wait for the device
 
     def configure_model(self) -> None:
         """Build for the trainer's data, and take the learning rate of the set."""
@@ -133,13 +131,7 @@ class SyntheticEvaluation(BaseModule):
         super().on_validation_start()
         self._states.restore(self)
 
-    def on_test_start(self) -> None:
-        """Restore them too; where classes of test images are unequal, weigh images by class, on average by 1."""
-        self.on_validation_start()
-        counts = torch.ones(1) if self.source is None else self.source.part("test").labels.bincount()
-        unequal = bool((counts != counts.max()).any())
-        weights = counts.sum() / counts / (counts > 0).sum()
-        self._class_weights = weights.to(self.device) if unequal else None
+    on_test_start = on_validation_start
 
     def on_train_start(self) -> None:
         """Keep DDP from averaging gradients of different networks."""
@@ -154,6 +146,10 @@ class SyntheticEvaluation(BaseModule):
         """Leave DDP as it was, and give the memory of the real images back."""
         self._unsynchronised.close()
         self._real = None
+
+    @property
+    def _held_out(self) -> bool:
+        return self._real is not None and len(self._real("val").labels) > 0
 
     @property
     def _stalls(self) -> int:
@@ -181,8 +177,8 @@ class SyntheticEvaluation(BaseModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the learning rate of the epoch."""
-        patience = self.hparams["patience"]
-        lr = self.lr * 0.1 ** min(self._stalls, 1) if patience else self.protocol.lr_at(self.current_epoch)
+        measures = self.hparams["patience"] and self._held_out
+        lr = self.lr * 0.1 ** min(self._stalls, 1) if measures else self.protocol.lr_at(self.current_epoch)
         set_lr(self.optimizers(use_pl_optimizer=False), lr)  # type: ignore[arg-type]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -205,12 +201,23 @@ class SyntheticEvaluation(BaseModule):
         """Return the mean logits of the networks (N, K)."""
         return self(batch[0]).mean(0)  # type: ignore[no-any-return]
 
-    def _measured(self, metrics: nn.ModuleList) -> Tensor:
-        """Return the accuracies of all ranks' networks, (n,), and clear the metrics."""
-        own = torch.stack([metric.compute() for metric in metrics]).tolist()  # type: ignore[operator]
-        for metric in metrics:
-            metric.reset()  # type: ignore[operator]
-        return torch.tensor(ranks.from_all_ranks(own, self.hparams["networks"]))
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure on held-out training images, or on test images."""
+        images, classes = batch
+        self._right.append(self(images).argmax(2) == classes)
+        self._classes.append(classes)
+
+    test_step = validation_step
+
+    def _measured(self) -> tuple[Tensor, Tensor | None]:
+        """Return accuracy and, where classes are unequal, balanced accuracy of all ranks' networks, (n,) each."""
+        right, classes = torch.cat(self._right, 1).float().cpu(), torch.cat(self._classes).cpu()
+        self._right, self._classes = [], []
+        labels, counts = classes.unique(return_counts=True)
+        recalls = torch.stack([right[:, classes == label].mean(1) for label in labels])
+        own = torch.stack([right.mean(1), recalls.mean(0)], 1).tolist()
+        accuracy, balanced = torch.tensor(ranks.from_all_ranks(own, self.hparams["networks"])).unbind(1)
+        return accuracy, balanced if len(counts.unique()) > 1 else None
 
     def _log_accuracies(self, part: str, values: Tensor) -> None:
         summary = mean_and_std(values)
@@ -218,23 +225,9 @@ class SyntheticEvaluation(BaseModule):
         log(f"evaluation/{part}_accuracy_mean", summary["mean"], prog_bar=True)
         log(f"evaluation/{part}_accuracy_std", summary["std"])
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measure on held-out training images."""
-        for network, metric in zip(self.networks, self.accuracies, strict=True):
-            metric.update(right_answers(network(batch[0]), batch[1]))  # type: ignore[operator]
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measure on test images."""
-        # The mean of recalls as a weighted mean: torchmetrics' own would count classes, which waits for the device.
-        weights = 1.0 if self._class_weights is None else self._class_weights[batch[1]]
-        for network, metric, balanced in zip(self.networks, self.accuracies, self.balanced, strict=True):
-            right = right_answers(network(batch[0]), batch[1])
-            metric.update(right)  # type: ignore[operator]
-            balanced.update(right * weights)  # type: ignore[operator]
-
     def on_validation_epoch_end(self) -> None:
         """Log their accuracy."""
-        self._log_accuracies("val", self._measured(self.accuracies))
+        self._log_accuracies("val", self._measured()[0])
         if self.trainer.state.fn == "fit" and self.epoch_complete:
             self.trained_epochs = self.current_epoch + 1  # a checkpoint may be saved before the epoch's end counts it
 
@@ -244,7 +237,7 @@ class SyntheticEvaluation(BaseModule):
             return
         self.trained_epochs, every = self.current_epoch + 1, self.hparams["measure_every"]
         due = every > 0 and self.trained_epochs % every == 0
-        if not due or self._real is None or not len(self._real("val").labels):
+        if not due or self._real is None or not self._held_out:
             return
         measured = self._real.accuracies(list(self.networks), self.hparams["networks"])
         self._log_accuracies("val", measured["val"])
@@ -274,7 +267,7 @@ class SyntheticEvaluation(BaseModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the accuracy of the last iterates and write ``evaluation.json`` beside the logs."""
-        values, balanced = self._measured(self.accuracies), self._measured(self.balanced)
+        values, balanced = self._measured()
         self._log_accuracies("test", values)
         synthetic = None if self.source is None else self.source.training_set()
         metadata = {} if synthetic is None else synthetic.metadata
@@ -284,7 +277,7 @@ class SyntheticEvaluation(BaseModule):
         failed = check_learning(self.trainer, self.networks, self.device, self.hparams["networks"])
         self.results = {
             "accuracy": {metadata.get("method", "set"): mean_and_std(values)},
-            **({} if self._class_weights is None else {"balanced_accuracy": mean_and_std(balanced)}),
+            **({} if balanced is None else {"balanced_accuracy": mean_and_std(balanced)}),
             **chosen,
             **({"failed": failed} if failed else {}),
             "each": values.tolist(),

@@ -19,12 +19,11 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
-from ftd_lightning.functional.matching import Match, match
+from ftd_lightning.functional.matching import Match, chunked_permutations, match
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.selection import Ipc, images_per_class
 from ftd_lightning.functional.unroll import Unroll
 from ftd_lightning.modules.distillation import Distillation, Init, common
-from ftd_lightning.modules.inner_loop import InnerLoop
 from ftd_lightning.rules.base import MatchingRule, having, only_one
 
 if TYPE_CHECKING:
@@ -164,9 +163,8 @@ class TrajectoryMatching(Distillation):
 
     def build(self) -> None:
         """Make the student, the initial synthetic set and its labels."""
-        hparams = self.hparams
-        student = self.fresh.architecture()
-        self.inner_loop = InnerLoop(student, hparams["syn_steps"], hparams["syn_batch"], hparams["compile"])
+        # In a tuple, no submodule: its weights are neither in checkpoints nor among DDP's parameters.
+        self._student = (self.fresh.architecture().requires_grad_(False).train(),)
         super().build()
         self.soft_labels = self.student_labels(
             lambda: self._recorded_teachers(self.real_images()).answers(self.images.detach())
@@ -195,7 +193,7 @@ class TrajectoryMatching(Distillation):
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the student to the device."""
-        self.inner_loop.network.to(self.device, self.images.dtype)
+        self._student[0].to(self.device, self.images.dtype)
 
     def training_step(self, batch: list[SegmentBatch], batch_idx: int) -> Tensor:
         """Average the matching losses of this rank's segments."""
@@ -213,7 +211,7 @@ class TrajectoryMatching(Distillation):
         iteration, slot = segment["iteration"], segment["slot"]
         if iteration != self.global_step:
             raise RuntimeError(f"segment {iteration} came at step {self.global_step}: the run could not be reproduced")
-        student, labels = self.inner_loop.network, self.labels
+        student, labels, hparams = self._student[0], self.labels, self.hparams
         if isinstance(self.soft_labels, StudentLabels):
             labels = self.soft_labels.of_segment(student, segment["target"], self.images.detach())
         return match(
@@ -223,12 +221,17 @@ class TrajectoryMatching(Distillation):
             self.images,
             labels,
             self.step_size,
-            batches=self.inner_loop.batches(len(self.images), self.generator("batches", iteration, slot)),
+            batches=chunked_permutations(
+                len(self.images),
+                hparams["syn_steps"],
+                self.generator("batches", iteration, slot),
+                batch_size=hparams["syn_batch"],
+            ),
             augment=self.augment or None,
             seed=derive_seed(self.seed, "dsa", iteration, slot),
-            unroll=self.hparams["unroll"],
+            unroll=hparams["unroll"],
             rules=self.rules,
-            compile=self.inner_loop.compile,
+            compile=hparams["compile"],
         )
 
     def _recorded_teachers(self, real: Images) -> RecordedTeachers:

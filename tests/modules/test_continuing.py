@@ -1,6 +1,7 @@
 """A distillation that starts from a set: every method continues with its images, labels and step size."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from fits import SMALL, make_trainer, small_data, small_matching
 
 from ftd_lightning import SyntheticSet, modules
 from ftd_lightning.functional import InnerAdam
+from ftd_lightning.models import ConvNet
 from ftd_lightning.modules.distillation import Distillation
 from ftd_lightning.rules import CorrectImages, LearnedLabels
 
@@ -65,6 +67,19 @@ def test_it_resumes_exactly_and_loads_without_the_set(tmp_path: Path, trajectori
     assert torch.equal(loaded.synthetic_set().images, half.synthetic_set().images)
     with refused("init=", first.fingerprint()):
         fit(tmp_path / "half", make("dm", trajectories, init=whole), 4, ckpt)
+
+
+def test_without_a_datamodule_the_set_keeps_its_own_transform(tmp_path: Path, trajectories: Path) -> None:
+    first, network = fit(tmp_path / "first", make("dm", trajectories), 1), partial(ConvNet, 1, 10, 8, **SMALL)
+    data, trainer = small_data(), make_trainer(tmp_path, max_steps=1)
+    data.setup()
+    module = modules.DistributionMatching(network, init=first, real=data.part("train"), batch_real=4)
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    loaded = modules.DistributionMatching.load_from_checkpoint(tmp_path / "own.ckpt", network=network)
+    for made in (module.synthetic_set(), loaded.synthetic_set()):
+        assert made.transform == first.transform == data.transform
+        assert (made.class_names, made.metadata["dataset"]) == (first.class_names, {"name": "own images"})
 
 
 def test_a_set_for_adam_keeps_its_step_size_to_itself(tmp_path: Path, trajectories: Path) -> None:

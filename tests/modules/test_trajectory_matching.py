@@ -121,7 +121,7 @@ def test_ten_in_a_row_end_the_run_with_the_last_good_set_on_disk(tmp_path, traje
     ("options", "data", "message"),
     [
         ({"max_start_epoch": 4, "expert_epochs": 2}, {}, "reaches epoch 5, but 4 were recorded"),
-        ({"ipc": 14}, {}, "class 0 has 13 images to train on; this works: [13,13,"),
+        ({"ipc": 14}, {}, r"class 0 has 13 images to train on; this works: \[13,13,"),
         ({"network": "convnet", "network_options": {"width": 8}}, {}, r"its teachers are convnet\(.*width=4"),
         ({}, {"zca": True}, "its teachers have transform .*standardization.* but .*zca"),
         ({"trajectories": Path("nowhere")}, {}, "nowhere: no teachers here"),
