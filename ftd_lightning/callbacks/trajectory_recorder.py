@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 FEWEST = 32  # images; 1 in 100 batches of 16 photographs of one class, unshuffled, deviates more than TOLERANCE
 SAMPLED = 1000  # described images whose pixels are measured
 TOLERANCE = 0.6  # pixels in [0, 1] have a standard deviation of at most 0.5, standardised ones of about 1
+WIDEST = 10  # times the standard deviation; augmentation, such as inversion, may double it; [0, 255] is another range
 
 
-def refuse_other_batch(batch: Any, described: DataSource) -> None:
-    """Refuse a training batch whose images have another shape than described, or clearly another mean or deviation.
+def check_first_batch(batch: Any, described: DataSource) -> None:
+    """Refuse a training batch of another shape or range of pixels than described; warn of another mean or deviation.
 
     This tells images in [0, 1], or in [0, 255], from standardised ones. A batch without a tensor (N, C, H, W) passes.
     """
@@ -43,22 +44,22 @@ def refuse_other_batch(batch: Any, described: DataSource) -> None:
     if images is None:
         return
     shape, found = tuple(described.description().shape.zeros(0).shape[1:]), tuple(images.shape[1:])
-    contradiction = f"of shape {shape}, but the first training batch has {found}" if shape != found else ""
-    if not contradiction and len(images) >= FEWEST:
+    refused, differs = shape != found, f"of shape {shape}, but the first training batch has {found}"
+    if not refused:
         known = described.part("train").images
         known = known[:: -(-len(known) // SAMPLED)]
         (mean, std), (wanted, spread) = ((float(x.float().mean()), float(x.float().std())) for x in (images, known))
-        least = TOLERANCE * spread
-        if not (least < std < spread / TOLERANCE and abs(mean - wanted) < least):
-            contradiction = (
-                f"whose pixels have mean {wanted:.2f} and standard deviation {spread:.2f}, but the first training "
-                f"batch has {mean:.2f} and {std:.2f}"
-            )
-    if contradiction:
-        raise InputError(
-            f"TrajectoryRecorder: data= describes images {contradiction}: give data= that describes the loader's "
-            "images, or only a name for them"
+        refused = not TOLERANCE * spread < std < WIDEST * spread
+        if len(images) < FEWEST or not (refused or std > spread / TOLERANCE or abs(mean - wanted) > TOLERANCE * spread):
+            return
+        differs = (
+            f"whose pixels have mean {wanted:.2f} and standard deviation {spread:.2f}, but the first training batch "
+            f"has {mean:.2f} and {std:.2f}"
         )
+    problem = f"TrajectoryRecorder: data= describes images {differs}"
+    if refused:
+        raise InputError(f"{problem}: give data= that describes the loader's images, or only a name for them")
+    rank_zero_warn(f"{problem}: if this is not its augmentation, give data= that describes the loader's images")
 
 
 SNAPSHOT = "snapshot"  # the kind of a snapshot's file, and the name of its tensor
@@ -286,7 +287,7 @@ class TrajectoryRecorder(Callback):
         """Compare the first batch with its description; record the initialisation, drawn by now."""
         if self._active and self._unchecked is not None:
             described, self._unchecked = self._unchecked, None
-            refuse_other_batch(batch, described)
+            check_first_batch(batch, described)
         if not self._active or batch_idx:
             return
         teacher, epoch, _, records = self._teacher(trainer, pl_module)

@@ -50,11 +50,10 @@ def _joined(sets: Sequence[SyntheticSet], names: Sequence[str]) -> SyntheticSet:
     order = of_images.argsort(stable=True)[: int((of_images < len(names)).sum())]
     soft, averages = torch.cat(rows)[order], [part.ema_images for part in sets if part.ema_images is not None]
     rates = [part.learning_rate for part in sets]
-    mean = None if None in rates else torch.tensor(rates).mean()
     return SyntheticSet(
         torch.cat([part.images for part in sets])[order],
         of_images[order] if all(part.labels.ndim == 1 for part in sets) else soft / soft.sum(1, keepdim=True),
-        sets[0].step_size if len(set(rates)) == 1 else mean,
+        sets[0].step_size if len(set(rates)) == 1 else None if None in rates else torch.tensor(rates).mean(),
         torch.cat(averages)[order] if len(averages) == len(sets) else None,
         list(names),
         sets[0].transform,
@@ -144,12 +143,6 @@ class SyntheticSet:
 
         An image with soft labels belongs to its most probable class. Of these labels, the probabilities of the taken
         classes are kept, divided by their sum. An InputError names a class that the set does not have.
-
-        Example:
-            >>> pets = SyntheticSet(torch.rand(3, 1, 8, 8), torch.arange(3), class_names=["cat", "dog", "eel"])
-            >>> part = pets.take_classes(["eel", "cat"])
-            >>> part.labels, torch.equal(part.images[0], pets.images[2])
-            (tensor([0, 1]), True)
         """
         if missing := [name for name in names if name not in self.class_names]:
             raise InputError(f"take_classes: no class {missing[0]!r}: there are {', '.join(self.class_names)}")
@@ -168,8 +161,8 @@ class SyntheticSet:
             >>> cats = SyntheticSet(torch.rand(2, 1, 8, 8), torch.tensor([0, 0]), class_names=["cat"])
             >>> dogs = SyntheticSet(torch.rand(1, 1, 8, 8), torch.tensor([0]), class_names=["dog"])
             >>> pets = SyntheticSet.concatenate([cats, dogs])
-            >>> pets.labels, pets.class_names
-            (tensor([0, 0, 1]), ['cat', 'dog'])
+            >>> pets.labels, pets.class_names, pets.take_classes(["dog"]).labels
+            (tensor([0, 0, 1]), ['cat', 'dog'], tensor([0]))
         """
         for part in sets:
             if part.images.shape[1:] != sets[0].images.shape[1:] or not part.class_names:
@@ -177,9 +170,10 @@ class SyntheticSet:
             if part.transform.describe() != sets[0].transform.describe():
                 raise InputError("concatenate: the sets' transforms differ; apply one of them to all pictures()")
         joined = _joined(sets, list(dict.fromkeys(name for part in sets for name in part.class_names)))
-        described = [(part.fingerprint(), list(part.class_names), part.metadata.get("method")) for part in sets]
-        keys = ("fingerprint", "class_names", "method")
-        joined.metadata["joined"] = [dict(zip(keys, values, strict=True)) for values in described]
+        joined.metadata["joined"] = [
+            {"fingerprint": part.fingerprint(), "class_names": part.class_names, "method": part.metadata.get("method")}
+            for part in sets
+        ]
         return joined
 
     def check(self, where: object) -> None:
