@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ftd_lightning.bounds import check_bounds
-from ftd_lightning.core.arguments import inner_optimizer, matching_rules
+from ftd_lightning.core.arguments import inner_optimizer
 from ftd_lightning.core.labels import StudentLabels
 from ftd_lightning.core.networks import Network
 from ftd_lightning.errors import InputError
@@ -121,23 +120,20 @@ class BilevelDistillation(Distillation):
         real: tuple[Tensor, Tensor] | None = None,
         compile: Compile = "auto",  # noqa: A002
     ) -> None:
-        check_bounds(BilevelDistillation, locals())
+        augment = Augmentation.of(augment)
+        super().__init__(
+            **common(locals()),
+            step_size=[float(step_size_init)] * syn_steps if schedule == "fixed" else float(step_size_init),
+        )
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
         if schedule not in get_args(Schedule):
             raise InputError(f"schedule={schedule!r} is unknown: choose from {list(get_args(Schedule))}")
         if window is not None and window > syn_steps:
             raise InputError(f"window={window} must be at most syn_steps={syn_steps}")
-        super().__init__(
-            **common(locals()),
-            augment=Augmentation.of(augment),
-            step_size=[float(step_size_init)] * syn_steps if schedule == "fixed" else float(step_size_init),
-            lr_step_size=lr_step_size,
-            rules=matching_rules(rules or []),
-        )
         self.optimizer = inner_optimizer(optimizer)
         if self.continued is not None and isinstance(self.optimizer, InnerAdam):
             self.continued.step_size = None  # not Adam's: see ``synthetic_set``
-        self.save_arguments(locals(), augment=self.augment, rules=self.rules, optimizer=self.optimizer)
+        self.save_arguments(locals(), optimizer=self.optimizer)
         for hook in OF_TEACHERS:
             if asking := having(self.rules, hook):
                 raise InputError(f"rules: {type(asking[0]).__name__} asks teachers ({hook}), but there are none here")

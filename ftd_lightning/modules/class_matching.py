@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ftd_lightning.bounds import check_bounds
 from ftd_lightning.core.networks import Network
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Augmentation
@@ -147,14 +146,9 @@ class DistributionMatching(Distillation):
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        check_bounds(DistributionMatching, locals())
-        super().__init__(
-            **common(locals()),
-            augment=Augmentation.of(augment, align_corners=False),
-            step_size=lr_network,
-            momentum=momentum,
-        )
-        self.save_arguments(locals(), augment=self.augment)
+        augment = Augmentation.of(augment, align_corners=False)
+        super().__init__(**common(locals()), step_size=lr_network)
+        self.save_arguments(locals())
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the real images to the device, where they fit."""
@@ -230,14 +224,9 @@ class GradientMatching(Distillation):
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        check_bounds(GradientMatching, locals())
-        super().__init__(
-            **common(locals()),
-            augment=Augmentation.of(augment, align_corners=False),
-            step_size=lr_network,
-            momentum=momentum,
-        )
-        self.save_arguments(locals(), augment=self.augment)
+        augment = Augmentation.of(augment, align_corners=False)
+        super().__init__(**common(locals()), step_size=lr_network)
+        self.save_arguments(locals())
         ipc = self.ipc
         published = None if isinstance(ipc, list) else PUBLISHED_LOOPS.get(ipc)
         if published is None and not (outer_loops and inner_epochs):

@@ -12,8 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
 from ftd_lightning.contracts import DataDescription, Images, ImageShape
+from ftd_lightning.core.arguments import matching_rules
 from ftd_lightning.core.evaluation import on_device
 from ftd_lightning.core.labels import StudentLabels
 from ftd_lightning.core.module import BaseModule
@@ -46,13 +48,15 @@ Init = str | SyntheticSet
 CONTINUES = "set "  # of ``init`` as it is recorded, before the fingerprint of the set that a fit continues from
 SMALLEST_STEP_SIZE = 1e-8  # far below any step size that trains a network, far above float32's smallest number
 
-# Arguments of every method's constructor, which it passes on unchanged.
+# Arguments of methods' constructors, which they pass on unchanged.
 COMMON = ("network", "network_options", "ipc", "init", "iterations_per_epoch", "seed", "real", "lr_images")
+COMMON_TO_SOME = ("augment", "lr_step_size", "momentum", "rules")
 
 
 def common(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Select them from a constructor's ``locals()``."""
-    return {name: arguments[name] for name in COMMON}
+    """Check the ``locals()`` of a constructor against their ranges, and select the common ones."""
+    check_bounds(arguments["__class__"], arguments)
+    return {name: arguments[name] for name in (*COMMON, *COMMON_TO_SOME) if name in arguments}
 
 
 def _class_by_class(found: SyntheticSet) -> tuple[SyntheticSet, Ipc]:
@@ -105,7 +109,7 @@ class Distillation(BaseModule):
         initial_images: a copy of the images at the start; None in a module loaded from a checkpoint.
         ema_images: their moving average, where a ``SyntheticEMA`` keeps one.
         scores: accuracies that ``EvaluateSynthetic`` measured of the current images.
-        rules: the argument.
+        rules: the rules, built.
     """
 
     images: nn.Parameter
@@ -129,11 +133,11 @@ class Distillation(BaseModule):
         step_size: float | list[float],
         lr_step_size: float | None = None,
         momentum: float | None = None,
-        rules: Sequence[MatchingRule] = (),
+        rules: Sequence[MatchingRule | Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(network=network, network_options=network_options, augment=augment, seed=seed)
         self.ipc: Ipc = list(ipc) if isinstance(ipc, list | tuple) else ipc
-        self.iterations_per_epoch, self.rules, self.continued = iterations_per_epoch, rules, None
+        self.iterations_per_epoch, self.rules, self.continued = iterations_per_epoch, matching_rules(rules or ()), None
         if isinstance(init, str) and init not in ("real", "noise"):
             if Path(init).expanduser().is_file():
                 init = SyntheticSet.load(init)
@@ -221,8 +225,9 @@ class Distillation(BaseModule):
         return StudentLabels(rule, classes if logits is None else logits, learned=logits is not None)
 
     def save_arguments(self, arguments: Mapping[str, Any], **options: Any) -> None:
-        """Save a set to continue from as its fingerprint, and the ipc that it decides."""
-        super().save_arguments(arguments, **{"ipc": self.ipc, "init": self.init, **options})
+        """Save a set to continue from as its fingerprint, with the ipc that it decides, and augmentation and rules."""
+        built = {name: getattr(self, name) for name in ("ipc", "init", "augment", "rules") if name in arguments}
+        super().save_arguments(arguments, **{**built, **options})
 
     @property
     def method(self) -> str:

@@ -142,15 +142,10 @@ class FeatureAlignment(Distillation):
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        check_bounds(FeatureAlignment, locals())
-        super().__init__(
-            **common(locals()),
-            augment=Augmentation.of(augment, align_corners=False),
-            step_size=lr_network,
-            momentum=momentum,
-        )
+        augment = Augmentation.of(augment, align_corners=False)
+        super().__init__(**common(locals()), step_size=lr_network)
         self.loops = Loops.of(loops)
-        self.save_arguments(locals(), augment=self.augment, loops=self.loops)
+        self.save_arguments(locals(), loops=self.loops)
         self.round, self.round_steps = -1, 0
         self._network: list[nn.Module] = []  # in a list: no submodule, so not among DDP's parameters
         self.accuracies: list[float] = []

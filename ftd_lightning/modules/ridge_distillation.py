@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.evaluation import PARTS
 from ftd_lightning.core.evaluation import mean_and_std
 from ftd_lightning.core.labels import SetLabels
@@ -81,19 +80,18 @@ def record_accuracies(module: Distillation, name: str, measure: Callable[[Images
 
 
 class RidgeTargets(SetLabels):
-    """Targets (N, K) that ridge regression is fitted to: centred one-hot vectors, from which learning starts.
+    """Targets (N, K) of a module's images that ridge regression is fitted to: centred one-hot vectors times ``scale``.
 
-    ``scale`` is a factor of these vectors; ``reg`` is as for ``functional.ridge_predictions``; without a learning rate
-    nothing is learned.
+    With ``learn_labels``, learning starts from them, or from the labels of the set that the module continues.
     """
 
-    def __init__(
-        self, classes: Tensor, num_classes: int, *, reg: float, scale: float = 1.0, lr: float | None = None
-    ) -> None:
-        start = centred_targets(classes, num_classes, scale=scale)
-        metadata = {"target_scale": scale, **({} if lr is None else {"label_kind": "target", "labels_made": "learned"})}
-        super().__init__(start, learned=lr is not None, options={} if lr is None else {"lr": lr}, metadata=metadata)
-        self._num_classes, self._scale, self._reg = num_classes, scale, reg
+    def __init__(self, module: Distillation, *, scale: float = 1.0) -> None:
+        hparams, self._num_classes, self._scale = module.hparams, module.num_classes, scale
+        learned, self._reg = hparams["learn_labels"], hparams["reg"]
+        start = centred_targets(module.first_labels if learned else module.labels, self._num_classes, scale=scale)
+        made = {"label_kind": "target", "labels_made": "learned"} if learned else {}
+        options = {"lr": hparams["lr_labels"]} if learned else {}
+        super().__init__(start, learned=learned, options=options, metadata={"target_scale": scale, **made})
 
     def of_set(self) -> Tensor | None:
         """Return learned targets, (N, K)."""
@@ -192,19 +190,15 @@ class KernelInducingPoints(Distillation):
         real: tuple[Tensor, Tensor] | None = None,
         measure_every: int = 0,
     ) -> None:
-        check_bounds(KernelInducingPoints, locals())
+        super().__init__(**common(locals()), augment=Augmentation(""), step_size=lr_network)
         if kernel not in KERNELS:
             raise InputError(f"KernelInducingPoints: kernel={kernel!r} must be one of {', '.join(KERNELS)}")
-        super().__init__(**common(locals()), augment=Augmentation(""), step_size=lr_network)
         self.save_arguments(locals())
 
     def build(self) -> None:
         """Make the initial synthetic set and its targets."""
         super().build()
-        hparams = self.hparams
-        lr = hparams["lr_labels"] if hparams["learn_labels"] else None
-        labels = self.labels if lr is None else self.first_labels
-        self.soft_labels = RidgeTargets(labels, self.num_classes, reg=hparams["reg"], lr=lr)
+        self.soft_labels = RidgeTargets(self)
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the real images to the device, where they fit."""
@@ -348,17 +342,13 @@ class FeatureRegression(Distillation):
         real: tuple[Tensor, Tensor] | None = None,
         measure_every: int = 0,
     ) -> None:
-        check_bounds(FeatureRegression, locals())
         super().__init__(**common(locals()), augment=Augmentation(""), step_size=lr_network)
         self.save_arguments(locals())
 
     def build(self) -> None:
         """Make the initial synthetic set and its targets, smaller for more than 10 classes, as published."""
         super().build()
-        hparams, scale = self.hparams, math.sqrt(10 / self.num_classes)
-        lr = hparams["lr_labels"] if hparams["learn_labels"] else None
-        labels = self.labels if lr is None else self.first_labels
-        self.soft_labels = RidgeTargets(labels, self.num_classes, reg=hparams["reg"], scale=scale, lr=lr)
+        self.soft_labels = RidgeTargets(self, scale=math.sqrt(10 / self.num_classes))
 
     def describe(self) -> dict[str, Any]:
         """Describe the data, the network and the kernel, which is made of networks' features."""

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ftd_lightning.bounds import check_bounds
 from ftd_lightning.contracts import Images
-from ftd_lightning.core.arguments import matching_rules
 from ftd_lightning.core.labels import RecordedTeachers, StudentLabels
 from ftd_lightning.core.networks import Network, NetworkFactory, student_networks
 from ftd_lightning.core.resume import refuse_changes
@@ -128,17 +126,10 @@ class TrajectoryMatching(Distillation):
         compile: Compile = "auto",  # noqa: A002
         rules: list[MatchingRule] | list[dict[str, Any]] | None = None,
     ) -> None:
-        check_bounds(TrajectoryMatching, locals())
+        augment = Augmentation.of(augment)
+        super().__init__(**common(locals()), step_size=float(step_size_init))
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
-        super().__init__(
-            **common(locals()),
-            augment=Augmentation.of(augment),
-            step_size=float(step_size_init),
-            lr_step_size=lr_step_size,
-            momentum=momentum,
-            rules=matching_rules(rules or []),
-        )
-        self.save_arguments(locals(), trajectories=str(trajectories), augment=self.augment, rules=self.rules)
+        self.save_arguments(locals(), trajectories=str(trajectories))
         if self.init != "real" and (chooses := only_one(self.rules, "initial_images")):
             raise InputError(f"init={self.init!r} leaves {type(chooses).__name__} no image to choose: omit the rule")
         self._teachers: dict[str, Any] = {}  # the set's description of them
