@@ -26,7 +26,7 @@ DRAWN = {"network_options": SMALL, "init": "real", "iterations_per_epoch": 4, "q
 def drawn(dtype=torch.float64):
     """Noise of three classes, five images each: all of them are in every real batch, so nothing depends on a draw."""
     labels = torch.arange(CLASSES * MEMBERS) % CLASSES
-    return torch.randn(len(labels), 1, 8, 8, generator=make_generator(0, "real"), dtype=dtype), labels
+    return torch.rand(len(labels), 1, 8, 8, generator=make_generator(0, "real"), dtype=dtype), labels
 
 
 def fixed(outer: int, inner: int) -> dict:

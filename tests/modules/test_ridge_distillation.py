@@ -155,7 +155,7 @@ def test_networks_of_the_pool_are_not_replaced_together(tmp_path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, method) -> None:
     """An infinite real image: the loss is not a number, nor is any gradient."""
-    images, labels = torch.randn(20, 1, 8, 8), torch.arange(10).repeat(2)
+    images, labels = torch.rand(20, 1, 8, 8), torch.arange(10).repeat(2)
     module = fit(tmp_path, method, steps=2, real=(images, labels), init="noise")
     good = [value.detach().clone() for value in (module.images, module.soft_labels.values)]
     assert module.skipped_steps == 0
@@ -237,7 +237,7 @@ def test_networks_are_trained_on_probabilities(tmp_path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_datamodule_there_is_nothing_to_measure(tmp_path, method) -> None:
-    real = torch.randn(30, 1, 8, 8), torch.arange(3).repeat(10)
+    real = torch.rand(30, 1, 8, 8), torch.arange(3).repeat(10)
 
     def network():
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -257,6 +257,6 @@ def test_what_cannot_be(tmp_path, refused) -> None:
         with refused("network is one Flatten object"):
             method(network=nn.Flatten())
     with refused("runs no nn.Linear"):
-        real = torch.randn(20, 1, 8, 8), torch.arange(2).repeat(10)
+        real = torch.rand(20, 1, 8, 8), torch.arange(2).repeat(10)
         module = FeatureRegression(network=lambda: nn.Sequential(nn.Conv2d(1, 2, 8), nn.Flatten()), real=real)
         make_trainer(tmp_path, max_steps=1).fit(module)
