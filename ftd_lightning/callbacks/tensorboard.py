@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jsonargparse import dict_to_namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from ftd_lightning.bounds import check_bounds
@@ -40,7 +41,7 @@ NAME, TITLE = 14, 20  # height of letters in pixels
 WORDNET = {wnid: name for names in SUBSETS.values() for wnid, name in names.items()}
 
 
-def visible_channels(count: int, channels: Sequence[int] | None = None) -> list[int]:
+def visible_channels(count: int, channels: Sequence[int] | int | None = None) -> list[int]:
     """Choose the one or three channels that pictures show, by their numbers from 0.
 
     By default one or three are shown as they are, of others the first three, or the first of two; a warning says so.
@@ -49,13 +50,12 @@ def visible_channels(count: int, channels: Sequence[int] | None = None) -> list[
     if channels is None:
         channels = range(3 if count >= 3 else 1)
         if count not in (1, 3):
-            text = (
-                f"pictures show the first {len(channels)} of {count} channels; channels= or --channels chooses others"
-            )
-            warnings.warn(text, stacklevel=2)
-    if len(channels) not in (1, 3) or not all(0 <= channel < count for channel in channels):
+            shown = f"pictures show the first {len(channels)} of {count} channels"
+            warnings.warn(f"{shown}; channels= or --channels chooses others", stacklevel=2)
+    chosen = [channels] if isinstance(channels, int) else list(channels)
+    if len(chosen) not in (1, 3) or not all(0 <= channel < count for channel in chosen):
         raise InputError(f"channels: name one or three of the {count}, which are numbered from 0 to {count - 1}")
-    return list(channels)
+    return chosen
 
 
 def picture_grid(
@@ -82,59 +82,44 @@ def picture_grid(
         (3, height, width) uint8, on the CPU.
     """
     classes = labels if labels.ndim == 1 else labels.argmax(1)
-    places = {label: (classes == label).nonzero().squeeze(1)[:per_class] for label in classes.unique().tolist()}
     visible = pictures[:, visible_channels(pictures.shape[1])].detach().cpu().clamp(0, 1)
     visible = (visible * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
     factor = max(-(-LONG // max(visible.shape[2:])), -(-SHORT // min(visible.shape[2:])))
     visible = visible.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    # Labels of teachers may give one class two images and another none: all of them are shown.
-    rows, (height, width) = max(len(index) for index in places.values()), visible.shape[2:]
-    wanted = columns or min(math.ceil(math.sqrt(2 * len(places) * rows * height / width)), COLUMNS)
-    columns = -(-len(places) // -(-len(places) // wanted))  # the last band is about as full as the others
-    bands = []
-    for first in range(0, len(places), columns):
-        band = list(places.items())[first : first + columns]
-        cells = torch.full((rows, columns, *visible.shape[1:]), 255, dtype=torch.uint8)
-        for column, (_, index) in enumerate(band):
-            cells[: len(index), column] = visible[index]
-        grid = make_grid(cells.flatten(0, 1), nrow=columns, padding=GAP, pad_value=255)
-        names = {label: class_names[label] if label < len(class_names) else "" for label, _ in band}
-        texts = [_printable(WORDNET.get(name, name)) or str(label) for label, name in names.items()]
-        bands += [_heading(texts, width, grid.shape[-1]), grid]
-    return torch.cat(bands, 1)
+    visible = functional.pad(visible, (0, 0, 0, GAP), value=255)
+    tiles = []
+    for label in classes.unique().tolist():
+        name = class_names[label] if label < len(class_names) else ""
+        column = visible[(classes == label).cpu()][:per_class].transpose(0, 1).flatten(1, 2)
+        tiles.append((_printable(WORDNET.get(name, name)) or str(label), column))
+    height, width = max(column.shape[1] for _, column in tiles), visible.shape[3]
+    wanted = columns or min(math.ceil(math.sqrt(2 * len(tiles) * height / width)), COLUMNS)
+    return _titled(tiles, -(-len(tiles) // -(-len(tiles) // wanted)), NAME)  # the last band is as full as the others
 
 
 def picture_sheet(grids: Mapping[str, Tensor], across: int = 1) -> Tensor:
     """Put grids below one another, or so many side by side, each under its name; (3, height, width) uint8."""
-    font, line = ImageFont.load_default(TITLE), TITLE + 6
-    height = line + max(grid.shape[1] for grid in grids.values())
-    width = max(max(grid.shape[2], 8 + math.ceil(font.getlength(_printable(name)))) for name, grid in grids.items())
-    cells = torch.full((len(grids), 3, height, width), 255, dtype=torch.uint8)
-    for cell, (name, grid) in zip(cells, grids.items(), strict=True):
-        strip = Image.new("RGB", (width, line), "white")
-        ImageDraw.Draw(strip).text((4, 2), _printable(name), fill="black", font=font)
-        cell[:, :line] = torch.from_numpy(np.array(strip)).permute(2, 0, 1)
-        cell[:, line : line + grid.shape[1], : grid.shape[2]] = grid
-    return make_grid(cells, nrow=across, padding=0)
+    return _titled([(_printable(name), grid) for name, grid in grids.items()], across, TITLE)
 
 
 def _printable(name: str) -> str:
     """Reduce a name to one line of ASCII, which Pillow's font can draw; letters lose their accents."""
-    return " ".join(unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().split())
+    return " ".join(unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().replace("_", " ").split())
 
 
-def _heading(texts: Sequence[str], column: int, width: int) -> Tensor:
-    """Write texts above columns of so many pixels each, on one line or two; (3, 20 or 34, width) uint8."""
-    font, room = ImageFont.load_default(NAME), column - 3 * GAP  # neighbours do not touch
-    wrapped = [textwrap.wrap(text.replace("_", " "), room // 7, break_long_words=False)[:2] for text in texts]
-    strip = Image.new("RGB", (width, 6 + NAME * max(map(len, wrapped))), "white")
-    for place, lines in enumerate(wrapped):
-        middle = GAP + place * (column + GAP) + column // 2
-        for row, line in enumerate(lines):
-            while font.getlength(line) > room:
-                line = line[:-1]
-            ImageDraw.Draw(strip).text((middle, GAP + NAME * row), line, fill="black", font=font, anchor="ma")
-    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+def _titled(tiles: Sequence[tuple[str, Tensor]], across: int, letters: int) -> Tensor:
+    """Put pictures, (3, H, W) uint8, side by side, each under its name, on one line or two as far as it fits."""
+    height, width = (max(picture.shape[axis] for _, picture in tiles) for axis in (1, 2))
+    # Letters are half as wide as high on average.
+    names = ["\n".join(textwrap.wrap(name, 2 * width // letters)[:2]) for name, _ in tiles]
+    head = 6 + letters * (1 + any("\n" in name for name in names))
+    cells = torch.full((len(tiles), 3, head + height, width), 255, dtype=torch.uint8)
+    for cell, name, (_, picture) in zip(cells, names, tiles, strict=True):
+        strip = Image.new("RGB", (width, head), "white")
+        ImageDraw.Draw(strip).text((0, 0), name, fill="black", font=ImageFont.load_default(letters), spacing=0)
+        cell[:, :head] = pil_to_tensor(strip)
+        cell[:, head : head + picture.shape[1], : picture.shape[2]] = picture
+    return make_grid(cells, nrow=across, padding=GAP, pad_value=255)
 
 
 def _boards(trainer: Trainer) -> list[Any]:

@@ -28,14 +28,6 @@ def set_picture(synthetic: SyntheticSet, *, ema: bool = False) -> Image.Image:
     return to_pil_image(picture_grid(pictures, synthetic.labels, class_names=names, columns=COLUMNS))
 
 
-def write_sheet(rows: Mapping[str, Image.Image], path: Path) -> None:
-    """Write pictures as one PNG, each under its name: strips below one another, others in two columns."""
-    across = 1 if all(picture.width > 2 * picture.height for picture in rows.values()) else 2
-    sheet = picture_sheet({name: pil_to_tensor(picture) for name, picture in rows.items()}, across)
-    with replacing(path) as part:
-        to_pil_image(sheet).save(part, format="PNG")
-
-
 def count_images(folder: Path) -> dict[str, Any]:
     """Count the images of a done evaluation, and draw those that it trained on as ``images.png`` in its folder; once.
 
@@ -66,16 +58,18 @@ def count_images(folder: Path) -> dict[str, Any]:
 
 def write_pictures(job: Comparison, names: Sequence[str]) -> None:
     """Write ``ROW.png`` of rows that are done, and ``images.png``: all but the whole training set."""
-    sheet = {}
+    grids = {}
     for name in names:
         drawn = next(iter(job.fits_of(name).evaluations.values())).folder / PICTURE
         with replacing(job.folder / f"{name}.png") as part:
             part.write_bytes(drawn.read_bytes())
         if job.rows[name].synthetic != "real":
             with Image.open(drawn) as picture:
-                sheet[job.rows[name].label or name] = picture.convert("RGB")
-    if sheet:
-        write_sheet(sheet, job.folder / PICTURE)
+                grids[job.rows[name].label or name] = pil_to_tensor(picture)
+    if grids:  # strips below one another, others in two columns
+        across = 1 if all(grid.shape[2] > 2 * grid.shape[1] for grid in grids.values()) else 2
+        with replacing(job.folder / PICTURE) as part:
+            to_pil_image(picture_sheet(grids, across)).save(part, format="PNG")
 
 
 def write_plot(path: Path, draw: Callable[[Any], None], *, size: tuple[float, float] = (5.5, 4.0)) -> None:

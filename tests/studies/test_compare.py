@@ -124,8 +124,8 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, in
     assert np.asarray(Image.open("runs/small/study.png")).shape == (480, 660, 4)
     picture = np.asarray(Image.open("runs/small/random.png"))
     sheet = np.asarray(Image.open("runs/small/images.png"))
-    assert sheet.shape == (2 * (26 + len(picture)), picture.shape[1], 3), "MTT above random, each under its name"
-    assert np.array_equal(sheet[-len(picture) :], picture)
+    assert sheet.shape == (2 + 2 * (28 + len(picture)), 4 + picture.shape[1], 3), "MTT above random, under their names"
+    assert np.array_equal(sheet[-len(picture) - 2 : -2, 2:-2], picture)
     lines = Path("runs/small/compare.md").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("| MTT |"))
     assert f"| {100 * found['mtt']['accuracy']['last']['mean']:.1f} ± " in line

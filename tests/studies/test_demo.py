@@ -30,7 +30,7 @@ def test_it_ends_with_results_and_a_picture(here: Path, in_process, capfd) -> No
     rows = [np.asarray(Image.open(f"runs/digits/{name}.png")) for name in ("random", "mtt", "ftd")]
     assert not np.array_equal(rows[0], rows[1])
     assert not np.array_equal(rows[1], rows[2])
-    assert np.asarray(Image.open("runs/digits/images.png")).shape[0] == sum(26 + len(row) for row in rows)
+    assert np.asarray(Image.open("runs/digits/images.png")).shape[0] == 2 + sum(28 + len(row) for row in rows)
     assert SyntheticSet.load("runs/digits/ftd.safetensors").ema_images is not None
     lines = capfd.readouterr().out.splitlines()
     assert [line.split("]")[0] for line in lines if line.startswith("[")] == [f"[{n}/8" for n in range(1, 9)]
