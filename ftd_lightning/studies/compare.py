@@ -27,10 +27,13 @@ def run_rows(
     deadline: Deadline,
     run: Runner = run_child,
     limit: Callable[[Fit], float | None] = lambda fit: None,
+    *,
+    go_on: bool = True,
 ) -> tuple[dict[str, str], bool]:
     """Run what is not done of rows; return reasons by failed row, and whether there was time.
 
-    ``run`` starts a fit; ``limit`` says, when it begins, how many seconds it may train.
+    ``run`` starts a fit; ``limit`` says, when it begins, how many seconds it may train. ``go_on``: with the next row
+    after a failed fit, which else is raised.
     """
     if job.threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
@@ -60,6 +63,8 @@ def run_rows(
                         return failures, False
                     print(f"{' ' * head.index(' ')} {time.monotonic() - began:.0f} s", flush=True)
                 except InputError as error:
+                    if not go_on:
+                        raise
                     failed[fit.folder] = str(error)
             seen.add(fit.folder)
             if fit.folder in failed:

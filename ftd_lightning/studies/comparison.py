@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -178,8 +177,7 @@ class Comparison:
             if made is not None:
                 depends, inputs = [made.identity, row.iterate], partial(_evaluated, made, row.iterate)
             elif row.set is not None:
-                depends = [hashlib.blake2b(Path(row.set).read_bytes()).hexdigest()]
-                inputs = _given(f"--data.synthetic={row.set}")
+                options, depends, inputs = [*options, f"--data.synthetic={row.set}"], [], tuple
             else:
                 options += [f"--data.synthetic={row.synthetic}", f"--data.ipc={self.ipc}"]
                 depends = taught

@@ -6,7 +6,6 @@ import difflib
 import json
 import math
 import tempfile
-import time
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from ftd_lightning.shipped_configs import find_config, read_config
 from ftd_lightning.sizes import as_size, plain, sides, size_text
 from ftd_lightning.studies.compare import run_rows, write_results
 from ftd_lightning.studies.comparison import Comparison, Row, Teachers
-from ftd_lightning.studies.fits import WHERE, Deadline, Settings, run_child, split_by_phase
+from ftd_lightning.studies.fits import WHERE, Deadline, Settings, UnfinishedError, run_child, split_by_phase
 from ftd_lightning.studies.reproduce import Published, belonging
 from ftd_lightning.studies.tables import copy_set, short_table, summarize, verdict
 
@@ -49,22 +48,9 @@ TEACHER_STEPS = 400  # of each teacher at least, where 40 epochs give so many
 VALUES = 120_000  # of real images per minute of the budget, for one CPU core: 40 images of 32 x 32 px
 SPEED = 1.8e6  # values of images per second that a network learns from on one CPU core
 GPU = 30  # times as fast
-PRESETS = {  # images up to 32 px, and above
-    "small": {"inner_images": 50, "evaluation_epochs": 500, "iterations_per_epoch": 20},
-    "large": {"inner_images": 20, "evaluation_epochs": 300, "iterations_per_epoch": 5},
-}
-BILEVEL = {  # RaT-BPTT, as in cifar10/distill_rat_bptt_w32_ipc1
-    "syn_steps": 60,
-    "window": 20,
-    "optimizer": {"class_path": "ftd_lightning.functional.InnerAdam"},
-    "step_size_init": 0.001,
-    "batch_real": 256,
-    "lr_images": 0.1,
-    "lr_step_size": 0.0,
-    "clip": 2.0,
-}
-AVERAGE: dict[str, Any] = {"class_path": "ftd_lightning.callbacks.SyntheticEMA"}
-AVERAGE["init_args"] = {"decay": 0.99, "bias_correction": True}
+RAT_BPTT = "cifar10/distill_rat_bptt_w32_ipc1"  # whose settings a plan takes
+EMA = {"decay": 0.99, "bias_correction": True}
+AVERAGE = {"class_path": "ftd_lightning.callbacks.SyntheticEMA", "init_args": EMA}
 # Nothing is chosen by measurements on the way, which take time.
 UNMEASURED = {"class_path": "ftd_lightning.callbacks.EvaluateSynthetic", "init_args": {"every_n_epochs": 0}}
 FEW_TESTS = 20  # images of a class
@@ -125,10 +111,9 @@ def buildable_size(channels: int, size: ImageSize) -> ImageSize:
     return size if (channels, size) == (1, 28) else as_size([halved * max(round(s / halved), 1) for s in sides(size)])
 
 
-def largest_size(minutes: float, *, gpu: bool) -> int:
-    """Give the size to which larger images are reduced: four times the minutes allow twice the size."""
-    affordable = minutes * (GPU if gpu else 1) / MINUTES
-    return 128 if affordable >= 16 else 64 if affordable >= 4 else 32
+def largest_size(minutes: float) -> int:
+    """Give the size to which larger images are reduced: four times the minutes of a CPU allow twice the size."""
+    return 128 if minutes >= 16 * MINUTES else 64 if minutes >= 4 * MINUTES else 32
 
 
 def reference(steps: int, *, held_out: bool) -> Settings:
@@ -160,19 +145,19 @@ def plan_configs(
     ipc, method, seed, minutes = (command[key] for key in ("ipc", "method", "seed", "minutes"))
     if method not in METHODS:
         raise InputError(f"--method {method}: plans are made for {', '.join(METHODS)}; --config takes any other")
-    size = buildable_size(
-        found.channels, found.size if found.asked else min(*sides(found.size), largest_size(minutes, gpu=gpu))
-    )
+    speed = GPU if gpu else 1
+    reduced = min(*sides(found.size), largest_size(speed * minutes))
+    size = buildable_size(found.channels, found.size if found.asked else reduced)
     if found.asked and size != found.size:
-        halvings = depth_of(found.size)
-        given, fits = plain(found.size), plain(size)
-        raise InputError(f"--data.image_size {given}: its ConvNet halves images {halvings} times; give {fits}")
+        why = f"its ConvNet halves images {depth_of(found.size)} times"
+        raise InputError(f"--data.image_size {plain(found.size)}: {why}; give {plain(size)}")
     area = math.prod(sides(size))
-    preset = PRESETS["small" if area <= 32**2 else "large"]
+    # Images of an inner step, iterations of an epoch, epochs of an evaluation at most.
+    inner, often, most = (50, 20, 500) if area <= 32**2 else (20, 5, 300)
     classes, largest, rho = len(found.names), max(found.train), METHODS[method]
     each = images_per_class(ipc, found.train)
     total = sum(each)
-    affordable = round(VALUES * minutes * (GPU if gpu else 1) / (found.channels * area * classes))
+    affordable = round(VALUES * minutes * speed / (found.channels * area * classes))
     least = max(20, math.ceil((max(each) + 0.5) / (1 - found.val_fraction)))  # the initial images are not held out
     per_class = min(max(affordable, least), largest)
     used, held_out = found.used(per_class)
@@ -180,9 +165,9 @@ def plan_configs(
     steps = math.ceil(used / batch_size)
     epochs = min(max(math.ceil(TEACHER_STEPS / steps), 8), 40)
     # As many networks, and epochs of each, as its share of the budget allows: 3 at least.
-    epoch = max(total * found.channels * area / (SPEED * (GPU if gpu else 1)), 0.008)  # seconds
+    epoch = max(total * found.channels * area / (SPEED * speed), 0.008)  # seconds
     affordable = math.floor((evaluating(60 * minutes) - START) / epoch)  # epochs of all networks
-    on_sets = min(max(affordable // 3, 50), preset["evaluation_epochs"])
+    on_sets = min(max(affordable // 3, 50), most)
     networks = min(max(affordable // on_sets, 3), 10)
 
     data = {"dataset": source.name, **({"root": source.root} if source.root else {}), "seed": seed}
@@ -191,10 +176,10 @@ def plan_configs(
     network: dict[str, Any] = {"network_options": {"width": 128 if gpu else 32, "depth": depth_of(size)}}
     network |= {"augment": {"strategy": strategy(found.channels, size)}}
     teachers: dict[str, Any] = {"teachers": 50, "epochs": epochs, "lr": 0.05, "rho": rho}
-    inner = preset["inner_images"] if preset["inner_images"] < total else None
-    learned: dict[str, Any] = {"ipc": ipc, "syn_batch": inner, "iterations_per_epoch": preset["iterations_per_epoch"]}
+    learned = {"ipc": ipc, "syn_batch": inner if inner < total else None, "iterations_per_epoch": often}
     if rho is None:
-        learned |= {**network, **BILEVEL}
+        shipped = read_config(find_config(RAT_BPTT))["model"]["init_args"]
+        learned = {**shipped, "batch_real": 256, **network, **learned}
     else:
         learned |= {"augment": network["augment"], "trajectories": "runs/teacher/trajectories", "syn_steps": 15}
         learned |= {"expert_epochs": 2, "max_start_epoch": epochs // 2, "lr_step_size": 1e-4, "step_size_init": 0.05}
@@ -332,7 +317,7 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         configs, real, options["image_size"] = plan_configs(found, source, out, {**command, "ipc": ipc}, gpu=gpu)
         distillation = configs.distill
         if real.data:
-            label = f"real images, {real.data['max_per_class']} per class"
+            label = f"{real.data['max_per_class']} real images per class"
     # Decodes the images into the cache that the fits read.
     described = DistillationDataModule(**{key: options[key] for key in WHERE if key in options}).describe()
     content = json.loads(json.dumps({"command": asked, "data": described}))
@@ -341,6 +326,7 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     write_json(out / PLAN, content)
     count = f"{min(ipc)} to {max(ipc)}" if isinstance(ipc, list) else ipc
     each, teachers = f"{count} per class", configs.teacher
+    title = f"{method.upper().replace('RAT-', 'RaT-')}, {each}"
     where = [] if source.root is None else [f"--data.root={source.root}"]
     return Comparison(
         title=f"{source.title}, {count} image{'s' * (count != 1)} per class",
@@ -351,9 +337,7 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         evaluate=configs.evaluate,
         rows={
             "random": Row(f"random real images, {each}", synthetic="random", evaluate=Settings(data=whitening)),
-            method: Row(
-                f"{method.upper()}, {each}", distill=distillation, teachers=method if teachers else None, ema=ema
-            ),
+            method: Row(title, distill=distillation, teachers=method if teachers else None, ema=ema),
             "real": Row(label, synthetic="real", evaluate=real),
         },
         paired_with="random",
@@ -367,62 +351,50 @@ def evaluating(seconds: float) -> float:
     return max(EVALUATING * seconds, 2 * START)
 
 
-def time_limits(job: Comparison, method: str, seconds: float) -> Callable[[Fit], float]:
-    """Divide the seconds that are left of a budget: a fit that begins gets its share of what is left then."""
-    random, learned, real = (job.fits_of(name) for name in ("random", method, "real"))
+def time_limits(job: Comparison, command: Mapping[str, Any], end: Deadline) -> Callable[[Fit], float | None]:
+    """Divide the time until the end of a budget: a fit that begins gets its share, in seconds, of what is left then."""
+    random, learned, real = (job.fits_of(name) for name in ("random", command["method"], "real"))
     (first,), (last,) = (list(fits.evaluations.values()) for fits in (random, real))
     spent = sum(fit.status()["seconds"] for fits in (random, learned, real) for fit in fits.each())
-    end = Deadline((seconds - spent - START) / 60)  # START: of the command itself, and its tables
+    budget = 60 * (command["minutes"] or 0)
 
-    def limit(fit: Fit) -> float:
-        left = end.remaining() or 0.0
+    def limit(fit: Fit) -> float | None:
+        if (left := end.remaining()) is None:
+            return None
+        left -= spent + START  # of the command itself, and its tables
         if fit is not last:
-            left -= REFERENCE * seconds
+            left -= REFERENCE * budget
         if fit in (learned.teachers, learned.distill):
             left -= first.status()["seconds"]  # as long as that of random images
-        share = {first.folder: evaluating(seconds)}
-        if learned.teachers is not None:
-            share[learned.teachers.folder] = TEACHING * left
-        return max(share.get(fit.folder, left) - START, 1.0)
+        if fit.folder == first.folder:
+            left = evaluating(budget)
+        elif fit is learned.teachers:
+            left *= TEACHING
+        return max(left - START, 1.0)
 
     return limit
 
 
-def no_teacher(folder: Path, minutes: float) -> str:
-    """Say what helps where no teacher of the fit in a folder ended in its time."""
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    epochs, done = settings["model"]["init_args"]["epochs"], max(len(list(folder.rglob("*_epoch_*"))) - 1, 0)
-    enough = math.ceil(1.5 * minutes * epochs / max(done, 1))
-    return (
-        f"no teacher ended in time, {done} of {epochs} epochs: give --minutes {enough}, "
-        "a smaller --data.image_size or --data.max_per_class, or --method rat-bptt, which has no teachers"
-    )
-
-
 def run_job(
-    job: Comparison, out: Path, command: Mapping[str, Any], began: float, deadline: Deadline, run: Runner = run_child
+    job: Comparison, out: Path, command: Mapping[str, Any], end: Deadline, deadline: Deadline, run: Runner = run_child
 ) -> bool:
     """Run what there is time for; write the set and results when all is done. A failed fit raises InputError.
 
-    ``command``, by its arguments, began at the ``time.monotonic()`` of ``began``.
+    ``command`` holds its arguments; ``end`` is that of its budget, ``deadline`` that of this slice of the work.
     """
-    method, minutes, limits = command["method"], command["minutes"], {}
-    fits = job.fits_of(method)
+    fits = job.fits_of(command["method"])
     assert fits.distill is not None
-    if minutes is not None:
-        limits = {"limit": time_limits(job, method, 60 * minutes - (time.monotonic() - began))}
-    print(f"the set so far is {fits.distill.folder / fits.distill.output} while it is learned")
-    failures, in_time = run_rows(job, list(job.rows), deadline, run, **limits)
-    if failures:
-        taught = fits.teachers.folder if limits and fits.teachers else out
-        if (taught / "config.yaml").is_file() and not any(taught.glob("trajectories/teacher_*")):
-            raise InputError(no_teacher(taught, minutes))
-        raise InputError("; ".join(dict.fromkeys(failures.values())))
+    print(f"the set is written to {fits.distill.folder / fits.distill.output} while it is learned")
+    try:
+        _, in_time = run_rows(job, list(job.rows), deadline, run, time_limits(job, command, end), go_on=False)
+    except UnfinishedError as error:
+        more = "give more --minutes, a smaller --data.image_size or --data.max_per_class"
+        more += ", or --method rat-bptt, which has no teachers" if fits.teachers else ""
+        raise InputError(f"{error}: {more}") from error
     if not in_time:
         return False
-    results = write_results(job, failures)
-    file = copy_set(job, method, out / "set.safetensors")
-    assert file is not None
+    results = write_results(job, {})
+    file = copy_set(job, command["method"], out / "set.safetensors")
     write_json(out / "results.json", summarize(results))
     print(f"\n{short_table(results)}\n")
     print(f"set       {file}\nresults   {out / 'results.json'}\nimages    {out / 'images.png'}")
@@ -435,7 +407,7 @@ def advice(command: Mapping[str, Any]) -> str:
     longer = "" if command["minutes"] is None else f"--minutes {4 * command['minutes']:g}, "
     gpu = "" if torch.cuda.is_available() else ", a GPU"
     other = "ftd" if command["method"] == "rat-bptt" else "rat-bptt"
-    return f"For more, name another --out and give {longer}a larger --ipc{gpu} or --method {other}."
+    return f"For a better set, name another --out and give {longer}a larger --ipc{gpu} or --method {other}."
 
 
 def distill_source(
@@ -475,13 +447,13 @@ def distill_source(
     """
     check_bounds(distill_source, locals())
     overrides = [*overrides, *(["--data.skip_broken=true"] if skip_broken else [])]
-    began = time.monotonic()
     if config is not None and minutes is not None:
         raise InputError("--config names all settings; leave out --minutes, or --config")
     minutes = MINUTES if minutes is None and config is None else minutes
+    end = Deadline(minutes)
     command = {"ipc": ipc, "method": method, "minutes": minutes, "config": config, "seed": seed}
     job = plan_job(find_source(source), out, command, overrides)
-    if not run_job(job, out, command, began, Deadline(stop_after)):
+    if not run_job(job, out, command, end, Deadline(stop_after)):
         print("not done: run the same command again")
 
 
@@ -491,7 +463,7 @@ def distill(
     *,
     ipc: int | list[int] | Literal["auto"] = 1,
     method: str = "ftd",
-    minutes: float = MINUTES,
+    minutes: float | None = None,
     out: str | Path | None = None,
     seed: int = 0,
     **data_options: Any,
@@ -507,7 +479,7 @@ def distill(
         test: images that fresh networks are measured on, in the same form.
         ipc: images per class, a list of those of each, or "auto", 1 % of each class's training images.
         method: "ftd", "mtt" or "rat-bptt".
-        minutes: budget of the whole job.
+        minutes: budget of the whole job; None: 30.
         out: folder to write to; None: a temporary one, so only the set is kept.
         seed: of everything that is drawn.
         data_options: ``val``, ``class_names``, ``image_size`` and other options of
@@ -525,7 +497,8 @@ def distill(
         >>> synthetic = distill(train, test, ipc=10, minutes=120, out="cifar10")  # doctest: +SKIP
     """
     check_bounds(distill, locals())
-    began = time.monotonic()
+    minutes = MINUTES if minutes is None else minutes
+    end = Deadline(minutes)
     if fixed := sorted(FIXED & data_options.keys()):
         raise InputError(f"distill() does not accept {', '.join(fixed)}=; pass unnormalised images in [0, 1] or uint8")
     reading = {name: data_options.pop(name, None) for name in ("val", "class_names", "image_size")}
@@ -536,7 +509,7 @@ def distill(
         folder.mkdir(parents=True, exist_ok=True)
         source = Source("images", str(write_images_file(dataset, folder / "data").parent), "own images")
         command = {"ipc": ipc, "method": method, "minutes": minutes, "config": None, "seed": seed}
-        run_job(plan_job(source, folder, command, overrides), folder, command, began, Deadline(None))
+        run_job(plan_job(source, folder, command, overrides), folder, command, end, Deadline(None))
         return SyntheticSet.load(folder / "set.safetensors")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,6 @@ from ftd_lightning.shipped_configs import read_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 PHASES = ("teacher", "distill", "evaluate")
 # Data sets whose name does not identify their images. Others are published archives.
@@ -49,7 +49,7 @@ NO_RESULT = {
 STATUS, LOG = "fit.json", "output.txt"
 GRACE = 15.0  # seconds between asking a child to end and killing it
 # Runs the arguments after ``ftd`` with a log file and a limit in seconds. Returns the exit code; None: out of time.
-Runner = Callable[[Sequence[str], "Path", float | None], int | None]
+Runner = Callable[[Sequence[str], Path, float | None], int | None]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ class FitNames:
     def identity(self, config: Path, options: Sequence[str], *depends: Any) -> str:
         """Hash all that decides the result of a fit.
 
-        That is the settings with all defaults, the images' contents, identities of the inputs, and the minor version.
+        That is the settings with all defaults, the contents of images and sets, identities of the inputs, and the minor
+        version.
         """
         settings: Any = copy.deepcopy(resolved(config, options))
         contents = None
@@ -156,8 +157,11 @@ class FitNames:
             settings = [read_config(config), list(options)]
         else:
             del settings["config"]
-            data, trainer = (settings.get("data") or {}).get("init_args") or {}, settings["trainer"]
-            contents = self._contents(data)
+            model, data = ((settings.get(part) or {}).get("init_args") or {} for part in ("model", "data"))
+            trainer, contents = settings["trainer"], self._contents(data)
+            for values, key in ((model, "init"), (data, "synthetic")):  # sets, by their contents
+                if isinstance(name := values.get(key), str) and (file := Path(name).expanduser()).is_file():
+                    values[key] = hashlib.blake2b(file.read_bytes()).hexdigest()
             for values, keys in ((data, NO_RESULT["data"]), (trainer, NO_RESULT["trainer"])):
                 for key in keys:
                     values.pop(key, None)
@@ -207,6 +211,10 @@ class Fit:
         """Whether the fit ended by itself and its output is there; a damaged result is not."""
         file = self.folder / self.output
         return self.status()["done"] is True and file.is_file() and (file.suffix != ".json" or bool(read_json(file)))
+
+
+class UnfinishedError(InputError):
+    """Raised for a fit that ended by itself, as at its time limit, before it had a result."""
 
 
 class Deadline:
@@ -301,6 +309,8 @@ def run_fit(fit: Fit, deadline: Deadline, run: Runner = run_child, seconds: floa
         finally:
             seconds = round(before + time.monotonic() - began, 1)
             write_json(fit.folder / STATUS, {"done": done, "seconds": seconds, "device": device_name()})
+    if code == 0 and not done:
+        raise UnfinishedError(f"{fit.title}: ended before it had a result")
     if code is not None and not done:
         raise InputError(f"{fit.title}: {_reason(log) or f'ended with exit code {code}'} (see {log})")
     return done

@@ -181,18 +181,16 @@ def verdict(results: Mapping[str, Any]) -> str:
     """Say how much better than random images a set is, and how far from real ones that were trained to the end."""
     rows = {row["name"]: row for row in results["rows"]}
     learned = next(row for row in results["rows"] if row.get("iterations") is not None)
-    found = learned["difference"]
-    better = "better" if is_better(found) else "not clearly better"
+    found, real = learned["difference"], rows["real"]
     said = (
-        f"{learned['label']} is {better} than {found['to_label']}: {points(found)} points "
-        f"(paired over {found['n']} networks, ± standard error)."
+        f"The set is {'' if is_better(found) else 'not clearly '}better than random images: {points(found)} points "
+        f"(mean difference of {found['n']} networks ± standard error)."
     )
-    real = rows["real"]
     if not real["trained_to_its_end"]:
         return said
     gap = 100 * (real["accuracy"]["last"]["mean"] - learned["accuracy"]["last"]["mean"])
-    which = real["label"][:1].upper() + real["label"][1:]
-    return f"{said} {which} are {abs(gap):.1f} points {'better' if gap > 0 else 'worse'} than the set."
+    which = real["label"].partition(" (")[0]
+    return f"{said} Networks trained on {which} reach {abs(gap):.1f} points {'more' if gap > 0 else 'less'}."
 
 
 def _test_part(results: Mapping[str, Any]) -> list[str]:
@@ -209,13 +207,15 @@ def short_lines(results: Mapping[str, Any]) -> list[list[str]]:
     """Lay a comparison out as label, accuracy and, where there is any, the paired difference; the head first."""
     bases = {row["difference"]["to_label"] for row in results["rows"] if "difference" in row}
     balanced = _balanced(results)
-    head = ["trained on", "test accuracy, %", *balanced]
+    varied = len({row["accuracy"]["last"]["n"] for row in results["rows"]}) > 1
+    head = ["trained on", f"test accuracy, %{' (networks)' * varied}", *balanced]
     lines = [[*head, *([f"difference to {', '.join(sorted(bases))}"] if bases else [])]]
     for row in results["rows"]:
         found = row.get("difference")
         cell = points(found) + ("" if is_better(found) else ", not better") if found else "-"
         accuracies = [row["accuracy"]["last"], *(row.get("balanced_accuracy") for _ in balanced)]
-        lines.append([row["label"], *map(per_cent, accuracies), *([cell] if bases else [])])
+        shown = [per_cent(value, count=varied) for value in accuracies]
+        lines.append([row["label"], *shown, *([cell] if bases else [])])
     return lines
 
 
@@ -227,9 +227,9 @@ def _balanced(results: Mapping[str, Any]) -> list[str]:
 def short_table(results: Mapping[str, Any]) -> str:
     """Lay the rows of a comparison, all done, out for a terminal."""
     head, *rest = _aligned(short_lines(results))
-    counts = sorted({row["accuracy"]["last"]["n"] for row in results["rows"]})
-    below = [f"{' or '.join(map(str, counts))} fresh networks each, after their last epoch.", *_test_part(results)]
-    return "\n".join([head, "-" * len(head), *rest, *below])
+    count, *others = {row["accuracy"]["last"]["n"] for row in results["rows"]}
+    networks = "Fresh networks" if others else f"{count} fresh networks each"
+    return "\n".join([head, "-" * len(head), *rest, f"{networks}, after their last epoch.", *_test_part(results)])
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -235,12 +235,19 @@ def test_sets_as_files_on_several_networks(here: Path, trajectories: Path) -> No
     rows = {"mine": {"set": "set.safetensors", "ema": True}}
     first, second = comparison(networks=networks, rows=rows).fits_of("mine").each()
     assert first.command()[3:6] == ["--data.dataset=digits", "--data.ema=true", "--data.synthetic=set.safetensors"]
-    assert second.options[2:] == ("--model.network=alexnet", "--model.network_options={}")
+    assert second.options[2:4] == ("--model.network=alexnet", "--model.network_options={}")
     assert first.folder != second.folder
+
+    def of_file(file: str) -> list[Path]:
+        rows = {"mine": {"set": file}, "on": {"distill": {"config": "digits/distill_dm", "model": {"init": file}}}}
+        return [folders(comparison(rows=rows), row)[0] for row in rows]
+
+    before = of_file("set.safetensors")
+    assert of_file(shutil.copy("set.safetensors", "copy.safetensors")) == before, "equal contents"
     synthetic = SyntheticSet.load("set.safetensors")
     synthetic.images += 1
     synthetic.save("set.safetensors")
-    assert folders(comparison(rows=rows), "mine")[0] != first.folder, "another set in the same file"
+    assert not {*before} & {*of_file("set.safetensors")}, "another set in the same file"
 
     value = {"mean": 0.5, "std": 0.01, "n": 2}
     row = {"label": "mine", "state": "done", "accuracy": {}, "networks": {n: {"last": value} for n in networks}}
