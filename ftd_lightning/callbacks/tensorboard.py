@@ -41,7 +41,7 @@ NAME, TITLE = 14, 20  # height of letters in pixels
 WORDNET = {wnid: name for names in SUBSETS.values() for wnid, name in names.items()}
 
 
-def visible_channels(count: int, channels: Sequence[int] | int | None = None) -> list[int]:
+def visible_channels(count: int, channels: int | Sequence[int] | None = None) -> list[int]:
     """Choose the one or three channels that pictures show, by their numbers from 0.
 
     By default one or three are shown as they are, of others the first three, or the first of two; a warning says so.

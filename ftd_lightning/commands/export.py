@@ -177,7 +177,7 @@ def card(path: Path, synthetic: SyntheticSet, class_names: Sequence[str], shown:
     )
 
 
-def export_pictures(path: Path, folder: Path, *, ema: bool = False, channels: Sequence[int] | None = None) -> int:
+def export_pictures(path: Path, folder: Path, *, ema: bool = False, channels: int | list[int] | None = None) -> int:
     """Write a set's images as PNGs; arguments and result are those of :func:`export`."""
     synthetic = SyntheticSet.load(path)
     shown = visible_channels(synthetic.images.shape[1], channels)
@@ -209,7 +209,7 @@ def export(
     *,
     ema: bool = False,
     format: Literal["png", "tensors"] = "png",  # noqa: A002
-    channels: list[int] | None = None,
+    channels: int | list[int] | None = None,
 ) -> int:
     """Write a set as PNGs in class folders, whitening or standardisation undone, or as tensors, as networks see them.
 
@@ -233,8 +233,7 @@ def export(
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd export``."""
-    numbers = [word.split(",") if word.replace(",", "").isdecimal() else [word] for word in arguments]
-    parsed = parse_command(export, "export", [word for words in numbers for word in words])
+    parsed = parse_command(export, "export", arguments)
     count = export(**parsed)
     if parsed["format"] == "tensors":
         print(f"{parsed['folder']}: {count} images, images.pt, labels.pt, lr.pt, README.txt")
