@@ -113,6 +113,16 @@ def command_parser(command: Callable[..., Any], name: str) -> OneLineErrors:
     return parser
 
 
+def with_values(arguments: Iterable[str]) -> list[list[str]]:
+    """Group each option with its values; the first group are the arguments before any option."""
+    groups: list[list[str]] = []
+    for argument in arguments:
+        if argument.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(argument)
+    return groups
+
+
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate the options of a command from those that it hands on to fits: those with a dot in their name.
 
@@ -120,14 +130,10 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         >>> split_overrides(["--ipc", "1", "--data.root", "images", "--minutes=2", "--model.lr=-1"])
         (['--ipc', '1', '--minutes=2'], ['--data.root', 'images', '--model.lr=-1'])
     """
-    own: list[str] = []
-    overrides: list[str] = []
-    current = own
-    for argument in arguments:
-        if argument.startswith("--"):
-            current = overrides if "." in argument.partition("=")[0] else own
-        current.append(argument)
-    return own, overrides
+    split: tuple[list[str], list[str]] = [], []
+    for first, *values in with_values(arguments):
+        split[first.startswith("--") and "." in first.partition("=")[0]].extend([first, *values])
+    return split
 
 
 def parse_command(command: Callable[..., Any], name: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -42,16 +42,16 @@ def run_rows(
     to_do = len({fit.folder for each in fits.values() for fit in each if not fit.is_done()})
     print(f"{to_do} of {len(folders)} fits to do{f' (all rows: {job.cost})' if job.cost else ''}", flush=True)
     failures: dict[str, str] = {}
-    failed: dict[Path, str] = {}  # a fit that several rows share fails once
-    seen: set[Path] = set()
+    failed: dict[Path, str] = {}  # a reason, or nothing, by fit: several rows may share it
     for name, each in fits.items():
         for fit in each:
             head = f"[{folders.index(fit.folder) + 1}/{len(folders)}] {fit.title}"
             earlier = f"{fit.status()['seconds']:.0f} s"
-            if fit.is_done():
-                if fit.folder not in seen:
-                    print(f"{head}: done before, in {earlier}", flush=True)
-            elif fit.folder not in failed:
+            if fit.folder in failed:
+                pass
+            elif fit.is_done():
+                print(f"{head}: done before, in {earlier}", flush=True)
+            else:
                 if deadline.remaining() == 0:
                     return failures, False
                 resumes = f", resumes after {earlier}" if fit.checkpoint.exists() else ""
@@ -66,8 +66,7 @@ def run_rows(
                     if not go_on:
                         raise
                     failed[fit.folder] = str(error)
-            seen.add(fit.folder)
-            if fit.folder in failed:
+            if failed.setdefault(fit.folder, ""):
                 failures[name] = failed[fit.folder]
                 print(f"{name} failed: {failures[name]}", flush=True)
                 break

@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ftd_lightning.bounds import check_bounds
-from ftd_lightning.command_line import parse_command
+from ftd_lightning.command_line import parse_command, with_values
 from ftd_lightning.core.evaluation import REAL_STEPS
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.datasets import DATASETS
@@ -53,7 +53,6 @@ EMA = {"decay": 0.99, "bias_correction": True}
 AVERAGE = {"class_path": "ftd_lightning.callbacks.SyntheticEMA", "init_args": EMA}
 # Nothing is chosen by measurements on the way, which take time.
 UNMEASURED = {"class_path": "ftd_lightning.callbacks.EvaluateSynthetic", "init_args": {"every_n_epochs": 0}}
-FEW_TESTS = 20  # images of a class
 AUTO = 0.01  # share of the training images of each class that "--ipc auto" stands for
 IN_FOLDERS = {"folder", "images"}  # data sets that need a folder
 # Options of from_datasets that would contradict where distill() keeps the images.
@@ -117,21 +116,14 @@ def largest_size(minutes: float) -> int:
 
 
 def reference(steps: int, *, held_out: bool) -> Settings:
-    """Settings of networks that are trained on real images, in epochs of so many steps, until they level off."""
-    if held_out:
-        every = math.ceil(REAL_STEPS / PATIENCE / steps)
-        model, epochs = {"measure_every": every, "patience": PATIENCE}, 20 * PATIENCE * every
-    else:
-        model, epochs = {"measure_every": 0}, math.ceil(REAL_STEPS / steps)
-        print("no images are held out: training on real images takes a fixed number of steps")
-    return Settings(model={"networks": 2, **model}, trainer={"max_epochs": epochs})
+    """Settings of networks that are trained on real images, in epochs of so many steps, until they level off.
 
-
-def strategy(channels: int, size: ImageSize) -> str:
-    """Choose an augmentation: without flips and colours for grey images, which are often characters."""
-    if channels == 1:
-        return "crop_scale_rotate" if min(sides(size)) < 16 else "crop_cutout_scale_rotate"
-    return "color_crop_cutout_flip_scale_rotate"
+    Without held-out images they take a fixed number of steps.
+    """
+    every = math.ceil(REAL_STEPS / PATIENCE / steps) if held_out else 0
+    epochs = 20 * PATIENCE * every or math.ceil(REAL_STEPS / steps)
+    patience = {"patience": PATIENCE} if held_out else {}
+    return Settings(model={"networks": 2, "measure_every": every, **patience}, trainer={"max_epochs": epochs})
 
 
 def plan_configs(
@@ -174,7 +166,9 @@ def plan_configs(
     data |= {"image_size": size, "val_fraction": found.val_fraction, "batch_size": batch_size}
     part = {"max_per_class": per_class} if per_class < largest else {}
     network: dict[str, Any] = {"network_options": {"width": 128 if gpu else 32, "depth": depth_of(size)}}
-    network |= {"augment": {"strategy": strategy(found.channels, size)}}
+    # Without flips and colours for grey images, which are often characters.
+    grey = f"crop_{'cutout_' * (min(sides(size)) >= 16)}scale_rotate"
+    network["augment"] = {"strategy": grey if found.channels == 1 else "color_crop_cutout_flip_scale_rotate"}
     teachers: dict[str, Any] = {"teachers": 50, "epochs": epochs, "lr": 0.05, "rho": rho}
     learned = {"ipc": ipc, "syn_batch": inner if inner < total else None, "iterations_per_epoch": often}
     if rho is None:
@@ -214,7 +208,8 @@ def plan_configs(
         print(f"  teachers      about {TEACHING * learning:.1f} min: as many of {epochs} epochs as end, rho {rho:g}")
         learning *= 1 - TEACHING
     print(f"  distillation  about {learning:.1f} min: {total} images of {size_text(size)}")
-    print(f"  evaluations   the rest: {networks} networks on each set; real images until held-out accuracy levels off")
+    until = "held-out accuracy levels off" if held_out else f"{REAL_STEPS} steps, as no images are held out"
+    print(f"  evaluations   the rest: {networks} networks on each set; real images until {until}")
     if area < math.prod(sides(found.size)):
         print(f"images are reduced to {size_text(size)}; more --minutes allow larger ones, or give --data.image_size")
     return Published(distillation, evaluate, teacher), reference(steps, held_out=held_out > 0).having(data=part), size
@@ -237,11 +232,8 @@ def _data_options(overrides: Sequence[str]) -> dict[str, Any]:
     """Read the options of the images that are given for all phases or for the teachers."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DistillationDataModule, "data")
-    given: list[str] = []
-    belongs = False
-    for argument in split_by_phase(overrides)["teacher"]:
-        belongs = argument.startswith("--data.") if argument.startswith("--") else belongs
-        given += [argument] if belongs else []
+    groups = with_values(split_by_phase(overrides)["teacher"])
+    given = [argument for group in groups if group[0].startswith("--data.") for argument in group]
     try:
         found: dict[str, Any] = parser.parse_args(given, defaults=False).as_dict().get("data", {})
     except ArgumentError as error:
@@ -273,7 +265,7 @@ def _say(title: str, data: DistillationDataModule, found: Survey) -> None:
     else:
         first, *rest = data.census.lines()
         print("\n".join([f"{title}: {first}", *rest, counts]))
-    if (least := min(found.test)) < FEW_TESTS:
+    if (least := min(found.test)) < 20:
         uncertain = f"an accuracy is uncertain by {50 / sum(found.test) ** 0.5:.2g} points"
         print(f"warning: few test images, {least} in the smallest class: {uncertain}; add some")
 

@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import ftd_lightning
 import ftd_lightning.callbacks  # its classes have short names for the parser
+from ftd_lightning.command_line import with_values
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.imagenet import SUBSETS
 from ftd_lightning.errors import InputError
@@ -78,13 +79,10 @@ class Settings:
 def split_by_phase(options: Sequence[str]) -> dict[str, list[str]]:
     """Give every phase its options of a command: ``--teacher.model.epochs=3`` is ``--model.epochs=3`` of one."""
     split: dict[str, list[str]] = {phase: [] for phase in PHASES}
-    phases: Sequence[str] = PHASES
-    for argument in options:
-        if argument.startswith("--"):
-            first, _, rest = argument.removeprefix("--").partition(".")
-            phases, argument = ((first,), f"--{rest}") if first in PHASES else (PHASES, argument)
-        for phase in phases:
-            split[phase].append(argument)
+    for option, *values in with_values(options):
+        own, _, rest = option.removeprefix("--").partition(".")
+        for phase in [own] if own in PHASES else PHASES:
+            split[phase] += [f"--{rest}" if own in PHASES else option, *values]
     return split
 
 

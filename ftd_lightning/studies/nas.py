@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
-from jsonargparse import ArgumentParser
 from torchmetrics.functional.regression import spearman_corrcoef
 from tqdm.auto import tqdm
 
 from ftd_lightning.bounds import check_bounds
+from ftd_lightning.command_line import OneLineErrors
 from ftd_lightning.contracts import Images
 from ftd_lightning.core.evaluation import EvaluationProtocol, accuracies, mean_and_std, train_fresh_networks
 from ftd_lightning.core.networks import NetworkFactory
@@ -215,7 +215,7 @@ def draw(results: Mapping[str, Any], axes: Any) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd nas``."""
-    parser = ArgumentParser(prog="ftd nas", description=__doc__, default_env=False)
+    parser = OneLineErrors(prog="ftd nas", description=__doc__, default_env=False)
     parser.add_argument("-c", "--config", action="config")
     parser.add_class_arguments(SearchSettings, as_group=False)
     parser.add_class_arguments(DistillationDataModule, "data")

@@ -16,16 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from ftd_lightning.files import SyntheticSet
     from ftd_lightning.studies.comparison import Comparison
 
 COUNTS, PICTURE = "images.json", "images.png"
-
-
-def set_picture(synthetic: SyntheticSet, *, ema: bool = False) -> Image.Image:
-    """Lay a set's images out as a grid, one column per class, at most ten images of each; see ``picture_grid``."""
-    pictures, names = synthetic.pictures(ema=ema), synthetic.class_names
-    return to_pil_image(picture_grid(pictures, synthetic.labels, class_names=names, columns=COLUMNS))
 
 
 def count_images(folder: Path) -> dict[str, Any]:
@@ -40,8 +33,10 @@ def count_images(folder: Path) -> dict[str, Any]:
     data = DistillationDataModule(**settings)
     synthetic = data.training_set()
     assert synthetic is not None, "an evaluation has a set"
+    pictures, names = synthetic.pictures(ema=settings["ema"]), synthetic.class_names
+    grid = picture_grid(pictures, synthetic.labels, class_names=names, columns=COLUMNS)
     with replacing(folder / PICTURE) as part:
-        set_picture(synthetic, ema=settings["ema"]).save(part, format="PNG")
+        to_pil_image(grid).save(part, format="PNG")
     test, (stored, trained_on) = data.count("test"), synthetic.image_counts
     counts = {
         "images": trained_on,

@@ -111,7 +111,7 @@ def test_networks_on_real_images_are_trained_until_they_level_off(tmp_path, caps
     assert "no images are held out" not in capsys.readouterr().out
     _, real = planned(few._replace(train=(4,) * 60), tmp_path)
     assert (real.model, real.trainer) == ({"networks": 2, "measure_every": 0}, {"max_epochs": 45})
-    assert "no images are held out: training on real images takes a fixed number of steps" in capsys.readouterr().out
+    assert "real images until 360 steps, as no images are held out" in capsys.readouterr().out
 
 
 def test_a_network_can_be_built_for_every_size():
