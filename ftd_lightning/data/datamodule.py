@@ -28,7 +28,7 @@ from ftd_lightning.data.coresets import BASELINES, random_real_images, teacher_c
 from ftd_lightning.data.datasets import DATASETS, check_name
 from ftd_lightning.data.decoding import cached_whitening
 from ftd_lightning.data.folder import Census, find_parts
-from ftd_lightning.data.in_memory import as_transform, read_datamodule, read_datasets
+from ftd_lightning.data.in_memory import read_datamodule, read_datasets
 from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on, host_loader
 from ftd_lightning.data.sources import OWN_IMAGES, ImageDataset, Request, unit_range
 from ftd_lightning.data.splits import split
@@ -103,7 +103,7 @@ def given_images(real: Sequence[Tensor]) -> Images:
 
 def _made(make: Callable[[], LightningDataModule]) -> LightningDataModule:
     """Make another datamodule whose ``save_hyperparameters`` does not take the arguments of this one for its own."""
-    if isinstance(make, partial) and make.args and isinstance(make.args[-1], type):  # LightningCLI's hands them on
+    if isinstance(make, partial) and make.args and isinstance(make.args[-1], type):  # LightningCLI would hand them on
         make = partial(make.args[-1], **make.keywords)
     return Context().run(make)
 
@@ -200,12 +200,11 @@ class DistillationDataModule(LightningDataModule):
         self.synthetic_set: SyntheticSet | None = None
         if isinstance(synthetic, SyntheticSet):  # hyper-parameters are plain values
             self.synthetic_set, self.hparams["synthetic"] = synthetic, None
-        self.wrapped: partial[tuple[ImageDataset, int]] | None = None  # reads another datamodule
-        if datamodule is not None:
-            theirs = _made(datamodule)
+        self.wrapped = None if datamodule is None else _made(datamodule)
+        self._reading: dict[str, Any] = {}  # arguments of from_datamodule
+        if self.wrapped is not None:
             self.hparams.update(dataset=OWN_IMAGES, val_fraction=0.0)
-            self.root, self.prepare_data_per_node = None, theirs.prepare_data_per_node
-            self.wrapped = partial(read_datamodule, theirs, image_size=image_size)
+            self.root, self.prepare_data_per_node = None, self.wrapped.prepare_data_per_node
         self._real: RealImages | None = None
         self._transform: ImageTransform | None = None
         self._ready = False
@@ -269,11 +268,11 @@ class DistillationDataModule(LightningDataModule):
             loaders: which of several loaders of a part is read, by its index or key, such as ``{"val": 0}``.
             class_names: in label order; None: those of its training dataset, or numbers.
             transform: of images that are normalised already, as for :meth:`from_datasets`.
-            options: arguments of the constructor, such as ``synthetic``, but those that say where files are.
+            options: arguments of the constructor, such as ``synthetic``. Those that find, hold out and batch images do
+                not count.
         """
         data = cls(datamodule=lambda: datamodule, **options)
-        how = {"batch": batch, "loaders": loaders, "class_names": class_names, "transform": as_transform(transform)}
-        data.wrapped = partial(data.wrapped, **how)  # type: ignore[misc, arg-type]
+        data._reading = {"batch": batch, "loaders": loaders, "class_names": class_names, "transform": transform}
         return data
 
     @classmethod
@@ -297,7 +296,9 @@ class DistillationDataModule(LightningDataModule):
     def spec(self) -> ImageDataset:
         """The description of the data set; see the class."""
         if self.wrapped is not None:
-            spec, self.hparams["batch_size"] = self.wrapped(self.trainer)
+            size = self.hparams["image_size"]
+            read = read_datamodule(self.wrapped, self.trainer, image_size=size, **self._reading)
+            spec, self.hparams["batch_size"] = read
             return spec
         return DATASETS[self.hparams["dataset"]](self._request)
 
@@ -388,7 +389,7 @@ class DistillationDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Download or decode the data set and fit the whitening, once per node; all are cached."""
         if self.wrapped is not None:
-            self.wrapped.args[0].prepare_data()
+            self.wrapped.prepare_data()
             return
         self._read()
         if self.hparams["zca"] and self.synthetic_set is None and not self._set_file():

@@ -18,9 +18,9 @@ from ftd_lightning.data.sources import ImageDataset, Request
 from ftd_lightning.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from ftd_lightning.data.sources import Parts
     from ftd_lightning.sizes import ImageSize
 
 
@@ -79,18 +79,14 @@ def _decoded(name: str, size: ImageSize, request: Request) -> DecodedImages:
     return DecodedImages(path, parts, partial(dict, channels=3, size=size, skip_broken=request.skip_broken))
 
 
-def _load(name: str, size: ImageSize, request: Request) -> Parts:
-    return _decoded(name, size, request).load()
-
-
-def _contents(name: str, size: ImageSize, request: Request) -> dict[str, Any]:
-    return _decoded(name, size, request).contents()
+def _use(use: Callable[[DecodedImages], Any], name: str, size: ImageSize, request: Request) -> Any:
+    return use(_decoded(name, size, request))
 
 
 def find_subset(name: str, request: Request) -> ImageDataset:
     """Describe a subset, ``train/<wnid>`` and ``val/<wnid>`` (to test); only ``load`` and ``contents`` decode files."""
     size, names = request.image_size or IMAGE_SIZE, tuple(SUBSETS[name].values())
-    load, contents = partial(_load, name, size, request), partial(_contents, name, size, request)
+    load, contents = (partial(_use, use, name, size, request) for use in (DecodedImages.load, DecodedImages.contents))
     return ImageDataset(names, 3, size, MEAN, STD, load, native_size=IMAGE_SIZE, contents=contents)
 
 

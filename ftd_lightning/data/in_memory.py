@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +69,6 @@ def find_images_file(request: Request) -> ImageDataset:
         for name in ("train", "test", "val")
         if name != "val" or "val_images" in file.names
     }
-    normalisation(parts, None, where=f"{path}: ")
     maximum = file.metadata.get("maximum")
     names = file.metadata["class_names"]
     return describe_images(parts, class_names=names, transform=None, maximum=maximum).at(request.image_size)
@@ -92,53 +90,33 @@ def normalisations(transform: Any) -> list[Standardization]:
     return [found for step in steps for found in normalisations(step)]
 
 
-def as_transform(given: Any) -> ImageTransform | None:
-    """Turn the argument ``transform``, which may be torchvision's, into a transform that a file can carry."""
-    if given is None or isinstance(given, Standardization | Whitening):
-        return given
-    if len(found := normalisations(given)) != 1:
-        raise InputError(
-            "transform= needs the one Normalize of the images, or a ftd_lightning.Standardization(mean, std)"
-        )
-    return found[0]
-
-
-def known(dataset: Any, ask: Callable[[Any], Any]) -> Any:
-    """Ask a dataset, and where it does not know those that it wraps, which have to agree; None without an answer."""
-    if (answer := ask(dataset)) is not None:
-        return answer
-    wrapped = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
-    answers = [known(inner, ask) for inner in wrapped if inner is not None]
+def agreed(datasets: Iterable[Any], ask: Callable[[Any], Any]) -> Any:
+    """Return what all datasets answer, or where one does not those that it wraps; None where they do not agree."""
+    answers = []
+    for dataset in datasets:
+        if (answer := ask(dataset)) is None:
+            inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
+            answer = agreed((one for one in inner if one is not None), ask)
+        answers.append(answer)
     return answers[0] if answers and all(other == answers[0] for other in answers) else None
 
 
-def normalisation(
-    parts: Parts, given: ImageTransform | None, datasets: Iterable[Any] = (), where: str = ""
-) -> ImageTransform | None:
-    """Return how images are normalised: as given, or where they are no pictures, as all their datasets say.
-
-    Images that are no pictures even without it are refused; ``where`` begins the message.
-    """
-    for name, (images, _) in parts.items():
-        if not images.is_floating_point() or not len(images):
-            continue
-        ends = torch.stack([images.amin((0, 2, 3)), images.amax((0, 2, 3))])[..., None, None]  # of each channel
-        if given is None and not _within(ends, 0):
-            all_of_them = SimpleNamespace(datasets=list(datasets))
-            said = known(all_of_them, lambda one: normalisations(getattr(one, "transform", None)) or None)
-            if said is not None and len(said) == 1:
-                given = said[0]
-                rank_zero_info(f"images are normalised by the {given} of their dataset's transform, which is kept")
-        ends = given.invert(ends) if isinstance(given, Standardization) else ends  # resizing may overshoot
-        if not isinstance(given, Whitening) and not _within(ends, 0.05 if given else 0):
-            without = "" if given is None else f" without their {given}"
-            low, high = map(float, ends.aminmax())
-            raise InputError(f"{where}{name}: images{without} have values from {low:.3g} to {high:.3g}; {EXPECTED}")
-    return given
-
-
-def _within(ends: Tensor, slack: float) -> bool:
-    return bool(((ends >= -slack) & (ends <= 1 + slack)).all())
+def normalisation(given: Any, datasets: Iterable[Any]) -> ImageTransform | None:
+    """Return how images are normalised: as ``given``, perhaps by torchvision's transforms, or as all datasets say."""
+    if isinstance(given, Standardization | Whitening):
+        return given
+    if given is None:
+        found = agreed(datasets, lambda one: normalisations(getattr(one, "transform", None)) or None) or []
+    else:
+        found = normalisations(given)
+    if len(found) == 1:
+        rank_zero_info(f"images are taken as normalised by {found[0]}")
+        return found[0]
+    if given is not None:
+        raise InputError(
+            "transform= needs the one Normalize of the images, or a ftd_lightning.Standardization(mean, std)"
+        )
+    return None
 
 
 def read_images(
@@ -173,26 +151,17 @@ def read_datasets(
     image_size: ImageSize | None = None,
     transform: Any = None,
 ) -> ImageDataset:
-    """Read all parts and describe them; see :func:`read_images`, :func:`as_transform` and :func:`describe_images`."""
+    """Read all parts and describe them; see :func:`normalisation`, :func:`read_images` and :func:`describe_images`."""
     given = {"train": train, "test": test, **({} if val is None else {"val": val})}
-
-    by = as_transform(transform)
+    by = normalisation(transform, given.values())
     parts = {name: read_images(data, name, image_size=image_size, transform=by) for name, data in given.items()}
-    return _described(parts, given, class_names=class_names, transform=by)
-
-
-def _described(
-    parts: Parts, datasets: Mapping[str, Any], *, class_names: Sequence[str] | None, transform: ImageTransform | None
-) -> ImageDataset:
-    """Describe all parts by what is given and what their datasets say of normalisation and names."""
-    transform = normalisation(parts, transform, datasets.values())
-    names = class_names or classes_of(datasets["train"], parts["train"].labels)
-    return describe_images(parts, class_names=names, transform=transform)
+    names = class_names or classes_of(train, parts["train"].labels)
+    return describe_images(parts, class_names=names, transform=by)
 
 
 def classes_of(dataset: Any, labels: Tensor) -> Sequence[str] | None:
     """Return the ``classes`` of a dataset, or of those that it wraps; None without."""
-    names: Sequence[str] | None = known(dataset, lambda one: getattr(one, "classes", None))
+    names: Sequence[str] | None = agreed([dataset], lambda one: getattr(one, "classes", None))
     if names is None or hasattr(dataset, "classes"):
         return names
     return names[: int(labels.max()) + 1]  # a part may leave out the last classes
@@ -235,7 +204,10 @@ def _as_labels(labels: Any, part: str) -> Tensor:
 def _as_item(item: Any, part: str) -> Batch:
     """Turn an item of a dataset into a batch of one."""
     if not isinstance(item, tuple | list) or len(item) != 2:
-        raise InputError(f"{part}: items must be pairs (image, label), not {type(item).__name__}")
+        raise InputError(
+            f"{part}: items must be pairs (image, label), not {type(item).__name__}: wrap the dataset in one whose "
+            "items are, or pass a DataModule to from_datamodule(batch=)"
+        )
     image, label = item
     if isinstance(image, Image.Image):
         try:
@@ -289,12 +261,23 @@ def _resize(images: Tensor, size: ImageSize | None) -> Tensor:
 
 
 def _checked(images: Tensor, part: str, transform: ImageTransform | None) -> Tensor:
+    """Refuse images that are no pictures, or would be none without their normalisation."""
     if images.dtype in (torch.uint8, torch.uint16) and transform is None:
         return images
     if not images.is_floating_point():
         wrong = "transform= is for normalised images, which are floats" if transform else EXPECTED
         raise InputError(f"{part}: images are {images.dtype}; {wrong}")
-    return images.float()
+    images, channels = images.float(), images.shape[1]
+    if isinstance(transform, Standardization) and len(transform.mean) not in (1, channels):
+        raise InputError(f"{part}: images have {channels} channels, transform={transform} has {len(transform.mean)}")
+    if len(images) and not isinstance(transform, Whitening):
+        ends = torch.stack([images.amin((0, 2, 3)), images.amax((0, 2, 3))])[..., None, None]  # of each channel
+        low, high = map(float, (transform.invert(ends) if transform else ends).aminmax())
+        slack = 0.05 if transform else 0  # resizing may overshoot
+        if not -slack <= low <= high <= 1 + slack:
+            without = f" without their {transform}" if transform else ""
+            raise InputError(f"{part}: images{without} have values from {low:.3g} to {high:.3g}; {EXPECTED}")
+    return images
 
 
 def _as_bytes(pictures: Tensor) -> Tensor:
@@ -314,11 +297,9 @@ def describe_images(
     """Describe images in memory; their contents, and the ``maximum`` that 16 bits were divided by, identify them."""
     deep = {name: part for name, part in parts.items() if part.pictures.dtype == torch.uint16}
     if deep:
-        maximum = max(1, *(int(part.pictures.int().max()) for part in deep.values()))  # all of them may be black
-        scaled = {
-            name: Pictures(_as_bytes(part.pictures.float() / maximum), part.labels) for name, part in deep.items()
-        }
-        parts = {**parts, **scaled}
+        maximum = max(1, *(int(values.int().max()) for values, labels in deep.values() if len(labels)))  # 1: all black
+        scaled = {name: (_as_bytes(values.float() / maximum), labels) for name, (values, labels) in deep.items()}
+        parts = {**parts, **{name: Pictures(*part) for name, part in scaled.items()}}
     train = parts["train"]
     names, shape = _class_names(train.labels, class_names), tuple(train.pictures.shape[1:])
     for part, (pictures, labels) in parts.items():
@@ -362,7 +343,7 @@ def read_datamodule(
     loaders: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
     image_size: ImageSize | None = None,
-    transform: ImageTransform | None = None,
+    transform: Any = None,
 ) -> tuple[ImageDataset, int]:
     """Set another LightningDataModule up and read all its images, test images if any; also return its batch size."""
     datamodule.trainer = trainer
@@ -372,12 +353,14 @@ def read_datamodule(
     used = {part: loader for part, loader in found.items() if loader is not None}
     if "train" not in used:
         raise InputError(f"{type(datamodule).__name__} has no train_dataloader, which is needed")
-    read = {part: _read(loader, part, batch, image_size, transform) for part, loader in used.items()}
+    datasets = [getattr(loader, "dataset", None) for loader in used.values()]
+    by = normalisation(transform, datasets)
+    read = {part: _read(loader, part, batch, image_size, by) for part, loader in used.items()}
     train, size = read["train"]
     no_test = {"test": Pictures(train.pictures[:0], train.labels[:0])}
     parts = {**no_test, **{part: pictures for part, (pictures, _) in read.items()}}
-    datasets = {part: getattr(loader, "dataset", None) for part, loader in used.items()}
-    return _described(parts, datasets, class_names=class_names, transform=transform), size
+    names = class_names or classes_of(datasets[0], train.labels)
+    return describe_images(parts, class_names=names, transform=by), size
 
 
 # Of the package `pytorch_lightning`, too: `lightning` has its classes a second time.
@@ -390,7 +373,8 @@ def _loader(datamodule: Any, part: str, loaders: Mapping[str, Any]) -> Any:
     if getattr(make, "__module__", None) in ABSTRACT:
         return None
     found = make()
-    choices = found if isinstance(found, dict) else dict(enumerate(found if isinstance(found, list) else [found]))
+    several = found if isinstance(found, dict | list | tuple) else [found]
+    choices = several if isinstance(several, dict) else dict(enumerate(several))
     if not (keys := list(choices)):
         return None
     if (key := loaders.get(part, keys[0] if len(keys) == 1 else None)) in keys:

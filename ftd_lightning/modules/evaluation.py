@@ -125,6 +125,8 @@ class SyntheticEvaluation(BaseModule):
         super().on_fit_start()
         self._states.restore(self)
         self._real = None if self.source is None else PartsOnDevice(self.source, self.device)
+        if self.source is not None:
+            self.source.part("test")  # without test images it is refused before it trains
 
     def on_validation_start(self) -> None:
         """Restore them where nothing is fitted: there too the first rank's weights are broadcast."""

@@ -17,7 +17,7 @@ from ftd_lightning.functional.unroll import load_flat
 from ftd_lightning.models import build_network
 
 SHAPE = {"in_channels": 1, "num_classes": 10, "image_size": 8}
-DATASET = {"dataset": {"name": "digits", "seed": 0}}
+DATASET = {"dataset": {"name": "digits", "seed": 0}, "transform": {"kind": "standardization"}}
 
 
 def digits(per_class=14):
