@@ -23,12 +23,7 @@ def sides(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def as_size(value: int | Sequence[int]) -> ImageSize:
-    """Turn a number or a pair into a size; a pair of equal numbers becomes one number.
-
-    Example:
-        >>> as_size(32), as_size([24, 32]), as_size((32, 32))
-        (32, (24, 32), 32)
-    """
+    """Turn a number or a pair into a size; a pair of equal numbers becomes one number."""
     height, width = sides(value)
     return height if height == width else (height, width)
 

@@ -216,6 +216,7 @@ class DistillationDataModule(LightningDataModule):
         test: Any,
         *,
         val: Any = None,
+        batch: Choice | None = None,
         class_names: Sequence[str] | None = None,
         transform: Any = None,
         **options: Any,
@@ -229,6 +230,7 @@ class DistillationDataModule(LightningDataModule):
             train: e.g. a torchvision dataset, with or without ``ToTensor``; labels are 0 .. K-1.
             test: the test images.
             val: the images that are held out; None: the share ``val_fraction`` of ``train`` is.
+            batch: returns (image, label) from an item of another form: ``lambda b: (b["image"], b["label"])``.
             class_names: in label order; None: ``train.classes``, or numbers.
             transform: of images that are normalised already, which are taken as they are: torchvision's ``Normalize``
                 or a ``Compose`` with one in it, ``Standardization`` or ``Whitening``. None: the ``Normalize`` in the
@@ -241,7 +243,8 @@ class DistillationDataModule(LightningDataModule):
         data = cls(**options)
         data.hparams["dataset"], data.root = OWN_IMAGES, None
         size = data.hparams["image_size"]
-        data.spec = read_datasets(train, test, val, class_names=class_names, image_size=size, transform=transform)
+        how = {"batch": batch, "class_names": class_names, "image_size": size, "transform": transform}
+        data.spec = read_datasets(train, test, val, **how)
         return data
 
     @classmethod

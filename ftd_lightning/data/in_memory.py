@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,26 +120,24 @@ def normalisation(given: Any, datasets: Iterable[Any]) -> ImageTransform | None:
 
 
 def read_images(
-    data: Any, part: str, *, image_size: ImageSize | None = None, transform: ImageTransform | None
+    data: Any,
+    part: str,
+    *,
+    batch: Choice | None = None,
+    image_size: ImageSize | None = None,
+    transform: ImageTransform | None,
 ) -> Pictures:
     """Read a torch dataset of (image, label) or a pair of tensors into memory, resized to ``image_size``.
 
     Images are Pillow images, tensors (C, H, W) or (H, W), arrays (H, W, C) or (H, W); or all of them, (N, C, H, W) or
     (N, H, W). They are pictures, or with a ``transform`` normalised already. ``part`` is named in messages.
     """
-    batches: Iterable[Batch]
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
-        batches = [as_batch(data[0], data[1], part)]
-    elif isinstance(data, IterableDataset):
-        batches = (_as_item(item, part) for item in data)
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        first = [_as_item(data[i], part) for i in range(min(READ_TWICE, len(data)))]
-        warn_of_random(first, (_as_item(data[i], part) for i in range(len(first))), part)
-        rest = tqdm(range(len(first), len(data)), desc=f"reading {part} images", unit="image", leave=False, delay=1)
-        batches = chain(first, (_as_item(data[i], part) for i in rest))  # each is resized when it is read
-    else:
+        return joined([as_batch(data[0], data[1], part)], part, image_size, transform)
+    if not isinstance(data, IterableDataset) and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise InputError(f"{part}: must be a Dataset of (image, label) or a pair of tensors, not {type(data).__name__}")
-    return joined(batches, part, image_size=image_size, transform=transform)
+    items = DataLoader(data, collate_fn=partial(_as_item, part=part, choose=batch), generator=torch.Generator())
+    return _read(items, part, None, image_size, transform)[0]
 
 
 def read_datasets(
@@ -147,6 +145,7 @@ def read_datasets(
     test: Any,
     val: Any = None,
     *,
+    batch: Choice | None = None,
     class_names: Sequence[str] | None = None,
     image_size: ImageSize | None = None,
     transform: Any = None,
@@ -154,7 +153,8 @@ def read_datasets(
     """Read all parts and describe them; see :func:`normalisation`, :func:`read_images` and :func:`describe_images`."""
     given = {"train": train, "test": test, **({} if val is None else {"val": val})}
     by = normalisation(transform, given.values())
-    parts = {name: read_images(data, name, image_size=image_size, transform=by) for name, data in given.items()}
+    how: dict[str, Any] = {"batch": batch, "image_size": image_size, "transform": by}
+    parts = {name: read_images(data, name, **how) for name, data in given.items()}
     names = class_names or classes_of(train, parts["train"].labels)
     return describe_images(parts, class_names=names, transform=by)
 
@@ -165,15 +165,6 @@ def classes_of(dataset: Any, labels: Tensor) -> Sequence[str] | None:
     if names is None or hasattr(dataset, "classes"):
         return names
     return names[: int(labels.max()) + 1]  # a part may leave out the last classes
-
-
-def warn_of_random(first: Iterable[Batch], again: Iterable[Batch], part: str) -> None:
-    """Warn where the same items differ when they are read a second time."""
-    if any(not torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True)):
-        rank_zero_warn(
-            f"{part}: the same images differ when they are read twice. They are read once, so random augmentation in "
-            "the dataset is applied once; leave it out, because modules augment every batch themselves (augment=)"
-        )
 
 
 def as_batch(images: Any, labels: Any, part: str) -> Batch:
@@ -201,14 +192,9 @@ def _as_labels(labels: Any, part: str) -> Tensor:
         raise InputError(f"{part}: labels must be integers, not {one!r:.40}; number the classes from 0") from error
 
 
-def _as_item(item: Any, part: str) -> Batch:
-    """Turn an item of a dataset into a batch of one."""
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        raise InputError(
-            f"{part}: items must be pairs (image, label), not {type(item).__name__}: wrap the dataset in one whose "
-            "items are, or pass a DataModule to from_datamodule(batch=)"
-        )
-    image, label = item
+def _as_item(items: Sequence[Any], part: str, choose: Choice | None) -> Batch:
+    """Turn one item of a dataset into a batch of one."""
+    image, label = pair(items[0], part, choose)
     if isinstance(image, Image.Image):
         try:
             image = torch.from_numpy(pixels(image, channels=1 if is_grey(image) else 3).copy())  # uint16 of 16 bits
@@ -222,7 +208,7 @@ def _as_item(item: Any, part: str) -> Batch:
 
 
 def joined(
-    batches: Iterable[Batch], part: str, *, image_size: ImageSize | None = None, transform: ImageTransform | None
+    batches: Iterable[Batch], part: str, image_size: ImageSize | None, transform: ImageTransform | None
 ) -> Pictures:
     """Join batches into one tensor each of pictures and labels; see :func:`read_images`.
 
@@ -386,19 +372,20 @@ def _loader(datamodule: Any, part: str, loaders: Mapping[str, Any]) -> Any:
 
 
 def pair(found: Any, part: str, choose: Choice | None) -> tuple[Any, Any]:
-    """Return images and labels of a batch, by the user's function where its form is another."""
+    """Return images and labels of a batch or item, by the user's function where its form is another."""
     chosen = found if choose is None else choose(found)
     if isinstance(chosen, tuple | list) and len(chosen) == 2:
         return chosen[0], chosen[1]
     if choose is not None:
         raise InputError(f"{part}: batch= must return a pair (images, labels), not {type(chosen).__name__}")
     keyed = dict(found if isinstance(found, Mapping) else enumerate(found if isinstance(found, tuple | list) else ()))
-    tensors = {key: value.ndim for key, value in keyed.items() if isinstance(value, Tensor | np.ndarray)}
-    image = next((key for key, axes in tensors.items() if axes > 2), "images")
-    label = next((key for key in tensors if key != image), "labels")
+    pictures = (key for key, one in keyed.items() if isinstance(one, Image.Image) or getattr(one, "ndim", 0) > 2)
+    image = next(pictures, "images")
+    numbers = (key for key, one in keyed.items() if key != image and isinstance(one, int | Tensor | np.ndarray))
+    label = next(numbers, "labels")
     raise InputError(
-        f"{part}: batches must be pairs (images, labels), not {type(found).__name__} with {list(keyed)}: give "
-        f"batch=lambda b: (b[{image!r}], b[{label!r}]) or the like"
+        f"{part}: items and batches must be pairs (images, labels), not {type(found).__name__} with {list(keyed)}: "
+        f"give batch=lambda b: (b[{image!r}], b[{label!r}]) or the like"
     )
 
 
@@ -413,11 +400,16 @@ def _read(
 
     if ordered is not None:
         some = range(min(READ_TWICE, len(ordered.dataset)))  # type: ignore[arg-type]
-        first, again = (batches([ordered.collate_fn([ordered.dataset[i] for i in some])]) for _ in "12")
-        warn_of_random(first, again, part)
-    read = list(batches(tqdm(ordered or loader, desc=f"reading {part} images", unit="batch", leave=False, delay=1)))
-    size = getattr(loader, "batch_size", None) or (len(read[0][1]) if read else 1)
-    return joined(read, part, image_size=image_size, transform=transform), size
+        first, again = (batches(ordered.collate_fn([ordered.dataset[i]]) for i in some) for _ in "12")
+        if any(not torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True)):
+            rank_zero_warn(
+                f"{part}: the same images differ when they are read twice. They are read once: random augmentation in "
+                "the dataset would be applied once. Leave it out; modules augment every batch themselves (augment=)"
+            )
+    read = batches(tqdm(ordered or loader, desc=f"reading {part} images", unit="batch", leave=False, delay=1))
+    head = list(islice(read, 1))
+    size = getattr(loader, "batch_size", None) or (len(head[0][1]) if head else 1)
+    return joined(chain(head, read), part, image_size, transform), size
 
 
 def _in_order(loader: Any, part: str) -> DataLoader[Any] | None:
