@@ -189,7 +189,7 @@ def test_teachers_of_a_bare_datamodule_or_the_other_trainer_are_matched(package,
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Lightning's own CLI
 @pytest.mark.parametrize("run", [lightning_cli.run, lambda given: LightningCLI(args=given)], ids=["ftd", "own"])
-def test_a_datamodule_is_an_option_of_the_command_line(run, tmp_path, monkeypatch, refused):
+def test_a_datamodule_is_an_option_of_the_command_line(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mine.py"])
     options = ["--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false"]
@@ -202,7 +202,5 @@ def test_a_datamodule_is_an_option_of_the_command_line(run, tmp_path, monkeypatc
     (checkpoint,) = (path for path in tmp_path.rglob("*.ckpt") if path.name != "last.ckpt")
     assert "datamodule" not in torch.load(checkpoint, weights_only=True)["datamodule_hyper_parameters"]
     options += ["--model.teachers=2", f"--ckpt_path={checkpoint}"]
-    with refused("data.batch_size=32" if run is lightning_cli.run else "batch_size"):
-        run(["fit", *options])
     run(["fit", *options, "--data.datamodule.init_args.size=20"])
     assert len(TrajectoryStore("store")) == 2

@@ -7,11 +7,11 @@ import torch
 from PIL import ExifTags, Image
 from torchvision.transforms.v2.functional import resize
 
+from ftd_lightning.data import decoding
 from ftd_lightning.data.decoding import (
     DecodedImages,
     LabelledFiles,
     cache_file,
-    cache_folder,
     cached_whitening,
     decode,
     pixels,
@@ -116,17 +116,6 @@ def test_unreadable_images_are_refused_by_name(tmp_path, refused):
             decode({"train": LabelledFiles([file], [0])}, channels=3, size=6, deep=False)
 
 
-def test_broken_files_are_left_out_where_asked(tmp_path, image_folder):
-    files = sorted(image_folder(tmp_path, ["a", "b"], count=3).rglob("*.png"))
-    parts = {"train": LabelledFiles(files, [0, 0, 0, 1, 1, 1])}
-    whole, _ = decode(parts, channels=3, size=12, deep=False)
-    files[0].write_bytes(b"text")
-    files[2].write_bytes(files[2].read_bytes()[:100])
-    left, _ = decode(parts, channels=3, size=12, deep=False, skip_broken=True)
-    assert torch.equal(left["train"].pictures, whole["train"].pictures[[1, 3, 4, 5]])
-    assert left["train"].labels.tolist() == [0, 1, 1, 1]
-
-
 # The cache of decoded images
 
 
@@ -189,7 +178,7 @@ def flipped(content, place):
     return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
 
 
-def test_damaged_cache_is_made_again_with_a_word(decoded):
+def test_damaged_cache_is_made_again_with_a_word(decoded, monkeypatch):
     content = decoded.path.read_bytes()
     for damaged in (content[:-1], flipped(content, len(content) - 1000)):
         decoded.path.unlink()  # it is mapped
@@ -199,6 +188,7 @@ def test_damaged_cache_is_made_again_with_a_word(decoded):
         assert [str(warning.message).startswith(f"{decoded.path}: ") for warning in warned] == [True]
         assert parts["train"].labels.tolist() == [0] * 3 + [1] * 3
         assert decoded.path.read_bytes() == content
+    monkeypatch.setattr(decoding, "decode", lambda *args, **options: pytest.fail("decoded again"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decoded.load()
@@ -212,15 +202,6 @@ def test_caches_that_cannot_be_made_are_refused(decoded, tmp_path, refused):
     decoded.path.mkdir()
     with refused(decoded.path, "cannot be written", "data.cache_dir"):
         decoded.load()
-
-
-def test_caches_lie_in_the_users_cache_or_the_given_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder(None) == tmp_path / "xdg" / "ftd_lightning"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder(None) == tmp_path / ".cache" / "ftd_lightning"
-    assert cache_folder("~/there") == tmp_path / "there"
 
 
 # The cache of whitenings

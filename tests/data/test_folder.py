@@ -295,16 +295,7 @@ def test_caches_lie_in_the_given_folder_and_home_is_known_in_every_path(tmp_path
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["a", "b"]
     again = ready("~/images", cache_dir="~/given", synthetic="~/set.safetensors")
     assert len(again.synthetic_set.images) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    ready("~/images")
+    assert len(list(tmp_path.glob("xdg/ftd_lightning/decoded/*"))) == 1
     assert not Path("~").exists()
-
-
-def test_later_runs_map_the_cache_and_a_changed_file_is_read(both, image_folder, monkeypatch):
-    image_folder(both / "test", CLASSES, count=3, seed=2)
-    first = ready(both)
-    with monkeypatch.context() as patch:
-        patch.setattr(decoding, "decode", lambda *args, **options: pytest.fail("decoded again"))
-        again = ready(both)
-        for part in ("train", "val", "test"):
-            assert torch.equal(again.part(part).images, first.part(part).images)
-    image_folder(both / "train", ["cow"], count=1, seed=9)
-    assert not torch.equal(ready(both).train.images, first.train.images)

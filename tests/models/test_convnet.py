@@ -51,14 +51,6 @@ def test_every_option_runs_and_is_another_network():
     assert len(found) == len(OPTIONS) == 45
 
 
-@pytest.mark.parametrize(("channels", "size", "depth"), [(1, 8, 1), (3, 64, 5)])
-def test_sizes(channels, size, depth):
-    network = ConvNet(channels, 10, size, width=4, depth=depth)
-    assert network(pictures(2, size, channels)).shape == (2, 10)
-    assert [m.out_channels for m in network if isinstance(m, nn.Conv2d)] == [4] * depth
-    assert network[-1].in_features == 4 * (size // 2**depth) ** 2
-
-
 def test_instance_norm_is_torchs_affine_instance_norm():
     with seeded(0):
         network = ConvNet(3, 10, 16, width=8, depth=2).double()
@@ -73,12 +65,6 @@ def test_instance_norm_is_torchs_affine_instance_norm():
         setattr(reference, name, norm)
     images = pictures(4, 16).double()
     torch.testing.assert_close(network(images), reference(images), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize(("size", "depth"), [(28, 3), (33, 1)])
-def test_size_that_pooling_does_not_divide_is_refused(size, depth):
-    with pytest.raises(InputError, match=rf"cannot halve {size} x {size} px {depth} times: lower the depth"):
-        ConvNet(3, 10, size, depth=depth)
 
 
 @pytest.mark.parametrize(
