@@ -1,8 +1,4 @@
-"""Sizes of images in pixels.
-
-Convention: a size is a whole number for squares, and (height, width), in this order, for other rectangles; files and
-configs hold these as [height, width].
-"""
+"""Sizes of images in pixels: a number for squares, and (height, width) for others, which files hold as a list."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from ftd_lightning.files.schema import check_labels, check_tensor
 from ftd_lightning.files.synthetic_set import SyntheticSet
 from ftd_lightning.files.transforms import Standardization
 from ftd_lightning.functional.selection import Ipc
-from ftd_lightning.sizes import as_size, sides
+from ftd_lightning.sizes import ImageSize, as_size, sides
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from ftd_lightning.contracts import Part
     from ftd_lightning.data.decoding import LabelledFiles
     from ftd_lightning.data.in_memory import Choice
-    from ftd_lightning.sizes import ImageSize
 
 
 CHUNK = 5000  # images transformed at a time: bounds the memory of whitening
@@ -234,7 +233,7 @@ class DistillationDataModule(LightningDataModule):
             class_names: in label order; None: ``train.classes``, or numbers.
             transform: of images that are normalised already, which are taken as they are: torchvision's ``Normalize``
                 or a ``Compose`` with one in it, ``Standardization`` or ``Whitening``. None: the ``Normalize`` in the
-                datasets' own ``transform``, where their images are not in [0, 1].
+                datasets' own ``transform``, if any.
             options: arguments of the constructor, but those that say where files are.
         """
         for name in ("dataset", "root", "download", "test_fraction", "skip_broken"):

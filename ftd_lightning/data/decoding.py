@@ -23,7 +23,7 @@ from ftd_lightning.data.sources import Pictures, fingerprints, unit_range
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, write_tensors
 from ftd_lightning.files.transforms import Whitening
-from ftd_lightning.sizes import sides, size_text
+from ftd_lightning.sizes import ImageSize, sides, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ftd_lightning.data.sources import Parts, Request
-    from ftd_lightning.sizes import ImageSize
 
 
 T = TypeVar("T")

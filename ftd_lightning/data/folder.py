@@ -29,14 +29,12 @@ from ftd_lightning.data.decoding import (
 )
 from ftd_lightning.data.sources import ImageDataset, Request, resizing
 from ftd_lightning.errors import InputError
-from ftd_lightning.sizes import as_size
+from ftd_lightning.sizes import ImageSize, as_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from PIL import ImageFile
-
-    from ftd_lightning.sizes import ImageSize
 
 
 @contextmanager

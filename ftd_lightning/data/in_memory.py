@@ -13,14 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-)
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
 from torchvision.transforms import Normalize as NormalizeV1
 from torchvision.transforms.v2 import Normalize
 from tqdm.auto import tqdm
@@ -31,7 +24,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, write_tensors
 from ftd_lightning.files.schema import NAMES, check_metadata
 from ftd_lightning.files.transforms import Standardization, Whitening
-from ftd_lightning.sizes import as_size, sides
+from ftd_lightning.sizes import ImageSize, as_size, sides
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -41,7 +34,6 @@ if TYPE_CHECKING:
 
     from ftd_lightning.contracts import ImageTransform
     from ftd_lightning.data.sources import Request
-    from ftd_lightning.sizes import ImageSize
 
 
 KIND = "images"
@@ -421,11 +413,8 @@ def _in_order(loader: Any, part: str) -> DataLoader[Any] | None:
     order: Sequence[int] = range(len(loader.dataset))  # type: ignore[arg-type]
     if isinstance(sampler, SubsetRandomSampler):
         order = sorted(sampler.indices)
-    elif not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
-        rank_zero_info(
-            f"{part}: all {len(order):,} images of the dataset are read once; the order and weights of its "
-            f"{type(sampler).__name__} are not used"
-        )
+    elif isinstance(sampler, WeightedRandomSampler):
+        rank_zero_info(f"{part}: all {len(order):,} images of the dataset are read once, whatever their weights")
     return DataLoader(
         loader.dataset,
         batch_size=loader.batch_size or 256,

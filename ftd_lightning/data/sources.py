@@ -13,13 +13,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from ftd_lightning.files.safetensors_io import fingerprint
-from ftd_lightning.sizes import plain, sides, size_text
+from ftd_lightning.sizes import ImageSize, plain, sides, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from ftd_lightning.contracts import ImageTransform
-    from ftd_lightning.sizes import ImageSize
 
 
 OWN_IMAGES = "own images"  # the name of data that is given as objects, in descriptions

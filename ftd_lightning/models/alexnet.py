@@ -9,11 +9,10 @@ from torch import nn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.models.layers import NORMS, check_option, check_size
-from ftd_lightning.sizes import sides
+from ftd_lightning.sizes import ImageSize, sides
 
 if TYPE_CHECKING:
     from ftd_lightning.models.layers import Norm
-    from ftd_lightning.sizes import ImageSize
 
 # (kernel size, channels) of a convolution; None is 2x2 max pooling.
 PLAN: tuple[tuple[int, int] | None, ...] = ((5, 128), None, (5, 192), None, (3, 256), (3, 192), (3, 192), None)

@@ -10,12 +10,10 @@ from torch import nn
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
 from ftd_lightning.models.layers import NORMS, Norm, check_option, first_padding
-from ftd_lightning.sizes import sides, size_text
+from ftd_lightning.sizes import ImageSize, sides, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from ftd_lightning.sizes import ImageSize
 
 Activation = Literal["sigmoid", "relu", "leakyrelu"]
 Pooling = Literal["none", "max", "avg"]

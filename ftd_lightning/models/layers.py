@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 from torch import nn
 
 from ftd_lightning.errors import InputError
-from ftd_lightning.sizes import as_size, sides, size_text
+from ftd_lightning.sizes import ImageSize, as_size, sides, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from ftd_lightning.sizes import ImageSize
 
 Norm = Literal["none", "batch", "layer", "instance", "group"]
 

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.models.layers import NORMS, check_option, check_size
-from ftd_lightning.sizes import sides
+from ftd_lightning.sizes import ImageSize, sides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ftd_lightning.models.layers import Norm
-    from ftd_lightning.sizes import ImageSize
 
 # (channels, stride of the first block); two blocks each.
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))

@@ -8,11 +8,10 @@ from torch import nn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.models.layers import NORMS, check_option, check_size, first_padding
-from ftd_lightning.sizes import sides
+from ftd_lightning.sizes import ImageSize, sides
 
 if TYPE_CHECKING:
     from ftd_lightning.models.layers import Norm
-    from ftd_lightning.sizes import ImageSize
 
 # Channels of the convolutions before each pooling.
 STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
