@@ -211,26 +211,22 @@ MISSPELT = [
 ]
 
 
+WRONG = [
+    ("fit --config a.yaml", "unknown argument '--trainer.max_epoch': did you mean --trainer.max_e"),
+    ("exprot", "unknown command 'exprot': did you mean export?"),
+    ("export a b --emma", "unknown argument '--emma': did you mean --ema?"),
+    ("compare --config=a.yaml --stop-after=x", "stop_after: Expected a <class 'float'>, not x; see ftd compare --help"),
+    ("nas --out o --epoch 3", "unknown argument '--epoch': did you mean --epochs?"),
+]
+
+
 def test_wrong_words_end_with_exit_code_2(here: Path, capsys) -> None:
     (here / "a.yaml").write_text("trainer: {max_epoch: 3}\n")
     config = str(CONFIGS / "digits" / "teacher_mtt.yaml")
     parser = lightning_cli.run(["--config", config], start=False).parser
     capsys.readouterr()
-    for run, arguments, words in (
-        *((parser.parse_args, ["--config", config, option], words) for option, words in MISSPELT),
-        (
-            cli.main,
-            ["fit", "--config", "a.yaml"],
-            "unknown argument '--trainer.max_epoch': did you mean --trainer.max_e",
-        ),
-        (cli.main, ["exprot"], "unknown command 'exprot': did you mean export?"),
-        (cli.main, ["export", "a", "b", "--emma"], "unknown argument '--emma': did you mean --ema?"),
-        (
-            cli.main,
-            ["compare", "--config=a.yaml", "--stop-after=x"],
-            "stop_after: Expected a <class 'float'>, not x; see ftd compare --help",
-        ),
-    ):
+    cases = [(parser.parse_args, ["--config", config, option], words) for option, words in MISSPELT]
+    for run, arguments, words in [*cases, *((cli.main, line.split(), words) for line, words in WRONG)]:
         with pytest.raises(SystemExit) as stop:
             run(arguments)
         shown = capsys.readouterr().err

@@ -110,11 +110,6 @@ def buildable_size(channels: int, size: ImageSize) -> ImageSize:
     return size if (channels, size) == (1, 28) else as_size([halved * max(round(s / halved), 1) for s in sides(size)])
 
 
-def largest_size(minutes: float) -> int:
-    """Give the size to which larger images are reduced: four times the minutes of a CPU allow twice the size."""
-    return 128 if minutes >= 16 * MINUTES else 64 if minutes >= 4 * MINUTES else 32
-
-
 def reference(steps: int, *, held_out: bool) -> Settings:
     """Settings of networks that are trained on real images, in epochs of so many steps, until they level off.
 
@@ -138,8 +133,9 @@ def plan_configs(
     if method not in METHODS:
         raise InputError(f"--method {method}: plans are made for {', '.join(METHODS)}; --config takes any other")
     speed = GPU if gpu else 1
-    reduced = min(*sides(found.size), largest_size(speed * minutes))
-    size = buildable_size(found.channels, found.size if found.asked else reduced)
+    # Four times the minutes allow twice the size.
+    most = 128 if speed * minutes >= 16 * MINUTES else 64 if speed * minutes >= 4 * MINUTES else 32
+    size = buildable_size(found.channels, found.size if found.asked else min(*sides(found.size), most))
     if found.asked and size != found.size:
         why = f"its ConvNet halves images {depth_of(found.size)} times"
         raise InputError(f"--data.image_size {plain(found.size)}: {why}; give {plain(size)}")

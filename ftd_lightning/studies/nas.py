@@ -215,7 +215,7 @@ def draw(results: Mapping[str, Any], axes: Any) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd nas``."""
-    parser = OneLineErrors(prog="ftd nas", description=__doc__, default_env=False)
+    parser = OneLineErrors(prog="ftd nas", description=__doc__, default_env=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config")
     parser.add_class_arguments(SearchSettings, as_group=False)
     parser.add_class_arguments(DistillationDataModule, "data")

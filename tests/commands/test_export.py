@@ -236,10 +236,7 @@ def test_averaged_images_several_step_sizes_and_learned_labels(tmp_path: Path) -
 def test_what_cannot_be_written_is_refused_in_one_line(tmp_path: Path, capsys) -> None:
     path, out = tmp_path / "some.safetensors", tmp_path / "out"
     targets = {"labels": torch.randn(20, 10), "metadata": {"label_kind": "target"}}
-    for changes, said in (
-        ({"step_size": None}, "has no step size"),
-        (targets, "targets of a regression"),
-    ):
+    for changes, said in (({"step_size": None}, "has no step size"), (targets, "targets of a regression")):
         digits_set(**{"labels": IN_TURNS, **changes}).save(path)
         assert said in refusal(capsys, "export", path, out, "--format", "tensors")
     assert "no EMA images" in refusal(capsys, "export", path, out, "--ema")
@@ -259,10 +256,6 @@ def test_pictures_of_many_channels_show_three_and_the_tensors_hold_all(tmp_path:
     cli.main(["export", str(tmp_path / "some.safetensors"), str(tmp_path / "tensors"), "--format", "tensors"])
     images = torch.load(tmp_path / "tensors/images.pt", weights_only=True)
     assert torch.equal(images, synthetic.images[synthetic.labels.argsort(stable=True)])
-    (tmp_path / "two").mkdir()
-    with pytest.warns(UserWarning, match="the first 1 of 2 channels"):
-        grey = exported(make_set(2, 8, zca=False, names=DIGITS), tmp_path / "two")
-    assert Image.open(grey / table(grey)[0]["file_name"]).mode == "L"
 
 
 def test_unequal_classes_become_tensors_that_say_who_cannot_read_them(tmp_path: Path, capsys) -> None:

@@ -57,7 +57,9 @@ def planned(found, tmp_path, *, gpu=False, **changes):
 @pytest.mark.parametrize("minutes", [8, 600])
 @pytest.mark.parametrize("method", ["ftd", "mtt", "rat-bptt"])
 def test_a_plan_has_the_settings_of_its_method(found, minutes, method, tmp_path):
-    contents, real = planned(found, tmp_path, minutes=minutes, method=method)
+    contents, real = planned(found._replace(size=2 * found.size), tmp_path, minutes=minutes, method=method)
+    largest = 32 if minutes == 8 else 128
+    assert contents["evaluate"]["data"]["init_args"]["image_size"] == min(2 * found.size, largest)
     model = {phase: content["model"]["init_args"] for phase, content in contents.items()}
     assert ("teacher" in contents) == (method != "rat-bptt")
     if "teacher" in contents:
@@ -96,10 +98,6 @@ def test_a_job_ends_in_its_time_whatever_its_fits_take(method, early, here, monk
     assert began["distill"] < 240, "the set is being written at half of the budget"
 
 
-def test_longer_budgets_allow_larger_images():
-    assert [command.largest_size(minutes) for minutes in (8, 30, 120, 480)] == [32, 32, 64, 128]
-
-
 def test_networks_on_real_images_are_trained_until_they_level_off(tmp_path, capsys):
     few = DIGITS._replace(train=(8,) * 60, test=(2,) * 60, names=tuple(map(str, range(60))))
     for found in (few, DIGITS, CIFAR):
@@ -125,8 +123,6 @@ def test_a_network_can_be_built_for_every_size():
 def test_what_cannot_be_planned_is_refused(tmp_path, refused):
     with refused("--method dm: plans are made for ftd, mtt, rat-bptt"):
         planned(DIGITS, tmp_path, method="dm")
-    with refused("--ipc=130: class a has 129 images to train on; this works: [129,129,"):
-        DIGITS.resolved(130)
     with refused("--data.image_size 60: its ConvNet halves images 4 times; give 64"):
         planned(CIFAR._replace(size=60, asked=True), tmp_path)
     with refused("--data.image_size [60, 90]: its ConvNet halves images 4 times; give [64, 96]"):
@@ -143,8 +139,12 @@ def test_a_folder_is_decoded_once_at_the_size_of_the_plan(here, image_folder, mo
         return decode(*args, size=size, **options)
 
     monkeypatch.setattr(decoding, "decode", noted)
+    config, texts = Path("out/configs/teacher.yaml"), []
     for _ in range(2):
         plan_job(find_source("photos"), Path("out"), COMMAND, [])
+        texts.append(config.read_text())
+        config.write_text("model: canary.Net")  # configs are programs: they are written again, not read
+    assert texts[0] == texts[1]
     assert sizes == [32]
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [
@@ -267,19 +267,6 @@ def test_anybodys_datasets_become_a_set(tiny, monkeypatch):
     done = len(tiny.commands)
     assert torch.equal(ftd_lightning.distill(train, test, **options).images, synthetic.images)
     assert len(tiny.commands) == done
-
-
-def test_a_config_in_the_folder_is_not_read(here):
-    write_digits(Path("pictures"), count=5)
-    config = Path("out/configs/teacher.yaml")
-
-    def plan():
-        return plan_job(find_source("pictures"), Path("out"), COMMAND, [])
-
-    rows, text = plan().rows, config.read_text()
-    config.write_text(text.replace("ftd_lightning.FlatTeacher", "canary.Net"))
-    assert plan().rows == rows
-    assert config.read_text() == text
 
 
 def test_published_settings_are_taken_from_a_config(here, capsys):
