@@ -195,10 +195,7 @@ class TrajectoryRecorder(Callback):
             self._unchecked.part("train")  # sets it up: before that, nothing is known of a whitening
         halves = {weight.dtype for weight in self._network(pl_module).parameters()} - {torch.float32, torch.float64}
         if halves and not isinstance(pl_module, TrainsTeachers):  # FlatTeacher refuses trainer.precision itself
-            raise InputError(
-                f"TrajectoryRecorder: {halves.pop()} weights, with trainer.precision={trainer.precision}, hide small "
-                "steps: use bf16-mixed or 32-true"
-            )
+            raise InputError(f"TrajectoryRecorder: {halves.pop()} weights hide small steps: use bf16-mixed or 32-true")
         if any(self.path.glob("teacher_*.safetensors")):  # on every rank, so that none waits for one that refuses
             self._refuse_other_teachers(stores.TrajectoryStore(self.path), self._metadata(trainer, pl_module))
             if isinstance(pl_module, TrainsTeachers) and not trainer.should_stop:
