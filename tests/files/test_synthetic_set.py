@@ -173,7 +173,7 @@ def test_classes_are_taken_in_the_order_of_their_names(full, pictures, refused):
         full.take_classes(["ant", "d"])
 
 
-def test_sets_are_joined_by_the_names_of_their_classes(full, path):
+def test_sets_are_joined_by_the_names_of_their_classes(full, path, refused):
     names, metadata = ["bee", "wasp"], {"method": "ftd", "versions": {"torch": "2"}}
     other = replace(full, images=full.images + 1, labels=torch.tensor([1, 0] * 3), class_names=names, metadata=metadata)
     other = replace(other, step_size=0.0323, ema_images=None)
@@ -188,6 +188,10 @@ def test_sets_are_joined_by_the_names_of_their_classes(full, path):
     assert found == [(full.fingerprint(), full.class_names, None), (other.fingerprint(), names, "ftd")]
     assert joined.metadata == {"versions": {"torch": "2"}}
     assert torch.equal(there_and_back(joined, path).take_classes(["wasp"]).images, other.images[::2])
+    unlike = {"images": torch.zeros(6, 2, 5, 5), "transform": Standardization([0.0], [1.0]), "class_names": []}
+    for field, value in unlike.items():
+        with refused("concatenate", field):
+            SyntheticSet.concatenate([full, replace(full, **{field: value})])
 
 
 def test_soft_labels_are_widened_and_hard_ones_become_soft(full):
@@ -196,12 +200,3 @@ def test_soft_labels_are_widened_and_hard_ones_become_soft(full):
     assert joined.class_names == ["wasp", "ant", "bee", "Käfer"]
     assert torch.equal(joined.labels, torch.eye(4)[[0] * 6 + [1, 1, 2, 2, 3, 3]])
     assert not {"label_kind", "target_scale"} & joined.metadata.keys()
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("images", torch.zeros(6, 2, 5, 5)), ("transform", Standardization([0.0], [1.0])), ("class_names", [])],
-)
-def test_sets_that_are_not_alike_are_not_joined(full, refused, field, value):
-    with refused("concatenate", field):
-        SyntheticSet.concatenate([full, replace(full, **{field: value})])

@@ -155,23 +155,16 @@ def test_networks_of_the_pool_are_not_replaced_together(tmp_path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, method) -> None:
     """An infinite real image: the loss is not a number, nor is any gradient."""
-    images, labels = torch.rand(20, 1, 8, 8), torch.arange(10).repeat(2)
-    module = fit(tmp_path, method, steps=2, real=(images, labels), init="noise")
-    good = [value.detach().clone() for value in (module.images, module.soft_labels.values)]
-    assert module.skipped_steps == 0
-    images = images.clone()
-    images[3] = 1e30
 
     class Poison(Callback):
         def on_train_start(self, trainer, pl_module) -> None:
             pl_module._real.images[:] = torch.inf
 
-    module = fit(tmp_path, method, steps=2, real=(images, labels), init="noise", callbacks=[Poison()])
+    real = torch.rand(20, 1, 8, 8), torch.arange(10).repeat(2)
+    module = fit(tmp_path, method, steps=2, real=real, init="noise", callbacks=[Poison()])
     assert module.skipped_steps == 2
     assert torch.equal(module.images, module.initial_images)
     assert torch.equal(module.soft_labels.values, centred_targets(module.labels, 10))
-    assert not torch.equal(module.images, good[0])
-    assert not torch.equal(module.soft_labels.values, good[1])
 
 
 @pytest.mark.parametrize("method", METHODS)
