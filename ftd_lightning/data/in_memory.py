@@ -57,7 +57,7 @@ def find_images_file(request: Request) -> ImageDataset:
     file = TensorFile(path, kind=KIND)
     check_metadata(file.metadata, {"class_names": NAMES}, path, required=("class_names",))
     parts = {
-        name: read_images((file[f"{name}_images"], file[f"{name}_labels"]), f"{path}: {name}", transform=None)
+        name: read_images((file[f"{name}_images"], file[f"{name}_labels"]), f"{path}: {name}", None, None, None)
         for name in ("train", "test", "val")
         if name != "val" or "val_images" in file.names
     }
@@ -112,12 +112,7 @@ def normalisation(given: Any, datasets: Iterable[Any]) -> ImageTransform | None:
 
 
 def read_images(
-    data: Any,
-    part: str,
-    *,
-    batch: Choice | None = None,
-    image_size: ImageSize | None = None,
-    transform: ImageTransform | None,
+    data: Any, part: str, batch: Choice | None, image_size: ImageSize | None, transform: ImageTransform | None
 ) -> Pictures:
     """Read a torch dataset of (image, label) or a pair of tensors into memory, resized to ``image_size``.
 
@@ -145,8 +140,7 @@ def read_datasets(
     """Read all parts and describe them; see :func:`normalisation`, :func:`read_images` and :func:`describe_images`."""
     given = {"train": train, "test": test, **({} if val is None else {"val": val})}
     by = normalisation(transform, given.values())
-    how: dict[str, Any] = {"batch": batch, "image_size": image_size, "transform": by}
-    parts = {name: read_images(data, name, **how) for name, data in given.items()}
+    parts = {name: read_images(data, name, batch, image_size, by) for name, data in given.items()}
     names = class_names or classes_of(train, parts["train"].labels)
     return describe_images(parts, class_names=names, transform=by)
 
@@ -279,7 +273,9 @@ def describe_images(
         scaled = {name: (_as_bytes(values.float() / maximum), labels) for name, (values, labels) in deep.items()}
         parts = {**parts, **{name: Pictures(*part) for name, part in scaled.items()}}
     train = parts["train"]
-    names, shape = _class_names(train.labels, class_names), tuple(train.pictures.shape[1:])
+    shape, given = tuple(train.pictures.shape[1:]), class_names or list(map(str, range(int(train.labels.max()) + 1)))
+    # torchvision's ImageNet has several names per class.
+    names = tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in given)
     for part, (pictures, labels) in parts.items():
         if tuple(pictures.shape[1:]) != shape:
             raise InputError(f"{part}: images are {tuple(pictures.shape[1:])}, those of train {shape}; see image_size=")
@@ -304,13 +300,6 @@ def describe_images(
         contents=partial(dict, contents),
         transform=transform,
     )
-
-
-def _class_names(labels: Tensor, names: Sequence[str] | None) -> tuple[str, ...]:
-    if names is None:
-        return tuple(map(str, range(int(labels.max()) + 1)))
-    # torchvision's ImageNet has several names per class.
-    return tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in names)
 
 
 def read_datamodule(

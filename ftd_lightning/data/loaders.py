@@ -32,8 +32,6 @@ class IterationLoader(ABC, Generic[Batch]):
     """
 
     def __init__(self, length: int, *, start: int = 0) -> None:
-        if length < 1:
-            raise InputError(f"length={length} must be at least 1")
         self.length = length
         self.start = start
         self.iteration = start  # the next one

@@ -31,11 +31,6 @@ def parse_strategy(strategy: str) -> list[str]:
     return names
 
 
-def _require_mode(mode: str) -> None:
-    if mode not in get_args(Mode):
-        raise InputError(f"DSA mode {mode!r} is unknown: choose from {list(get_args(Mode))}")
-
-
 def dsa(
     images: Tensor,
     generator: torch.Generator,
@@ -63,7 +58,7 @@ def dsa(
     Raises:
         InputError: (a ValueError) for an unknown operation or mode.
     """
-    _require_mode(mode)
+    Augmentation(strategy, mode)  # refuses unknown ones
     names = parse_strategy(strategy)
     if mode == "single" and names:
         names = [names[int(torch.randint(len(names), (1,), generator=generator, device=generator.device))]]
@@ -94,7 +89,8 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         parse_strategy(self.strategy)
-        _require_mode(self.mode)
+        if self.mode not in get_args(Mode):
+            raise InputError(f"DSA mode {self.mode!r} is unknown: choose from {list(get_args(Mode))}")
 
     def __call__(self, images: Tensor, generator: torch.Generator, *, siamese: bool = False) -> Tensor:
         """Augment a batch, (N, C, H, W); see :func:`dsa`."""
@@ -184,12 +180,7 @@ def _warp(images: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], *, align_
 
 
 def scale(
-    images: Tensor,
-    generator: torch.Generator,
-    *,
-    ratio: float = 1.2,
-    siamese: bool = False,
-    align_corners: bool = True,
+    images: Tensor, generator: torch.Generator, *, ratio: float = 1.2, siamese: bool = False, align_corners: bool = True
 ) -> Tensor:
     """Scale the sampling coordinates of each axis by its own factor, uniform in (1/ratio, ratio)."""
     u = _uniform(images, generator, 2, siamese=siamese)

@@ -41,10 +41,7 @@ def test_classes_and_their_order():
         assert (data.spec.mean, data.spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert set(INDICES) == set(SUBSETS)
     assert [wnids[index] for index in sorted(wnids)] == sorted(wnids.values())
-    assert [SUBSETS[name][wnid] for name, wnid in (("imagenette", "n03888257"), ("imagewoof", "n02086240"))] == [
-        "parachute",
-        "shih-tzu",
-    ]
+    assert SUBSETS["imagewoof"]["n02086240"] == "shih-tzu"
 
 
 @pytest.mark.parametrize(("name", "below"), [("imagefruit", "imagenet"), ("imageyellow", "")])
@@ -93,14 +90,6 @@ def test_real_images_are_squashed(imagenet_root):
     with Image.open(first) as image:
         wanted = np.asarray(image.convert("RGB").resize((128, 128), Image.Resampling.BILINEAR))
     assert np.abs(picture * 255 - wanted).max() < 1e-2
-
-
-def test_teachers_distillation_and_evaluation(imagenet_root, tmp_path, run_phases):
-    store, synthetic, accuracies = run_phases(tmp_path, 5, dataset="imagenette", root=str(imagenet_root))
-    assert store.metadata["network"]["image_size"] == 128
-    assert synthetic.images.shape == (10, 3, 128, 128)
-    assert synthetic.class_names[0] == "tench"
-    assert all(0 <= accuracy < 1 for accuracy in accuracies)
 
 
 # Tiny ImageNet

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from ftd_lightning.errors import InputError
 from ftd_lightning.functional import make_generator, seeded
 from ftd_lightning.models import NETWORKS, build_network
 from ftd_lightning.models.layers import Norm
@@ -124,14 +123,6 @@ def test_numbers_are_those_of_the_fields_layers_written_out(name, channels, size
     images = pictures(2, size, channels).double()
     torch.testing.assert_close(network(images), by_hand(images, take), rtol=1e-9, atol=1e-9)
     assert next(weights, None) is None
-
-
-def test_pooling_variant_by_option_is_the_one_by_name():
-    with seeded(0, "resnet18_ap"):
-        by_option = build_network("resnet18", 3, 10, 32, average_pooling=True)
-    assert by_option(pictures(2, 32)).equal(network_of("resnet18_ap")(pictures(2, 32)))
-    with pytest.raises(InputError, match=r"network 'resnet18_ap': .*'average_pooling'"):
-        build_network("resnet18_ap", 3, 10, 32, average_pooling=False)
 
 
 @pytest.mark.parametrize(
