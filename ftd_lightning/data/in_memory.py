@@ -178,8 +178,8 @@ def _as_labels(labels: Any, part: str) -> Tensor:
         raise InputError(f"{part}: labels must be integers, not {one!r:.40}; number the classes from 0") from error
 
 
-def _as_item(items: Sequence[Any], part: str, choose: Choice | None) -> Batch:
-    """Turn one item of a dataset into a batch of one."""
+def _as_item(items: Sequence[Any], part: str, choose: Choice | None) -> tuple[Any, Tensor]:
+    """Turn one item of a dataset into a batch of one, to be checked by :func:`as_batch`."""
     image, label = pair(items[0], part, choose)
     if isinstance(image, Image.Image):
         try:
@@ -190,7 +190,7 @@ def _as_item(items: Sequence[Any], part: str, choose: Choice | None) -> Batch:
         image = image.transpose(2, 0, 1) if image.ndim == 3 else image
     images = image[None] if isinstance(image, Tensor | np.ndarray) else image
     labels = _as_labels(label, part)
-    return as_batch(images, labels.reshape(1) if labels.numel() == 1 else labels[None], part)
+    return images, labels.reshape(1) if labels.numel() == 1 else labels[None]
 
 
 def joined(
