@@ -34,7 +34,7 @@ def _identity(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def summary(file: Path) -> str:
     """Sum up a distilled set in words: its iterations, the last loss and, where it was measured, its accuracy."""
     metadata = SyntheticSet.read_metadata(file)
-    loss = [f"matching loss {metadata['loss']:.4g}"] if "loss" in metadata else []
+    loss = [f"loss {metadata['loss']:.4g}"] if "loss" in metadata else []
     scores = metadata.get("scores", {})
     measured = [name for name in scores if "held-out" in name] or list(scores)
     each = [f"{per_cent(scores[name])} % ({name})" for name in measured]

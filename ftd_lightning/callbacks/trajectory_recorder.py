@@ -145,8 +145,8 @@ class TrajectoryRecorder(Callback):
             neither named nor fingerprinted join no store.
         network: name of the submodule to record, as in ``get_submodule``: "net" or "model.backbone"; None: "network",
             or all parameters of a module without one.
-        monitor: name of the logged metric to record as accuracy, in [0, 1], after every epoch that measured it; None:
-            ``FlatTeacher``'s.
+        monitor: name of the metric to record as accuracy, in [0, 1], after every epoch that measured it, logged in a
+            step or at the end of validation (``on_train_epoch_end`` of a module is too late); None: ``FlatTeacher``'s.
     """
 
     def __init__(
