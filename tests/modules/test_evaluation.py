@@ -135,8 +135,9 @@ def test_training_ends_once_held_out_accuracy_levels_off(tmp_path: Path, refused
         def on_train_batch_end(self, trainer, *_) -> None:
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    def fit(folder: Path, epochs: int, ckpt_path: Path | None = None) -> SyntheticEvaluation:
-        module, data = SyntheticEvaluation(network_options=SMALL, **options), small_data(synthetic="random", ipc=2)
+    def fit(folder: Path, epochs: int, ckpt_path: Path | None = None, **held_out) -> SyntheticEvaluation:
+        module = SyntheticEvaluation(network_options=SMALL, **options)
+        data = small_data(synthetic="random", ipc=2, **held_out)
         trainer = make_trainer(folder, max_epochs=epochs, callbacks=[Rates()])
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         trainer.save_checkpoint(folder / "last.ckpt")
@@ -155,6 +156,9 @@ def test_training_ends_once_held_out_accuracy_levels_off(tmp_path: Path, refused
     assert cut.results["levelled_off"] is False
     resumed = fit(tmp_path / "resumed", 100, tmp_path / "cut" / "last.ckpt")
     assert resumed.history == whole.history
+    rates.clear()
+    fit(tmp_path / "nothing held out", 4, val_fraction=0.0)
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005])
     with refused("patience counts measurements on held-out images: give measure_every, too"):
         SyntheticEvaluation(measure_every=0, patience=3)
 
