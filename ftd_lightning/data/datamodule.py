@@ -200,7 +200,7 @@ class DistillationDataModule(LightningDataModule):
         if isinstance(synthetic, SyntheticSet):  # hyper-parameters are plain values
             self.synthetic_set, self.hparams["synthetic"] = synthetic, None
         self.wrapped = None if datamodule is None else _made(datamodule)
-        self.reading: dict[str, Any] = {}  # arguments of from_datamodule
+        self.reading: dict[str, Any] = {"image_size": image_size}  # with the arguments of from_datamodule
         if self.wrapped is not None:
             self.hparams.update(dataset=OWN_IMAGES, val_fraction=0.0)
             self.root, self.prepare_data_per_node = None, self.wrapped.prepare_data_per_node
@@ -274,7 +274,7 @@ class DistillationDataModule(LightningDataModule):
                 not count.
         """
         data = cls(datamodule=lambda: datamodule, **options)
-        data.reading = {"batch": batch, "loaders": loaders, "class_names": class_names, "transform": transform}
+        data.reading |= {"batch": batch, "loaders": loaders, "class_names": class_names, "transform": transform}
         return data
 
     @classmethod
@@ -298,9 +298,7 @@ class DistillationDataModule(LightningDataModule):
     def spec(self) -> ImageDataset:
         """The description of the data set; see the class."""
         if self.wrapped is not None:
-            size = self.hparams["image_size"]
-            read = read_datamodule(self.wrapped, self.trainer, image_size=size, **self.reading)
-            spec, self.hparams["batch_size"] = read
+            spec, self.hparams["batch_size"] = read_datamodule(self.wrapped, self.trainer, **self.reading)
             return spec
         return DATASETS[self.hparams["dataset"]](self._request)
 
