@@ -54,7 +54,6 @@ AVERAGE = {"class_path": "ftd_lightning.callbacks.SyntheticEMA", "init_args": EM
 # Nothing is chosen by measurements on the way, which take time.
 UNMEASURED = {"class_path": "ftd_lightning.callbacks.EvaluateSynthetic", "init_args": {"every_n_epochs": 0}}
 AUTO = 0.01  # share of the training images of each class that "--ipc auto" stands for
-IN_FOLDERS = {"folder", "images"}  # data sets that need a folder
 # Options of from_datasets that would contradict where distill() keeps the images.
 FIXED = {"transform", "dataset", "root", "download", "test_fraction", "synthetic", "trajectories", "teacher"}
 
@@ -213,11 +212,9 @@ def plan_configs(
 
 def find_source(source: str) -> Source:
     """Find images: a folder of classes, which wins, or a data set by its name; others raise InputError."""
-    path, names = Path(source), DATASETS.keys() - IN_FOLDERS
+    path, names = Path(source), DATASETS.keys() - {"folder", "images"}
     if path.is_dir():
         return Source("folder", str(path), path.resolve().name)
-    if path.exists():
-        raise InputError(f"{source}: is a file; give a folder with a folder of images for each class")
     if source in names:
         return Source(source, None, source)
     near = difflib.get_close_matches(source.lower(), names, n=3) or sorted(names)
@@ -269,9 +266,6 @@ def _say(title: str, data: DistillationDataModule, found: Survey) -> None:
 def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: Sequence[str]) -> Comparison:
     """Plan a job and print the plan, which ``out/plan.json`` records; another command is refused in that folder."""
     ipc, method, config = (command[key] for key in ("ipc", "method", "config"))
-    configs = None
-    if config is not None:
-        configs = belonging(find_config(config), ipc)
     recorded = read_json(out / PLAN)
     if not recorded and out.exists() and (not out.is_dir() or any(entry.name != "data" for entry in out.iterdir())):
         raise InputError(f"{out}: is not empty and holds no {PLAN}; name another folder")
@@ -282,8 +276,8 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         raise InputError(f"{out}: was created with {', '.join(different)}; name another folder")
 
     options = {"dataset": source.name, **({"root": source.root} if source.root else {}), **_data_options(overrides)}
-    if configs is not None:
-        own = read_config(Path(str(configs.distill.config))).get("data", {}).get("init_args", {})
+    if config is not None:
+        own = read_config(find_config(config)).get("data", {}).get("init_args", {})
         options = {"image_size": own.get("image_size"), "max_per_class": own.get("max_per_class"), **options}
         options = {"val_fraction": own.get("val_fraction", 0.1), **options}
     val_fraction = options.pop("val_fraction", 0.1)
@@ -292,8 +286,8 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     ipc = found.resolved(ipc)
     _say(source.title, data, found)
     label, ema, whitening = "all real images", method != "mtt", dict[str, Any]()
-    if configs is not None:
-        configs = configs._replace(distill=configs.distill.having(model={"ipc": ipc}))  # as it is resolved
+    if config is not None:
+        configs = belonging(find_config(config), ipc)
         names = [Path(str(of.config)).stem for of in configs if of is not None]
         print(f"plan: the settings of {', '.join(names)}, as published")
         whitening = {"zca": own.get("zca", False)}
