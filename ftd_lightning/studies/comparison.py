@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -177,7 +178,8 @@ class Comparison:
             if made is not None:
                 depends, inputs = [made.identity, row.iterate], partial(_evaluated, made, row.iterate)
             elif row.set is not None:
-                options, depends, inputs = [*options, f"--data.synthetic={row.set}"], [], tuple
+                depends = [hashlib.blake2b(Path(row.set).read_bytes()).hexdigest()]
+                inputs = _given(f"--data.synthetic={row.set}")
             else:
                 options += [f"--data.synthetic={row.synthetic}", f"--data.ipc={self.ipc}"]
                 depends = taught

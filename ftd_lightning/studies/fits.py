@@ -146,8 +146,8 @@ class FitNames:
     def identity(self, config: Path, options: Sequence[str], *depends: Any) -> str:
         """Hash all that decides the result of a fit.
 
-        That is the settings with all defaults, the contents of images and sets, identities of the inputs, and the minor
-        version.
+        That is the settings with all defaults, the contents of the images and of a set to continue from, identities of
+        the inputs, and the minor version.
         """
         settings: Any = copy.deepcopy(resolved(config, options))
         contents = None
@@ -157,9 +157,8 @@ class FitNames:
             del settings["config"]
             model, data = ((settings.get(part) or {}).get("init_args") or {} for part in ("model", "data"))
             trainer, contents = settings["trainer"], self._contents(data)
-            for values, key in ((model, "init"), (data, "synthetic")):  # sets, by their contents
-                if isinstance(name := values.get(key), str) and (file := Path(name).expanduser()).is_file():
-                    values[key] = hashlib.blake2b(file.read_bytes()).hexdigest()
+            if (start := Path(str(model.get("init"))).expanduser()).is_file():
+                model["init"] = hashlib.blake2b(start.read_bytes()).hexdigest()
             for values, keys in ((data, NO_RESULT["data"]), (trainer, NO_RESULT["trainer"])):
                 for key in keys:
                     values.pop(key, None)

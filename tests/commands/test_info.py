@@ -12,7 +12,6 @@ from fits import refusal
 from safetensors.torch import save_file
 
 from ftd_lightning import SyntheticSet, TrajectoryStore, cli
-from ftd_lightning.commands.info import phrase
 from ftd_lightning.files import Standardization, Whitening, write_teacher
 from ftd_lightning.files.safetensors_io import write_tensors
 from ftd_lightning.models import describe_network
@@ -166,7 +165,3 @@ def test_a_reader_that_has_had_enough_ends_it_quietly(tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=writable, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writable)
     assert (done.returncode, done.stderr) == (141, "")
-
-
-def test_line_breaks_in_metadata_stay_in_one_line() -> None:
-    assert phrase({"a": ["b\nc", 1.0, True]}) == "a b c 1 yes"

@@ -235,7 +235,7 @@ def test_sets_as_files_on_several_networks(here: Path, trajectories: Path) -> No
     rows = {"mine": {"set": "set.safetensors", "ema": True}}
     first, second = comparison(networks=networks, rows=rows).fits_of("mine").each()
     assert first.command()[3:6] == ["--data.dataset=digits", "--data.ema=true", "--data.synthetic=set.safetensors"]
-    assert second.options[2:4] == ("--model.network=alexnet", "--model.network_options={}")
+    assert second.options[2:] == ("--model.network=alexnet", "--model.network_options={}")
     assert first.folder != second.folder
 
     def of_file(file: str) -> list[Path]:
