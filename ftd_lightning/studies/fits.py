@@ -307,7 +307,7 @@ def run_fit(fit: Fit, deadline: Deadline, run: Runner = run_child, seconds: floa
             seconds = round(before + time.monotonic() - began, 1)
             write_json(fit.folder / STATUS, {"done": done, "seconds": seconds, "device": device_name()})
     if code == 0 and not done:
-        raise UnfinishedError(f"{fit.title}: ended before it had a result")
+        raise UnfinishedError(f"{fit.title}: ended before it had a result (see {log})")
     if code is not None and not done:
         raise InputError(f"{fit.title}: {_reason(log) or f'ended with exit code {code}'} (see {log})")
     return done
