@@ -125,8 +125,8 @@ def _message(error: BaseException | None) -> str | None:
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
     mistakes = (InputError, DivergenceError, *([lightning.MisconfigurationException] if lightning else []))
     # Lightning restores a checkpoint of odd content without looking at it.
-    frames = traceback.extract_tb(error.__traceback__) if error else []
-    restores = any("checkpoint_connector" in frame.filename and "restore_" in frame.name for frame in frames)
+    frames = traceback.format_tb(error.__traceback__) if error else []
+    restores = any("checkpoint_connector" in frame and "in restore_" in frame for frame in frames)
     odd = f"ckpt_path: the checkpoint does not fit these settings, or is damaged ({error}); begin the fit anew"
     while error is not None:
         if isinstance(error, mistakes):

@@ -164,9 +164,8 @@ class Comparison:
         distill, labels = None, None
         if row.distill is not None:
             options = [*self.distill.options(), *row.distill.options(), *self.overrides["distill"]]
-            given = _given(*(f"--model.{option}" for option in trajectories), PEAK_MEMORY)
-            title = f"{label}: distillation"
-            distill = self._fit(title, f"distill_{name}", row.distill, options, taught, output=SET, inputs=given)
+            rest = {"output": SET, "inputs": _given(*(f"--model.{option}" for option in trajectories), PEAK_MEMORY)}
+            distill = self._fit(f"{label}: distillation", f"distill_{name}", row.distill, options, taught, **rest)
         if row.labels is not None:
             options = [*self._evaluation_options(row, next(iter(self.networks))), f"--data.ipc={self.ipc}"]
             rest = {"output": SET, "inputs": from_store, "subcommand": "label"}

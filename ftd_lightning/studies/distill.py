@@ -153,7 +153,7 @@ def plan_configs(
     epochs = min(max(math.ceil(TEACHER_STEPS / steps), 8), 40)
     # As many networks, and epochs of each, as its share of the budget allows: 3 at least.
     epoch = max(total * found.channels * area / (SPEED * speed), 0.008)  # seconds
-    affordable = math.floor((evaluating(60 * minutes) - START) / epoch)  # epochs of all networks
+    affordable = math.floor(max(EVALUATING * 60 * minutes - START, START) / epoch)  # epochs of all networks
     on_sets = min(max(affordable // 3, 50), most)
     networks = min(max(affordable // on_sets, 3), 10)
 
@@ -328,11 +328,6 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     )
 
 
-def evaluating(seconds: float) -> float:
-    """Give the time for a set's evaluation, its start included, in a budget of so many seconds."""
-    return max(EVALUATING * seconds, 2 * START)
-
-
 def time_limits(job: Comparison, command: Mapping[str, Any], end: Deadline) -> Callable[[Fit], float | None]:
     """Divide the time until the end of a budget: a fit that begins gets its share, in seconds, of what is left then."""
     random, learned, real = (job.fits_of(name) for name in ("random", command["method"], "real"))
@@ -349,7 +344,7 @@ def time_limits(job: Comparison, command: Mapping[str, Any], end: Deadline) -> C
         if fit in (learned.teachers, learned.distill):
             left -= first.status()["seconds"]  # as long as that of random images
         if fit.folder == first.folder:
-            left = evaluating(budget)
+            left = max(EVALUATING * budget, 2 * START)
         elif fit is learned.teachers:
             left *= TEACHING
         return max(left - START, 1.0)
@@ -380,16 +375,12 @@ def run_job(
     write_json(out / "results.json", summarize(results))
     print(f"\n{short_table(results)}\n")
     print(f"set       {file}\nresults   {out / 'results.json'}\nimages    {out / 'images.png'}")
-    print(f"\n{verdict(results)} {advice(command)}")
-    return True
-
-
-def advice(command: Mapping[str, Any]) -> str:
-    """Say what gives a better set than a command, in one sentence."""
     longer = "" if command["minutes"] is None else f"--minutes {4 * command['minutes']:g}, "
     gpu = "" if torch.cuda.is_available() else ", a GPU"
     other = "ftd" if command["method"] == "rat-bptt" else "rat-bptt"
-    return f"For a better set, name another --out and give {longer}a larger --ipc{gpu} or --method {other}."
+    advice = f"For a better set, name another --out and give {longer}a larger --ipc{gpu} or --method {other}."
+    print(f"\n{verdict(results)} {advice}")
+    return True
 
 
 def distill_source(
