@@ -205,7 +205,7 @@ VALUES = [
     (TEACH, "model.network_options", "{width: 4, dept: 1}", "dept"),
     (TEACH, "trainer.precision", "bf16-true", "bf16-true"),
     (TEACH, "trainer.accumulate_grad_batches", 2, "accumulat"),
-    (TEACH, "trainer.gradient_clip_val", 1, "clipping"),
+    (TEACH, "trainer.gradient_clip_val", 1, "unclipped"),
     (TEACH, "trainer.accelerator", "gpu", "gpu"),
     (DISTILL, "trainer.max_steps", -5, "max_steps"),
     (DISTILL, "model.augment", "flop", "flop"),
