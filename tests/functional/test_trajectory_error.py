@@ -82,6 +82,16 @@ def test_against_a_transcription_of_the_paper(problem):
         assert error.target.equal(star["m"])
 
 
+def test_the_identity_of_eq_8_to_rounding(problem):
+    teacher, advance, _ = problem
+    before = torch.zeros_like(teacher[0])
+    for error in trajectory_errors(advance, teacher):
+        gap = error.accumulated - (before + error.initialization + error.matching)
+        assert float(gap.abs().max()) < 1e-14
+        assert float(error.accumulated.norm()) > 0.1, "or the identity would say little"
+        before = error.accumulated
+
+
 def test_a_linear_model_by_hand():
     """Quadratic loss around c: n = 1 step takes w to (1 - lr) w + lr c. With lr 0.5 and c 0 every step halves."""
     teacher = [torch.tensor([8.0]), torch.tensor([6.0]), torch.tensor([5.0])]

@@ -402,3 +402,15 @@ def test_weights_to_a_vector_and_back():
     load_flat(network, torch.zeros(9))
     assert snapshot.equal(torch.arange(9.0)), "a record does not follow the live weights"
     assert not snapshot.requires_grad
+
+
+def test_gradient_holds_the_second_order_terms_across_steps():
+    """A truncated gradient, which sends the matching loss's gradient to every step as it is, must be far off."""
+    p = problem(num_steps=12)
+    exact = grad(loss_of(p), p.images)[0]
+    residual = 2 * (student_of(p) - p.target).detach() / (p.start - p.target).square().sum()
+    truncated = torch.zeros_like(exact)
+    for step, index in enumerate(p.batches):
+        weights = student_of(p, batches=p.batches[:step]).detach()
+        truncated += grad(student_of(p, "graph", start=weights, batches=[index]), p.images, residual)[0]
+    assert relative_difference(truncated, exact) > 0.01

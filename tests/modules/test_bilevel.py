@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fits import SMALL, make_trainer, small_data
+from fits import SMALL, Losses, make_trainer, small_data
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning.errors import InputError
@@ -84,6 +84,13 @@ def test_the_loss_is_that_of_real_images_after_training_on_the_set(tmp_path):
     (wanted,) = torch.autograd.grad(meta, images)
     (gradient,) = torch.autograd.grad(found, module.images)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_it_learns(tmp_path):
+    seen = Losses()
+    distil(tmp_path, steps=40, lr_images=0.1, syn_steps=8, trainer={"callbacks": [seen]})
+    assert sum(seen.losses[-10:]) < 0.9 * sum(seen.losses[:10])
 
 
 def test_dd_has_a_mini_batch_and_a_step_size_for_each_step(tmp_path):

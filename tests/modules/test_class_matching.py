@@ -230,3 +230,9 @@ def test_equal_images_stay_equal_under_augmentation(tmp_path, norm) -> None:
             network_options={**SMALL, "norm": norm},
         )
         assert max(seen.losses) < 1e-6
+
+
+def test_the_loss_falls(tmp_path) -> None:
+    seen = Losses()
+    dm(tmp_path, steps=30, augment="crop_scale_rotate", callbacks=[seen])
+    assert sum(seen.losses[-10:]) < 0.8 * sum(seen.losses[:10])

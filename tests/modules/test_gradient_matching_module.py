@@ -169,6 +169,13 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path) -> None:
         assert torch.equal(longer._network[0].state_dict()[name], value), name
 
 
+@pytest.mark.slow
+def test_the_loss_falls(tmp_path) -> None:
+    seen = Losses()
+    distil(tmp_path, steps=30, augment="crop_scale_rotate", callbacks=[seen], lr_images=1.0)
+    assert sum(seen.losses[-10:]) < 0.9 * sum(seen.losses[:10])
+
+
 def test_loops_are_the_published_ones_or_have_to_be_given(refused) -> None:
     for ipc, loops in {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}.items():
         module = matching(ipc=ipc)
