@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import sys
 import warnings
 from contextlib import suppress
@@ -17,6 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
+from lightning_utilities.core import rank_zero as rank_zero_module
 
 import ftd_lightning
 import ftd_lightning.data
@@ -38,6 +38,7 @@ from ftd_lightning.core.module import BaseModule, run_folder
 from ftd_lightning.core.results import result_summary, summary
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.files.safetensors_io import read_json, replacing, write_json
+from ftd_lightning.files.synthetic_set import SyntheticSet
 from ftd_lightning.files.trajectory_store import summary as store_summary
 from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation
 from ftd_lightning.shipped_configs import find_config, run_folder_of, shipped_names, with_config_files, with_home
@@ -162,7 +163,8 @@ class FTDCLI(LightningCLI):
         if isinstance(self.model, LearnsSet):
             writers = (callback for callback in trainer.callbacks if isinstance(callback, SyntheticSetWriter))
             made = next(writers).file(trainer)
-            return f"{made}: {set_summary(made)}", f"ftd fit --config {self._next('evaluate')} --data.synthetic {made}"
+            follows = f"ftd fit --config {self._next('evaluate')} --data.synthetic {made}"
+            return f"{made}: {set_summary(SyntheticSet.read_metadata(made))}", follows
         made, synthetic = run_folder(trainer) / "evaluation.json", self.datamodule.hparams.get("synthetic")
         is_set = synthetic is not None and Path(synthetic).is_file()
         follows = f"ftd export {synthetic} FOLDER" if is_set else f"ftd compare --config {self._next('compare')}"
@@ -213,8 +215,7 @@ def run(args: list[str] | None = None, *, start: bool = True) -> FTDCLI:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*(smaller than the logging interval|exists and is not empty)")
     notes = ("\N{ELECTRIC LIGHT BULB} Tip:", "TPU available: False", "`Trainer.fit` stopped:")
-    shown = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    shown.addFilter(lambda record: not record.getMessage().startswith(notes))
+    rank_zero_module.log.addFilter(lambda record: not record.getMessage().startswith(notes))
     defaults: dict[str, Any] = {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "enable_model_summary": False}
     args, config = with_config_files(sys.argv[1:] if args is None else args)
     if config is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning_utilities.core import rank_zero as rank_zero_module
 
 from ftd_lightning import DistillationDataModule, SyntheticSet, TrajectoryStore, __version__, cli, lightning_cli
 from ftd_lightning.errors import InputError
@@ -127,7 +128,7 @@ def test_the_three_steps() -> None:
 
 @pytest.mark.slow
 def test_a_fit_tells_its_outcome_and_is_done_once(capsys, caplog) -> None:
-    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
+    caplog.set_level("INFO", logger=rank_zero_module.log.name)
     unmeasured = "--trainer.callbacks=[{class_path: EvaluateSynthetic, init_args: {every_n_epochs: 0}}]"
     distil, evaluate = [*DISTIL, unmeasured], [*EVALUATE, "--trainer.max_epochs=60", "--model.lr=0.1"]
     store, made = "runs/digits/teacher_ftd/trajectories", "runs/digits/distill_ftd_ipc1/set.safetensors"

@@ -65,7 +65,8 @@ def test_a_folder_of_one_size_keeps_it_and_others_are_resized_as_asked(tmp_path,
         return DistillationDataModule("folder", root=str(root), **options)
 
     data = read()
-    shown = torch.from_numpy(np.array(Image.open(root / "ant" / "ant_0.png"))).permute(2, 0, 1)
+    with Image.open(root / "ant" / "ant_0.png") as picture:
+        shown = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     assert any(shown.equal(picture) for part in data.spec.load().values() for picture in part.pictures)
     assert (data.image_size, data.description().dataset["image_size"]) == (SIZE, [12, 8])
     assert [read(image_size=size).train.images.shape[2:] for size in ((6, 8), 6)] == [(6, 8), (6, 6)]
@@ -84,7 +85,8 @@ def test_teachers_set_and_evaluation(tmp_path, run_phases, zca, capsys):
     path = tmp_path / "set.safetensors"
     for kind in ("png", "tensors"):
         cli.main(["export", str(path), str(tmp_path / kind), "--format", kind])
-    assert Image.open(tmp_path / "png" / "0" / "0.png").size == SIZE[::-1]
+    with Image.open(tmp_path / "png" / "0" / "0.png") as picture:
+        assert picture.size == SIZE[::-1]
     assert torch.load(tmp_path / "tensors" / "images.pt").shape == (10, 1, *SIZE)
     cli.main(["info", str(path)])
     assert "10 of 1 x 12 x 8" in capsys.readouterr().out

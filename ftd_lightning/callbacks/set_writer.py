@@ -31,9 +31,8 @@ def _identity(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **{key: metadata[key] for key in ("method", "dataset", "network") if key in metadata}}
 
 
-def summary(file: Path) -> str:
+def summary(metadata: Mapping[str, Any]) -> str:
     """Sum up a distilled set in words: its iterations, the last loss and, where it was measured, its accuracy."""
-    metadata = SyntheticSet.read_metadata(file)
     loss = [f"loss {metadata['loss']:.4g}"] if "loss" in metadata else []
     scores = metadata.get("scores", {})
     measured = [name for name in scores if "held-out" in name] or list(scores)
@@ -60,6 +59,7 @@ class SyntheticSetWriter(Callback):
         self.every_n_epochs = every_n_epochs
         self.path = None if path is None else Path(path).expanduser()
         self._training = False
+        self.written: SyntheticSet | None = None
 
     def file(self, trainer: Trainer) -> Path:
         """Return the set's file."""
@@ -83,11 +83,13 @@ class SyntheticSetWriter(Callback):
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero and isinstance(module, LearnsSet) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            module.synthetic_set().save(self.file(trainer))
+            synthetic = module.synthetic_set()
+            synthetic.save(self.file(trainer))
+            self.written = synthetic
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget earlier fits of the trainer."""
-        self._training = False
+        self._training, self.written = False, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember that there is a set to write when the run fails."""
@@ -101,8 +103,8 @@ class SyntheticSetWriter(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final set, and say so."""
         self._write(trainer, pl_module)
-        if trainer.is_global_zero and isinstance(pl_module, LearnsSet) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(f"wrote {self.file(trainer)}: {summary(self.file(trainer))}")
+        if self.written is not None:
+            rank_zero_info(f"wrote {self.file(trainer)}: {summary(self.written.metadata)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the last good set before the run ends; nothing where it failed before training began."""
