@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.evaluation import is_due
-from ftd_lightning.contracts import LearnsSet
+from ftd_lightning.contracts import LearnsSet, TrainingSet
 from ftd_lightning.core.module import run_folder
 from ftd_lightning.core.resume import HARMLESS, as_json
 from ftd_lightning.errors import InputError
@@ -59,7 +59,7 @@ class SyntheticSetWriter(Callback):
         self.every_n_epochs = every_n_epochs
         self.path = None if path is None else Path(path).expanduser()
         self._training = False
-        self.written: SyntheticSet | None = None
+        self.written: TrainingSet | None = None
 
     def file(self, trainer: Trainer) -> Path:
         """Return the set's file."""
