@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.functional.gradient_matching import batch_norms
-from ftd_lightning.functional.gsam import flatten, gsam_direction, gsam_perturbation, unflatten
+from ftd_lightning.functional.gsam import direction_of, flatten, perturbation_of, unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,26 +99,29 @@ class GSAM(Optimizer):
         """Take one GSAM step; ``closure`` runs forward and backward. Return its first result: the loss."""
         if closure is None:
             raise ValueError("GSAM needs a closure that runs forward and backward and returns the loss")
-        run = torch.enable_grad()(closure)
+
+        def run() -> Any:
+            with torch.enable_grad():
+                return closure()
+
         settings = self.param_groups[0]
         self.zero_grad()
         loss = run()
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if settings["rho"] > 0 and parameters:
-            gradients = self._gradients(parameters)
-            perturbation = gsam_perturbation(parameters, gradients, rho=settings["rho"], adaptive=settings["adaptive"])
-            weights = flatten(parameters)
-            torch._foreach_add_(parameters, perturbation)
+            gradient, weights = flatten(self._gradients(parameters)), flatten(parameters)
+            perturbation = perturbation_of(gradient, weights if settings["adaptive"] else None, rho=settings["rho"])
+            torch._foreach_add_(parameters, unflatten(perturbation, parameters))
             self.zero_grad()
             self.perturbed = True
             try:
                 run()
-                perturbed_gradients = self._gradients(parameters)
+                perturbed = flatten(self._gradients(parameters))
             finally:
                 self.perturbed = False
                 torch._foreach_copy_(parameters, unflatten(weights, parameters))
-            direction = gsam_direction(gradients, perturbed_gradients, alpha=settings["alpha"])
-            for parameter, value in zip(parameters, direction, strict=True):
+            direction = direction_of(gradient, perturbed, alpha=settings["alpha"])
+            for parameter, value in zip(parameters, unflatten(direction, parameters), strict=True):
                 parameter.grad = value
         if self.reduce is not None:
             self.reduce(self._gradients(parameters))

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.compiling import Compile, compiled, compiles
+from ftd_lightning.functional.gradient_matching import batch_norms
 from ftd_lightning.functional.gsam import gsam_perturbation
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.optim import frozen_running_statistics
@@ -84,6 +85,7 @@ class CompiledPass:
     ) -> None:
         self.network = network
         self.full_batch = full_batch
+        self._has_statistics = bool(batch_norms(network))
         self._compiles = compiles(compile, device)
         self._run = compiled(loss_and_gradients, compile=compile, device=device)
 
@@ -97,7 +99,8 @@ class CompiledPass:
         if self.full_batch is None:
             self.full_batch = len(labels)
         if not self._compiles or len(labels) != self.full_batch:
-            with frozen_running_statistics(self.network) if perturbed else nullcontext():
+            freezes = perturbed and self._has_statistics
+            with frozen_running_statistics(self.network) if freezes else nullcontext():
                 logits = self.network(images)
                 loss = cross_entropy(logits, labels)
             backward(loss)

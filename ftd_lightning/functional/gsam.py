@@ -19,8 +19,9 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Split a vector into tensors of the shapes and dtypes of ``like``; the inverse of :func:`flatten`."""
-    parts = vector.split([t.numel() for t in like])
-    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, like, strict=True)]
+    parts = torch.split_with_sizes(vector, [t.numel() for t in like])
+    views = [part.view_as(t) for part, t in zip(parts, like, strict=True)]
+    return [view if view.dtype == t.dtype else view.to(t.dtype) for view, t in zip(views, like, strict=True)]
 
 
 def gsam_perturbation(
@@ -45,16 +46,22 @@ def gsam_perturbation(
         >>> gsam_perturbation(w, g, rho=0.5)
         [tensor([0.3000, 0.4000])]
     """
-    scaled = direction = flatten(gradients)
-    if adaptive:
-        size = flatten(parameters).abs()
+    weights = flatten(parameters) if adaptive else None
+    return unflatten(perturbation_of(flatten(gradients), weights, rho=rho), parameters)
+
+
+def perturbation_of(gradient: Tensor, weights: Tensor | None = None, *, rho: float) -> Tensor:
+    """Compute :func:`gsam_perturbation` of vectors; the ball is adaptive where the weights are given."""
+    scaled = direction = gradient
+    if weights is not None:
+        size = weights.abs()
         scaled = size * scaled
         direction = size * scaled
     # Squares of gradients below 1e-22 vanish in float32; in units of the largest entry the norm is at least 1. The
     # clamps turn 0/0 into 0.
     unit = vector_norm(scaled, float("inf")).clamp_min(torch.finfo(scaled.dtype).tiny)
     norm = vector_norm(scaled / unit).clamp_min(1)
-    return unflatten(rho * (direction / unit / norm), parameters)
+    return rho * (direction / unit / norm)
 
 
 def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Tensor], *, alpha: float) -> list[Tensor]:
@@ -77,6 +84,12 @@ def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Te
     """
     if alpha == 0:
         return list(perturbed_gradients)
-    g, p = flatten(gradients), flatten(perturbed_gradients)
-    along = (g * p).sum() / (p * p).sum().clamp_min(torch.finfo(p.dtype).tiny)
-    return unflatten(p - alpha * (g - along * p), gradients)
+    return unflatten(direction_of(flatten(gradients), flatten(perturbed_gradients), alpha=alpha), gradients)
+
+
+def direction_of(gradient: Tensor, perturbed: Tensor, *, alpha: float) -> Tensor:
+    """Compute :func:`gsam_direction` of vectors."""
+    if alpha == 0:
+        return perturbed
+    along = (gradient * perturbed).sum() / (perturbed * perturbed).sum().clamp_min(torch.finfo(perturbed.dtype).tiny)
+    return perturbed - alpha * (gradient - along * perturbed)

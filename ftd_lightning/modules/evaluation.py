@@ -17,7 +17,7 @@ from ftd_lightning.core import ranks
 from ftd_lightning.core.evaluation import EvaluationProtocol, PartsOnDevice, learned_lr, mean_and_std, set_lr
 from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.module import BaseModule, run_folder
-from ftd_lightning.core.networks import Network
+from ftd_lightning.core.networks import Network, add_to_mean
 from ftd_lightning.core.results import check_learning, choose_iterates, held_out_seen, stalls, write_results
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import versions
@@ -191,8 +191,11 @@ class SyntheticEvaluation(BaseModule):
             seeds=[derive_seed(self.seed, "dsa", index, self.current_epoch, batch_idx, 0) for index in self.own],
             augment=self.augment,
         )
-        self.train_loss.update(losses.detach()[: self.counted].expand(len(batch[1]), self.counted))
-        self.log("evaluation/train_loss", self.train_loss, on_step=False, on_epoch=True)
+        count = len(batch[1])
+        add_to_mean(self.train_loss, losses.detach()[: self.counted].sum() * count, count * self.counted)
+        if self.epoch_complete:  # once for each epoch, because to log takes the host long
+            self.train_loss.update(0.0, weight=0.0)  # else it warns of having had none
+            self.log("evaluation/train_loss", self.train_loss, on_step=False, on_epoch=True)
         return losses.sum()
 
     def forward(self, images: Tensor) -> Tensor:

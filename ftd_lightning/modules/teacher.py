@@ -19,7 +19,7 @@ from ftd_lightning.callbacks.trajectory_recorder import TrajectoryRecorder
 from ftd_lightning.contracts import BatchPlan, TeacherProgress
 from ftd_lightning.core.losses import CompiledPass
 from ftd_lightning.core.module import BaseModule
-from ftd_lightning.core.networks import Network, refuse_dropout, right_answers
+from ftd_lightning.core.networks import Network, add_to_mean, refuse_dropout, right_answers
 from ftd_lightning.core.ranks import RankStates, average_over_ranks, refuse_split_loaders
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import versions
@@ -230,12 +230,14 @@ class FlatTeacher(BaseModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Take one GSAM step on a batch of (images, labels)."""
         images, labels = batch
-        gsam = self.optimizers(use_pl_optimizer=False)
+        optimizer = self.optimizers()
+        gsam = optimizer.optimizer  # type: ignore[union-attr]
         assert isinstance(gsam, GSAM)
         if self.global_step == 0 and self.data is None:
             refuse_dropout(self.network, images)
-        epoch, rank = self.data_epoch(self.current_epoch), 0 if self.independent_ranks else self.global_rank
-        images = self.augment(images, self.generator("dsa", epoch, batch_idx, rank))
+        if self.augment:
+            epoch, rank = self.data_epoch(self.current_epoch), 0 if self.independent_ranks else self.global_rank
+            images = self.augment(images, self.generator("dsa", epoch, batch_idx, rank))
         first: dict[str, Tensor] = {}
 
         def closure() -> Tensor:
@@ -246,11 +248,14 @@ class FlatTeacher(BaseModule):
 
         strategy = self.trainer.strategy
         with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
-            self.optimizers().step(closure=closure)  # type: ignore[union-attr, call-arg]
-        self.train_loss.update(first["loss"].expand(len(labels)))
-        self.train_accuracy.update(right_answers(first["logits"], labels))
-        self.log("teacher/train_loss", self.train_loss, on_step=False, on_epoch=True)
-        self.log("teacher/train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+            optimizer.step(closure=closure)  # type: ignore[union-attr, call-arg]
+        add_to_mean(self.train_loss, first["loss"] * len(labels), len(labels))
+        add_to_mean(self.train_accuracy, right_answers(first["logits"], labels).sum(), len(labels))
+        if not self.epoch_complete:  # once for each epoch, because to log takes the host as long as a pass
+            return
+        for name, metric in (("train_loss", self.train_loss), ("train_accuracy", self.train_accuracy)):
+            metric.update(0.0, weight=0.0)  # else it warns of having had none
+            self.log(f"teacher/{name}", metric, on_step=False, on_epoch=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, C, H, W) to logits (N, K) of the teacher being trained."""
@@ -262,8 +267,12 @@ class FlatTeacher(BaseModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure accuracy on held-out images."""
-        self.val_accuracy.update(right_answers(self.network(batch[0]), batch[1]))
-        self.log("teacher/val_accuracy", self.val_accuracy, on_step=False, on_epoch=True, prog_bar=True)
+        add_to_mean(self.val_accuracy, right_answers(self.network(batch[0]), batch[1]).sum(), len(batch[1]))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log it."""
+        self.val_accuracy.update(0.0, weight=0.0)
+        self.log("teacher/val_accuracy", self.val_accuracy, prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
         """End the fit after the last teacher."""

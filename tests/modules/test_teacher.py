@@ -7,7 +7,7 @@ import torch
 from fits import SMALL, make_trainer, record, small_data, small_teacher
 from torch import nn
 
-from ftd_lightning import TrajectoryStore
+from ftd_lightning import FlatTeacher, TrajectoryStore
 from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.core import losses as teacher_pass
 from ftd_lightning.errors import DivergenceError, InputError
@@ -151,3 +151,25 @@ def test_a_store_is_lengthened_by_the_same_fit_with_more_epochs(tmp_path: Path) 
     with pytest.raises(InputError, match="holds all 2 teachers of 1 epochs already"):
         record(tmp_path, epochs=1, **options)
     assert len(TrajectoryStore(folder).trajectory(0)) == 4
+
+
+def test_an_epoch_is_logged_once_and_whole_also_where_it_is_resumed_in_its_middle(tmp_path: Path, monkeypatch) -> None:
+    logged = []
+    monkeypatch.setattr(
+        FlatTeacher,
+        "log",
+        lambda self, name, metric, **_: logged.append((name, float(metric.mean_value / metric.weight))),
+    )
+
+    def fit(folder: str, resumed: Path | None = None, **limits) -> None:
+        trainer = make_trainer(tmp_path / folder, limit_val_batches=0, **limits)
+        trainer.fit(small_teacher(teachers=1, epochs=1), datamodule=small_data(), ckpt_path=resumed)
+        trainer.save_checkpoint(tmp_path / folder / "saved.ckpt", weights_only=False)
+
+    fit("whole")
+    assert [name for name, _ in logged] == ["teacher/train_loss", "teacher/train_accuracy"]
+    with pytest.warns(UserWarning, match="0 of 1 teachers"):
+        fit("part", max_steps=2)
+    assert len(logged) == 2
+    fit("part", tmp_path / "part" / "saved.ckpt")
+    assert logged[2:] == logged[:2]
