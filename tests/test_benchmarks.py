@@ -30,7 +30,7 @@ def batches(images, labels, epoch, batch_size=256):
 
 def test_teachers():
     data = run.noise(300, image_size=8)
-    module = run.fit_teacher(data, [], epochs=2, compiles=False, **TINY)
+    module = run.fit_teacher(data, [], epochs=2, **TINY)
     plain = NetworkFactory("convnet", TINY, data.description().shape).build(0, "teacher", 0)
     start = flatten_parameters(plain)
     epoch = run.plain_teacher(plain, lambda epoch: batches(*data.part("train"), epoch))

@@ -1,6 +1,7 @@
 """The ``ftd`` command as people type it."""
 
 import contextlib
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -289,3 +290,30 @@ def test_both_programs_say_their_version() -> None:
     for command in ([sys.executable, "-m", "ftd_lightning"], [str(Path(sys.executable).parent / "ftd")]):
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120)
         assert done.stdout.strip() == f"ftd {__version__}", done.stderr
+
+
+ALLOCATED = """
+import os, torch
+from ftd_lightning import cli, functional, optim
+
+def on_heap():
+    block = torch.empty(1 << 28, dtype=torch.uint8)
+    heap = next(line.split()[0] for line in open("/proc/self/maps") if line.endswith("[heap]\\n"))
+    low, high = (int(end, 16) for end in heap.split("-"))
+    return low <= block.data_ptr() < high
+
+found = [on_heap()]
+for exported in ("65536", ""):
+    os.environ.pop("MALLOC_MMAP_MAX_", None)
+    os.environ.update({"MALLOC_MMAP_MAX_": exported} if exported else {})
+    cli.main(["--version"])
+    found.append(on_heap())
+print(found)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_the_command_and_no_import_keeps_freed_memory() -> None:
+    """Large blocks lie on the heap then, unless the user decides; by default each is mapped by itself."""
+    run = subprocess.run([sys.executable, "-c", ALLOCATED], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[False, False, True]"

@@ -38,6 +38,15 @@ KEY = "ftd_lightning"  # of this library's entry in a checkpoint
 STEPS = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}  # hooks that verbs call
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bf16, as torch knows it; emulation is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    ask = getattr(torch.cpu, "get_capabilities", dict)  # older versions of torch cannot be asked
+    found: dict[str, Any] = ask() if device.type == "cpu" else {}
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
 def deciding_settings(trainer: Trainer) -> dict[str, Any]:
     """Return the settings of a trainer that change a fit's numbers, and that a resumed fit must keep."""
     return {"precision": trainer.precision, "gradient_clip_val": trainer.gradient_clip_val}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -18,7 +19,7 @@ from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.trajectory_recorder import TrajectoryRecorder
 from ftd_lightning.contracts import BatchPlan, TeacherProgress
 from ftd_lightning.core.losses import CompiledPass
-from ftd_lightning.core.module import BaseModule
+from ftd_lightning.core.module import BaseModule, computes_bf16
 from ftd_lightning.core.networks import Network, add_to_mean, refuse_dropout, right_answers
 from ftd_lightning.core.ranks import RankStates, average_over_ranks, refuse_split_loaders
 from ftd_lightning.errors import InputError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 LONGEST = 1 << 20  # epochs; no teacher has as many
 
 Parallel = Literal["teachers", "data"]
+Precision = Literal["float32", "bf16", "auto"]
 
 
 class FlatTeacher(BaseModule):
@@ -68,6 +70,10 @@ class FlatTeacher(BaseModule):
         parallel: whether processes of a DDP run train different "teachers", or share the "data" of one teacher.
         compile: compile a pass over a batch: True, False, or "auto" (on a GPU only). A resumed run may change it, and
             the last bits of its weights then differ.
+        precision: of a Trainer of Lightning's default precision: "float32"; "bf16", which is its "bf16-mixed", where
+            passes compute in bf16, and weights, both gradients and what GSAM makes of them stay float32; or "auto",
+            bf16 where the device has instructions for it. The store records it, and a resumed run keeps it. bf16 rounds
+            away most of a perturbation by the adaptive ball of a small rho.
 
     Attributes:
         network: the teacher being trained.
@@ -95,18 +101,22 @@ class FlatTeacher(BaseModule):
         seed: int = 0,
         parallel: Parallel = "teachers",
         compile: Compile = "auto",  # noqa: A002
+        precision: Precision = "float32",
     ) -> None:
         check_bounds(FlatTeacher, locals())
         if parallel not in get_args(Parallel):
             raise InputError(f"parallel={parallel!r} is unknown: choose from {list(get_args(Parallel))}")
+        if precision not in get_args(Precision):
+            raise InputError(f"precision={precision!r} is unknown: choose from {list(get_args(Precision))}")
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
         super().__init__(network=network, network_options=network_options, augment=Augmentation.of(augment), seed=seed)
-        # A resumed fit may change these two: the number of teachers may grow.
-        self.save_arguments(locals(), leave_out=("teachers", "compile"), augment=self.augment)
+        # A resumed fit may change the first two: the number of teachers may grow. The third becomes the trainer's.
+        self.save_arguments(locals(), leave_out=("teachers", "compile", "precision"), augment=self.augment)
         self.automatic_optimization = False
         self.teachers = teachers
         self.independent_ranks = parallel == "teachers"
         self._compile: Compile = compile
+        self._precision: Precision = precision
         self._states = RankStates()
 
     @property
@@ -155,6 +165,14 @@ class FlatTeacher(BaseModule):
         self.train_loss, self.train_accuracy, self.val_accuracy = mean(), mean(), mean()
         for metric in (self.train_loss, self.train_accuracy):
             metric.persistent(True)  # an epoch that is resumed in its middle is measured whole
+
+    def setup(self, stage: str) -> None:
+        """Make bf16 the trainer's precision where ``precision`` asks for it, as ``Trainer(precision=...)`` does."""
+        strategy = self.trainer.strategy
+        device = strategy.root_device
+        bf16 = self._precision == "bf16" or (self._precision == "auto" and computes_bf16(device))
+        if bf16 and self.trainer.precision == "32-true":
+            strategy.precision_plugin = MixedPrecision("bf16-mixed", device.type)
 
     def configure_model(self) -> None:
         """Build the network for the trainer's data."""

@@ -4,8 +4,9 @@
     PYTHONPATH=tests python -m benchmarks.run [--parts teacher matching evaluation] [--quick]
 
 What else the machine does meets both sides alike when they take turns. Both sides see the same weights, images,
-mini-batches and augmentations in float32. The library is measured in eager mode and compiled; the first run of each
-path, in which a compiler compiles, is not counted.
+mini-batches and augmentations, in float32 where bf16 is not named. The library is measured in eager mode and compiled;
+the first run of each path, in which a compiler compiles, is not counted. ``--allocator system`` measures both sides
+with malloc as it is.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.reference import Batches, gsam_epoch, matching_loss, sample_loader, train_network
 from ftd_lightning import DistillationDataModule, FlatTeacher
+from ftd_lightning.cli import keep_freed_memory
 from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.functional import (
@@ -224,13 +226,19 @@ class InTurns(Callback):
             self.ours.append(self.clock.now() - self._began)
 
 
+TEACHER_PATHS: dict[str, dict[str, Any]] = {
+    "ours": {"compile": False},
+    "compiled": {"compile": True},
+    "compiled, bf16": {"compile": True, "precision": "bf16"},
+}
+
+
 def fit_teacher(
-    data: DistillationDataModule, callbacks: list[Callback], *, epochs: int, compiles: bool, **network: int
+    data: DistillationDataModule, callbacks: list[Callback], *, epochs: int, path: str = "ours", **network: int
 ) -> FlatTeacher:
     """Train a teacher through the Trainer, with nothing recorded and nothing validated."""
-    module = FlatTeacher(
-        network_options=network, teachers=1, epochs=epochs, lr=LR, rho=RHO, alpha=ALPHA, compile=compiles
-    )
+    gsam = {"lr": LR, "rho": RHO, "alpha": ALPHA}
+    module = FlatTeacher(network_options=network, teachers=1, epochs=epochs, **gsam, **TEACHER_PATHS[path])
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
@@ -261,10 +269,10 @@ def measure_teacher(sizes: Sequence[tuple[int, ...]], repeats: int, clock: Clock
         data = noise(images)
         data.setup()
         loader = sample_loader(*data.part("train"), batch_size=BATCH)
-        for path in ("ours", "compiled"):
+        for path in TEACHER_PATHS:
             plain = ConvNet(3, 10, 32, width=width).to(DEVICE)
             turns = InTurns(plain_teacher(plain, lambda epoch, loader=loader: loader), clock)
-            fit_teacher(data, [turns], epochs=repeats + 1, compiles=path == "compiled", width=width)
+            fit_teacher(data, [turns], epochs=repeats + 1, path=path, width=width)
             case = f"teacher, {images} images, width {width}"
             rows.append(Row(case, f"seconds of an epoch, {path}", turns.ours[1:], turns.reference[1:]))
     return rows
@@ -324,10 +332,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="pairs of every comparison")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of the report")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds that the process computed")
+    parser.add_argument("--allocator", choices=["ftd", "system"], default="ftd", help="of both sides: set as by `ftd`?")
     options = parser.parse_args(arguments)
+    if options.allocator == "ftd":
+        keep_freed_memory()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}"
-    head = f"On {device}, {torch.get_num_threads()} threads; {versions}; {options.clock} clock; medians.\n\n"
+    head = f"On {device}, {torch.get_num_threads()} threads; {versions}; {options.clock} clock; "
+    head += f"allocator of {options.allocator}; medians.\n\n"
     head += "| case | quantity | ours | plain loop | ours / plain loop |\n|---|---|---|---|---|\n"
     options.output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []

@@ -5,14 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from fits import SMALL, make_trainer, record, small_data, small_teacher
+from lightning.pytorch import Callback
 from torch import nn
 
 from ftd_lightning import FlatTeacher, TrajectoryStore
 from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.core import losses as teacher_pass
+from ftd_lightning.core.module import computes_bf16
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.functional import flatten_parameters, load_flat
 from ftd_lightning.models import ConvNet
+from ftd_lightning.modules import teacher as teacher_module
 from ftd_lightning.modules.teacher import LONGEST
 
 
@@ -108,26 +111,78 @@ def test_predictions_are_the_logits_of_the_test_images(tmp_path: Path, refused) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_compiled_teachers_are_the_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
+@pytest.mark.parametrize(("norm", "precision"), [("instance", "float32"), ("batch", "float32"), ("instance", "bf16")])
+def test_compiled_teachers_are_the_eager_ones(tmp_path: Path, monkeypatch, norm: str, precision: str) -> None:
     """With another backend than the default, which takes a minute; Dynamo is the same."""
     monkeypatch.setattr(teacher_pass, "compiled", partial(teacher_pass.compiled, backend="aot_eager"))
 
     def trained(compiles: bool):
         options = {"network_options": {**SMALL, "norm": norm}, "rho": 0.1, "teachers": 1, "epochs": 2}
-        module = small_teacher(compile=compiles, **options)
+        module = small_teacher(compile=compiles, precision=precision, **options)
         make_trainer(tmp_path / str(compiles)).fit(module, datamodule=small_data())
         return module
 
     eager, fast = trained(False), trained(True)
     wanted = eager.network.state_dict()
+    close = {"rtol": 0, "atol": 5e-3} if precision == "bf16" else {"rtol": 1e-5, "atol": 1e-6}  # weights move by 0.1
     for name, value in fast.network.state_dict().items():
-        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, wanted[name], **close)
+
+
+class Seen(Callback):
+    """Keeps the types of outputs, weights and GSAM's directions."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        weights = list(pl_module.network.parameters())
+        self.types = {w.dtype for w in weights}, {w.grad.dtype for w in weights}
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        pl_module.network.register_forward_hook(lambda module, given, logits: setattr(self, "logits", logits.dtype))
+
+
+def test_bf16_is_lightnings_and_weights_stay_float32(tmp_path: Path, monkeypatch, refused) -> None:
+    """The module's precision and the trainer's are one thing, which store and checkpoint record."""
+    seen = Seen()
+
+    def trained(name: str, trainer=None, ckpt_path=None, **options) -> TrajectoryStore:
+        recorder = TrajectoryRecorder(str(tmp_path / name))
+        module = small_teacher(rho=0.1, teachers=1, epochs=2, **options)
+        settings = {"callbacks": [recorder, seen], "limit_val_batches": 0, **(trainer or {})}
+        (fitted := make_trainer(tmp_path, **settings)).fit(module, datamodule=small_data(), ckpt_path=ckpt_path)
+        fitted.save_checkpoint(tmp_path / f"{name}.ckpt")
+        return TrajectoryStore(tmp_path / name)
+
+    by_trainer = trained("trainer", {"precision": "bf16-mixed"})
+    by_module = trained("module", precision="bf16")
+    assert (seen.logits, *seen.types) == (torch.bfloat16, {torch.float32}, {torch.float32})
+    assert torch.equal(by_module.trajectory(0), by_trainer.trajectory(0))
+    assert by_module.metadata == by_trainer.metadata
+    assert by_module.metadata["precision"] == "bf16-mixed"
+
+    full = trained("float32")
+    assert (full.metadata["precision"], seen.logits) == ("32-true", torch.float32)
+    assert not torch.equal(full.trajectory(0), by_module.trajectory(0))
+    for able, same in ((True, by_module), (False, full)):
+        monkeypatch.setattr(teacher_module, "computes_bf16", lambda device, able=able: able)
+        assert torch.equal(trained(f"auto-{able}", precision="auto").trajectory(0), same.trajectory(0))
+
+    with refused("trainer.precision='32-true', but the checkpoint was made with 'bf16-mixed'"):
+        trained("resumed", ckpt_path=tmp_path / "module.ckpt")
+
+
+@pytest.mark.parametrize(("able", "capabilities"), [(True, {"avx512_bf16": True}), (False, {"avx512_f": True})])
+def test_bf16_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch, able: bool, capabilities: dict) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert computes_bf16(torch.device("cpu")) is able
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not computes_bf16(torch.device("cpu"))
 
 
 def test_unknown_settings_are_refused(tmp_path: Path, refused) -> None:
     with refused("parallel='ranks'", "teachers", "data"):
         small_teacher(parallel="ranks")
+    with refused("precision='float16'", "auto"):
+        small_teacher(precision="float16")
     with refused("compile='yes'"):
         make_trainer(tmp_path).fit(small_teacher(compile="yes"), datamodule=small_data())
 
