@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ftd_lightning.functional.compiling import Compile
+    from ftd_lightning.functional.inner_step import Precision
     from ftd_lightning.functional.unroll import Augment, Unroll
 
 
@@ -125,6 +126,7 @@ def trajectory_matching_loss(
     unroll: Unroll = "adjoint",
     rules: Sequence[SegmentRule] = (),
     compile: Compile = "auto",  # noqa: A002
+    precision: Precision = "float32",
 ) -> Tensor:
     """Unroll a student from the teacher's weights on the synthetic set and measure where it ends (Eq. 4-5).
 
@@ -142,16 +144,18 @@ def trajectory_matching_loss(
         unroll: "adjoint" (exact gradient, memory of one step) or "graph" (keeps the graph of all steps).
         rules: variants of the loss, applied in order, e.g. ``RobustStart`` or ``DropLargest``; see ``MatchingRule``.
         compile: whether "adjoint" compiles its steps; see ``unroll``.
+        precision: of the steps, "float32" or "bf16"; see ``unroll``.
 
     Returns:
         A scalar, differentiable in ``images`` and ``step_size`` (and in ``start`` and soft ``labels``).
 
     Raises:
         ValueError: for weights of another network, labels that do not fit the images, a network that draws random
-            numbers, an unknown ``unroll`` or ``compile``, or rules that exclude each other.
+            numbers, an unknown ``unroll``, ``compile`` or ``precision``, or rules that exclude each other.
     """
     options: dict[str, Any] = {"unroll": unroll, "augment": augment, "seed": seed, "compile": compile}
-    found = match(network, start, target, images, labels, step_size, batches=batches, rules=rules, **options)
+    options |= {"batches": batches, "rules": rules, "precision": precision}
+    found = match(network, start, target, images, labels, step_size, **options)
     return found.loss
 
 

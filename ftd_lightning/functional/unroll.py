@@ -14,7 +14,14 @@ from torch.autograd.function import once_differentiable
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.gsam import flatten
 from ftd_lightning.functional.inner_optimizers import InnerSGD
-from ftd_lightning.functional.inner_step import InnerStep, draws_random_numbers, inner_step, named_views, student_loss
+from ftd_lightning.functional.inner_step import (
+    InnerStep,
+    Precision,
+    draws_random_numbers,
+    inner_step,
+    loss_in,
+    named_views,
+)
 from ftd_lightning.functional.seeding import make_generator, to_device
 
 if TYPE_CHECKING:
@@ -180,6 +187,7 @@ def unroll(
     compile: Compile = "auto",  # noqa: A002
     optimizer: InnerOptimizer = InnerSGD(),  # noqa: B008  frozen
     skip: int = 0,
+    precision: Precision = "float32",
 ) -> Tensor:
     """Train a student for n steps on the synthetic set, differentiably (A[grad L_S, n] of Eq. 5).
 
@@ -197,17 +205,20 @@ def unroll(
             replays CUDA graphs on a GPU); see ``compiled``.
         optimizer: plain SGD, or one with a state: ``InnerSGD`` with momentum or weight decay, ``InnerAdam``.
         skip: number of first steps without gradient (truncation); the optimizer's state is carried over them.
+        precision: "float32" (the dtype of the weights), or "bf16": the network's forward and backward passes and
+            Hessian-vector products under autocast, and weights, steps and sums in the dtype of the weights.
 
     Returns:
         theta_n, (P,), differentiable in images, step_size, soft labels ("adjoint": once) and, without ``skip``, start.
 
     Raises:
         ValueError: for weights of another network, or labels, step sizes or a ``skip`` that do not fit.
-        InputError: (a ValueError) for a network that draws random numbers (dropout, drop path), which differ when the
-            adjoint repeats a step. The first call for a network and mode runs the network once to see.
+        InputError: (a ValueError) for an unknown ``precision``, and for a network that draws random numbers (dropout,
+            drop path), which differ when the adjoint repeats a step. The first call for a network and mode runs the
+            network once to see.
 
     Convention: the network is taken in the mode it is in; students are in training mode. Call it outside autocast,
-    which does not cover the backward pass.
+    which does not cover the backward pass; ``precision`` does.
 
     Example:
         >>> net, lr = nn.Linear(1, 2, bias=False), torch.tensor(1.0)
@@ -220,7 +231,7 @@ def unroll(
         raise ValueError(f"skip={skip} must lie in 0 to {len(batches)}, the number of steps")
     # The full graph is differentiated twice, which a compiled function cannot be.
     compile = compile if method == "adjoint" else False  # noqa: A001
-    student = _student(network, start, images, labels, step_size, batches, augment, seed, compile, optimizer)
+    student = _student(network, start, images, labels, step_size, batches, augment, seed, compile, optimizer, precision)
     state = optimizer.initial(start.detach())
     if skip:
         *_, (start, state) = itertools.islice(_run(student, start, images, labels, step_size), skip)
@@ -231,7 +242,7 @@ def unroll(
     weights = start if start.requires_grad else start.detach().clone().requires_grad_()
     for step in range(skip, len(batches)):
         index = student.batches[step]
-        loss = student_loss(network, weights, student.augmented(images[index], step), labels[index])
+        loss = loss_in(precision)(network, weights, student.augmented(images[index], step), labels[index])
         (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
         weights, state = optimizer.step(weights, gradient, state, step_size_of(step_size, step), step + 1)
     return weights
@@ -250,12 +261,13 @@ def roll_out(
     seed: int = 0,
     compile: Compile = "auto",  # noqa: A002
     optimizer: InnerOptimizer = InnerSGD(),  # noqa: B008  frozen
+    precision: Precision = "float32",
 ) -> Iterator[Tensor]:
     """Train a student as :func:`unroll` does, without gradient, and yield its weights after every step.
 
     Arguments are those of :func:`unroll`; the weights theta_1, ..., theta_n are (P,) each.
     """
-    student = _student(network, start, images, labels, step_size, batches, augment, seed, compile, optimizer)
+    student = _student(network, start, images, labels, step_size, batches, augment, seed, compile, optimizer, precision)
     for weights, _ in _run(student, start, images, labels, step_size):
         yield weights
 
@@ -282,6 +294,7 @@ def _student(
     seed: int,
     compile: Compile,  # noqa: A002
     optimizer: InnerOptimizer,
+    precision: Precision,
 ) -> Student:
     """Check what belongs together, and move the batches' indices to the images."""
     if len(labels) != len(images):
@@ -291,7 +304,7 @@ def _student(
             f"step_size has shape {tuple(step_size.shape)}: one for all, or one for each of {len(batches)} steps"
         )
     named_views(network, start)  # refuses weights of another network
-    functions = inner_step(network, device=start.device, compile=compile)
+    functions = inner_step(network, device=start.device, compile=compile, precision=precision)
     unique = list({id(batch): batch for batch in batches}.values())  # full batches are one and the same tensor
     together = to_device(torch.cat(unique), images.device) if unique else torch.empty(0)  # in one copy
     moved = dict(zip(map(id, unique), together.split([len(batch) for batch in unique]), strict=True))

@@ -16,7 +16,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
 from ftd_lightning.functional.inner_optimizers import InnerAdam, InnerOptimizer, InnerSGD
-from ftd_lightning.functional.inner_step import student_logits
+from ftd_lightning.functional.inner_step import Precision, loss_in, student_logits
 from ftd_lightning.functional.matching import chunked_permutations
 from ftd_lightning.functional.seeding import derive_seed, to_device
 from ftd_lightning.functional.selection import Ipc
@@ -91,6 +91,7 @@ class BilevelDistillation(Distillation):
         seed: of initial images, networks, batches and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
         compile: compile the inner steps: True, False, "auto" or "cuda_graphs"; see ``TrajectoryMatching``.
+        precision: of the inner steps and of their derivatives, "float32" or "bf16"; see ``functional.unroll``.
     """
 
     gradient_averages: Tensor
@@ -119,6 +120,7 @@ class BilevelDistillation(Distillation):
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
         compile: Compile = "auto",  # noqa: A002
+        precision: Precision = "float32",
     ) -> None:
         augment = Augmentation.of(augment)
         super().__init__(
@@ -126,6 +128,7 @@ class BilevelDistillation(Distillation):
             step_size=[float(step_size_init)] * syn_steps if schedule == "fixed" else float(step_size_init),
         )
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
+        loss_in(precision)  # as well
         if schedule not in get_args(Schedule):
             raise InputError(f"schedule={schedule!r} is unknown: choose from {list(get_args(Schedule))}")
         if window is not None and window > syn_steps:
@@ -180,6 +183,7 @@ class BilevelDistillation(Distillation):
             augment=self.augment or None,
             seed=derive_seed(self.seed, "dsa", *keys),
             compile=hparams["compile"],
+            precision=hparams["precision"],
             optimizer=self.optimizer,
             skip=skip,
         )

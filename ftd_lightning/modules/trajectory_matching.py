@@ -17,6 +17,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
+from ftd_lightning.functional.inner_step import Precision, loss_in
 from ftd_lightning.functional.matching import Match, chunked_permutations, match
 from ftd_lightning.functional.seeding import derive_seed, make_generator
 from ftd_lightning.functional.selection import Ipc, images_per_class
@@ -94,6 +95,7 @@ class TrajectoryMatching(Distillation):
         segments_per_step: teacher segments per iteration on each rank, whose losses are averaged.
         compile: compile both inner step functions: True, False, "auto" (on a GPU only) or "cuda_graphs" (for small ipc
             on a GPU, where launching kernels takes the time).
+        precision: of the inner steps and of their derivatives, "float32" or "bf16"; see ``functional.unroll``.
         rules: ideas beyond FTD, as objects or as in a config; see ``rules.MatchingRule``.
 
     Raises:
@@ -125,10 +127,12 @@ class TrajectoryMatching(Distillation):
         segments_per_step: int = 1,
         compile: Compile = "auto",  # noqa: A002
         rules: list[MatchingRule] | list[dict[str, Any]] | None = None,
+        precision: Precision = "float32",
     ) -> None:
         augment = Augmentation.of(augment)
         super().__init__(**common(locals()), step_size=float(step_size_init))
         compiles(compile, torch.device("cpu"))  # refuses an unknown setting
+        loss_in(precision)  # as well
         self.save_arguments(locals(), trajectories=str(trajectories))
         if self.init != "real" and (chooses := only_one(self.rules, "initial_images")):
             raise InputError(f"init={self.init!r} leaves {type(chooses).__name__} no image to choose: omit the rule")
@@ -223,6 +227,7 @@ class TrajectoryMatching(Distillation):
             unroll=hparams["unroll"],
             rules=self.rules,
             compile=hparams["compile"],
+            precision=hparams["precision"],
         )
 
     def _recorded_teachers(self, real: Images) -> RecordedTeachers:

@@ -146,13 +146,14 @@ def problem(ipc: int, *, image_size: int = 32, **network: int) -> Problem:
 
 
 def matching_step(method: str, case: Problem, steps: int) -> Tensor:
-    """Run forward and backward by "ours", "compiled" or "reference"; give the loss."""
+    """Run forward and backward by "ours", "compiled", "compiled bf16" or "reference"; give the loss."""
     case.images.grad = case.step_size.grad = None
     batches = [torch.arange(len(case.images), device=DEVICE)] * steps
     if method == "reference":
         loss = matching_loss(*case, batches=batches, augment=lambda x, i: dsa(x, make_generator(0, "inner", i)))
     else:
-        loss = trajectory_matching_loss(*case, batches=batches, augment=dsa, compile=method == "compiled")
+        options: dict[str, Any] = {"compile": method != "ours", "precision": "bf16" if "bf16" in method else "float32"}
+        loss = trajectory_matching_loss(*case, batches=batches, augment=dsa, **options)
     loss.backward()
     return loss.detach()
 
@@ -185,10 +186,11 @@ def measure_matching(sizes: Sequence[tuple[int, ...]], repeats: int, clock: Cloc
     rows = []
     for ipc, width, steps in sizes:
         case, name = problem(ipc, width=width), f"matching, ipc {ipc}, width {width}, {steps} inner steps"
-        works = {m: partial(matching_step, m, case, steps) for m in ("ours", "compiled", "reference")}
+        paths = ("ours", "compiled", "compiled bf16")
+        works = {m: partial(matching_step, m, case, steps) for m in (*paths, "reference")}
         in_turns({name: partial(clock, work) for name, work in works.items()}, 1)
         seconds = in_turns({name: partial(clock, work) for name, work in works.items()}, repeats)
-        rows += [Row(name, f"seconds, {m}", seconds[m], seconds["reference"]) for m in ("ours", "compiled")]
+        rows += [Row(name, f"seconds, {m}", seconds[m], seconds["reference"]) for m in paths]
         ran = [Running(print_added_memory, m, ipc, width, steps).wait(3600) for m in ("ours", "reference")]
         if not any(done.returncode for done in ran):
             rows.append(Row(name, "added MiB", *([float(done.stdout)] for done in ran)))

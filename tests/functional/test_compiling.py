@@ -122,15 +122,15 @@ def test_cuda_graphs_are_for_a_gpu_and_their_results_are_copies():
 # The inner step of a student.
 
 
-def trained(*, optimizer=InnerSGD(), norm="instance", network=None, **options):  # noqa: B008
+def trained(*, optimizer=InnerSGD(), norm="instance", network=None, dtype=torch.float64, **options):  # noqa: B008
     """The network, the end of a student, and its gradients in images, step size, soft labels and start."""
     with seeded(0, "student"):
-        network = network or ConvNet(3, 3, 8, width=4, depth=1, norm=norm).double()
+        network = network or ConvNet(3, 3, 8, width=4, depth=1, norm=norm).to(dtype)
         start = torch.randn_like(flatten_parameters(network)).requires_grad_()
-        images = torch.randn(5, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-        soft = torch.softmax(torch.randn(5, 3, dtype=torch.float64), dim=1).requires_grad_()
+        images = torch.randn(5, 3, 8, 8, dtype=dtype, requires_grad=True)
+        soft = torch.softmax(torch.randn(5, 3, dtype=dtype), dim=1).requires_grad_()
         load_flat(network, torch.randn_like(start))
-    lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    lr = torch.tensor(0.3, dtype=dtype, requires_grad=True)
     batches = [torch.arange(4), torch.arange(4) + 1] * 2
     options = {"batches": batches, "augment": partial(dsa, mode="single"), "optimizer": optimizer, **options}
     end = unroll(network, start, images, soft, lr, **options)
@@ -157,6 +157,17 @@ def test_compiled_is_eager(backend, optimizer, norm):
     del network
     gc.collect()
     assert held() is None
+
+
+@pytest.mark.slow
+def test_compiled_bf16_is_eager_bf16_and_compiled_besides_float32(backend):
+    network = ConvNet(3, 3, 8, width=4, depth=1, norm="none", activation="sigmoid")
+    options = {"network": network, "dtype": torch.float32}
+    fast, plain = (trained(precision="bf16", compile=setting, **options)[1] for setting in (True, False))
+    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-5)
+    float32 = trained(compile=True, **options)[1]
+    assert all(0 < float((a - b).norm() / b.norm()) < 0.05 for a, b in zip(fast, float32, strict=True))
+    assert (backend.compilations, backend.calls) == (4, 16), "forward and backward of each precision"
 
 
 @pytest.mark.exhaustive

@@ -26,6 +26,7 @@ from ftd_lightning.functional import (
     trajectory_matching_loss,
     unroll,
 )
+from ftd_lightning.functional.inner_step import inner_step, named_views
 from ftd_lightning.models import ConvNet
 
 METHODS = ["adjoint", "graph"]
@@ -138,6 +139,43 @@ def test_adjoint_of_any_optimizer_equals_the_full_graph(optimizer, step_sizes, s
         whole = student_of(p, **{**options, "skip": 0})
         assert whole.detach().equal(results[0][0])
         assert relative_difference(results[0][1], grad((whole * p.target).sum(), p.images)[0]) > 0.01
+
+
+@pytest.mark.parametrize("skip", [0, 4])
+@pytest.mark.parametrize("name", ["plain", "momentum and decay", "adam"])
+def test_bf16_adjoint_equals_the_full_graph_in_bf16(name, skip):
+    """Both are the gradient of the steps that were made; float32's differs by more."""
+    p = problem(num_steps=6, norm="none", activation="sigmoid", dtype=torch.float32)
+    inputs = [p.images, p.lr, p.soft.requires_grad_(), *([] if skip else [p.start.requires_grad_()])]
+    options = {"labels": p.soft, "augment": DSA_MULTIPLE, "optimizer": OPTIMIZERS[name], "skip": skip}
+
+    def results(method, precision):
+        end = student_of(p, method, **options, precision=precision)
+        found = [end.detach(), *grad((end * p.target).sum(), inputs)]
+        assert {tensor.dtype for tensor in found} == {torch.float32}
+        return found
+
+    adjoint, graph, float32 = results("adjoint", "bf16"), results("graph", "bf16"), results("adjoint", "float32")
+    assert adjoint[0].equal(graph[0])
+    for exact, full, other in zip(adjoint, graph, float32, strict=True):
+        assert relative_difference(exact, full) < 0.01
+        assert 0 < relative_difference(exact, other) < 0.1
+    del options["labels"], options["skip"]
+    arguments = (p.network, p.start, p.images, p.soft, p.lr)
+    *_, last = roll_out(*arguments, batches=p.batches, **options, precision="bf16")
+    assert last.equal(adjoint[0])
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_hessian_vector_products_in_bf16_of_10_images_and_maps_of_16_px(norm):
+    """What oneDNN computes there is wrong by 10 % in the second convolution; BatchNorm stays in float32."""
+    p = problem(num_images=10, size=32, norm=norm, activation="sigmoid", width=32, dtype=torch.float32)
+    x, gamma = p.images.detach(), torch.randn(p.start.shape, generator=make_generator(0))
+    steps = [inner_step(p.network, device=x.device, precision=precision) for precision in ("bf16", "float32")]
+    products = [step.product(p.network, p.start, x, p.labels, gamma, (True, False))[1] for step in steps]
+    bf16, float32 = (named_views(p.network, product)["4.weight"] for product in products)
+    assert relative_difference(bf16, float32) < 0.04
+    assert bf16.equal(float32) == (norm == "batch")
 
 
 THEIRS = {
@@ -315,6 +353,7 @@ def test_tied_weights_count_once_and_train_together(method):
         ({"method": "tape"}, r"unroll 'tape' is unknown: choose from \['adjoint', 'graph'\]"),
         ({"step_size": torch.full((5,), 0.1)}, "one for all, or one for each of 8 steps"),
         ({"skip": 9}, "skip=9 must lie in 0 to 8"),
+        ({"precision": "bf61"}, r"precision='bf61' is unknown: choose from \['float32', 'bf16'\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):

@@ -86,6 +86,13 @@ def test_the_loss_is_that_of_real_images_after_training_on_the_set(tmp_path):
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
 
 
+def test_steps_in_bf16_move_images_as_float32_nearly(tmp_path):
+    both = [distil(tmp_path / p, steps=2, lr_images=0.1, precision=p) for p in ("float32", "bf16")]
+    float32, bf16 = ((module.images.detach() - module.initial_images).flatten() for module in both)
+    assert 0.95 < float(torch.cosine_similarity(float32, bf16, dim=0)) < 1 - 1e-6
+    assert both[1].synthetic_set().metadata["settings"]["precision"] == "bf16"
+
+
 @pytest.mark.slow
 def test_it_learns(tmp_path):
     seen = Losses()

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import Losses, distil, record, small_data
+from fits import Losses, distil, make_trainer, record, small_data, small_matching
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -13,6 +13,7 @@ from ftd_lightning.functional import chunked_permutations, make_generator, traje
 from ftd_lightning.functional.matching import Match
 from ftd_lightning.models import ConvNet
 from ftd_lightning.modules import trajectory_matching
+from ftd_lightning.rules import ClosestStep, LearnedLabels, MatchingRule
 
 
 def test_two_iterations_are_two_steps_of_sgd_with_momentum(tmp_path: Path, trajectories: Path) -> None:
@@ -161,6 +162,24 @@ def test_a_compiled_fit_learns_the_same(tmp_path, trajectories) -> None:
     compiled = distil(tmp_path, trajectories, steps=3, augment="crop_scale", compile=True)
     torch.testing.assert_close(compiled.images, eager.images, rtol=1e-3, atol=1e-4)
     assert not torch.equal(compiled.images, eager.images), "nothing was compiled"
+
+
+@pytest.mark.parametrize("rules", [[], [LearnedLabels(lr=1.0), ClosestStep()]], ids=["plain", "rules"])
+def test_steps_in_bf16(tmp_path: Path, trajectories: Path, rules: list[MatchingRule]) -> None:
+    """Images move as in float32, nearly; the set says so; a resumed fit has the same bits."""
+    options = {"augment": "crop_scale", "step_size_init": 0.02, "rules": rules}
+    float32, module = (distil(tmp_path / p, trajectories, **options, precision=p) for p in ("float32", "bf16"))
+    moved, alike = (m.images.detach() - m.initial_images for m in (module, float32))
+    assert 0.99 < float(torch.cosine_similarity(moved.flatten(), alike.flatten(), dim=0)) < 1 - 1e-6
+    assert module.images.dtype == module.step_size.dtype == torch.float32
+    assert module.synthetic_set().metadata["settings"]["precision"] == "bf16"
+    half = distil(tmp_path / "half", trajectories, steps=3, **options, precision="bf16")
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = small_matching(trajectories, **options, precision="bf16")
+    trainer = make_trainer(tmp_path / "rest", max_steps=5)
+    trainer.fit(resumed, datamodule=small_data(), ckpt_path=str(tmp_path / "half.ckpt"))
+    assert resumed.images.equal(module.images)
+    assert resumed.step_size.equal(module.step_size)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
