@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from ftd_lightning.core import losses as losses_module
 from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
@@ -14,6 +14,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.functional import seeded
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import compiled
+from ftd_lightning.functional.gsam import flatten
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.models import ConvNet
 
@@ -67,6 +68,22 @@ def test_compiled_they_are_the_same_and_networks_share_one_graph(monkeypatch, ex
     for a, b in zip([losses.detach(), *gradients(networks, losses)], expected, strict=True):
         torch.testing.assert_close(a, b)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_in_bf16_they_are_nearly_the_same_and_gradients_are_float32(monkeypatch, rho: float) -> None:
+    monkeypatch.setattr(losses_module, "SMALL_BATCH", 0)
+    monkeypatch.setattr(losses_module, "compiled", partial(compiled, backend="eager"))
+    found = []
+    for compiles in (False, True):
+        networks = [network(0, "instance"), network(1, "instance")]
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = IndependentLosses(compiles, CPU, rho=rho)(networks, IMAGES, LABELS, **DRAWS)
+            found.append([losses.detach(), *gradients(networks, losses)])
+    assert {value.dtype for value in found[1]} == {torch.float32}
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0.01, atol=0)
+    eager, fast = (flatten(values[1:]) for values in found)
+    assert cosine_similarity(eager, fast, dim=0) > 0.97
 
 
 def test_weights_that_are_frozen_or_unused_stay_without_gradient(monkeypatch) -> None:
