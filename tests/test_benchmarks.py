@@ -72,5 +72,10 @@ def test_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "SIZES", {"matching": {"quick": [(1, 4, 2)]}})
     run.main(["--quick", "--repeats", "2", "--output", str(tmp_path), "--parts", "matching"])
     rows = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [row["quantity"] for row in rows] == ["seconds, ours", "seconds, compiled", "added MiB"]
+    assert [row["quantity"] for row in rows] == [
+        "seconds, ours",
+        "seconds, compiled",
+        "seconds, compiled bf16",
+        "added MiB",
+    ]
     assert (tmp_path / "benchmark.md").read_text().strip() in capsys.readouterr().out

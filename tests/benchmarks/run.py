@@ -152,7 +152,10 @@ def matching_step(method: str, case: Problem, steps: int) -> Tensor:
     if method == "reference":
         loss = matching_loss(*case, batches=batches, augment=lambda x, i: dsa(x, make_generator(0, "inner", i)))
     else:
-        options: dict[str, Any] = {"compile": method != "ours", "precision": "bf16" if "bf16" in method else "float32"}
+        options: dict[str, Any] = {
+            "compile": "compiled" in method,
+            "precision": "bf16" if "bf16" in method else "float32",
+        }
         loss = trajectory_matching_loss(*case, batches=batches, augment=dsa, **options)
     loss.backward()
     return loss.detach()
