@@ -9,6 +9,10 @@ import json
 import subprocess
 import sys
 import tempfile
+import warnings
+
+warnings.filterwarnings("ignore")  # before the imports that warn
+
 from pathlib import Path
 
 import torch
