@@ -219,7 +219,7 @@ class TrajectoryRecorder(Callback):
         if different or not self.keep_going:
             reason = f"recorded with another {', '.join(different)}" if different else "already"
             raise InputError(f"{self.path}: holds teachers {reason}; name another folder or delete this one")
-        rank_zero_info(f"{self.path}: the {len(present)} teachers recorded earlier are kept")
+        rank_zero_info(f"{self.path}: teachers recorded earlier are kept: {len(present)}")
 
     def _refuse_recorded(self, module: TrainsTeachers) -> None:
         """Refuse teachers of another seed, which would be kept instead of the new ones, and a fit of nothing new."""
