@@ -233,7 +233,7 @@ def _resize(images: Tensor, size: ImageSize | None) -> Tensor:
 
 
 def _checked(images: Tensor, part: str, transform: ImageTransform | None) -> Tensor:
-    """Refuse images that are no pictures, or would be none without their normalisation."""
+    """Check that values are in [0, 1], or in the range that a normalisation gives them; see :func:`read_images`."""
     if images.dtype in (torch.uint8, torch.uint16) and transform is None:
         return images
     if not images.is_floating_point():

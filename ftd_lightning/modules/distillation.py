@@ -142,7 +142,7 @@ class Distillation(BaseModule):
             if Path(init).expanduser().is_file():
                 init = SyntheticSet.load(init)
             elif not init.startswith(CONTINUES):
-                raise InputError(f"init={init!r} is no file of a synthetic set, nor 'real' or 'noise'")
+                raise InputError(f"init={init!r} is unknown: give the file of a synthetic set, 'real' or 'noise'")
         if isinstance(init, SyntheticSet):
             self.continued, self.ipc = _class_by_class(init)
             init = CONTINUES + init.fingerprint()
