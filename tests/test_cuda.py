@@ -8,6 +8,7 @@ import torch
 from fits import make_trainer, record, small_data, small_matching, small_teacher
 
 from ftd_lightning import SyntheticEvaluation
+from ftd_lightning.core.losses import CompiledPass, CompiledStep
 from ftd_lightning.files.transforms import Whitening
 from ftd_lightning.functional import (
     Augmentation,
@@ -145,6 +146,28 @@ def test_gsam_is_that_of_the_cpu():
             optimizer.step(closure)
         trained.append(flatten_parameters(own).cpu())
     torch.testing.assert_close(trained[0], trained[1], rtol=1e-8, atol=1e-10)
+
+
+def test_compiled_steps_of_gsam_are_the_eager_ones():
+    torch.manual_seed(0)
+    network = ConvNet(1, 4, 8, width=4, depth=1).cuda()
+    images, labels = torch.randn(8, 1, 8, 8, device="cuda"), torch.arange(8, device="cuda") % 4
+    trained = []
+    for whole in (False, True):
+        own = copy.deepcopy(network)
+        optimizer = GSAM(own.parameters(), partial(torch.optim.SGD, lr=0.1, momentum=0.9), rho=0.05, alpha=0.3)
+        step = CompiledStep(own, optimizer, images.device, len(labels))
+        eager = CompiledPass(own, False, images.device)
+
+        def closure(whole=whole, step=step, eager=eager, optimizer=optimizer):
+            if whole:
+                return step(images, labels)[0]
+            return eager(images, labels, perturbed=optimizer.perturbed, backward=torch.Tensor.backward)[0]
+
+        for _ in range(4):  # CUDA graphs are recorded first and replayed then
+            optimizer.step(closure)
+        trained.append(flatten_parameters(own))
+    torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-5)
 
 
 def test_whitening_is_that_of_the_cpu():

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.compiling import Compile, compiled, compiles
 from ftd_lightning.functional.gradient_matching import batch_norms
-from ftd_lightning.functional.gsam import gsam_perturbation
+from ftd_lightning.functional.gsam import direction_of, flatten, gsam_perturbation, perturbation_of, unflatten
 from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.optim import frozen_running_statistics
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ftd_lightning.functional.augment import Augmentation
+    from ftd_lightning.optim import GSAM
 
 
 def loss_and_gradients(network: nn.Module, images: Tensor, labels: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -113,6 +114,93 @@ class CompiledPass:
             if not perturbed:
                 for buffer, value in zip(self.network.buffers(), results[len(weights) :], strict=True):
                     buffer.copy_(value)
+        return loss, logits
+
+
+def gsam_update(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    settings: tuple[float, float, bool, float, float],
+    *state: Tensor,
+) -> tuple[Tensor, ...]:
+    """Compute a whole step of GSAM over plain SGD, both gradients and the update, as one function to compile.
+
+    Args:
+        network: see :func:`loss_and_gradients`.
+        images: (N, C, H, W).
+        labels: (N,).
+        lr: learning rate, a scalar.
+        settings: rho, alpha, adaptive, momentum and weight decay, which become part of the program.
+        state: the weights, and with momentum their momentum buffers.
+
+    Returns:
+        Loss, logits (N, K), the new state as a vector each, and every buffer as the first pass leaves it.
+    """
+    rho, alpha, adaptive, momentum, weight_decay = settings
+    weights = state[: sum(p.requires_grad for p in network.parameters())]
+    count, vector = len(weights), flatten(weights)
+    loss, logits, *first = loss_and_gradients(network, images, labels, *weights)
+    direction = flatten(first[:count])
+    if rho > 0:
+        perturbed = vector + perturbation_of(direction, vector if adaptive else None, rho=rho)
+        _, _, *second = loss_and_gradients(network, images, labels, *unflatten(perturbed, weights))
+        direction = direction_of(direction, flatten(second[:count]), alpha=alpha)
+    if weight_decay:
+        direction = direction + weight_decay * vector
+    if momentum:
+        direction = momentum * flatten(state[count:]) + direction
+    moved = (vector - lr * direction, *([direction] if momentum else []))
+    return loss, logits, *moved, *first[count:]
+
+
+class CompiledStep:
+    """Takes a step of GSAM over plain SGD by one compiled function, on a GPU one CUDA graph.
+
+    It is a closure for ``GSAM.step``: it moves the weights itself and leaves no gradients, so that the optimizer has
+    nothing left to do. Eagerly, and for batches of another size than ``full_batch``, use :class:`CompiledPass`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: GSAM,
+        device: torch.device,
+        full_batch: int,
+    ) -> None:
+        self.network, self.optimizer, self.full_batch = network, optimizer, full_batch
+        self._run = compiled(gsam_update, compile="cuda_graphs", device=device)
+        self._lr: Tensor | None = None
+        self._rate = 0.0
+
+    @staticmethod
+    def takes(optimizer: GSAM) -> bool:
+        """Return whether the optimizer is one that :func:`gsam_update` computes."""
+        base, (group, *others) = optimizer.base_optimizer, optimizer.param_groups
+        other = others or optimizer.reduce or any(group.get(key) for key in ("nesterov", "dampening", "maximize"))
+        return type(base) is torch.optim.SGD and not other
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Step on a batch; return loss and logits (N, K) at the weights before."""
+        group, state = self.optimizer.param_groups[0], self.optimizer.state
+        weights: list[Tensor] = [p for p in self.network.parameters() if p.requires_grad]
+        if self._lr is None or group["lr"] != self._rate:  # on the device, so that a new rate compiles nothing
+            self._rate = group["lr"]
+            self._lr = torch.full_like(weights[0].flatten()[0], self._rate)
+        momenta: list[Tensor] = []
+        if group["momentum"]:
+            for weight in weights:
+                if state[weight].get("momentum_buffer") is None:
+                    state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            momenta = [state[weight]["momentum_buffer"] for weight in weights]
+        settings = tuple(group[key] for key in ("rho", "alpha", "adaptive", "momentum", "weight_decay"))
+        loss, logits, *results = self._run(self.network, images, labels, self._lr, settings, *weights, *momenta)
+        for tensors in (weights, momenta)[: 1 + bool(momenta)]:
+            torch._foreach_copy_(tensors, unflatten(results.pop(0), tensors))
+        for buffer, value in zip(self.network.buffers(), results, strict=True):
+            buffer.copy_(value)
         return loss, logits
 
 

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.trajectory_recorder import TrajectoryRecorder
 from ftd_lightning.contracts import BatchPlan, TeacherProgress
-from ftd_lightning.core.losses import CompiledPass
+from ftd_lightning.core.losses import CompiledPass, CompiledStep
 from ftd_lightning.core.module import BaseModule, computes_bf16
 from ftd_lightning.core.networks import Network, add_to_mean, refuse_dropout, right_answers
 from ftd_lightning.core.ranks import RankStates, average_over_ranks, refuse_split_loaders
@@ -68,8 +68,9 @@ class FlatTeacher(BaseModule):
             serves both passes.
         seed: teacher k's initialisation, batches and augmentation follow from (seed, k).
         parallel: whether processes of a DDP run train different "teachers", or share the "data" of one teacher.
-        compile: compile a pass over a batch: True, False, or "auto" (on a GPU only). A resumed run may change it, and
-            the last bits of its weights then differ.
+        compile: compile a pass over a batch: True, False, or "auto" (on a GPU only); "cuda_graphs": on a full batch the
+            whole step, as one CUDA graph, which keeps no gradients (of one teacher on plain SGD, not with
+            ``parallel="data"``). A resumed run may change it, and the last bits of its weights then differ.
         precision: of a Trainer of Lightning's default precision: "float32"; "bf16", which is its "bf16-mixed", where
             passes compute in bf16, and weights, both gradients and what GSAM makes of them stay float32; or "auto",
             bf16 where the device has instructions for it. The store records it, and a resumed run keeps it. bf16 rounds
@@ -118,6 +119,7 @@ class FlatTeacher(BaseModule):
         self._compile: Compile = compile
         self._precision: Precision = precision
         self._states = RankStates()
+        self._step: CompiledStep | None = None
 
     @property
     def _share(self) -> tuple[int, int]:
@@ -217,6 +219,10 @@ class FlatTeacher(BaseModule):
         batch = None if self.data is None else self.data.batch_size
         split = not self.independent_ranks and self.trainer.world_size > 1
         self._pass = CompiledPass(self.network, self._compile, self.device, None if split else batch)
+        gsam, self._step = self.optimizers(use_pl_optimizer=False), None
+        assert isinstance(gsam, GSAM)
+        if batch and self._compile == "cuda_graphs" and self.independent_ranks and CompiledStep.takes(gsam):
+            self._step = CompiledStep(self.network, gsam, self.device, batch)
         if self.independent_ranks:
             refuse_split_loaders(self.trainer, or_else="--model.parallel data, which splits the batches of one teacher")
         self.trainer.should_stop = self.trainer.should_stop or self.current_epoch >= self.planned_epochs()
@@ -259,7 +265,10 @@ class FlatTeacher(BaseModule):
         first: dict[str, Tensor] = {}
 
         def closure() -> Tensor:
-            loss, logits = self._pass(images, labels, perturbed=gsam.perturbed, backward=self.manual_backward)
+            if self._step is not None and len(labels) == self._step.full_batch:
+                loss, logits = self._step(images, labels)
+            else:
+                loss, logits = self._pass(images, labels, perturbed=gsam.perturbed, backward=self.manual_backward)
             first.setdefault("logits", logits)
             first.setdefault("loss", loss)
             return loss
