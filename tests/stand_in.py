@@ -187,9 +187,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch):
         return contextlib.nullcontext() if device_type == "meta" else real(device_type, *args, **kwargs)
 
     monkeypatch.setattr(torch, "autocast", autocast)
-    # A fused Adam refuses devices that it does not know; torch.optim hides the module where it does.
-    adam = sys.modules[torch.optim.Adam.__module__]
-    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None)
+    # A fused optimizer refuses devices that it does not know; torch.optim hides the module where it does.
+    for optimizer in (torch.optim.Adam, torch.optim.SGD):
+        home = sys.modules[optimizer.__module__]
+        monkeypatch.setattr(home, "_device_dtype_check_for_fused", lambda *args, **kwargs: None)
     with StandIn() as mode:
         yield mode
 

@@ -22,7 +22,7 @@ class StepGuard:
     """Skips steps: parameters and momentum stay as they were, bit for bit.
 
     A step is skipped where loss or gradient is not finite, and gated where it is finite but not accepted. Either is
-    known on the device alone, so it is a choice between two tensors, not a branch of the program.
+    known on the device alone. The fused optimizers of torch read ``found_inf`` there, so nothing is copied or undone.
 
     Attributes:
         skipped: number of steps that were not finite; like all counts, an int64 scalar on the device.
@@ -39,7 +39,6 @@ class StepGuard:
         self.applied = self._finite = torch.tensor(True)
         self._still, self.still_in_a_row = torch.tensor(False), torch.tensor(0)
         self.gates = False
-        self._before: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def before(
@@ -51,10 +50,10 @@ class StepGuard:
         still: Tensor | None = None,
         reduce: Callable[[Tensor], Tensor] = lambda flag: flag,
     ) -> None:
-        """Judge a step that the optimizer is about to make, and copy the tensors that it changes.
+        """Judge a step that the optimizer is about to make, and tell it.
 
         Args:
-            optimizer: steps next.
+            optimizer: steps next, by its fused form: SGD, Adam, AdamW or Adagrad of torch.
             values: scalars that all have to be finite: the loss, norms of the gradients.
             accepted: a bool scalar, the same on all ranks; None accepts.
             still: a bool scalar: whether the gradient is exactly zero; None: it is not.
@@ -65,23 +64,23 @@ class StepGuard:
         self._still = torch.zeros_like(finite) if still is None else still
         self.gates = accepted is not None
         self.applied = self._finite if accepted is None else self._finite & accepted
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._before = [(p, p.detach().clone()) for p in parameters]
-        for state in optimizer.state.values():
-            self._before += [(v, v.clone()) for v in state.values() if isinstance(v, torch.Tensor)]
+        for group in optimizer.param_groups:
+            if "fused" not in group:
+                raise InputError(
+                    f"{type(optimizer).__name__} cannot skip a step on the device: use SGD, Adam, AdamW or Adagrad of "
+                    "torch.optim"
+                )
+            group["fused"] = True  # checkpoints of 0.4 say otherwise
+            for parameter in group["params"] if group.get("momentum") else ():
+                state = optimizer.state[parameter]
+                # A momentum that is created in a skipped step would hold whatever was in its memory.
+                if parameter.grad is not None and state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+        optimizer.found_inf = (~self.applied).float()  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def after(self, optimizer: Optimizer) -> None:
-        """Undo a step that is not applied, and count."""
-        for tensor, before in self._before:
-            tensor.copy_(torch.where(self.applied, tensor, before))
-        known = {id(tensor) for tensor, _ in self._before}
-        for state in optimizer.state.values():
-            # Momentum that this step created.
-            for value in state.values():
-                if isinstance(value, torch.Tensor) and id(value) not in known:
-                    value.copy_(torch.where(self.applied, value, torch.zeros_like(value)))
-        self._before = []
+    def after(self) -> None:
+        """Count the step."""
         skip, gate = (~self._finite).long(), (self._finite & ~self.applied).long()
         self.skipped = self.skipped + skip
         self.in_a_row = (self.in_a_row + 1) * skip

@@ -372,8 +372,7 @@ class Distillation(BaseModule):
         groups += [] if self.soft_labels is None else self.soft_labels.groups()
         if self._momentum is not None:
             return torch.optim.SGD(groups, momentum=self._momentum)
-        # Fused: its count of steps is on the device, where a step that is skipped is undone without waiting.
-        return torch.optim.Adam([{key: group[key] for key in ("params", "lr")} for group in groups], fused=True)
+        return torch.optim.Adam([{key: group[key] for key in ("params", "lr")} for group in groups])
 
     def on_fit_start(self) -> None:
         """Check the trainer; then call :meth:`begin` on the device."""
@@ -451,7 +450,7 @@ class Distillation(BaseModule):
     ) -> None:
         """Update, unless the step is not finite or not accepted; project the step size to be positive."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._guard.after(self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
+        self._guard.after()
         if self._lr_step_size is not None:
             with torch.no_grad():
                 self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
