@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,9 +23,10 @@ Mode = Literal["single", "multiple"]
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
-def parse_strategy(strategy: str) -> list[str]:
+@cache
+def parse_strategy(strategy: str) -> tuple[str, ...]:
     """Split a strategy such as "color_crop_flip" into operations; raises InputError for an unknown one."""
-    names = [name for name in strategy.split("_") if name]
+    names = tuple(name for name in strategy.split("_") if name)
     unknown = [name for name in names if name not in OPERATIONS]
     if unknown:
         raise InputError(f"DSA has no operation {unknown[0]!r}: choose from {list(OPERATIONS)}")
@@ -58,16 +60,7 @@ def dsa(
     Raises:
         InputError: (a ValueError) for an unknown operation or mode.
     """
-    Augmentation(strategy, mode)  # refuses unknown ones
-    names = parse_strategy(strategy)
-    if mode == "single" and names:
-        names = [names[int(torch.randint(len(names), (1,), generator=generator, device=generator.device))]]
-    # Below float32 the sampling grid and the draws are too coarse: bfloat16's 8 bits are half a pixel at 128 px.
-    result = images.to(torch.promote_types(images.dtype, torch.float32))
-    for name in names:
-        options = {"align_corners": align_corners} if name in SAMPLED else {}
-        result = OPERATIONS[name](result, generator, siamese=siamese, **options)
-    return result.to(images.dtype)
+    return Augmentation(strategy, mode, align_corners)(images, generator, siamese=siamese)
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,15 @@ class Augmentation:
 
     def __call__(self, images: Tensor, generator: torch.Generator, *, siamese: bool = False) -> Tensor:
         """Augment a batch, (N, C, H, W); see :func:`dsa`."""
-        return dsa(images, generator, siamese=siamese, **asdict(self))
+        names = parse_strategy(self.strategy)
+        if self.mode == "single" and names:
+            names = (names[int(torch.randint(len(names), (1,), generator=generator, device=generator.device))],)
+        # Below float32 the sampling grid and the draws are too coarse: bfloat16's 8 bits are half a pixel at 128 px.
+        result = images.to(torch.promote_types(images.dtype, torch.float32))
+        for name in names:
+            options = {"align_corners": self.align_corners} if name in SAMPLED else {}
+            result = OPERATIONS[name](result, generator, siamese=siamese, **options)
+        return result.to(images.dtype)
 
     def __bool__(self) -> bool:
         return bool(parse_strategy(self.strategy))
@@ -200,8 +201,9 @@ def rotate(
     """Rotate each image by an angle uniform in (-degrees, degrees)."""
     angle = (_uniform(images, generator, siamese=siamese) - 0.5) * (2 * math.radians(degrees))
     height, width = (max(size - 1, 1) if align_corners else size for size in images.shape[2:])
+    cos, sin = angle.cos(), angle.sin()
     # Coordinates run from -1 to 1 on both axes: a turn by an angle in pixels has the ratio of the sides in it.
-    rows = (angle.cos(), -angle.sin() * (height / width), angle.sin() * (width / height), angle.cos())
+    rows = (cos, -sin * (height / width), sin * (width / height), cos)
     return _warp(images, rows, align_corners=align_corners)
 
 
@@ -221,16 +223,16 @@ def crop(images: Tensor, generator: torch.Generator, *, ratio: float = 0.125, si
 
 def cutout(images: Tensor, generator: torch.Generator, *, ratio: float = 0.5, siamese: bool = False) -> Tensor:
     """Set a box to 0, int(size * ratio + 0.5) long on each axis, clipped at the border; its centre is uniform."""
-    inside = torch.ones(1, dtype=torch.bool, device=images.device)
+    spans = []
     for axis in (2, 3):
         size = images.shape[axis]
         side = int(size * ratio + 0.5)
         # The centre of an even side lies between two pixels, and has one more possible position.
         centre = _integers(images, generator, size - side % 2, axis=axis - 2, siamese=siamese)
         offset = torch.arange(size, device=images.device) - (centre - side // 2)[:, None]
-        span = (offset >= 0) & (offset < side)
-        inside = inside & (span[:, None, :, None] if axis == 2 else span[:, None, None, :])
-    return images.masked_fill(inside, 0.0)
+        spans.append((offset >= 0) & (offset < side))
+    rows, columns = spans
+    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0.0)
 
 
 def color(

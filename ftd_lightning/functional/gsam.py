@@ -60,8 +60,9 @@ def perturbation_of(gradient: Tensor, weights: Tensor | None = None, *, rho: flo
     # Squares of gradients below 1e-22 vanish in float32; in units of the largest entry the norm is at least 1. The
     # clamps turn 0/0 into 0.
     unit = vector_norm(scaled, float("inf")).clamp_min(torch.finfo(scaled.dtype).tiny)
-    norm = vector_norm(scaled / unit).clamp_min(1)
-    return rho * (direction / unit / norm)
+    units = scaled / unit
+    norm = vector_norm(units).clamp_min(1)
+    return rho * ((units if weights is None else direction / unit) / norm)
 
 
 def gsam_direction(gradients: Sequence[Tensor], perturbed_gradients: Sequence[Tensor], *, alpha: float) -> list[Tensor]:

@@ -276,8 +276,9 @@ class FlatTeacher(BaseModule):
         strategy = self.trainer.strategy
         with strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext():
             optimizer.step(closure=closure)  # type: ignore[union-attr, call-arg]
-        add_to_mean(self.train_loss, first["loss"] * len(labels), len(labels))
-        add_to_mean(self.train_accuracy, right_answers(first["logits"], labels).sum(), len(labels))
+        count = len(labels)
+        add_to_mean(self.train_loss, first["loss"] * count, count)
+        add_to_mean(self.train_accuracy, (first["logits"].argmax(1) == labels).sum(), count)
         if not self.epoch_complete:  # once for each epoch, because to log takes the host as long as a pass
             return
         for name, metric in (("train_loss", self.train_loss), ("train_accuracy", self.train_accuracy)):
