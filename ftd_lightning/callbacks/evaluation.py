@@ -17,7 +17,7 @@ from ftd_lightning.core.ranks import ranks_share
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import write_json
 from ftd_lightning.functional.compiling import Compile, compiles
-from ftd_lightning.functional.seeding import derive_seed
+from ftd_lightning.functional.seeding import derive_seed, network_to_device, to_device
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -166,14 +166,14 @@ class EvaluateSynthetic(Callback):
         lr = float(synthetic.step_size.mean()) if self.lr is None else self.lr  # type: ignore[union-attr]
         keys = (self.seed, "evaluation", module.iterations, name)
         own = ranks_share(self.networks, rank=trainer.global_rank, world_size=trainer.world_size)
-        networks = [module.evaluation_network(*keys, index).to(device, images.dtype) for index in own]
+        networks = [network_to_device(module.evaluation_network(*keys, index), device, images.dtype) for index in own]
         if self._losses is None:  # one for all measurements, which compiles once
             self._losses = IndependentLosses(self.compile, device)
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         train_fresh_networks(
             networks,
             images.detach().clone(),
-            synthetic.training_labels().to(device),
+            to_device(synthetic.training_labels(), device),
             EvaluationProtocol(epochs=self.epochs, lr=lr, augment=module.augment),
             seed=derive_seed(*keys),
             progress=f"evaluation of {name} images" if shown else None,
