@@ -1,7 +1,7 @@
 """Measure this library beside plain loops, in turns, and print the ratios of neighbouring pairs with their range.
 
     make bench
-    PYTHONPATH=tests python -m benchmarks.run [--parts teacher matching evaluation] [--quick]
+    PYTHONPATH=tests python -m benchmarks.run [--parts teacher matching evaluation host] [--quick]
 
 What else the machine does meets both sides alike when they take turns. Both sides see the same weights, images,
 mini-batches and augmentations, in float32 where bf16 is not named. The library is measured in eager mode and compiled;
@@ -32,6 +32,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.host import host_pairs
 from benchmarks.reference import Batches, gsam_epoch, matching_loss, sample_loader, train_network
 from ftd_lightning import DistillationDataModule, FlatTeacher
 from ftd_lightning.cli import keep_freed_memory
@@ -65,6 +66,7 @@ SIZES: dict[str, dict[str, list[tuple[int, ...]]]] = {
         "cpu": [(1, 32, 20), (1, 128, 6), (10, 32, 6), (10, 128, 2)],
         "cuda": [(1, 32, 300), (1, 128, 300), (10, 32, 300), (10, 128, 300)],
     },
+    "host": {"quick": [(10,)], "cpu": [(150,)], "cuda": [(150,)]},  # (steps of an epoch,)
 }
 
 
@@ -326,7 +328,23 @@ def measure_evaluation(sizes: Sequence[tuple[int, ...]], repeats: int, clock: Cl
     return rows
 
 
-PARTS = {"teacher": measure_teacher, "matching": measure_matching, "evaluation": measure_evaluation}
+def measure_host(sizes: Sequence[tuple[int, ...]], repeats: int, clock: Clock) -> list[Row]:
+    """Measure CPU seconds, whatever the clock: the host's share of a step is what counts."""
+    rows = []
+    for (steps,) in sizes:
+        host_pairs(10, 1)  # what is done once in a process
+        for path, pairs in host_pairs(steps, repeats).items():
+            empty, ours = zip(*pairs, strict=True)
+            rows.append(Row(f"host, {steps} steps of a teacher beside empty ones", path, list(ours), list(empty)))
+    return rows
+
+
+PARTS = {
+    "teacher": measure_teacher,
+    "matching": measure_matching,
+    "evaluation": measure_evaluation,
+    "host": measure_host,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
