@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # the time to launch their kernels.
 Compile = bool | Literal["auto", "cuda_graphs"]
 
+# Compute a map again from the few tensors it is made of, up to 8 instead of 4, where it would be stored.
+CPU_OPTIONS = {"realize_reads_threshold": 8}
+
 _warned: set[str] = set()
 
 
@@ -70,8 +73,10 @@ def compiled(
             return uncompiled(*args)
         try:
             if fast is None:
-                # "mode" is inductor's alone; other backends refuse it.
+                # "mode" and "options" are inductor's alone; other backends refuse them.
                 mode: dict[str, Any] = {"mode": "reduce-overhead"} if cuda_graphs else {}
+                if device.type == "cpu" and backend == "inductor":
+                    mode = {"options": CPU_OPTIONS}
                 fast = torch.compile(_copy(function), fullgraph=True, dynamic=False, backend=backend, **mode)
             if not cuda_graphs:
                 return fast(*args)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.errors import InputError
-from ftd_lightning.models.layers import NORMS, Norm, check_option, first_padding
+from ftd_lightning.models.layers import NORMS, AveragePooling, Norm, check_option, first_padding
 from ftd_lightning.sizes import ImageSize, sides, size_text
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 POOLINGS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
     "max": lambda: nn.MaxPool2d(2),
-    "avg": lambda: nn.AvgPool2d(2),
+    "avg": AveragePooling,
 }
 
 

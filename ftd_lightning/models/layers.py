@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.sizes import ImageSize, as_size, sides, size_text
@@ -12,14 +13,49 @@ from ftd_lightning.sizes import ImageSize, as_size, sides, size_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+
+class InstanceNorm(nn.GroupNorm):
+    """Affine norm per image and channel: ``GroupNorm`` with as many groups as channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Return the normalised maps, (N, C, H, W)."""
+        if not is_compiled_for_cpu(input):
+            return super().forward(input)
+        maps = input.to(torch.promote_types(input.dtype, torch.float32))
+        variance, mean = torch.var_mean(maps, (2, 3), correction=0, keepdim=True)
+        scale = (variance + self.eps).rsqrt() * self.weight[:, None, None]
+        return (maps * scale + (self.bias[:, None, None] - mean * scale)).to(input.dtype)
+
+
+class AveragePooling(nn.AvgPool2d):
+    """2x2 average pooling of maps whose sides are even."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Return maps of half the size, (N, C, H / 2, W / 2)."""
+        if not is_compiled_for_cpu(input):
+            return super().forward(input)
+        return input.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
+
+
+def is_compiled_for_cpu(maps: Tensor) -> bool:
+    """Return whether a layer is written out, because inductor fuses torch's own less and stores maps in two layouts."""
+    return torch.compiler.is_compiling() and maps.is_cpu
+
+
 Norm = Literal["none", "batch", "layer", "instance", "group"]
 
-# "Instance norm" of this field is affine and per channel: GroupNorm with as many groups as channels. (channels, map)
+# Of (channels, map).
 NORMS: dict[str, Callable[[int, Sequence[int]], nn.Module]] = {
     "none": lambda channels, size: nn.Identity(),
     "batch": lambda channels, size: nn.BatchNorm2d(channels),
     "layer": lambda channels, size: nn.LayerNorm([channels, *size]),
-    "instance": lambda channels, size: nn.GroupNorm(channels, channels),
+    "instance": lambda channels, size: InstanceNorm(channels),
     "group": lambda channels, size: nn.GroupNorm(4, channels),
 }
 

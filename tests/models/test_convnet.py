@@ -67,6 +67,35 @@ def test_instance_norm_is_torchs_affine_instance_norm():
     torch.testing.assert_close(network(images), reference(images), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 3e-2)])
+def test_norm_and_pooling_as_they_are_compiled_are_those_of_torch_with_two_derivatives(dtype, tolerance):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with seeded(0):
+        layers = nn.Sequential(*list(ConvNet(3, 10, (8, 16), width=8, depth=1))[1:4]).to(dtype)
+        for p in layers.parameters():
+            nn.init.normal_(p)
+        maps, direction = (torch.randn(4, 8, 8, 16, dtype=dtype) for _ in range(2))
+    results = []
+    for run in (layers, torch.compile(layers, backend=backend, fullgraph=True)):
+        leaves = [maps.clone().requires_grad_(), *layers.parameters()]
+        out = run(leaves[0])
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad((first[0] * direction).sum(), leaves)
+        results.append([tensor.detach() for tensor in (out, *first, *second)])
+    for eager, fast in zip(*results, strict=True):
+        assert fast.dtype == eager.dtype
+        assert float((fast - eager).norm()) <= tolerance * float(eager.norm())
+    called = " ".join(str(node.target) for node in graphs[0].graph.nodes)
+    assert "var_mean" in called
+    assert "group_norm" not in called
+    assert "avg_pool" not in called
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
