@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jsonargparse.typing import PositiveInt
 
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.errors import InputError
@@ -32,8 +36,8 @@ def run_rows(
 ) -> tuple[dict[str, str], bool]:
     """Run what is not done of rows; return reasons by failed row, and whether there was time.
 
-    ``run`` starts a fit; ``limit`` says, when it begins, how many seconds it may train. ``go_on``: with the next row
-    after a failed fit, which else is raised.
+    Rows run ``job.jobs`` at a time. ``run`` starts a fit; ``limit`` says, when it begins, how many seconds it may
+    train. ``go_on``: with the next row after a failed fit, which else is raised.
     """
     if job.threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(job.threads))
@@ -43,34 +47,57 @@ def run_rows(
     print(f"{to_do} of {len(folders)} fits to do{f' (all rows: {job.cost})' if job.cost else ''}", flush=True)
     failures: dict[str, str] = {}
     failed: dict[Path, str] = {}  # a reason, or nothing, by fit: several rows may share it
-    for name, each in fits.items():
-        for fit in each:
-            head = f"[{folders.index(fit.folder) + 1}/{len(folders)}] {fit.title}"
-            earlier = f"{fit.status()['seconds']:.0f} s"
-            if fit.folder in failed:
-                pass
-            elif fit.is_done():
-                print(f"{head}: done before, in {earlier}", flush=True)
-            else:
-                if deadline.remaining() == 0:
-                    return failures, False
-                resumes = f", resumes after {earlier}" if fit.checkpoint.exists() else ""
-                seconds, began = limit(fit), time.monotonic()
-                most = f", at most {seconds / 60:.1f} min" if seconds is not None else ""
-                print(f"{head}{resumes}{most}: log {fit.folder / LOG}", flush=True)
-                try:
-                    if not run_fit(fit, deadline, run, seconds):
-                        return failures, False
-                    print(f"{' ' * head.index(' ')} {time.monotonic() - began:.0f} s", flush=True)
-                except InputError as error:
-                    if not go_on:
-                        raise
-                    failed[fit.folder] = str(error)
-            if failed.setdefault(fit.folder, ""):
-                failures[name] = failed[fit.folder]
-                print(f"{name} failed: {failures[name]}", flush=True)
+    turns = {folder: threading.Lock() for folder in folders}  # a row waits for the fit that another one runs
+
+    def run_one(fit: Fit) -> bool:
+        number, earlier = f"[{folders.index(fit.folder) + 1}/{len(folders)}]", f"{fit.status()['seconds']:.0f} s"
+        if fit.folder in failed:
+            return True
+        if fit.is_done():
+            print(f"{number} {fit.title}: done before, in {earlier}", flush=True)
+            return True
+        if deadline.remaining() == 0:
+            return False
+        resumes = f", resumes after {earlier}" if fit.checkpoint.exists() else ""
+        seconds, began = limit(fit), time.monotonic()
+        most = f", at most {seconds / 60:.1f} min" if seconds is not None else ""
+        print(f"{number} {fit.title}{resumes}{most}: log {fit.folder / LOG}", flush=True)
+        try:
+            if not run_fit(fit, deadline, run, seconds):
+                return False
+            print(f"{number} {time.monotonic() - began:.0f} s", flush=True)
+        except InputError as error:
+            if not go_on:
+                raise
+            failed[fit.folder] = str(error)
+        return True
+
+    def run_row(name: str) -> bool:
+        for fit in fits[name]:
+            with turns[fit.folder]:
+                if not run_one(fit):
+                    return False
+                reason = failed.setdefault(fit.folder, "")
+            if reason:
+                failures[name] = reason
+                print(f"{name} failed: {reason}", flush=True)
                 break
-    return failures, True
+        return True
+
+    if job.jobs == 1:
+        in_time = all(map(run_row, names))
+    else:
+        with ThreadPoolExecutor(job.jobs) as pool:
+            rows = [pool.submit(run_row, name) for name in names]
+            try:
+                wait(rows, return_when=FIRST_EXCEPTION)
+            finally:
+                if not all(row.done() for row in rows):  # an error, or a signal
+                    deadline.end()
+                pool.shutdown(cancel_futures=True)
+            results = [row.result() for row in rows]  # raises what a row raised
+            in_time = all(results)
+    return {name: failures[name] for name in names if name in failures}, in_time
 
 
 def write_results(job: Comparison, failures: dict[str, str]) -> dict[str, Any]:
@@ -103,6 +130,7 @@ def compare(
     *,
     config: Path,
     only: list[str] | None = None,
+    jobs: PositiveInt | None = None,
     stop_after: float | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
@@ -115,6 +143,7 @@ def compare(
     Args:
         config: the comparison's YAML file, or a shipped one by its name.
         only: run just these rows.
+        jobs: rows that run at the same time; by default what the file says, which is 1 if it says nothing.
         stop_after: minutes; the same command continues.
         overrides: further options, for the fits.
     """
@@ -122,6 +151,7 @@ def compare(
     for name in only or []:
         if name not in job.rows:
             raise InputError(f"{job.file}: has no row {name}; there are {', '.join(job.rows)}")
+    job.jobs = jobs or job.jobs
     run_comparison(job, only or list(job.rows), stop_after)
 
 

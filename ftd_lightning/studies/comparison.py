@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 
 from ftd_lightning.data.coresets import BASELINES
 from ftd_lightning.errors import InputError
@@ -82,6 +83,7 @@ class Comparison:
     fits: str | None = None  # folder of the fits; comparisons that name the same folder share equal fits
     cost: str | None = None  # of all rows, in words
     threads: int | None = None  # of each fit on a CPU, unless OMP_NUM_THREADS says
+    jobs: PositiveInt = 1  # rows that run at the same time
     teachers: dict[str, Teachers] = field(default_factory=dict)
     distill: Settings = field(default_factory=Settings)  # of all distillations, under those of a row
     networks: dict[str, Settings] = field(default_factory=dict)  # of the evaluation on each, where there are several

@@ -49,8 +49,7 @@ NO_RESULT = {
 }
 STATUS, LOG = "fit.json", "output.txt"
 GRACE = 15.0  # seconds between asking a child to end and killing it
-# Runs the arguments after ``ftd`` with a log file and a limit in seconds. Returns the exit code; None: out of time.
-Runner = Callable[[Sequence[str], Path, float | None], int | None]
+POLL = 0.5  # seconds between looks at a deadline that may be brought forward
 
 
 @dataclass(frozen=True)
@@ -224,6 +223,14 @@ class Deadline:
         """Return the seconds until the end, 0 after it; None where there is no end."""
         return None if self._end is None else max(self._end - time.monotonic(), 0.0)
 
+    def end(self) -> None:
+        """End now: children in other threads are stopped."""
+        self._end = time.monotonic()
+
+
+# Runs the arguments after ``ftd`` with a log file until a deadline. Returns the exit code; None: out of time.
+Runner = Callable[[Sequence[str], Path, Deadline], int | None]
+
 
 def device_name() -> str:
     """Name the GPU, or the processor and the threads that a child of this process uses."""
@@ -261,7 +268,7 @@ def kept(folder: Path, identity: Mapping[str, Any], make: Callable[[], dict[str,
     return result
 
 
-def run_child(command: Sequence[str], log: Path, seconds: float | None) -> int | None:
+def run_child(command: Sequence[str], log: Path, deadline: Deadline) -> int | None:
     """Run a command in a child process, which ends with this one; see ``Runner``."""
     with log.open("ab") as out:
         with suppress(ImportError):  # Windows
@@ -275,8 +282,9 @@ def run_child(command: Sequence[str], log: Path, seconds: float | None) -> int |
             [sys.executable, "-m", "ftd_lightning", *command], stdout=out, stderr=subprocess.STDOUT
         )
         try:
-            return child.wait(seconds)
-        except subprocess.TimeoutExpired:
+            while (remaining := deadline.remaining()) != 0:
+                with suppress(subprocess.TimeoutExpired):
+                    return child.wait(min(POLL, remaining or POLL))
             return None
         finally:
             if child.poll() is None:
@@ -301,7 +309,7 @@ def run_fit(fit: Fit, deadline: Deadline, run: Runner = run_child, seconds: floa
         log, before, began = fit.folder / LOG, fit.status()["seconds"], time.monotonic()
         code, done = None, False
         try:
-            code = run(fit.command(seconds), log, deadline.remaining())
+            code = run(fit.command(seconds), log, deadline)
             done = code == 0 and (fit.folder / fit.output).is_file()
         finally:
             seconds = round(before + time.monotonic() - began, 1)

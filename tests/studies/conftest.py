@@ -13,7 +13,7 @@ class InProcess:
     def __init__(self):
         self.commands = []
 
-    def __call__(self, command, log, seconds):
+    def __call__(self, command, log, deadline):
         self.commands.append(list(command))
         with log.open("a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             try:

@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from ftd_lightning.studies import compare
 from ftd_lightning.studies.comparison import Comparison
 from ftd_lightning.studies.fits import Deadline, Fit, Settings, kept, resolved, run_child, run_fit
 from ftd_lightning.studies.tables import collect, full_lines, markdown, short_table
+from ftd_lightning.terminal import TerminatedError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "digits"
@@ -89,8 +92,8 @@ def test_a_stop_a_failing_row_and_the_results(here: Path, trajectories: Path, in
     Path("study.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
     job = Comparison.from_file(Path("study"))
 
-    def ended(command, log, seconds):  # by the deadline, after the first checkpoint
-        in_process([*command, "--trainer.max_steps=2"], log, seconds)
+    def ended(command, log, deadline):  # by the deadline, after the first checkpoint
+        in_process([*command, "--trainer.max_steps=2"], log, deadline)
 
     assert compare.run_rows(job, ["mtt"], Deadline(9), ended) == ({}, False)
     assert [row["state"] for row in collect(job, {})["rows"]] == ["to do"] * 4
@@ -157,6 +160,35 @@ def test_children_end_with_the_command_and_resume(here: Path, trajectories: Path
     assert compare.run_rows(job, ["mtt"], Deadline(None), in_process) == ({}, True)
     assert in_process.commands[0][-1] == "--ckpt_path=last"
     assert collect(job, {})["rows"][0]["iterations"] == 60
+
+
+def test_rows_at_the_same_time_share_fits_and_end_together(here: Path) -> None:
+    job, begun, both = comparison(jobs=2), [], threading.Barrier(2, timeout=60)
+
+    def child(command, log, deadline):
+        begun.append(log.parent.name.partition("_")[0])
+        fits = {fit.folder: fit for name in job.rows for fit in job.fits_of(name).each()}
+        file = log.parent / fits[log.parent].output
+        if begun[-1] == "teacher" or log.parent.name.startswith("evaluate_random"):
+            both.wait()  # fails unless both run
+        if killed and begun[-1] == "teacher":
+            while deadline.remaining() != 0:
+                time.sleep(0.01)
+            return None
+        if killed:
+            raise TerminatedError
+        file.parent.mkdir(exist_ok=True)
+        file.write_text('{"lr": 1}')
+        return 0
+
+    killed = True
+    with pytest.raises(TerminatedError):
+        compare.run_rows(job, ["mtt", "random", "mtt+wide"], Deadline(None), child)
+    assert sorted(begun) == ["evaluate", "teacher"]
+    assert not job.fits_of("mtt").teachers.is_done()
+    killed = begun.clear()
+    assert compare.run_rows(job, ["mtt", "random", "mtt+wide"], Deadline(None), child) == ({}, True)
+    assert sorted(begun) == ["distill", "evaluate", "evaluate", "evaluate", "teacher"]
 
 
 def test_a_setting_in_several_spellings_is_one_fit(here: Path, monkeypatch) -> None:
@@ -324,7 +356,7 @@ def test_a_fit_is_done_when_it_ended_by_itself_and_its_output_is_there(here: Pat
     fit = Fit("a fit", CONFIGS / "evaluate.yaml", (), here / "run", "evaluation.json")
 
     def run(code: int | None, *, writes: bool = False):
-        def child(command, log, seconds):
+        def child(command, log, deadline):
             log.write_text("Epoch 1\rEpoch 2\nftd: error: no such thing\nnext\n")
             if writes:
                 (fit.folder / "evaluation.json").write_text('{"lr": 1}')
@@ -354,9 +386,9 @@ def test_a_child_holds_its_fit_when_the_command_was_killed(tmp_path: Path, refus
         fcntl.flock(out, fcntl.LOCK_EX)  # as run_child does
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=out)
     with refused(log, "still writes there"):
-        run_child(["info"], log, None)
+        run_child(["info"], log, Deadline(None))
     child.communicate()
-    assert run_child(["info", "--help"], log, None) == 0
+    assert run_child(["info", "--help"], log, Deadline(None)) == 0
 
 
 def test_a_result_is_kept_for_its_identity(tmp_path: Path) -> None:
