@@ -40,6 +40,7 @@ def test_every_record_comes_home_and_is_made_once(rehearse, capsys):
     assert set(home) == {"stages.json", "tests.txt", "variants.txt", "variants.json"} | {
         f"ftd_ipc1.{e}" for e in endings
     }
+    assert "test_gsam_is_that_of_the_cpu" in home["tests.txt"].read_text()
     measured = json.loads(home["variants.json"].read_text())
     assert list(measured) == list(stages.VARIANTS)
     assert all(one["ms_per_step"] > 0 and one["ratio"] > 0 for one in measured.values()), measured

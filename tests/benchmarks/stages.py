@@ -155,9 +155,10 @@ def work_on(stage: str, log: str, seconds: float, options: argparse.Namespace) -
     os.setpgid(0, 0)  # whoever ends it ends the fits that it started
     os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
     os.chdir(options.work)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(out, stream)
+    sys.stdout = sys.stderr = os.fdopen(out, "w", buffering=1)  # what is written before a kill is in the log
     if options.dry_run:
         import torch
 
