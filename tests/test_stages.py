@@ -24,7 +24,7 @@ def rehearse(tmp_path, monkeypatch):
 
     def run(*options):
         out = tmp_path / f"home{len(list(tmp_path.iterdir()))}"
-        stages.main(["--dry-run", "--out", str(out), "--work", "work", *options])
+        stages.main(["--dry-run", "--minutes", "30", "--out", str(out), "--work", "work", *options])
         home = {path.name: path for path in out.iterdir()}
         assert len(home) <= 8
         assert all(path.stat().st_size < stages.LIMIT for path in home.values())
