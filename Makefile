@@ -40,8 +40,8 @@ types: setup  ## check types
 
 check: lint types test  ## all of these
 
-bench: setup  ## measure speed and memory, side by side, and print ratios
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.run
+bench: setup  ## measure speed and memory beside plain loops on one thread, for up to 15 minutes
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m benchmarks.run
 
 DATASET ?= cifar10
 IPC     ?= 10

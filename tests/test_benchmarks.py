@@ -1,7 +1,6 @@
 """The benchmark compares like with like: both sides of each part compute the same."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -30,7 +29,8 @@ def batches(images, labels, epoch, batch_size=256):
 
 def test_teachers():
     data = run.noise(300, image_size=8)
-    module = run.fit_teacher(data, [], epochs=2, **TINY)
+    settings = [f"--model.network_options={TINY}", "--model.compile=false", "--model.precision=float32"]
+    module = run.fit_teacher(data, [], "--model.epochs=2", *settings)
     plain = NetworkFactory("convnet", TINY, data.description().shape).build(0, "teacher", 0)
     start = flatten_parameters(plain)
     epoch = run.plain_teacher(plain, lambda epoch: batches(*data.part("train"), epoch))
@@ -46,8 +46,8 @@ def test_teachers():
 def test_matching(steps):
     case = run.problem(2, image_size=8, **TINY)
     found = []
-    for method in ("ours", "reference"):
-        loss = run.matching_step(method, case, steps)
+    for ours in {"compile": False}, {}:
+        loss = run.matching_step(case, steps, **ours)
         found.append((loss, case.images.grad, case.step_size.grad))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
@@ -66,16 +66,28 @@ def test_evaluation():
         torch.testing.assert_close(*moved, rtol=1e-3, atol=1e-6)
 
 
-def test_the_report(tmp_path, monkeypatch, capsys):
-    step = run.matching_step  # a compiler would take minutes
-    monkeypatch.setattr(run, "matching_step", lambda method, *rest: step(method.replace("compiled", "ours"), *rest))
-    monkeypatch.setattr(run, "SIZES", {"matching": {"quick": [(1, 4, 2)]}})
-    run.main(["--quick", "--repeats", "2", "--output", str(tmp_path), "--parts", "matching"])
-    rows = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [row["quantity"] for row in rows] == [
-        "seconds, ours",
-        "seconds, compiled",
-        "seconds, compiled bf16",
-        "added MiB",
+@pytest.mark.parametrize("precisions", [("float32",), ("float32", "bf16")])
+def test_the_table(monkeypatch, capsys, precisions):
+    monkeypatch.setattr(run, "PRECISIONS", precisions)
+    run.main(["--quick", "--repeats", "2"])
+    _, *lines = capsys.readouterr().out.strip().split("\n")
+    assert ("This device has no instructions for bf16, whose column is left out." in lines) == (len(precisions) == 1)
+    titles, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert titles[2:-1] == list(precisions)
+    assert [row[0].split(",")[0] for row in rows] == [
+        "flat teacher",
+        "matching step",
+        "MiB of an eager matching step",
+        "evaluation of 5 networks",
+        "host",
+        "host",
     ]
-    assert (tmp_path / "benchmark.md").read_text().strip() in capsys.readouterr().out
+    for _, plain, float32, *rest in rows:
+        middle, low, _, high = float32.replace("(", "").replace(")", "").split()
+        assert float(plain) > 0 < float(low) <= float(middle) <= float(high)
+        assert len(rest) == len(precisions)
+
+
+def test_speeds_are_ratios_of_neighbours():
+    row = run.Row("case", {"float32": [(1.0, 2.0), (4.0, 2.0), (6.0, 2.0)]}, 7.0)
+    assert row.line().startswith("| case | 4 | 2.00 (0.50 to 3.00) | ")

@@ -1,34 +1,34 @@
-"""Measure this library beside plain loops, in turns, and print the ratios of neighbouring pairs with their range.
+"""Print how many times as fast this library is as plain loops in eager float32: the seconds of theirs over its own.
 
     make bench
-    PYTHONPATH=tests python -m benchmarks.run [--parts teacher matching evaluation host] [--quick]
+    PYTHONPATH=tests python -m benchmarks.run [--parts teacher matching memory evaluation host] [--quick]
 
-What else the machine does meets both sides alike when they take turns. Both sides see the same weights, images,
-mini-batches and augmentations, in float32 where bf16 is not named. The library is measured in eager mode and compiled;
-the first run of each path, in which a compiler compiles, is not counted. ``--allocator system`` measures both sides
-with malloc as it is.
+Both sides take turns, because what else the machine does then meets both alike. They see the same weights, images,
+mini-batches and augmentations, in one process with the allocator as ``ftd`` sets it. "As it is run": the plain loop has
+a process of its own, with the C library's defaults. Seconds are those that a process computed; with a GPU, those of the
+clock. The first run of each, in which a compiler compiles, is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import platform
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from unittest import mock
 
-import lightning
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
+from processes import FORKED
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -38,6 +38,7 @@ from ftd_lightning import DistillationDataModule, FlatTeacher
 from ftd_lightning.cli import keep_freed_memory
 from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.core.losses import IndependentLosses
+from ftd_lightning.core.module import computes_bf16
 from ftd_lightning.functional import (
     derive_seed,
     dsa,
@@ -46,80 +47,156 @@ from ftd_lightning.functional import (
     seeded,
     trajectory_matching_loss,
 )
+from ftd_lightning.lightning_cli import run as lightning_cli
 from ftd_lightning.models import ConvNet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-LR, RHO, ALPHA, BATCH = 0.01, 0.01, 1.0, 256
-SIZES: dict[str, dict[str, list[tuple[int, ...]]]] = {
-    # (images, width)
-    "teacher": {"quick": [(512, 16)], "cpu": [(1024, 32), (512, 128)], "cuda": [(50_000, 32), (50_000, 128)]},
-    # (images per class, width, inner steps)
-    "matching": {
-        "quick": [(1, 16, 2), (1, 16, 6)],
-        "cpu": [(1, 32, 30), (1, 128, 15), (10, 32, 5), (10, 128, 5)],
-        "cuda": [(1, 128, 5), (1, 128, 30), (10, 128, 30), (50, 128, 30)],
-    },
-    # (images per class, width, epochs of a turn)
-    "evaluation": {
-        "quick": [(1, 16, 3)],
-        "cpu": [(1, 32, 20), (1, 128, 6), (10, 32, 6), (10, 128, 2)],
-        "cuda": [(1, 32, 300), (1, 128, 300), (10, 32, 300), (10, 128, 300)],
-    },
-    "host": {"quick": [(10,)], "cpu": [(150,)], "cuda": [(150,)]},  # (steps of an epoch,)
-}
+PRECISIONS = ("float32", "bf16") if computes_bf16(torch.device(DEVICE)) else ("float32",)
+LR, RHO, ALPHA, BATCH = 0.01, 0.01, 1.0, 256  # of the config cifar10/teacher_ftd
+
+Pair = tuple[float, float]  # what the plain loop and this library take
 
 
-@dataclass
-class Row:
-    """Costs of the library and of the plain loop, pair by pair."""
+class Row(NamedTuple):
+    """A line of the table: pairs by this library's precision, and the seconds of its longest first run."""
 
     case: str
-    quantity: str
-    ours: list[float]
-    reference: list[float]
+    pairs: dict[str, list[Pair]]
+    first: float
 
     def line(self) -> str:
-        """Format a line of the table."""
-        ratios = [ours / other for ours, other in zip(self.ours, self.reference, strict=True) if other > 0]
-        if not ratios:
-            return f"| {self.case} | {self.quantity} | - | - | - |"
-        sides = f"{median(self.ours):.4g} | {median(self.reference):.4g}"
-        spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {len(ratios)} pairs"
-        return f"| {self.case} | {self.quantity} | {sides} | {spread} |"
+        """Format it."""
+        plain = median(plain for pairs in self.pairs.values() for plain, _ in pairs)
+        ratios = [[plain / ours for plain, ours in self.pairs.get(precision, [])] for precision in PRECISIONS]
+        cells = [f"{median(r):.2f} ({min(r):.2f} to {max(r):.2f})" if r else "-" for r in ratios]
+        return " | ".join([f"| {self.case}", f"{plain:.3g}", *cells, f"{self.first:.0f}"]) + " |"
 
 
-class Clock:
-    """Measures seconds of a piece of work, with all that it started on the GPU."""
-
-    def __init__(self, name: str) -> None:
-        self.now = CLOCKS[name]
-
-    def __call__(self, work: Callable[[], Any]) -> float:
-        """Give the seconds that a call takes."""
-        self.wait()
-        began = self.now()
-        work()
-        self.wait()
-        return self.now() - began
-
-    @staticmethod
-    def wait() -> None:
-        """Wait for the device."""
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+def now() -> float:
+    """Return the seconds that this process has computed; with a GPU those of the clock, when the GPU is done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
-def in_turns(works: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Call each once a round, in turned order every other round, and collect the results.
+def seconds(work: Callable[[], Any]) -> float:
+    """Measure a call."""
+    began = now()
+    work()
+    return now() - began
 
-    The order is turned because the first after a pause finds another clock frequency and other caches.
+
+def in_turns(case: str, plain: Callable[[], Any], ours: dict[str, Callable[[], Any]], repeats: int) -> Row:
+    """Call all once, and then time them round by round.
+
+    Every other round is in reverse, because the first after a pause finds another clock frequency and other caches.
     """
-    found: dict[str, list[float]] = {name: [] for name in works}
+    works, pairs, first = {"plain": plain, **ours}, {name: list[Pair]() for name in ours}, 0.0
+    for work in works.values():
+        began = time.perf_counter()
+        work()
+        first = max(first, time.perf_counter() - began)
     for turn in range(repeats):
-        for name in list(works)[:: -1 if turn % 2 else 1]:
-            found[name].append(works[name]())
-    return found
+        took = {name: seconds(works[name]) for name in list(works)[:: -1 if turn % 2 else 1]}
+        for name in ours:
+            pairs[name].append((took["plain"], took[name]))
+    return Row(case, pairs, first)
+
+
+def other_process() -> ProcessPoolExecutor:
+    """Start a process with the C library's allocator as it is."""
+    process = ProcessPoolExecutor(1, mp_context=FORKED)
+    with mock.patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}):  # which it would run again
+        process.submit(int).result()
+    return process
+
+
+def result_of(process: ProcessPoolExecutor, function: Callable[..., float], *arguments: Any) -> float:
+    """Call a function in another process."""
+    return process.submit(function, *arguments).result()
+
+
+# Teachers: the steps of an epoch of a shipped config, beside the plain loop.
+
+
+def noise(images: int, *, image_size: int = 32) -> DistillationDataModule:
+    """Make a data set of random pictures in [0, 1] in 10 classes, equally many of each."""
+    pictures = torch.rand(images, 3, image_size, image_size, generator=make_generator("noise"))
+    train = TensorDataset(pictures, torch.arange(images) % 10)
+    test = TensorDataset(pictures[:10], torch.arange(10))
+    data = DistillationDataModule.from_datasets(train, test, batch_size=BATCH, val_fraction=0.0)
+    data.setup()
+    return data
+
+
+def fit_teacher(data: DistillationDataModule, callbacks: Sequence[Callback], *arguments: str) -> FlatTeacher:
+    """Fit a teacher of the shipped config, with further arguments of ``ftd fit``."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ["--model.teachers=1", "--trainer.enable_progress_bar=false"]
+        settings += [f"--trainer.logger.init_args.save_dir={folder}", f"--trainer.accelerator={DEVICE}", *arguments]
+        cli = lightning_cli(["--config", "cifar10/teacher_ftd", *settings], start=False)
+        cli.trainer.callbacks[:0] = callbacks
+        cli.trainer.fit(cli.model, datamodule=data)
+    return cli.model
+
+
+def plain_teacher(network: nn.Module, epoch_batches: Callable[[int], Iterable[Any]]) -> Callable[[int], object]:
+    """Give a function that trains the network for one epoch of the plain loop, with DSA as FlatTeacher draws it."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+
+    def epoch(number: int) -> object:
+        def augment(images: Tensor, step: int) -> Tensor:
+            return dsa(images, make_generator(0, "dsa", number, step, 0))
+
+        return gsam_epoch(network, epoch_batches(number), optimizer, rho=RHO, alpha=ALPHA, augment=augment)
+
+    return epoch
+
+
+@cache  # a teacher is trained by one call after the other, here or in another process
+def plain_teacher_of_noise(images: int, width: int) -> Callable[[int], object]:
+    """Begin a teacher of the plain loop."""
+    loader = sample_loader(*noise(images).part("train"), batch_size=BATCH)
+    return plain_teacher(ConvNet(3, 10, 32, width=width).to(DEVICE), lambda epoch: loader)
+
+
+def plain_epoch(images: int, width: int, epoch: int) -> float:
+    """Train it for an epoch, and give the seconds."""
+    return seconds(partial(plain_teacher_of_noise(images, width), epoch))
+
+
+class InTurns(Callback):
+    """Has an epoch of the plain loop run before each of ours, and times the steps of ours."""
+
+    def __init__(self, plain: Callable[[int], float]) -> None:
+        self.plain, self.pairs, self.first = plain, list[Pair](), 0.0
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self.took = self.plain(trainer.current_epoch)
+        self.began, self.clock = now(), time.perf_counter()
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self.pairs.append((self.took, now() - self.began))
+        self.first = self.first or time.perf_counter() - self.clock
+
+
+def measure_teacher(quick: bool, repeats: int) -> Iterator[Row]:
+    """Compare epochs within one fit for each precision."""
+    images = 300 if quick else 50_000 if DEVICE == "cuda" else 512
+    with other_process() as other:
+        for width, as_run in [(4, True)] if quick else [(128, False), (128, True), (32, True)]:
+            plain = partial(plain_epoch, images, width)
+            fits = {
+                precision: InTurns(partial(result_of, other, plain) if as_run else plain) for precision in PRECISIONS
+            }
+            for precision, turns in fits.items():
+                settings = [f"--model.epochs={repeats + 1}", f"--model.precision={precision}"]
+                settings += [f"--model.network_options.width={width}", f"--model.compile={not quick}"]
+                fit_teacher(noise(images), [turns], *settings)
+            case = f"flat teacher, width {width}, {'each as it is run' if as_run else 'compiled'}"
+            pairs = {precision: turns.pairs[1:] for precision, turns in fits.items()}
+            yield Row(case, pairs, max(turns.first for turns in fits.values()))
 
 
 # A step of matching: the adjoint beside the graph of all inner steps.
@@ -147,235 +224,123 @@ def problem(ipc: int, *, image_size: int = 32, **network: int) -> Problem:
     return Problem(student, start, target, images, labels, torch.tensor(0.01, device=DEVICE, requires_grad=True))
 
 
-def matching_step(method: str, case: Problem, steps: int) -> Tensor:
-    """Run forward and backward by "ours", "compiled", "compiled bf16" or "reference"; give the loss."""
+def matching_step(case: Problem, steps: int, **ours: Any) -> Tensor:
+    """Run forward and backward, with options of ``trajectory_matching_loss`` or, without any, by the plain loop."""
     case.images.grad = case.step_size.grad = None
     batches = [torch.arange(len(case.images), device=DEVICE)] * steps
-    if method == "reference":
-        loss = matching_loss(*case, batches=batches, augment=lambda x, i: dsa(x, make_generator(0, "inner", i)))
+    if ours:
+        loss = trajectory_matching_loss(*case, batches=batches, augment=dsa, **ours)
     else:
-        options: dict[str, Any] = {
-            "compile": "compiled" in method,
-            "precision": "bf16" if "bf16" in method else "float32",
-        }
-        loss = trajectory_matching_loss(*case, batches=batches, augment=dsa, **options)
+        loss = matching_loss(*case, batches=batches, augment=lambda x, i: dsa(x, make_generator(0, "inner", i)))
     loss.backward()
     return loss.detach()
 
 
-def print_added_memory(method: str, ipc: int, width: int, steps: int) -> None:
-    """Print the MiB that a step adds at its peak to those held before: resident on a CPU, allocated on CUDA."""
+def measure_matching(quick: bool, repeats: int) -> Iterator[Row]:
+    """Compare steps."""
+    for width, steps, precisions in [(4, 2, PRECISIONS)] if quick else [(128, 15, PRECISIONS), (32, 10, ["float32"])]:
+        step = partial(matching_step, problem(1, width=width), steps)
+        ours = {precision: partial(step, compile=not quick, precision=precision) for precision in precisions}
+        yield in_turns(f"matching step, width {width}, ipc 1, {steps} inner steps, compiled", step, ours, repeats)
 
-    def status(key: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
-    case = problem(ipc, width=width)
-    matching_step(method, case, 1)  # what libraries allocate once is no part of a step
+def added_memory(width: int, steps: int, **ours: Any) -> float:
+    """Return the MiB that a step adds at its peak to those held before: resident on a CPU, allocated on CUDA."""
+    case = problem(1, width=width)
+    matching_step(case, 1, **ours)  # what libraries allocate once is no part of a step
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-        matching_step(method, case, steps)
-        print(torch.cuda.max_memory_allocated() / 2**20 - before)
-        return
+        before = torch.cuda.memory_allocated()
+        matching_step(case, steps, **ours)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = status("VmRSS")
-    matching_step(method, case, steps)
-    print(status("VmHWM") - before)
+    before = int(status.read_text().split("VmRSS:")[1].split()[0])
+    matching_step(case, steps, **ours)
+    return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) / 1024
 
 
-def measure_matching(sizes: Sequence[tuple[int, ...]], repeats: int, clock: Clock) -> list[Row]:
-    """Time steps in turns in this process; measure the memory of each method in a process of its own."""
-    from processes import Running
-
-    rows = []
-    for ipc, width, steps in sizes:
-        case, name = problem(ipc, width=width), f"matching, ipc {ipc}, width {width}, {steps} inner steps"
-        paths = ("ours", "compiled", "compiled bf16")
-        works = {m: partial(matching_step, m, case, steps) for m in (*paths, "reference")}
-        in_turns({name: partial(clock, work) for name, work in works.items()}, 1)
-        seconds = in_turns({name: partial(clock, work) for name, work in works.items()}, repeats)
-        rows += [Row(name, f"seconds, {m}", seconds[m], seconds["reference"]) for m in paths]
-        ran = [Running(print_added_memory, m, ipc, width, steps).wait(3600) for m in ("ours", "reference")]
-        if not any(done.returncode for done in ran):
-            rows.append(Row(name, "added MiB", *([float(done.stdout)] for done in ran)))
-    return rows
-
-
-# Teachers: epochs of GSAM through Lightning's Trainer beside the plain loop.
-
-
-def noise(images: int, *, image_size: int = 32) -> DistillationDataModule:
-    """Make a data set of random pictures in [0, 1] in 10 classes, equally many of each."""
-    pictures = torch.rand(images, 3, image_size, image_size, generator=make_generator("noise"))
-    train = TensorDataset(pictures, torch.arange(images) % 10)
-    test = TensorDataset(pictures[:10], torch.arange(10))
-    return DistillationDataModule.from_datasets(train, test, batch_size=BATCH, val_fraction=0.0)
-
-
-class InTurns(Callback):
-    """Runs and times an epoch of the reference before each of ours."""
-
-    def __init__(self, reference: Callable[[int], object], clock: Clock) -> None:
-        self.run_reference, self.clock = reference, clock
-        self.ours: list[float] = []
-        self.reference: list[float] = []
-        self._began: float | None = None
-
-    def on_train_epoch_start(self, trainer, pl_module) -> None:
-        self.on_train_end(trainer, pl_module)
-        self.reference.append(self.clock(partial(self.run_reference, trainer.current_epoch)))
-        self._began = self.clock.now()
-
-    def on_train_end(self, trainer, pl_module) -> None:
-        if self._began is not None:
-            self.clock.wait()
-            self.ours.append(self.clock.now() - self._began)
-
-
-TEACHER_PATHS: dict[str, dict[str, Any]] = {
-    "ours": {"compile": False},
-    "compiled": {"compile": True},
-    "compiled, bf16": {"compile": True, "precision": "bf16"},
-}
-
-
-def fit_teacher(
-    data: DistillationDataModule, callbacks: list[Callback], *, epochs: int, path: str = "ours", **network: int
-) -> FlatTeacher:
-    """Train a teacher through the Trainer, with nothing recorded and nothing validated."""
-    gsam = {"lr": LR, "rho": RHO, "alpha": ALPHA}
-    module = FlatTeacher(network_options=network, teachers=1, epochs=epochs, **gsam, **TEACHER_PATHS[path])
-    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        options: dict[str, Any] = {"num_sanity_val_steps": 0, "limit_val_batches": 0, "default_root_dir": folder}
-        trainer = Trainer(accelerator=DEVICE, devices=1, max_epochs=-1, callbacks=callbacks, **silent, **options)
-        trainer.fit(module, datamodule=data)
-    return module
-
-
-def plain_teacher(network: nn.Module, epoch_batches: Callable[[int], Iterable[Any]]) -> Callable[[int], object]:
-    """Give a function that trains the network for one epoch of the plain loop, with DSA as FlatTeacher draws it."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
-
-    def epoch(number: int) -> object:
-        def augment(images: Tensor, step: int) -> Tensor:
-            return dsa(images, make_generator(0, "dsa", number, step, 0))
-
-        return gsam_epoch(network, epoch_batches(number), optimizer, rho=RHO, alpha=ALPHA, augment=augment)
-
-    return epoch
-
-
-def measure_teacher(sizes: Sequence[tuple[int, ...]], repeats: int, clock: Clock) -> list[Row]:
-    """Time epochs in turns within one fit for each path."""
-    torch.set_float32_matmul_precision("high")  # as `ftd fit` does; for both sides
-    rows = []
-    for images, width in sizes:
-        data = noise(images)
-        data.setup()
-        loader = sample_loader(*data.part("train"), batch_size=BATCH)
-        for path in TEACHER_PATHS:
-            plain = ConvNet(3, 10, 32, width=width).to(DEVICE)
-            turns = InTurns(plain_teacher(plain, lambda epoch, loader=loader: loader), clock)
-            fit_teacher(data, [turns], epochs=repeats + 1, path=path, width=width)
-            case = f"teacher, {images} images, width {width}"
-            rows.append(Row(case, f"seconds of an epoch, {path}", turns.ours[1:], turns.reference[1:]))
-    return rows
+def measure_memory(quick: bool, repeats: int) -> Iterator[Row]:
+    """Compare eager steps, each in a process of its own."""
+    for width, steps in [(4, 2)] if quick else [(128, 5), (128, 30)]:
+        added = []
+        for ours in {}, {"compile": False}:
+            with other_process() as other:
+                added.append(other.submit(added_memory, width, steps, **ours).result())
+        case = f"MiB of an eager matching step, width {width}, ipc 1, {steps} inner steps"
+        yield Row(case, {"float32": [(added[0], added[1])]}, 0.0)
 
 
 # Evaluation: five networks trained on a synthetic set, beside one after the other.
 
 
-def draw(index: int, images: Tensor, epoch: int, step: int) -> Tensor:
-    """Augment as ``train_fresh_networks`` does for a network, with seed 0."""
-    return dsa(images, make_generator(derive_seed(0, "dsa", index, epoch, step)))
-
-
 def one_after_the_other(networks: list[nn.Module], epoch_batches: Callable[[int], Batches], *, epochs: int) -> None:
-    """Train the networks in place."""
+    """Train networks in place, each augmented as ``train_fresh_networks`` does with seed 0."""
+
+    def draw(index: int, images: Tensor, epoch: int, step: int) -> Tensor:
+        return dsa(images, make_generator(derive_seed(0, "dsa", index, epoch, step)))
+
     for index, network in enumerate(networks):
         train_network(network, epoch_batches, epochs=epochs, lr=LR, augment=partial(draw, index))
 
 
-def measure_evaluation(sizes: Sequence[tuple[int, ...]], repeats: int, clock: Clock) -> list[Row]:
-    """Time all paths in turns, each time from the same fresh networks."""
-    rows = []
-    for ipc, width, epochs in sizes:
-        with seeded(0, "evaluation benchmark"):
-            images = torch.randn(10 * ipc, 3, 32, 32)
-            fresh = [ConvNet(3, 10, 32, width=width).to(DEVICE) for _ in range(5)]
-        labels = torch.arange(10).repeat_interleave(ipc)
-        loader = sample_loader(images, labels, batch_size=BATCH)
-        protocol = partial(EvaluationProtocol, lr=LR, batch_size=BATCH)
-        # One for all turns of a path: what it compiles is compiled once.
-        losses = {path: IndependentLosses(path == "compiled", torch.device(DEVICE)) for path in ("ours", "compiled")}
+def measure_evaluation(quick: bool, repeats: int) -> Iterator[Row]:
+    """Compare a few epochs of training, each time from the same fresh networks."""
+    width, ipc, epochs = (4, 1, 1) if quick else (128, 10, 300 if DEVICE == "cuda" else 2)
+    with seeded(0, "evaluation benchmark"):
+        images, labels = torch.randn(10 * ipc, 3, 32, 32), torch.arange(10).repeat_interleave(ipc)
+        fresh = [ConvNet(3, 10, 32, width=width).to(DEVICE) for _ in range(5)]
+    loader, data = sample_loader(images, labels, batch_size=BATCH), (images.to(DEVICE), labels.to(DEVICE))
+    protocol = EvaluationProtocol(epochs=epochs, lr=LR, batch_size=BATCH)
+    losses = IndependentLosses(not quick, torch.device(DEVICE))  # one for all rounds: it compiles once
 
-        def work(path: str, epochs: int) -> float:
-            students = copy.deepcopy(fresh)  # noqa: B023
-            if path == "reference":
-                return clock(lambda: one_after_the_other(students, lambda epoch: loader, epochs=epochs))  # noqa: B023
-            data = images.to(DEVICE), labels.to(DEVICE)  # noqa: B023
-            settings = {"protocol": protocol(epochs=epochs), "losses": losses[path]}  # noqa: B023
-            return clock(lambda: train_fresh_networks(students, *data, **settings))
+    def plain() -> None:
+        one_after_the_other(copy.deepcopy(fresh), lambda epoch: loader, epochs=epochs)
 
-        paths = (*losses, "reference")
-        in_turns({path: partial(work, path, 1) for path in paths}, 1)
-        found = in_turns({path: partial(work, path, epochs) for path in paths}, repeats)
-        case = f"evaluation, 5 networks, ipc {ipc}, width {width}"
-        rows += [Row(case, f"seconds of {epochs} epochs, {path}", found[path], found["reference"]) for path in losses]
-    return rows
+    def ours() -> None:
+        train_fresh_networks(copy.deepcopy(fresh), *data, protocol, losses=losses)
+
+    case = f"evaluation of 5 networks, width {width}, ipc {ipc}, compiled"
+    yield in_turns(case, plain, {"float32": ours}, repeats)
 
 
-def measure_host(sizes: Sequence[tuple[int, ...]], repeats: int, clock: Clock) -> list[Row]:
-    """Measure CPU seconds, whatever the clock: the host's share of a step is what counts."""
-    rows = []
-    for (steps,) in sizes:
-        host_pairs(10, 1)  # what is done once in a process
-        for path, pairs in host_pairs(steps, repeats).items():
-            empty, ours = zip(*pairs, strict=True)
-            rows.append(Row(f"host, {steps} steps of a teacher beside empty ones", path, list(ours), list(empty)))
-    return rows
+def measure_host(quick: bool, repeats: int) -> Iterator[Row]:
+    """Compare steps that compute next to nothing: an empty one of manual optimization, and a teacher's."""
+    steps = 10 if quick else 150
+    host_pairs(10, 1)  # what is done once in a process
+    for path, pairs in host_pairs(steps, repeats).items():
+        yield Row(f"host, {steps} steps of a teacher beside empty ones, {path}", {"float32": pairs}, 0.0)
 
 
-PARTS = {
+PARTS: dict[str, Callable[[bool, int], Iterator[Row]]] = {
     "teacher": measure_teacher,
     "matching": measure_matching,
+    "memory": measure_memory,
     "evaluation": measure_evaluation,
     "host": measure_host,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and write it with all figures."""
+    """Measure, and print the table line by line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all, if not given")
-    parser.add_argument("--quick", action="store_true", help="sizes that only show that everything runs")
+    parser.add_argument("--quick", action="store_true", help="sizes that only show that everything runs, eagerly")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of every comparison")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of the report")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: seconds that the process computed")
-    parser.add_argument("--allocator", choices=["ftd", "system"], default="ftd", help="of both sides: set as by `ftd`?")
     options = parser.parse_args(arguments)
-    if options.allocator == "ftd":
-        keep_freed_memory()
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # as `ftd fit`
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}"
-    head = f"On {device}, {torch.get_num_threads()} threads; {versions}; {options.clock} clock; "
-    head += f"allocator of {options.allocator}; medians.\n\n"
-    head += "| case | quantity | ours | plain loop | ours / plain loop |\n|---|---|---|---|---|\n"
-    options.output.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
+    print(f"{device}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}")
+    if "bf16" not in PRECISIONS:
+        print("This device has no instructions for bf16, whose column is left out.")
+    print(f"\n| case | plain loop, s | {' | '.join(PRECISIONS)} | first run, s |\n|{'---|' * (3 + len(PRECISIONS))}")
     for part in options.parts:
-        began = time.perf_counter()
-        sizes = SIZES[part]["quick" if options.quick else DEVICE]
-        rows += PARTS[part](sizes, options.repeats, Clock(options.clock))
-        print(f"{part}: measured in {time.perf_counter() - began:.0f} s", file=sys.stderr)
-        table = head + "\n".join(row.line() for row in rows) + "\n"
-        (options.output / "benchmark.md").write_text(table)
-        (options.output / "benchmark.json").write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
-    print(table)
+        for row in PARTS[part](options.quick, options.repeats):
+            print(row.line(), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import run  # whose functions other processes find by name
+
+    run.main()
