@@ -194,7 +194,7 @@ class SyntheticEvaluation(BaseModule):
         count = len(batch[1])
         add_to_mean(self.train_loss, losses.detach()[: self.counted].sum() * count, count * self.counted)
         if self.epoch_complete:  # once for each epoch, because to log takes the host long
-            self.train_loss.update(0.0, weight=0.0)  # else it warns of having had none
+            self.train_loss.update(torch.empty(0, device=self.device))  # else it warns of having had none
             self.log("evaluation/train_loss", self.train_loss, on_step=False, on_epoch=True)
         return losses.sum()
 

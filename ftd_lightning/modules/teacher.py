@@ -282,7 +282,7 @@ class FlatTeacher(BaseModule):
         if not self.epoch_complete:  # once for each epoch, because to log takes the host as long as a pass
             return
         for name, metric in (("train_loss", self.train_loss), ("train_accuracy", self.train_accuracy)):
-            metric.update(0.0, weight=0.0)  # else it warns of having had none
+            metric.update(torch.empty(0, device=self.device))  # else it warns of having had none
             self.log(f"teacher/{name}", metric, on_step=False, on_epoch=True)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ class FlatTeacher(BaseModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log it."""
-        self.val_accuracy.update(0.0, weight=0.0)
+        self.val_accuracy.update(torch.empty(0, device=self.device))
         self.log("teacher/val_accuracy", self.val_accuracy, prog_bar=True)
 
     def on_train_epoch_end(self) -> None:

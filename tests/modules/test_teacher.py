@@ -33,11 +33,16 @@ def test_teachers_of_rho_0_are_plain_sgd(tmp_path: Path, momentum: float) -> Non
         sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=momentum)
         for epoch in range(4):
             loader.sampler.set_epoch(teacher * LONGEST + epoch)
+            right = 0
             for images, labels in loader:
                 sgd.zero_grad()
-                nn.functional.cross_entropy(network(images), labels).backward()
+                logits = network(images)
+                nn.functional.cross_entropy(logits, labels).backward()
                 sgd.step()
+                right += int((logits.argmax(1) == labels).sum())
             torch.testing.assert_close(flatten_parameters(network), recorded[epoch + 1], rtol=1e-5, atol=1e-6)
+            said = store.teacher_metadata(teacher)["accuracies"][epoch]  # of training images, because none is held out
+            assert said == pytest.approx(right / len(data.part("train").labels), abs=1e-6)
 
 
 def test_the_store_says_what_it_is(trajectories: Path) -> None:
