@@ -44,6 +44,7 @@ TEACHING = 0.45  # of the time for teachers and distillation
 EVALUATING, REFERENCE = 0.1, 0.25  # shares of the budget: a set's evaluation, and training on real images
 START = 8.0  # seconds in which a fit starts, and measures test images
 PATIENCE = 8  # measurements of held-out images
+COMPILED = 15  # minutes from which compiling teachers repays: half a minute, for passes twice as fast
 TEACHER_STEPS = 400  # of each teacher at least, where 40 epochs give so many
 VALUES = 120_000  # of real images per minute of the budget, for one CPU core: 40 images of 32 x 32 px
 SPEED = 1.8e6  # values of images per second that a network learns from on one CPU core
@@ -164,7 +165,8 @@ def plan_configs(
     # Without flips and colours for grey images, which are often characters.
     grey = f"crop_{'cutout_' * (min(sides(size)) >= 16)}scale_rotate"
     network["augment"] = {"strategy": grey if found.channels == 1 else "color_crop_cutout_flip_scale_rotate"}
-    teachers: dict[str, Any] = {"teachers": 50, "epochs": epochs, "lr": 0.05, "rho": rho}
+    teachers: dict[str, Any] = {"teachers": 50, "epochs": epochs, "lr": 0.05, "rho": rho, "precision": "auto"}
+    teachers |= {"compile": True} if minutes >= COMPILED else {}
     learned = {"ipc": ipc, "syn_batch": inner if inner < total else None, "iterations_per_epoch": often}
     if rho is None:
         shipped = read_config(find_config(RAT_BPTT))["model"]["init_args"]

@@ -66,6 +66,8 @@ def test_a_plan_has_the_settings_of_its_method(found, minutes, method, tmp_path)
         assert model["teacher"]["rho"] == {"ftd": 0.01, "mtt": 0.0}[method]
         assert model["distill"]["max_start_epoch"] + model["distill"]["expert_epochs"] <= model["teacher"]["epochs"]
         assert contents["teacher"]["data"] == contents["distill"]["data"]
+        assert model["teacher"]["precision"] == "auto"
+        assert model["teacher"].get("compile") == (True if minutes > 8 else None)
     averaged = "SyntheticEMA" in str(contents["distill"]["trainer"]["callbacks"])
     assert averaged == (method != "mtt")
     part = contents["distill"]["data"]["init_args"].get("max_per_class")
