@@ -65,7 +65,7 @@ def run_rows(
         try:
             if not run_fit(fit, deadline, run, seconds):
                 return False
-            print(f"{number} {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{number if job.jobs > 1 else ' ' * len(number)} {time.monotonic() - began:.0f} s", flush=True)
         except InputError as error:
             if not go_on:
                 raise

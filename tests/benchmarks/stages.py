@@ -72,17 +72,21 @@ def variants(options: argparse.Namespace, seconds: float) -> None:
     data.setup()
     images, labels = data.part("train")
     loader, steps = run.sample_loader(images, labels, batch_size=run.BATCH), math.ceil(len(labels) / run.BATCH)
-    run.TEACHER_PATHS.update(VARIANTS)
     found: dict[str, Any] = {}
-    for name in VARIANTS:
+    for name, settings in VARIANTS.items():
         plain = NetworkFactory("convnet", network, data.description().shape).build(0, "teacher", 0).to(run.DEVICE)
         epoch, one = run.plain_teacher(plain, lambda number: loader), found.setdefault(name, {})
-        turns = run.InTurns(lambda n, epoch=epoch, one=one: one.update(plain_loop_loss=epoch(n)[0]), run.Clock("wall"))
+        turns = run.InTurns(
+            lambda n, epoch=epoch, one=one: run.seconds(lambda: one.update(plain_loop_loss=epoch(n)[0]))
+        )
+        given = {"epochs": 2, "precision": "float32", **settings, "network_options": network}
+        words = [f"--model.{key}={json.dumps(value).strip(chr(34))}" for key, value in given.items()]
         try:
-            module = run.fit_teacher(data, [turns], epochs=2, path=name, **network)
+            module = run.fit_teacher(data, [turns], *words)
             one["loss"] = float(module.trainer.callback_metrics["teacher/train_loss"])
-            one |= {"seconds_per_epoch": turns.ours[-1], "ms_per_step": 1000 * turns.ours[-1] / steps}
-            one |= {"plain_loop_seconds": turns.reference[-1], "ratio": turns.ours[-1] / turns.reference[-1]}
+            theirs, ours = turns.pairs[-1]
+            one |= {"seconds_per_epoch": ours, "ms_per_step": 1000 * ours / steps}
+            one |= {"plain_loop_seconds": theirs, "ratio": ours / theirs}
         except Exception as error:  # whatever it is: the next variant may work
             one["error"] = f"{type(error).__name__}: {error}"[:500]
         print(f"{name}: {json.dumps(one)}", flush=True)
@@ -97,7 +101,7 @@ def fastest(file: Path) -> str:
     return min(learns, key=lambda name: works[name]["seconds_per_epoch"], default="compiled")
 
 
-def in_this_process(command: Sequence[str], log: Path, seconds: float | None) -> int:
+def in_this_process(command: Sequence[str], log: Path, deadline: Any) -> int:
     """Run ``ftd`` without another start of Python; see ``studies.fits.Runner``."""
     from ftd_lightning import cli
 
@@ -174,8 +178,9 @@ def bring_home(state: dict[str, Any], options: argparse.Namespace) -> None:
         file = options.work / name
         if file.is_file() and file.stat().st_size < LIMIT:
             shutil.copyfile(file, options.out / name)
-        elif file.is_file() and name not in state["too_large"]:
-            state["too_large"].append(name)
+        elif file.is_file():
+            (options.out / name).unlink(missing_ok=True)  # an earlier, smaller one
+            state["too_large"] = sorted({*state["too_large"], name})
 
 
 def run_stage(stage: str, seconds: float, state: dict[str, Any], options: argparse.Namespace) -> None:

@@ -166,12 +166,13 @@ def test_rows_at_the_same_time_share_fits_and_end_together(here: Path) -> None:
     job, begun, both = comparison(jobs=2), [], threading.Barrier(2, timeout=60)
 
     def child(command, log, deadline):
-        begun.append(log.parent.name.partition("_")[0])
+        phase = log.parent.name.partition("_")[0]
+        begun.append(phase)
         fits = {fit.folder: fit for name in job.rows for fit in job.fits_of(name).each()}
         file = log.parent / fits[log.parent].output
-        if begun[-1] == "teacher" or log.parent.name.startswith("evaluate_random"):
+        if phase == "teacher" or log.parent.name.startswith("evaluate_random"):
             both.wait()  # fails unless both run
-        if killed and begun[-1] == "teacher":
+        if killed and phase == "teacher":
             while deadline.remaining() != 0:
                 time.sleep(0.01)
             return None
