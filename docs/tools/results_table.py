@@ -150,6 +150,8 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "hour": (REPRODUCTION, lambda: of_config("compare_hour_w32", without_memory)),
     "compare_w32": (REPRODUCTION, lambda: of_config("compare_w32_ipc1", full_lines)),
     "study_ideas": (REPRODUCTION, lambda: of_config("study_ideas", without_memory)),
+    "bf16_digits": (REPRODUCTION, lambda: of_config("digits/study_bf16", without_memory)),
+    "bf16": (REPRODUCTION, lambda: of_config("study_bf16_w32", without_memory)),
     "labels_window": (REPRODUCTION, lambda: of_config("study_labels_window_w32", without_memory)),
     "results": (REPRODUCTION, lambda: markdown_table(cell_lines(named("reproduce")))),
     "published": (
