@@ -77,7 +77,7 @@ RANGES: dict[Count | Range, str] = {
         "teachers epochs real_epochs rounds iterations outer_loops inner_epochs outer_max inner_max window syn_steps "
         "expert_epochs max_start_epoch ceiling growth_iterations segments_per_step networks_per_step "
         "max_steps_per_network iterations_per_epoch ipc max_per_class per_class batch_size batch_real batch_target "
-        "pool_batch syn_batch query"
+        "pool_batch syn_batch query bases downscale factor kept gaussians fit_steps"
     ),
     Count(2): "architectures real_architectures",  # one alone has no rank
     Count(1, 64): "depth depths",

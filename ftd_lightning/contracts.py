@@ -208,8 +208,11 @@ class LearnsSet(Protocol):
     def learned_images(self) -> dict[str, Tensor]:
         """Return the live images on the module's device: "raw", and "ema" where an average is kept."""
 
-    def keep_average(self, average: Tensor, initial_weight: Tensor, settings: dict[str, Any]) -> None:
-        """Take the images' moving average and the initial images' share in it, which the caller updates in place."""
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the live tensors whose moving average gives averaged images: the images, or a decoder's parameters."""
+
+    def keep_average(self, average: Mapping[str, Tensor], initial_weight: Tensor, settings: dict[str, Any]) -> None:
+        """Take the moving average and the initial values' share in it, which the caller updates in place."""
 
     def step_was_applied(self) -> Tensor:
         """Return whether the last optimizer step moved the images, a bool scalar on the device."""

@@ -21,7 +21,7 @@ FLOORS = {
     **dict.fromkeys(["bounds", "shipped_configs", "sizes"], -1),
     "functional": 0,
     **dict.fromkeys(["contracts", "models", "optim"], 1),
-    "rules": 2,
+    **dict.fromkeys(["rules", "decoders"], 2),
     "files": 3,
     "data": 4,
     "core": 5,

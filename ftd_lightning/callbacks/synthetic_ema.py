@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class SyntheticEMA(Callback):
     """Averages the images after every update: ``S_ema <- d * S_ema + (1 - d) * S``, from the initial images on.
 
-    Images only: an average of labels means nothing, and the set keeps the last step size. After k updates the initial
-    images still weigh d^k: with decay 0.9999, 0.86 after 1,500 updates and 0.61 after 5,000. The set records this
-    weight (metadata ``ema_initial_weight``) and the settings of the average (``ema``).
+    Images only, or a decoder's parameters: an average of labels means nothing, and the set keeps the last step size.
+    After k updates the initial images still weigh d^k: with decay 0.9999, 0.86 after 1,500 updates and 0.61 after
+    5,000. The set records this weight (metadata ``ema_initial_weight``) and the settings of the average (``ema``).
 
     Args:
         decay: d in [0, 1).
@@ -33,23 +33,25 @@ class SyntheticEMA(Callback):
     def __init__(self, decay: float = 0.9995, bias_correction: bool = False) -> None:
         check_bounds(SyntheticEMA, locals())
         self.settings = {"decay": decay, "bias_correction": bias_correction}
-        self.average: torch.Tensor | None = None
+        self.average: dict[str, torch.Tensor] = {}
         self.updates, self.initial_weight = torch.tensor(0), torch.tensor(1.0)
         self._module: LearnsSet | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; the checkpoint of this one is loaded later."""
         if stage == "fit":
-            self.average, self.updates, self.initial_weight = None, torch.tensor(0), torch.tensor(1.0)
+            self.average, self.updates, self.initial_weight = {}, torch.tensor(0), torch.tensor(1.0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the images as they are, unless a checkpoint contained an average."""
         self._module = pl_module if isinstance(pl_module, LearnsSet) else None
         if self._module is None:
             return
-        images = self._module.learned_images()["raw"]
-        self.average = (images if self.average is None else self.average).detach().to(images.device, copy=True)
-        self.initial_weight = self.initial_weight.to(images.device, copy=True)
+        values = self._module.averaged()
+        self.average = {
+            name: self.average.get(name, value).detach().to(value.device, copy=True) for name, value in values.items()
+        }
+        self.initial_weight = self.initial_weight.to(next(iter(values.values())).device, copy=True)
         # The module holds these very tensors, which are updated in place.
         self._module.keep_average(self.average, self.initial_weight, self.settings)
 
@@ -58,14 +60,14 @@ class SyntheticEMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Average, except after a skipped step, which was no update."""
-        if self._module is None or self.average is None:
+        if self._module is None:
             return
-        images = self._module.learned_images()["raw"].detach()
         # Only the device knows whether it was an update, and the host does not wait to learn it.
-        updated = self._module.step_was_applied().to(images.device)
+        updated = self._module.step_was_applied().to(self.initial_weight.device)
         self.updates = self.updates + updated
-        weight = (updated * self._weight()).to(images.dtype)
-        self.average.lerp_(images, weight)
+        weight = updated * self._weight()
+        for name, value in self._module.averaged().items():
+            self.average[name].lerp_(value.detach(), weight.to(value.dtype))
         self.initial_weight.mul_(1 - weight)
 
     def _weight(self) -> float | torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
+from ftd_lightning.decoders.base import Decoder
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.inner_optimizers import InnerOptimizer
 from ftd_lightning.rules.base import EXCLUSIVE, MatchingRule, only_one
@@ -16,9 +17,10 @@ Built = TypeVar("Built")
 def plain(value: Any) -> Any:
     """Turn an argument into plain values that build it again.
 
-    A dataclass becomes a mapping, a rule or inner optimizer ``{"class_path": ..., "init_args": ...}``, a tuple a list.
+    A dataclass becomes a mapping, a rule, decoder or inner optimizer ``{"class_path": ..., "init_args": ...}``, a tuple
+    a list.
     """
-    if isinstance(value, (MatchingRule, InnerOptimizer)):
+    if isinstance(value, (MatchingRule, InnerOptimizer, Decoder)):
         if not is_dataclass(value):
             raise InputError(f"{type(value).__name__} is a base or no dataclass: name one of its kinds")
         return {"class_path": _path(type(value)), "init_args": plain(asdict(value))}
@@ -54,6 +56,11 @@ def matching_rules(rules: Iterable[MatchingRule | Mapping[str, Any]]) -> list[Ma
 def inner_optimizer(optimizer: InnerOptimizer | Mapping[str, Any]) -> InnerOptimizer:
     """Build an inner optimizer from the values of :func:`plain`; see :func:`matching_rules`."""
     return optimizer if isinstance(optimizer, InnerOptimizer) else _built(InnerOptimizer, optimizer, "optimizer")
+
+
+def decoder_of(decoder: Decoder | Mapping[str, Any] | None) -> Decoder | None:
+    """Build a decoder from the values of :func:`plain`, or copy one; see :func:`matching_rules`."""
+    return None if decoder is None else _built(Decoder, plain(decoder), "decoder")  # type: ignore[type-abstract]
 
 
 def _built(base: type[Built], spec: Mapping[str, Any], name: str) -> Built:

@@ -35,6 +35,7 @@ DTYPES = {  # that are written, as the safetensors format abbreviates them
     torch.float64: "F64",
     torch.float32: "F32",
     torch.int32: "I32",
+    torch.int16: "I16",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.uint8: "U8",

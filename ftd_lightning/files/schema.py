@@ -89,9 +89,10 @@ SET_METADATA: dict[str, Rule] = {
     "scores": (lambda value: _is_mapping(value, lambda score: isinstance(score, dict)), "a mapping of measurements"),
     "joined": (lambda value: _is_list(value, lambda part: isinstance(part, dict)), "a list of mappings"),
     **dict.fromkeys(("method", "label_kind", "labels_made"), TEXT),
-    **dict.fromkeys(("images_stored", "images_trained_on", "iterations", "rounds"), COUNT),
+    **dict.fromkeys(("images_stored", "images_trained_on", "numbers_stored", "bytes_stored"), COUNT),
+    **dict.fromkeys(("iterations", "rounds"), COUNT),
     **dict.fromkeys(("skipped_steps", "gated_steps"), COUNT),
-    **dict.fromkeys(("transform", "settings", "label_teacher", "kernel", "teachers", "chosen_by"), MAPPING),
+    **dict.fromkeys(("transform", "settings", "label_teacher", "kernel", "teachers", "chosen_by", "decoder"), MAPPING),
     **dict.fromkeys(("imported", "ema", "versions"), MAPPING),
 }
 TEACHER_METADATA: dict[str, Rule] = {

@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 
 KIND = "synthetic_set"
 PREFIX = "transform."  # of the names of the transform's tensors
+CODES = "codes."  # of the names of a decoder's parameters
 # Metadata that do not hold for a part of the images, nor for more.
-OF_ALL_IMAGES = ("scores", "network", "images_stored", "images_trained_on", "label_kind", "target_scale", "kernel")
+OF_ALL_IMAGES = (
+    *("scores", "network", "images_stored", "images_trained_on", "numbers_stored", "bytes_stored", "decoder"),
+    *("label_kind", "target_scale", "kernel"),
+)
 
 
 def _open(path: str | Path) -> TensorFile:
@@ -85,6 +89,7 @@ class SyntheticSet:
         metadata: data set, augmentation, network, method, settings, versions; whatever JSON holds. "scores", where the
             set was evaluated, maps what was evaluated, e.g. "raw", to {"mean", "std", "n"}: the accuracy of n networks,
             as a fraction.
+        codes: a decoder's parameters, which the images were decoded from; empty without a decoder.
     """
 
     images: Tensor
@@ -94,6 +99,7 @@ class SyntheticSet:
     class_names: list[str] = field(default_factory=list)
     transform: ImageTransform = field(default_factory=lambda: Standardization([0.0], [1.0]))
     metadata: dict[str, Any] = field(default_factory=dict)
+    codes: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.step_size is not None:
@@ -198,6 +204,7 @@ class SyntheticSet:
         }
         replace(self, **tensors).check(f"{path}: not written")
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in self.transform.tensors().items()}
+        tensors |= {f"{CODES}{name}": tensor for name, tensor in self.codes.items()}
         metadata = {**self.metadata, "class_names": self.class_names, "transform": self.transform.describe()}
         write_tensors(Path(path).expanduser(), tensors, kind=KIND, metadata=metadata)
 
@@ -213,6 +220,7 @@ class SyntheticSet:
             class_names=file.metadata["class_names"],
             transform=load_transform(file.metadata["transform"], file.with_prefix(PREFIX), where=file.path),
             metadata=_own(file.metadata),
+            codes=dict(file.with_prefix(CODES)),
         )
         loaded.check(file.path)
         return loaded

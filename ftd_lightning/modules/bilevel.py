@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from ftd_lightning.core.arguments import inner_optimizer
 from ftd_lightning.core.labels import StudentLabels
 from ftd_lightning.core.networks import Network
+from ftd_lightning.decoders.base import Decoder
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
@@ -92,6 +93,7 @@ class BilevelDistillation(Distillation):
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
         compile: compile the inner steps: True, False, "auto" or "cuda_graphs"; see ``TrajectoryMatching``.
         precision: of the inner steps and of their derivatives, "float32" or "bf16"; see ``functional.unroll``.
+        decoder: learn parameters that images are decoded from, in place of pixels; see ``decoders.Decoder``.
     """
 
     gradient_averages: Tensor
@@ -121,6 +123,7 @@ class BilevelDistillation(Distillation):
         real: tuple[Tensor, Tensor] | None = None,
         compile: Compile = "auto",  # noqa: A002
         precision: Precision = "float32",
+        decoder: Decoder | dict[str, Any] | None = None,
     ) -> None:
         augment = Augmentation.of(augment)
         super().__init__(
@@ -149,7 +152,8 @@ class BilevelDistillation(Distillation):
         self.soft_labels = labels = self.student_labels(self._no_teachers)
         if labels is not None and not labels.learned():
             raise InputError("rules: labels come from teachers, but there are none here")
-        self.register_buffer("gradient_averages", torch.zeros(2))  # norms of the images' gradient, and of the labels'
+        # Norms of the gradient of the images, or of each of a decoder's parameters, and of the labels.
+        self.register_buffer("gradient_averages", torch.zeros(len(self.averaged()) + 1))
 
     @staticmethod
     def _no_teachers() -> list[Tensor]:
@@ -214,7 +218,7 @@ class BilevelDistillation(Distillation):
         """Clip images and labels at multiples of their average norms, then as the trainer says."""
         if self.hparams["clip"] is not None:  # not the step sizes, as published
             learned = self.learned()
-            for name, average in zip(("images", "labels"), self.gradient_averages, strict=True):
+            for name, average in zip((*self.averaged(), "labels"), self.gradient_averages, strict=True):
                 if name in learned and (gradient := learned[name].grad) is not None:
                     clip_by_average(gradient, average, factor=self.hparams["clip"])
         super().configure_gradient_clipping(optimizer, *arguments, **options)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning.core.networks import Network
+from ftd_lightning.decoders.base import Decoder
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import STRATEGY, Augmentation
 from ftd_lightning.functional.distribution_matching import distribution_distance, embed
@@ -114,6 +115,7 @@ class DistributionMatching(Distillation):
         iterations_per_epoch: iterations that make a Lightning epoch; 20,000 iterations as published.
         seed: of initial images, networks, real batches and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
+        decoder: learn parameters that images are decoded from, in place of pixels; see ``decoders.Decoder``.
     """
 
     method = "dm"
@@ -132,6 +134,7 @@ class DistributionMatching(Distillation):
         iterations_per_epoch: int = 100,
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
+        decoder: Decoder | dict[str, Any] | None = None,
     ) -> None:
         augment = Augmentation.of(augment, align_corners=False)
         super().__init__(**common(locals()), step_size=lr_network)
@@ -189,6 +192,7 @@ class GradientMatching(Distillation):
         iterations_per_epoch: iterations that make a Lightning epoch; as published there are 1001 T iterations.
         seed: of initial images, networks, real batches, order of training and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
+        decoder: learn parameters that images are decoded from, in place of pixels; see ``decoders.Decoder``.
 
     Raises:
         InputError: for an ipc without published loops that names none.
@@ -210,6 +214,7 @@ class GradientMatching(Distillation):
         iterations_per_epoch: int = 100,
         seed: int = 0,
         real: tuple[Tensor, Tensor] | None = None,
+        decoder: Decoder | dict[str, Any] | None = None,
     ) -> None:
         augment = Augmentation.of(augment, align_corners=False)
         super().__init__(**common(locals()), step_size=lr_network)

@@ -15,10 +15,10 @@ from torch.nn.functional import one_hot
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.callbacks.set_writer import SyntheticSetWriter
 from ftd_lightning.contracts import DataDescription, Images, ImageShape
-from ftd_lightning.core.arguments import matching_rules
+from ftd_lightning.core.arguments import decoder_of, matching_rules, plain
 from ftd_lightning.core.evaluation import on_device
 from ftd_lightning.core.labels import StudentLabels
-from ftd_lightning.core.module import BaseModule
+from ftd_lightning.core.module import KEY, BaseModule
 from ftd_lightning.core.ranks import mean_over_ranks
 from ftd_lightning.core.step_guard import MAX_SKIPPED, StepGuard
 from ftd_lightning.data.coresets import random_real_images
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from ftd_lightning.core.labels import SetLabels
     from ftd_lightning.core.networks import Network
+    from ftd_lightning.decoders.base import Decoder
     from ftd_lightning.functional.augment import Augmentation
 
 Init = str | SyntheticSet
@@ -50,7 +51,7 @@ SMALLEST_STEP_SIZE = 1e-8  # far below any step size that trains a network, far 
 
 # Arguments of methods' constructors, which they pass on unchanged.
 COMMON = ("network", "network_options", "ipc", "init", "iterations_per_epoch", "seed", "real", "lr_images")
-COMMON_TO_SOME = ("augment", "lr_step_size", "momentum", "rules")
+COMMON_TO_SOME = ("augment", "lr_step_size", "momentum", "rules", "decoder")
 
 
 def common(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,21 +99,25 @@ class Distillation(BaseModule):
         lr_step_size: its learning rate; 0 keeps it, None says that the method has none.
         momentum: of SGD; None learns by Adam.
         rules: ideas that change the method; see ``rules.MatchingRule``.
+        decoder: makes the images out of other parameters, which are learned in their place; see ``decoders.Decoder``.
 
     Attributes:
-        images: (N, C, H, W) parameter, class by class; N is ipc * K, or the sum of a list.
+        images: (N, C, H, W) parameter, class by class; N is ipc * K, or the sum of a list. With a decoder, its images,
+            decoded anew in every iteration.
+        decoder: the decoder, or None.
+        codes: with a decoder, its parameters by name.
         labels: (N,) int64, the classes that the images are made for.
         soft_labels: labels other than these classes, or None.
         step_size: the current step size, a parameter.
         continued: the set to continue from, or None.
         first_labels: where learned labels start: the classes, (N,), or probabilities of that set, (N, K).
         initial_images: a copy of the images at the start; None in a module loaded from a checkpoint.
-        ema_images: their moving average, where a ``SyntheticEMA`` keeps one.
         scores: accuracies that ``EvaluateSynthetic`` measured of the current images.
         rules: the rules, built.
     """
 
-    images: nn.Parameter
+    images: Tensor
+    codes: nn.ParameterDict
     step_size: nn.Parameter
     continued: SyntheticSet | None
     labels: Tensor
@@ -134,6 +139,7 @@ class Distillation(BaseModule):
         lr_step_size: float | None = None,
         momentum: float | None = None,
         rules: Sequence[MatchingRule | Mapping[str, Any]] | None = None,
+        decoder: Decoder | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(network=network, network_options=network_options, augment=augment, seed=seed)
         self.ipc: Ipc = list(ipc) if isinstance(ipc, list | tuple) else ipc
@@ -143,6 +149,9 @@ class Distillation(BaseModule):
                 init = SyntheticSet.load(init)
             elif not init.startswith(CONTINUES):
                 raise InputError(f"init={init!r} is unknown: give the file of a synthetic set, 'real' or 'noise'")
+        self.decoder = decoder_of(decoder)
+        if self.decoder is not None and (isinstance(self.ipc, list) or init not in ("real", "noise")):
+            raise InputError("decoder: give one ipc for all classes, and init 'real' or 'noise'")
         if isinstance(init, SyntheticSet):
             self.continued, self.ipc = _class_by_class(init)
             init = CONTINUES + init.fingerprint()
@@ -152,23 +161,29 @@ class Distillation(BaseModule):
         self._initial_step_size = step_size
         self.soft_labels: SetLabels | None = None
         self.initial_images: Tensor | None = None
-        self.ema_images: Tensor | None = None
+        self._average: Mapping[str, Tensor] = {}  # of the learned tensors, where one is kept
         self.scores: dict[str, dict[str, float | int]] = {}
         self._initial_weight: Tensor | None = None  # of the initial images in their average
         self._average_settings: dict[str, Any] = {}
         self._guard = StepGuard()
         self._loss: Tensor | None = None
         self._loaded_iterations = 0
-        self._loaded_shapes: dict[str, torch.Size] = {}  # of a checkpoint's tensors, where no data is at hand
+        self._loaded: Mapping[str, Tensor] = {}  # a checkpoint's tensors, where no data is at hand
         self._loaded_state: Mapping[str, Any] | None = None  # waits until the device is known
 
     # The set: its start, and answers to callbacks
 
     def build(self) -> None:
         """Make the initial synthetic set, from :meth:`real_images`."""
-        if self._loaded_shapes:  # the checkpoint's images follow
-            self.images = nn.Parameter(torch.zeros(self._loaded_shapes["images"]))
-            self.register_buffer("labels", torch.zeros(len(self.images), dtype=torch.long))
+        if self._loaded:  # the checkpoint's images follow
+            self.register_buffer("labels", self._loaded["labels"].clone())
+            if self.decoder is None:
+                self.images = nn.Parameter(torch.zeros_like(self._loaded["images"]))
+            else:
+                of = "codes."
+                codes = {name.removeprefix(of): value for name, value in self._loaded.items() if name.startswith(of)}
+                self.decoder.restore(self._loaded_shape, self.labels, codes)
+                self._learn_codes(self.decoder)
         else:
             drawn = self.init in ("real", "noise")
             start = self.first_images(self.real_images()) if drawn else self._continued_images()
@@ -180,14 +195,36 @@ class Distillation(BaseModule):
                 )
             if self.init == "noise":
                 images = torch.randn(images.shape, generator=self.generator("initial noise"))
-            self.images = nn.Parameter(images.clone(), requires_grad=self._lr_images > 0)
             self.register_buffer("labels", start.labels.clone())
-            self.initial_images = images.clone()
+            if self.decoder is None:
+                self.images = nn.Parameter(images.clone(), requires_grad=self._lr_images > 0)
+            else:
+                self.decoder.fit(images, self.labels)
+                self._learn_codes(self.decoder)
+            self.initial_images = self.images.detach().clone()
+        classes = 0 if self.data is None else self.data.shape.num_classes
+        self._images_of_class: list[int] = self.labels.bincount(minlength=classes).tolist()
         step_size = torch.tensor(self._initial_step_size)
         if self.continued is not None and self._lr_step_size and (found := self.continued.step_size) is not None:
             step_size = (found if found.shape == step_size.shape else found.mean()).to(step_size).expand_as(step_size)
         self.step_size = nn.Parameter(step_size.clone(), requires_grad=bool(self._lr_step_size))
         self.first_labels = self.labels if self.continued is None else self.continued.labels
+
+    def _learn_codes(self, decoder: Decoder) -> None:
+        """Make parameters of a decoder's; integers are not learned."""
+        self.codes = nn.ParameterDict(
+            {
+                name: nn.Parameter(value.clone(), value.is_floating_point() and self._lr_images > 0)
+                for name, value in decoder.parameters().items()
+            }
+        )
+        self._decode()
+
+    def _decode(self, *, learn: bool = False) -> None:
+        """Decode the present images; ``learn``: with the graph that leads their gradient to the parameters."""
+        if self.decoder is not None:
+            with torch.set_grad_enabled(learn):
+                self.images = self.decoder.decode(dict(self.codes.items()))
 
     def _continued_images(self) -> Images:
         """Return images and classes of the set to continue from; refuse one of other data."""
@@ -208,15 +245,29 @@ class Distillation(BaseModule):
 
     def first_images(self, real: Images) -> Images:
         """Choose the real images to start from: random ones of each class, class by class."""
-        return random_real_images(real, self.ipc, self.seed)
+        return random_real_images(real, self.decoded_ipc(real), self.seed)
+
+    def decoded_ipc(self, real: Images) -> Ipc:
+        """Return the images per class that networks are trained on; more than ipc with a decoder."""
+        if self.decoder is None or isinstance(self.ipc, list):
+            return self.ipc
+        channels, *size = real.images.shape[1:]
+        shape = ImageShape(channels, int(real.labels.max()) + 1, as_size(size))
+        count, fewest = self.decoder.images_per_class(self.ipc, shape), int(real.labels.bincount().min())
+        if count > fewest:
+            raise InputError(
+                f"decoder: begins with {count} real images of each class, and one has {fewest}; lower ipc, or give the "
+                "decoder other options"
+            )
+        return count
 
     def student_labels(self, answers: Callable[[], Iterable[Tensor]]) -> StudentLabels | None:
         """Make the labels of a label rule; None without one. ``answers`` is as for ``LabelRule.initial_logits``."""
         rule = only_one(self.rules, "labels")
         if not isinstance(rule, LabelRule):
             return None
-        if self._loaded_shapes:  # the checkpoint's labels follow
-            empty = torch.zeros(self._loaded_shapes["soft_labels.values"])
+        if self._loaded:  # the checkpoint's labels follow
+            empty = torch.zeros_like(self._loaded["soft_labels.values"])
             return StudentLabels(rule, empty, learned=rule.made == "learned")
         if rule.made == "learned" and self.first_labels.ndim == 2:
             return StudentLabels(rule, self.first_labels.clamp_min(torch.finfo().tiny).log(), learned=True)
@@ -226,7 +277,8 @@ class Distillation(BaseModule):
 
     def save_arguments(self, arguments: Mapping[str, Any], **options: Any) -> None:
         """Save a set to continue from as its fingerprint, with the ipc that it decides, and augmentation and rules."""
-        built = {name: getattr(self, name) for name in ("ipc", "init", "augment", "rules") if name in arguments}
+        own = ("ipc", "init", "augment", "rules", "decoder")
+        built = {name: getattr(self, name) for name in own if name in arguments}
         super().save_arguments(arguments, **{**built, **options})
 
     @property
@@ -239,12 +291,12 @@ class Distillation(BaseModule):
         """Number of classes K."""
         if self.data is not None:
             return self.data.shape.num_classes
-        return len(self.ipc) if isinstance(self.ipc, list) else len(self.labels) // self.ipc
+        return len(self.images_of_class)
 
     @property
     def images_of_class(self) -> list[int]:
-        """Number of synthetic images of each class, in label order."""
-        return self.ipc if isinstance(self.ipc, list) else [self.ipc] * self.num_classes
+        """Number of synthetic images of each class, in label order; decoded ones with a decoder."""
+        return self._images_of_class
 
     @property
     def iterations(self) -> int:
@@ -262,11 +314,28 @@ class Distillation(BaseModule):
 
     def learned_images(self) -> dict[str, Tensor]:
         """Return the live images; see ``contracts.LearnsSet``."""
-        return {"raw": self.images, **({} if self.ema_images is None else {"ema": self.ema_images})}
+        ema = self.ema_images
+        return {"raw": self.images, **({} if ema is None else {"ema": ema})}
 
-    def keep_average(self, average: Tensor, initial_weight: Tensor, settings: dict[str, Any]) -> None:
-        """Take the images' moving average; see ``contracts.LearnsSet``."""
-        self.ema_images, self._initial_weight, self._average_settings = average, initial_weight, settings
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the live images, or what is learned in their place; see ``contracts.LearnsSet``."""
+        if self.decoder is None:
+            return {"images": self.images}
+        return {name: value for name, value in self.codes.items() if value.is_floating_point()}
+
+    def keep_average(self, average: Mapping[str, Tensor], initial_weight: Tensor, settings: dict[str, Any]) -> None:
+        """Take the moving average; see ``contracts.LearnsSet``."""
+        self._average, self._initial_weight, self._average_settings = average, initial_weight, settings
+
+    @property
+    def ema_images(self) -> Tensor | None:
+        """The images' moving average, or the images of averaged parameters; None where a fit keeps none."""
+        if not self._average:
+            return None
+        if self.decoder is None:
+            return self._average["images"]
+        with torch.no_grad():
+            return self.decoder.decode({**self.codes, **self._average})
 
     def record_scores(self, scores: dict[str, dict[str, float | int]]) -> None:
         """Add measured accuracies to the current set's metadata."""
@@ -307,14 +376,24 @@ class Distillation(BaseModule):
             metadata |= {"ema": self._average_settings, "ema_initial_weight": float(self._initial_weight)}
         if self.scores:
             metadata["scores"] = dict(self.scores)
+        if self.decoder is not None:
+            metadata |= {
+                "method": f"{self.method}+{self.decoder.name}",
+                "decoder": plain(self.decoder),
+                "images_stored": self.ipc * self.num_classes,  # type: ignore[operator]
+                "numbers_stored": self.decoder.numbers(),
+                "bytes_stored": self.decoder.bytes(),
+            }
+        ema = self.ema_images
         return SyntheticSet(
             images=self.images.detach().cpu().clone(),
             labels=self.exported_labels().detach().cpu().clone(),
             step_size=self.step_size.detach().cpu().clone(),
-            ema_images=None if self.ema_images is None else self.ema_images.cpu().clone(),
+            ema_images=None if ema is None else ema.cpu().clone(),
             class_names=classes if data is None else list(data.class_names),
             transform=Standardization([0.0], [1.0]) if data is None else data.transform,
             metadata=metadata,
+            codes={} if self.decoder is None else {name: value.detach().cpu() for name, value in self.codes.items()},
         )
 
     # Real images and networks, for methods that draw them
@@ -366,7 +445,7 @@ class Distillation(BaseModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Give images, step size and learned labels a parameter group each."""
-        groups: list[dict[str, Any]] = [{"params": [self.images], "lr": self._lr_images}]
+        groups: list[dict[str, Any]] = [{"params": [*self.averaged().values()], "lr": self._lr_images}]
         if self._lr_step_size is not None:
             groups.append({"params": [self.step_size], "lr": self._lr_step_size})
         groups += [] if self.soft_labels is None else self.soft_labels.groups()
@@ -380,6 +459,7 @@ class Distillation(BaseModule):
         if self.trainer.max_steps < 0 and self.trainer.max_epochs == 1000:  # Lightning's default
             count = f"{1000 * self.iterations_per_epoch:,}"
             rank_zero_warn(f"{type(self).__name__}: this fit has {count} iterations; Trainer(max_steps=...) limits it")
+        self._decode()  # on the device
         self.begin(self._loaded_state)
         self._loaded_state = None
 
@@ -394,6 +474,11 @@ class Distillation(BaseModule):
                 "DistillationDataModule.from_datamodule, or fit without a datamodule"
             )
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Decode the images of the iteration."""
+        self._decode(learn=True)
+        return None
+
     def log_loss(self, loss: Tensor) -> Tensor:
         """Log a loss and return it; drop the scores of the previous images."""
         self.scores = {}
@@ -404,17 +489,19 @@ class Distillation(BaseModule):
     def learned(self) -> dict[str, Tensor]:
         """Return the learned tensors by name."""
         labels = {} if self.soft_labels is None else self.soft_labels.learned()
-        return {"images": self.images, "step_size": self.step_size, **labels}
+        return {**self.averaged(), "step_size": self.step_size, **labels}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Judge the step, on all ranks together; log gradient norms."""
         norms = {name: value.grad.norm() for name, value in self.learned().items() if value.grad is not None}
         assert self._loss is not None
+        none = torch.zeros_like(self._loss)
+        still = [norms.get(name, none) == 0 for name, value in self.averaged().items() if value.requires_grad]
         self._guard.before(
             optimizer,
             [self._loss, *norms.values()],
             accepted=self._accepted(self._loss),
-            still=norms.get("images", torch.zeros_like(self._loss)) == 0 if self.images.requires_grad else None,
+            still=torch.stack(still).all() if still else None,
             reduce=self._minimum_over_ranks,
         )
         self.log_dict({f"gradient_norm/{name}": norm for name, norm in norms.items()}, batch_size=1)
@@ -454,6 +541,7 @@ class Distillation(BaseModule):
         if self._lr_step_size is not None:
             with torch.no_grad():
                 self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
+        self._decode()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Store a teacher's labels; log step size and skipped steps; stop a run that only diverges."""
@@ -471,7 +559,8 @@ class Distillation(BaseModule):
     def extra_state(self) -> dict[str, Any]:
         """Return the counts that the set records."""
         loss = None if self._loss is None else float(self._loss)
-        return {"skipped_steps": self._guard.state(), "iterations": self.global_step, "loss": loss}
+        shape = tuple(self.images.shape[1:])
+        return {"skipped_steps": self._guard.state(), "iterations": self.global_step, "loss": loss, "shape": shape}
 
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
         """Continue to count; :meth:`begin` gets the state when a fit starts."""
@@ -483,5 +572,6 @@ class Distillation(BaseModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load; without a trainer the images take their shape from the checkpoint."""
         if not self.attached:
-            self._loaded_shapes = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+            self._loaded = checkpoint["state_dict"]
+            self._loaded_shape = checkpoint.get(KEY, {}).get("shape")
         super().on_load_checkpoint(checkpoint)

@@ -13,6 +13,7 @@ from ftd_lightning.core.labels import RecordedTeachers, StudentLabels
 from ftd_lightning.core.networks import Network, NetworkFactory, student_networks
 from ftd_lightning.core.resume import refuse_changes
 from ftd_lightning.data.loaders import SegmentBatch, SegmentLoader
+from ftd_lightning.decoders.base import Decoder
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.trajectory_store import TrajectoryStore, check_compatible
 from ftd_lightning.functional.augment import Augmentation
@@ -86,7 +87,7 @@ class TrajectoryMatching(Distillation):
         lr_images: learning rate of the pixels.
         lr_step_size: learning rate of the step size; 0 keeps it.
         step_size_init: inner learning rate at the start.
-        momentum: of both.
+        momentum: of both; None learns by Adam in place of SGD.
         augment: DSA of the inner steps: an ``Augmentation``, its fields as a mapping, or a strategy; "" for none.
         unroll: "adjoint" (memory of one step) or "graph".
         iterations_per_epoch: iterations that make a Lightning epoch.
@@ -97,6 +98,7 @@ class TrajectoryMatching(Distillation):
             on a GPU, where launching kernels takes the time).
         precision: of the inner steps and of their derivatives, "float32" or "bf16"; see ``functional.unroll``.
         rules: ideas beyond FTD, as objects or as in a config; see ``rules.MatchingRule``.
+        decoder: learn parameters that images are decoded from, in place of pixels; see ``decoders.Decoder``.
 
     Raises:
         InputError: when the model is configured, for teachers that do not fit or segments that were not recorded.
@@ -118,7 +120,7 @@ class TrajectoryMatching(Distillation):
         lr_images: float = 100.0,
         lr_step_size: float = 1e-5,
         step_size_init: float = 0.01,
-        momentum: float = 0.5,
+        momentum: float | None = 0.5,
         augment: Augmentation | dict[str, Any] | str = Augmentation(),  # noqa: B008  frozen
         unroll: Unroll = "adjoint",
         iterations_per_epoch: int = 100,
@@ -128,6 +130,7 @@ class TrajectoryMatching(Distillation):
         compile: Compile = "auto",  # noqa: A002
         rules: list[MatchingRule] | list[dict[str, Any]] | None = None,
         precision: Precision = "float32",
+        decoder: Decoder | dict[str, Any] | None = None,
     ) -> None:
         augment = Augmentation.of(augment)
         super().__init__(**common(locals()), step_size=float(step_size_init))
@@ -145,7 +148,7 @@ class TrajectoryMatching(Distillation):
 
     def make_networks(self) -> NetworkFactory:
         """Open the store, check that it fits, and return the builder of the teachers' networks."""
-        if self._loaded_shapes:
+        if self._loaded:
             return super().make_networks()
         shape = None if self.data is None else self.data.shape
         fresh = student_networks(self.store, *self._network_arguments, shape)
@@ -239,7 +242,7 @@ class TrajectoryMatching(Distillation):
         rule = only_one(self.rules, "initial_images")
         if rule is None:
             return super().first_images(real)
-        return choose_images(rule, real, self.ipc, self.seed, self._recorded_teachers(real))
+        return choose_images(rule, real, self.decoded_ipc(real), self.seed, self._recorded_teachers(real))
 
     @property
     def method(self) -> str:
