@@ -1,4 +1,4 @@
-"""``ftd export``: a set as pictures in class folders with a card, or as the tensors that ``ddranking`` reads."""
+"""``ftd export``: a set as pictures in class folders with a card, as ``ddranking``'s tensors, or as parameters."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torchvision.transforms.functional import to_pil_image
 from ftd_lightning.callbacks.tensorboard import picture_grid, visible_channels
 from ftd_lightning.command_line import parse_command
 from ftd_lightning.commands.info import describe_set, format_transform
+from ftd_lightning.commands.parameters import NAME as PARAMETERS
+from ftd_lightning.commands.parameters import export_parameters
 from ftd_lightning.data.coresets import BASELINES
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
@@ -208,19 +210,20 @@ def export(
     folder: Path,
     *,
     ema: bool = False,
-    format: Literal["png", "tensors"] = "png",  # noqa: A002
+    format: Literal["png", "tensors", "parameters"] = "png",  # noqa: A002
     channels: int | list[int] | None = None,
 ) -> int:
     """Write a set as PNGs in class folders, whitening or standardisation undone, or as tensors, as networks see them.
 
     Beside the PNGs are metadata.jsonl, grid.png, a card (README.md) and a copy of the set. The tensors are images.pt,
-    labels.pt (logits, or classes) and lr.pt, class by class, with a README.txt: what ddranking reads.
+    labels.pt (logits, or classes) and lr.pt, class by class, with a README.txt: what ddranking reads. The parameters
+    that a decoder makes the images of are one file, parameters.safetensors, which ftd import turns into a set again.
 
     Args:
         path: a synthetic set, e.g. set.safetensors.
         folder: a new or empty folder; it appears whole or not at all.
         ema: the averaged images instead of the last ones.
-        format: what to write, png or tensors.
+        format: what to write, png, tensors or parameters.
         channels: one or three that PNGs show, numbered from 0, e.g. 3,2,1; by default the first three, or first of two.
 
     Returns:
@@ -228,6 +231,8 @@ def export(
     """
     if format == "tensors":
         return export_tensors(path, folder, ema=ema)
+    if format == "parameters":
+        return export_parameters(path, folder, ema=ema)
     return export_pictures(path, folder, ema=ema, channels=channels)
 
 
@@ -235,7 +240,10 @@ def main(arguments: Sequence[str]) -> None:
     """Run ``ftd export``."""
     parsed = parse_command(export, "export", arguments)
     count = export(**parsed)
-    if parsed["format"] == "tensors":
+    if parsed["format"] == "parameters":
+        size = (parsed["folder"] / PARAMETERS).stat().st_size
+        print(f"{parsed['folder']}: {PARAMETERS}, {size:,} bytes, of {count} images")
+    elif parsed["format"] == "tensors":
         print(f"{parsed['folder']}: {count} images, images.pt, labels.pt, lr.pt, README.txt")
     else:
         print(f"{parsed['folder']}: {count} pictures, metadata.jsonl, grid.png, README.md, set.safetensors")

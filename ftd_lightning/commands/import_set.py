@@ -13,11 +13,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ftd_lightning.command_line import parse_command
+from ftd_lightning.commands.parameters import KIND as PARAMETERS
+from ftd_lightning.commands.parameters import import_parameters
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.sources import unit_range
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
-from ftd_lightning.files.safetensors_io import versions
+from ftd_lightning.files.safetensors_io import TensorFile, versions
 from ftd_lightning.sizes import sides
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -139,7 +141,8 @@ def import_set(
 ) -> SyntheticSet:
     """Make a synthetic set of a file of images and one of labels (torch.save, .npy or .safetensors, one tensor each).
 
-    No code in these files is run. They record neither step size nor preprocessing; pass both.
+    No code in these files is run. They record neither step size nor preprocessing; pass both. A set of the parameters
+    that ftd export --format parameters wrote needs neither: ftd import parameters.safetensors set.safetensors.
 
     Args:
         images: (N, C, H, W).
@@ -197,8 +200,24 @@ def import_set(
     return synthetic
 
 
+def _are_parameters(arguments: Sequence[str]) -> bool:
+    """Tell whether the first argument is a file of parameters; of two files alone it has to be one."""
+    if len(arguments) == 2 and arguments[0].endswith(".safetensors"):
+        return True
+    try:
+        return bool(arguments) and TensorFile(Path(arguments[0])).kind == PARAMETERS
+    except InputError:
+        return False
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run ``ftd import``."""
+    if _are_parameters(arguments):
+        given = parse_command(import_parameters, "import", arguments)
+        synthetic, same = import_parameters(**given)
+        how = "bit for bit" if same else "up to rounding, because another torch or processor decoded them,"
+        print(f"{given['out']}: {len(synthetic.images)} images, {how} those that were exported")
+        return
     short = {"--logits": "--soft=logits", "--targets": "--soft=targets"}
     parsed = parse_command(import_set, "import", [short.get(argument, argument) for argument in arguments])
     synthetic = import_set(**parsed)

@@ -17,7 +17,10 @@ from ftd_lightning.files.trajectory_store import check_teacher, epoch_name
 from ftd_lightning.files.transforms import Whitening
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+
+BATCH = 256  # of evaluations, published ones too
 
 
 class Description(NamedTuple):
@@ -53,6 +56,10 @@ def _named(value: Any) -> str:
     return phrase(value.get("name")) + (f" ({phrase(rest)})" if rest else "")
 
 
+def _decoder(value: Mapping[str, Any]) -> str:
+    return _named({"name": value["class_path"].rpartition(".")[2], **value["init_args"]})
+
+
 def format_transform(description: Mapping[str, Any] | None) -> str:
     """Format the description of a transform."""
     if description is None:
@@ -76,7 +83,14 @@ def _scores(scores: Any) -> str:
     )
 
 
-FORMATS = {"network": _named, "dataset": _named, "transform": format_transform, "scores": _scores, "chosen_on": _scores}
+FORMATS: dict[str, Callable[[Any], str]] = {
+    "decoder": _decoder,
+    "network": _named,
+    "dataset": _named,
+    "transform": format_transform,
+    "scores": _scores,
+    "chosen_on": _scores,
+}
 
 
 def _recorded(metadata: Mapping[str, Any], *keys: str) -> list[tuple[str, str]]:
@@ -91,13 +105,14 @@ def describe_set(path: Path) -> Description:
     images, labels, names = synthetic.images, synthetic.labels, synthetic.class_names
     metadata = {**synthetic.metadata, "class_names": names, "transform": synthetic.transform.describe()}
     counts = (labels.argmax(1) if labels.ndim == 2 else labels).bincount(minlength=len(names)).tolist()
+    budget, steps = synthetic.budget(), -(-len(images) // BATCH)
     stored, trained_on = synthetic.image_counts
     low, high = (float(value) for value in torch.aminmax(images))
     facts = {
         "images": list(images.shape),
         "labels": synthetic.label_description,
-        "images_stored": stored,
-        "images_trained_on": trained_on,
+        **budget,
+        "steps_per_epoch": steps,
         "per_class": counts,
         "step_size": synthetic.learning_rate,
         "ema": synthetic.ema_images is not None,
@@ -119,10 +134,14 @@ def describe_set(path: Path) -> Description:
     if "label_teacher" in metadata:
         by = metadata["label_teacher"]
         made += f": teacher {by.get('teacher')} after epoch {by.get('epoch')}"
+    said = f"{budget['numbers_stored']:,} numbers, {budget['bytes_stored']:,} bytes; "
+    said += f"{steps:,} steps per epoch of an evaluation in batches of {BATCH}"
     rows = [
         ("method", method),
         ("data set", _named(metadata.get("dataset", "unknown"))),
         ("images", count),
+        *_recorded(metadata, "decoder"),
+        *([("stored", said)] if budget["decoder"] else []),
         ("values", f"{low:.4g} to {high:.4g}, as networks see them"),
         ("classes", f"{len(counts)}: {phrase(', '.join(map(str, names[:10])))}{', ...' if len(names) > 10 else ''}"),
         ("labels", made),

@@ -52,6 +52,11 @@ def _is_parameter(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _is_list(value[1], _is_count)
 
 
+def _is_object(value: Any) -> bool:
+    of = {"class_path": str, "init_args": dict}
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in of.items())
+
+
 def _is_network(value: Any) -> bool:
     return (
         isinstance(value, dict)
@@ -83,6 +88,7 @@ SET_METADATA: dict[str, Rule] = {
     "class_names": NAMES,
     "dataset": (lambda value: isinstance(value, dict | str | None), "a mapping or a name"),
     "network": NETWORK,
+    "decoder": (_is_object, "a mapping of class_path and init_args"),
     "augmentation": MAPPING_OR_NONE,
     "target_scale": (lambda value: is_number(value, 0) and value > 0, "a finite number above 0"),
     "ema_initial_weight": (lambda value: is_number(value, 0, 1), "a number in [0, 1]"),
@@ -92,8 +98,15 @@ SET_METADATA: dict[str, Rule] = {
     **dict.fromkeys(("images_stored", "images_trained_on", "numbers_stored", "bytes_stored"), COUNT),
     **dict.fromkeys(("iterations", "rounds"), COUNT),
     **dict.fromkeys(("skipped_steps", "gated_steps"), COUNT),
-    **dict.fromkeys(("transform", "settings", "label_teacher", "kernel", "teachers", "chosen_by", "decoder"), MAPPING),
+    **dict.fromkeys(("transform", "settings", "label_teacher", "kernel", "teachers", "chosen_by"), MAPPING),
     **dict.fromkeys(("imported", "ema", "versions"), MAPPING),
+}
+PARAMETERS_METADATA: dict[str, Rule] = {
+    "decoder": SET_METADATA["decoder"],
+    "class_names": (lambda value: bool(value) and NAMES[0](value), "a list of at least one name"),
+    "shape": (lambda value: _is_list(value, _is_count) and len(value) == 3, "a list of C, H and W"),
+    "transform": MAPPING,
+    "images": TEXT,
 }
 TEACHER_METADATA: dict[str, Rule] = {
     "network": NETWORK,

@@ -134,6 +134,21 @@ class SyntheticSet:
         count = len(self.images)
         return self.metadata.get("images_stored", count), self.metadata.get("images_trained_on", count)
 
+    def budget(self) -> dict[str, Any]:
+        """Return what tables say of storage, as metadata do: numbers and bytes, of images or of what decodes to them.
+
+        Labels are not counted. "decoder" is its class and options, or None.
+        """
+        stored, trained_on = self.image_counts
+        numbers = self.metadata.get("numbers_stored", stored * self.images[0].numel())
+        return {
+            "images_stored": stored,
+            "images_trained_on": trained_on,
+            "numbers_stored": numbers,
+            "bytes_stored": self.metadata.get("bytes_stored", numbers * self.images.element_size()),
+            "decoder": self.metadata.get("decoder"),
+        }
+
     def training_labels(self) -> Tensor:
         """Return labels for cross entropy: (N,) int64 classes, or (N, K) float32 probabilities, also for targets."""
         if schema.label_kind(self.labels, self.metadata) != "target":
@@ -192,6 +207,10 @@ class SyntheticSet:
         schema.check_labels(self.labels, len(self.images), len(self.class_names) or None, kind, where)
         if self.step_size is not None:
             schema.check_step_size(self.step_size, where)
+        if bool(self.codes) != ("decoder" in self.metadata):
+            schema.refuse(where, "codes", "and the metadata's decoder go together, and one of them is missing")
+        for name, values in self.codes.items():
+            schema.check_finite(values, f"{CODES}{name}", where)
         check_transform(self.transform.describe(), self.transform.tensors(), where, self.images.shape[1:])
 
     def save(self, path: str | Path) -> None:

@@ -384,16 +384,20 @@ class Distillation(BaseModule):
                 "numbers_stored": self.decoder.numbers(),
                 "bytes_stored": self.decoder.bytes(),
             }
-        ema = self.ema_images
+        codes, images, ema = {}, self.images.detach().cpu().clone(), self.ema_images
+        if self.decoder is not None:  # decoded on the CPU, so that the codes alone give the same bits
+            codes = {name: value.detach().cpu() for name, value in self.codes.items()}
+            with torch.no_grad():
+                images = self.decoder.decode(codes)
         return SyntheticSet(
-            images=self.images.detach().cpu().clone(),
+            images=images,
             labels=self.exported_labels().detach().cpu().clone(),
             step_size=self.step_size.detach().cpu().clone(),
             ema_images=None if ema is None else ema.cpu().clone(),
             class_names=classes if data is None else list(data.class_names),
             transform=Standardization([0.0], [1.0]) if data is None else data.transform,
             metadata=metadata,
-            codes={} if self.decoder is None else {name: value.detach().cpu() for name, value in self.codes.items()},
+            codes=codes,
         )
 
     # Real images and networks, for methods that draw them

@@ -24,10 +24,11 @@ COUNTS, PICTURE = "images.json", "images.png"
 def count_images(folder: Path) -> dict[str, Any]:
     """Count the images of a done evaluation, and draw those that it trained on as ``images.png`` in its folder; once.
 
-    "training_images" include held-out ones; "chance" is the share of the largest class of the test images.
+    "images" are those that networks are trained on, "steps_per_epoch" of SGD; see ``SyntheticSet.budget`` for what is
+    stored. "training_images" include held-out ones; "chance" is the share of the largest class of the test images.
     """
     found = read_json(folder / COUNTS)
-    if "chance" in found:
+    if "numbers_stored" in found:
         return found
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
     data = DistillationDataModule(**settings)
@@ -37,10 +38,11 @@ def count_images(folder: Path) -> dict[str, Any]:
     grid = picture_grid(pictures, synthetic.labels, class_names=names, columns=COLUMNS)
     with replacing(folder / PICTURE) as part:
         to_pil_image(grid).save(part, format="PNG")
-    test, (stored, trained_on) = data.count("test"), synthetic.image_counts
+    test, budget = data.count("test"), synthetic.budget()
+    trained_on = budget.pop("images_trained_on")
     counts = {
         "images": trained_on,
-        "images_stored": stored,
+        **budget,
         "labels": synthetic.label_description,
         "steps_per_epoch": -(-trained_on // settings["batch_size"]),
         "training_images": sum(data.count("train")) + sum(data.count("val")),

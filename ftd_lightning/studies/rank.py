@@ -39,6 +39,7 @@ from ftd_lightning.models.description import same_network
 from ftd_lightning.models.registry import recorded_network
 from ftd_lightning.shipped_configs import with_home
 from ftd_lightning.studies.fits import held, kept, minor_version
+from ftd_lightning.studies.tables import BUDGET
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -267,15 +268,15 @@ class RankedSet:
                 bar.update()
             differences = [a - b for a, b in zip(*(found["each"] for found in sides.values()), strict=True)]
             columns[column] = {"labels": labels, **sides, "difference": _summary(differences)}
-        one, (stored, trained_on) = self.synthetic, self.synthetic.image_counts
+        one, protocol = self.synthetic, self.protocol(1.0)
         return {
             **scores(self.real["each"], columns, self.kind),
             "method": one.metadata.get("method"),
             "labels": one.label_description,
             "compared_by": self.kind,
             "images": "averaged" if self.own.images is one.ema_images else "last",
-            "images_stored": stored,
-            "images_trained_on": trained_on,
+            **one.budget(),
+            "evaluation_steps": protocol.epochs * -(-len(one.images) // protocol.batch_size),
             "images_per_class": self.counts,
             "step_size": one.learning_rate,
             "learning_rates": self.learning_rates,
@@ -394,7 +395,8 @@ def in_order(results: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def markdown(results: Mapping[str, Any]) -> str:
     """Write the content of ``rank.md``."""
     ranked = in_order(results)
-    scores = [["set", "labels", "images", *(name.upper() for name in SCORES), "networks"]]
+    budget = BUDGET if any(one.get("decoder") for _, one in ranked) else {}
+    scores = [["set", "labels", "images", *budget.values(), *(name.upper() for name in SCORES), "networks"]]
     measured = [["set", *COLUMNS, "all real images"]]
 
     def cell(found: Mapping[str, Any]) -> str:
@@ -402,7 +404,8 @@ def markdown(results: Mapping[str, Any]) -> str:
 
     for name, one in ranked:
         values = [f"{one[score]['mean']:.3f} ± {one[score]['std']:.3f}" for score in SCORES]
-        scores.append([name, one["labels"], str(one["images_trained_on"]), *values, str(one["lrs"]["n"])])
+        stored = [f"{one[key]:,}" for key in budget]
+        scores.append([name, one["labels"], str(one["images_trained_on"]), *stored, *values, str(one["lrs"]["n"])])
         columns = [one["columns"][name] for name in COLUMNS]
         cells = [" / ".join(cell(column[side]) for side in SIDES) if column else "-" for column in columns]
         measured.append([name, *cells, cell(one["real"])])

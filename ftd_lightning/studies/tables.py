@@ -107,6 +107,7 @@ def row_result(job: Comparison, name: str, failures: Mapping[str, str]) -> dict[
         **({"networks": accuracy} if "" not in accuracy else {}),
         **{key: first[key] for key in ("epochs", "seeds", "each", "balanced_accuracy") if key in first},
         **counts,
+        "evaluation_steps": first["epochs"] * counts["steps_per_epoch"],
         "iterations": made.get("iterations"),
         "seconds": {
             "teachers": _seconds([fits.teachers]),
@@ -243,18 +244,29 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=False)).rstrip() for line in lines]
 
 
+def _decoded(results: Mapping[str, Any]) -> bool:
+    """Tell whether a row has a decoder: images per class do not say then what a set stores."""
+    return any(row.get("decoder") for row in results["rows"])
+
+
+BUDGET = {"numbers_stored": "numbers", "bytes_stored": "bytes", "evaluation_steps": "steps"}
+
+
 def full_lines(results: Mapping[str, Any]) -> list[list[str]]:
     """Lay the content of ``compare.json`` out as lines of cells, the names of the columns first."""
     networks = results.get("networks", [])
     kinds = ["last", "chosen on held-out", "best on test (upper bound)"]
     balanced = _balanced(results)
     head = ["method", *(networks or kinds), *balanced, "iterations", "peak, MiB", "labels", "images", "share"]
+    budget = BUDGET if _decoded(results) else {}
     differences = any("difference" in row for row in results["rows"])
-    head += ["paired difference"] if differences else []
-    return [head, *(_cells(row, networks, differences, balanced) for row in results["rows"])]
+    head += [*budget.values(), *(["paired difference"] if differences else [])]
+    return [head, *(_cells(row, networks, differences, balanced, list(budget)) for row in results["rows"])]
 
 
-def _cells(row: Mapping[str, Any], networks: Sequence[str], differences: bool, balanced: Sequence[str]) -> list[str]:
+def _cells(
+    row: Mapping[str, Any], networks: Sequence[str], differences: bool, balanced: Sequence[str], budget: Sequence[str]
+) -> list[str]:
     if row["state"] != "done":
         return [row["label"], "to do" if row["state"] == "to do" else f"failed: {row['reason']}"]
     difference = row.get("difference")
@@ -270,6 +282,7 @@ def _cells(row: Mapping[str, Any], networks: Sequence[str], differences: bool, b
         row.get("labels", "hard"),
         str(row["images"]) if stored == row["images"] else f"{stored} -> {row['images']}",
         "-" if share is None else f"{100 * share:.3g} %",
+        *(f"{row[key]:,}" if key in row else "-" for key in budget),
         *([f"{points(difference)} to {difference['to_label']}" if difference else "-"] if differences else []),
     ]
 
@@ -288,6 +301,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         measured.append(
             "Paired difference: mean over networks of the same seed ± its standard error, in points, last epoch."
         )
+    if _decoded(results):
+        measured.append("Numbers and bytes: stored for the images, without labels. Steps: of SGD, of one evaluation.")
     notes = [
         "Networks are trained on the images and labels of a set alone, without a teacher.",
         "Test accuracy in %: mean ± population standard deviation over networks (how many).",

@@ -1,0 +1,116 @@
+"""The parameters alone of a set that was learned through a decoder: a file that its images come back from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ftd_lightning.core.arguments import decoder_of
+from ftd_lightning.data import DistillationDataModule
+from ftd_lightning.data.datasets import DATASETS
+from ftd_lightning.errors import InputError
+from ftd_lightning.files import SyntheticSet
+from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, new_folder, write_tensors
+from ftd_lightning.files.schema import PARAMETERS_METADATA, check_metadata
+from ftd_lightning.files.synthetic_set import CODES, PREFIX
+from ftd_lightning.files.transforms import load_transform
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ftd_lightning.contracts import ImageTransform
+
+KIND, NAME = "set_parameters", "parameters.safetensors"
+HERE_ALONE = ("folder", "images")  # data sets that another machine does not have
+OPTIONS = ("image_size", "val_fraction", "max_per_class", "seed")  # which images a whitening was fitted on
+OF_FILE = ("kind", "format", "class_names", "transform", "shape", "images", "ema", "ema_initial_weight")
+
+
+def export_parameters(path: Path, folder: Path, *, ema: bool = False) -> int:
+    """Write the parameters of a set as ``parameters.safetensors``; arguments and result are those of ``export``.
+
+    Beside them are labels, step size and the metadata of the set. A whitening, which takes ``4 (C H W)^2`` bytes, is
+    left out where the import can fit it again, on a data set that has a name.
+    """
+    synthetic = SyntheticSet.load(path)
+    if not synthetic.codes:
+        raise InputError(f"{path}: was learned without a decoder: its pixels are the parameters; export tensors")
+    if ema:
+        raise InputError(f"{path}: holds the last parameters, not averaged ones; leave --ema out")
+    given = {"labels": synthetic.labels, "step_size": synthetic.step_size}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    tensors |= {f"{CODES}{name}": tensor for name, tensor in synthetic.codes.items()}
+    dataset = synthetic.metadata.get("dataset")
+    name = dataset.get("name") if isinstance(dataset, dict) else dataset
+    if name not in DATASETS or name in HERE_ALONE:
+        tensors |= {f"{PREFIX}{key}": tensor for key, tensor in synthetic.transform.tensors().items()}
+    metadata = {
+        **synthetic.metadata,
+        "class_names": synthetic.class_names,
+        "transform": synthetic.transform.describe(),
+        "shape": list(synthetic.images.shape[1:]),
+        "images": fingerprint(synthetic.images),
+    }
+    with new_folder(folder) as part:
+        write_tensors(part / NAME, tensors, kind=KIND, metadata=metadata)
+    return len(synthetic.images)
+
+
+def _transform(file: TensorFile, root: Path) -> ImageTransform:
+    """Read the transform, or fit a whitening that was left out on the training images again."""
+    described, tensors = file.metadata["transform"], file.with_prefix(PREFIX)
+    if described.get("kind") != "zca" or tensors:
+        return load_transform(described, tensors, where=file.path)
+    recorded = file.metadata.get("dataset")
+    recorded = recorded if isinstance(recorded, dict) else {"name": recorded}
+    options = {key: recorded[key] for key in OPTIONS if key in recorded}
+    data = DistillationDataModule(str(recorded.get("name")), str(root), zca=True, zca_eps=described["eps"], **options)
+    data.setup()
+    if data.transform.describe() != described:
+        raise InputError(f"{file.path}: was whitened by other images than those in {root}")
+    return data.transform
+
+
+def import_parameters(parameters: Path, out: Path, *, root: Path = Path("data")) -> tuple[SyntheticSet, bool]:
+    """Make a set of the parameters that ``ftd export --format parameters`` wrote; its images are decoded again.
+
+    The decoder is one of this library's, by its name; no code in the file is run.
+
+    Args:
+        parameters: parameters.safetensors.
+        out: the set to write, e.g. set.safetensors.
+        root: folder of the data set, on which a whitening is fitted again.
+
+    Returns:
+        The set, and whether its images are bit for bit those that were exported.
+    """
+    if out.exists():
+        raise InputError(f"{out}: is there already; name another file")
+    file = TensorFile(parameters, kind=KIND)
+    metadata: Mapping[str, Any] = file.metadata
+    check_metadata(metadata, PARAMETERS_METADATA, parameters, required=list(PARAMETERS_METADATA))
+    labels, codes, names = file["labels"], file.with_prefix(CODES), metadata["class_names"]
+    count = max(1, len(labels) // len(names)) if labels.ndim else 1
+    try:
+        decoder = decoder_of(metadata["decoder"])
+        assert decoder is not None, "checked above"
+        decoder.restore(tuple(metadata["shape"]), torch.arange(len(names)).repeat_interleave(count), codes)
+        with torch.no_grad():
+            images = decoder.decode(codes)
+    except Exception as error:  # odd parameters can make a decoder raise anything
+        said = " ".join(str(error).split())
+        raise InputError(f"{parameters}: does not decode to images ({said:.200}); export it again") from error
+    synthetic = SyntheticSet(
+        images,
+        labels,
+        step_size=file["step_size"] if "step_size" in file.names else None,
+        class_names=names,
+        transform=_transform(file, root),
+        metadata={key: value for key, value in metadata.items() if key not in OF_FILE},
+        codes=codes,
+    )
+    synthetic.check(parameters)
+    synthetic.save(out)
+    return synthetic, fingerprint(images) == metadata["images"]
