@@ -92,7 +92,7 @@ BOUNDS = {name: bound for bound, names in RANGES.items() for name in names.split
 
 
 def check_bounds(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Refuse the first argument that is out of its range; None is fine where it is the default.
+    """Refuse the first argument that is out of its range; None is fine where the annotation names it.
 
     Args:
         owner: the class or function that is called; its signature names the arguments.
@@ -107,7 +107,7 @@ def check_bounds(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
     """
     for name, parameter in inspect.signature(owner).parameters.items():
         bound = BOUNDS.get(name)
-        if bound is None or name not in values or (values[name] is None and parameter.default is None):
+        if bound is None or name not in values or (values[name] is None and "None" in str(parameter.annotation)):
             continue
         given = values[name]
         if isinstance(given, str) and repr(given) in str(parameter.annotation):  # a word of a Literal

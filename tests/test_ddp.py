@@ -26,6 +26,7 @@ from ftd_lightning.callbacks import (
     TrajectoryRecorder,
 )
 from ftd_lightning.data.loaders import BatchOrder
+from ftd_lightning.decoders import Bases
 from ftd_lightning.functional import InnerAdam, gsam_direction, gsam_perturbation, load_flat
 from ftd_lightning.models import ConvNet
 from ftd_lightning.modules import BilevelDistillation, FeatureRegression
@@ -52,10 +53,10 @@ def distil(module, folder: Path, ranks: int) -> dict:
     return {**tensors, "gated": made.metadata.get("gated_steps"), "settings": settings}
 
 
-def match(folder: Path, ranks: int, store: Path, *rules) -> dict:
+def match(folder: Path, ranks: int, store: Path, *rules, **options) -> dict:
     """Two segments in every step, both on one process or one on each."""
-    module = small_matching(store, augment="crop_scale", segments_per_step=2 // ranks, rules=list(rules))
-    return distil(module, folder, ranks)
+    given = {"augment": "crop_scale", "segments_per_step": 2 // ranks, "rules": list(rules), **options}
+    return distil(small_matching(store, **given), folder, ranks)
 
 
 def gated(folder: Path, ranks: int, store: Path, threshold: float) -> dict:
@@ -127,6 +128,7 @@ THREE = {"teachers": 3, "momentum": 0.9, "augment": "crop_scale", **BATCH_NORM}
 JOBS = {
     "match": match,
     "learned_labels": match,
+    "decoded": partial(match, decoder=Bases(5, 1), lr_images=3.0),
     "gated": gated,
     "learn_without_teachers": learn_without_teachers,
     "regress": regress,
@@ -164,7 +166,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(tmp_path_factory: pytest.TempPathFactory, store: Path, threshold: float) -> Path:
     """The folder of all jobs on two processes."""
     root = tmp_path_factory.mktemp("two")
-    arguments = dict.fromkeys(("match", "measure"), (store,))
+    arguments = dict.fromkeys(("match", "decoded", "measure"), (store,))
     arguments |= {"gated": (store, threshold), "learned_labels": (store, LearnedLabels(lr=2.0))}
     for done in on_ranks(run_jobs, root, arguments):
         assert "sync_dist" not in done.stderr
@@ -187,10 +189,11 @@ def same(one: dict, other: dict, **tolerance: float) -> None:
 # --- Distillation
 
 
-@pytest.mark.parametrize("job", ["match", "learned_labels", "gated", "learn_without_teachers"])
+@pytest.mark.parametrize("job", ["match", "learned_labels", "decoded", "gated", "learn_without_teachers"])
 def test_two_ranks_learn_the_set_of_one_process(job: str, two: Path, store: Path, threshold: float, tmp_path) -> None:
     """Their gradients are averaged; a skipped step is skipped by both."""
-    arguments = {"match": (store,), "learned_labels": (store, LearnedLabels(lr=2.0)), "gated": (store, threshold)}
+    arguments = {"learned_labels": (store, LearnedLabels(lr=2.0)), "gated": (store, threshold)}
+    arguments |= dict.fromkeys(("match", "decoded"), (store,))
     first, second = saved(two, job)
     one = JOBS[job](tmp_path, 1, *arguments.get(job, ()))
     labels = {"labels": first["labels"]} if job == "gated" else {}  # by the target of its own segment, on each rank

@@ -135,7 +135,7 @@ def describe_set(path: Path) -> Description:
         by = metadata["label_teacher"]
         made += f": teacher {by.get('teacher')} after epoch {by.get('epoch')}"
     said = f"{budget['numbers_stored']:,} numbers, {budget['bytes_stored']:,} bytes; "
-    said += f"{steps:,} steps per epoch of an evaluation in batches of {BATCH}"
+    said += f"steps per epoch of an evaluation in batches of {BATCH}: {steps:,}"
     rows = [
         ("method", method),
         ("data set", _named(metadata.get("dataset", "unknown"))),

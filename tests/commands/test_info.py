@@ -99,6 +99,15 @@ def test_what_is_said_of_other_sets(tmp_path: Path, capsys, monkeypatch) -> None
     colour_set(metadata={"images_stored": 4, "images_trained_on": 16, "ema_initial_weight": 0.25}).save(path)
     counts = "2 per class; 4 stored, 16 trained on; with EMA images, which hold 25 % of the initial ones"
     assert counts in rows(said(capsys, path))["images"]
+    decoder = {"class_path": "ftd_lightning.decoders.MultiFormation", "init_args": {"factor": 2}}
+    stored = {"decoder": decoder, "images_stored": 1, "numbers_stored": 3072, "bytes_stored": 12288}
+    decoded = colour_set(metadata=stored)
+    decoded.codes = {"images": torch.zeros(1, 3, 32, 32)}
+    decoded.save(path)
+    found = rows(said(capsys, path))
+    assert found["decoder"] == "MultiFormation (factor 2)"
+    assert found["stored"] == "3,072 numbers, 12,288 bytes; steps per epoch of an evaluation in batches of 256: 1"
+    assert json.loads(said(capsys, path, "--json")).items() >= {**stored, "images_trained_on": 4}.items()
 
 
 def test_a_set_as_json(tmp_path: Path, capsys) -> None:
@@ -107,6 +116,7 @@ def test_a_set_as_json(tmp_path: Path, capsys) -> None:
     found = json.loads(said(capsys, path, "--json"))
     assert (found["kind"], found["images"], found["per_class"]) == ("synthetic_set", [4, 3, 32, 32], [2, 2])
     assert (found["values"]["min"], found["values"]["max"]) == (-2, 3)
+    assert (found["numbers_stored"], found["bytes_stored"], found["decoder"]) == (4 * 3072, 4 * 12288, None)
     assert found["metadata"].items() >= METADATA.items()
 
 

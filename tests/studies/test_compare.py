@@ -296,6 +296,13 @@ def test_sets_as_files_on_several_networks(here: Path, trajectories: Path) -> No
     assert line == ["mine", "50.0 ± 1.0 (2)", "50.0 ± 1.0 (2)", "40", "-", "hard", "10 -> 40", "1 %"]
     assert to_do == ["a|b", "to do"]
     assert "| a\\|b | to do | - | - | - | - | - | - |" in markdown(results)
+    row |= {"decoder": None, "numbers_stored": 30720, "bytes_stored": 122880, "evaluation_steps": 1000}
+    assert full_lines(results)[0] == head
+    row["decoder"] = {"class_path": "ftd_lightning.decoders.Flip", "init_args": {}}
+    head, line, _ = full_lines(results)
+    assert head[7:] == ["share", "numbers", "bytes", "steps"]
+    assert line[7:] == ["1 %", "30,720", "122,880", "1,000"]
+    assert "Numbers and bytes: stored for the images" in markdown(results)
     assert "A column for each network" in markdown(results)
 
 
@@ -412,7 +419,7 @@ def test_real_images_say_how_many_they_are_and_whether_they_were_learned(here: P
     fit.folder.mkdir(parents=True)
     (fit.folder / "fit.json").write_text('{"done": true, "seconds": 2.0, "device": "CPU"}')
     counts = {"images": 324, "images_stored": 324, "labels": "hard", "steps_per_epoch": 6}
-    counts |= {"training_images": 1800, "test_images": 4, "chance": 0.5}
+    counts |= {"numbers_stored": 324 * 64, "training_images": 1800, "test_images": 4, "chance": 0.5}
     (fit.folder / "images.json").write_text(json.dumps(counts))
     last = {"real": {"mean": 0.215, "std": 0.001, "n": 3}}
     for epochs, label in ((10, "real (324, 10 epochs, not trained to its end)"), (60, "real (324, 60 epochs)")):
@@ -420,6 +427,7 @@ def test_real_images_say_how_many_they_are_and_whether_they_were_learned(here: P
         (fit.folder / "evaluation.json").write_text(json.dumps(measured))
         results = collect(job, {})
         assert results["rows"][0]["label"] == label
+        assert results["rows"][0]["evaluation_steps"] == 6 * epochs
     assert results["rows"][0]["share"] == 0.18
     said = "Measured on 4 test images: an accuracy is uncertain by 25 points. Chance: 50.0 %."
     assert said in markdown(results)

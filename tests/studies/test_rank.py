@@ -103,6 +103,12 @@ def test_scores_tables_and_the_record(ranked, sets) -> None:
     assert [one["columns"]["not augmented"]["labels"] for one in (hard, soft)] == ["hard", "soft"]
     assert soft["columns"]["soft"]["set"]["each"] != soft["columns"]["hard"]["set"]["each"]
     assert (hard["images_per_class"], soft["images_per_class"]) == ([1] * 10, [2] * 10)
+    stored = {"numbers_stored": 640, "bytes_stored": 2560, "decoder": None, "evaluation_steps": 6}
+    assert hard.items() >= stored.items()
+    assert "bytes" not in table
+    decoded = markdown({**results, "sets": {"decoded": {**hard, "decoder": {"class_path": "Flip"}}, "plain": soft}})
+    assert "| images | numbers | bytes | steps |" in decoded
+    assert "| 10 | 640 | 2,560 | 6 |" in decoded
     assert hard["learning_rates"] == pytest.approx([0.01, 0.05, 0.1])
     assert soft["learning_rates"] == [0.01, 0.1]
 
