@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 State = tuple["Tensor", ...]
 
 
+def at_step(values: Tensor, step: int) -> Tensor:
+    """Return the value of a step, a scalar, from one for all or one for each."""
+    return values[step] if values.ndim else values
+
+
 class InnerOptimizer:
     """The base of inner optimizers: frozen dataclasses with two pure functions on flat vectors.
 
@@ -28,7 +33,10 @@ class InnerOptimizer:
         return False
 
     def initial(self, weights: Tensor) -> State:
-        """Return the state before the first step at ``weights``, (P,): vectors (P,), possibly none."""
+        """Return the state before the first step at ``weights``, (P,): tensors, possibly none.
+
+        Gradients arrive at these tensors: a number that is learned may be one of them, which all steps pass on.
+        """
         raise NotImplementedError
 
     def step(self, weights: Tensor, gradient: Tensor, state: State, lr: Tensor, count: int) -> tuple[Tensor, State]:
@@ -49,7 +57,7 @@ class InnerSGD(InnerOptimizer):
     """SGD as in ``torch.optim.SGD``, without dampening: ``v' = mu v + g + wd theta``, ``theta' = theta - lr v'``.
 
     Args:
-        momentum: mu, in [0, 1).
+        momentum: mu, in [0, 1); or a tensor that gradients arrive at: a scalar, or (n,), one for each step.
         weight_decay: wd, >= 0.
 
     Raises:
@@ -63,27 +71,34 @@ class InnerSGD(InnerOptimizer):
         (tensor([0.8500]), tensor([1.5000]))
     """
 
-    momentum: float = 0.0
+    momentum: float | Tensor = 0.0
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        check_bounds(InnerSGD, vars(self))
+        learned = isinstance(self.momentum, torch.Tensor)  # its values may be on a GPU, which a check would wait for
+        check_bounds(InnerSGD, {"weight_decay": self.weight_decay} if learned else vars(self))
 
     @property
     def is_plain(self) -> bool:
         """Whether there is neither momentum nor weight decay."""
-        return self.momentum == 0 and self.weight_decay == 0
+        return not isinstance(self.momentum, torch.Tensor) and self.momentum == 0 and self.weight_decay == 0
 
     def initial(self, weights: Tensor) -> State:
-        """Return the velocity, 0, where there is momentum."""
+        """Return the velocity, 0, where there is momentum; and the momentum, where it is a tensor."""
+        if isinstance(self.momentum, torch.Tensor):
+            return torch.zeros_like(weights), self.momentum
         return (torch.zeros_like(weights),) if self.momentum else ()
 
     def step(self, weights: Tensor, gradient: Tensor, state: State, lr: Tensor, count: int) -> tuple[Tensor, State]:
-        """Return theta' and v'."""
+        """Return theta', and v' with the rest of the state."""
         if self.weight_decay:
             gradient = gradient + self.weight_decay * weights
-        velocity = self.momentum * state[0] + gradient if state else gradient
-        return weights - lr * velocity, (velocity,) if state else ()
+        if not state:
+            return weights - lr * gradient, ()
+        velocity, *learned = state
+        momentum = at_step(learned[0], count - 1) if learned else self.momentum
+        velocity = momentum * velocity + gradient
+        return weights - lr * velocity, (velocity, *learned)
 
 
 @dataclass(frozen=True)

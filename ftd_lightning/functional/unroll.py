@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.gsam import flatten
-from ftd_lightning.functional.inner_optimizers import InnerSGD
+from ftd_lightning.functional.inner_optimizers import InnerSGD, at_step
 from ftd_lightning.functional.inner_step import (
     InnerStep,
     Precision,
@@ -54,17 +54,12 @@ class Student(NamedTuple):
         self, step: int, weights: Tensor, state: State, images: Tensor, labels: Tensor, step_size: Tensor
     ) -> tuple[Tensor, State, tuple[Tensor, ...]]:
         """Make a step without gradient; return weights and state after it, and what :class:`Adjoint` keeps of it."""
-        index, lr = self.batches[step], step_size_of(step_size, step).detach()
+        index, lr = self.batches[step], at_step(step_size, step).detach()
         x, y = self.augmented(images.detach()[index], step), labels.detach()[index]
         if self.optimizer.is_plain:
             return self.functions.forward(self.network, weights, x, y, lr), (), (weights,)
         gradient = self.functions.gradient(self.network, weights, x, y)
         return *self.optimizer.step(weights, gradient, state, lr, step + 1), (weights, gradient, *state)
-
-
-def step_size_of(step_size: Tensor, step: int) -> Tensor:
-    """Return the step size of a step, a scalar, from one for all or one for each."""
-    return step_size[step] if step_size.ndim else step_size
 
 
 def require_function(network: nn.Module, weights: Tensor, images: Tensor, index: Tensor) -> None:
@@ -83,6 +78,8 @@ def require_function(network: nn.Module, weights: Tensor, images: Tensor, index:
 class Adjoint(torch.autograd.Function):
     """theta_n as a function of the weights after ``done`` steps, images, labels, step size(s) and optimizer state.
 
+    With ``path`` all of theta_{done+1} ... theta_n, (n - done, P): the adjoint adds the outer gradient of each.
+
     Plain SGD has a separate branch, because its step and its adjoint are one compiled function each, update included.
     """
 
@@ -91,6 +88,7 @@ class Adjoint(torch.autograd.Function):
         ctx: Any,
         student: Student,
         done: int,
+        path: bool,
         start: Tensor,
         images: Tensor,
         labels: Tensor,
@@ -99,30 +97,33 @@ class Adjoint(torch.autograd.Function):
     ) -> Tensor:
         """Run the steps and keep the weights before each."""
         weights = start.detach().clone()
-        path: list[Tensor] = []
+        ctx.student, ctx.done, ctx.path, ctx.states = student, done, path, len(state)
+        saved, after = list(state), []
         for step in range(done, len(student.batches)):
             weights, state, kept = student.advance(step, weights, state, images, labels, step_sizes)
-            path += kept
-        ctx.student, ctx.done, ctx.states = student, done, len(state)
+            saved += kept
+            after.append(weights)
         # Saved through autograd, so that a set changed in place before backward is an error, not a wrong gradient.
-        ctx.save_for_backward(images, labels, step_sizes, *path)
-        return weights
+        ctx.save_for_backward(images, labels, step_sizes, *saved)
+        return torch.stack(after) if path else weights
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         """Go through the steps backwards."""
         images, labels, step_sizes, *path = (saved.detach() for saved in ctx.saved_tensors)
-        student, done, want = ctx.student, ctx.done, ctx.needs_input_grad[3:5]
+        initial, path = path[: ctx.states], path[ctx.states :]
+        student, done, want = ctx.student, ctx.done, ctx.needs_input_grad[4:6]
+        adjoint = outer[-1].clone() if ctx.path else outer
         grad_images, grad_labels = (
             torch.zeros_like(t) if w else None for t, w in zip((images, labels), want, strict=True)
         )
         grad_sizes = torch.zeros_like(step_sizes)
-        of_state: State = tuple(torch.zeros_like(adjoint) for _ in range(ctx.states))
+        of_state: State = tuple(torch.zeros_like(value) for value in initial)
         kept = len(path) // max(1, len(student.batches) - done)
         for step in reversed(range(done, len(student.batches))):
             weights, *rest = path[(step - done) * kept :][:kept]
-            index, lr = student.batches[step], step_size_of(step_sizes, step)
+            index, lr = student.batches[step], at_step(step_sizes, step)
             raw = images[index].requires_grad_(want[0])
             with torch.enable_grad():
                 x = student.augmented(raw, step)
@@ -136,14 +137,16 @@ class Adjoint(torch.autograd.Function):
                 )
                 _, in_weights, in_x, in_labels = student.functions.product(*batch, gamma, want)
                 adjoint, of_state, scale = through + in_weights, tuple(of_before), torch.ones_like(lr)
-            step_size_of(grad_sizes, step).add_(in_lr)
+            at_step(grad_sizes, step).add_(in_lr)
             # The augmentation is differentiated once, here. One that ignores its images has no gradient.
             if grad_images is not None and x.requires_grad:
                 (in_raw,) = torch.autograd.grad(x, raw, in_x, allow_unused=True, materialize_grads=True)
                 grad_images.index_add_(0, index, scale * in_raw)
             if grad_labels is not None:
                 grad_labels.index_add_(0, index, scale * in_labels)
-        return None, None, adjoint, grad_images, grad_labels, grad_sizes, *(None for _ in of_state)
+            if ctx.path and step > done:
+                adjoint = adjoint + outer[step - done - 1]
+        return None, None, None, adjoint, grad_images, grad_labels, grad_sizes, *of_state
 
 
 def _through_optimizer(
@@ -187,6 +190,7 @@ def unroll(
     compile: Compile = "auto",  # noqa: A002
     optimizer: InnerOptimizer = InnerSGD(),  # noqa: B008  frozen
     skip: int = 0,
+    path: bool = False,
     precision: Precision = "float32",
 ) -> Tensor:
     """Train a student for n steps on the synthetic set, differentiably (A[grad L_S, n] of Eq. 5).
@@ -205,11 +209,13 @@ def unroll(
             replays CUDA graphs on a GPU); see ``compiled``.
         optimizer: plain SGD, or one with a state: ``InnerSGD`` with momentum or weight decay, ``InnerAdam``.
         skip: number of first steps without gradient (truncation); the optimizer's state is carried over them.
+        path: return the weights after every step that is differentiated, for losses on each of them.
         precision: "float32" (the dtype of the weights), or "bf16": the network's forward and backward passes and
             Hessian-vector products under autocast, and weights, steps and sums in the dtype of the weights.
 
     Returns:
-        theta_n, (P,), differentiable in images, step_size, soft labels ("adjoint": once) and, without ``skip``, start.
+        theta_n, (P,), differentiable in images, step_size, soft labels, a momentum that is a tensor ("adjoint": once)
+        and, without ``skip``, start. With ``path`` theta_{skip+1} ... theta_n, (n - skip, P).
 
     Raises:
         ValueError: for weights of another network, or labels, step sizes or a ``skip`` that do not fit.
@@ -237,15 +243,17 @@ def unroll(
         *_, (start, state) = itertools.islice(_run(student, start, images, labels, step_size), skip)
     # Without gradients there is no graph to keep, and the adjoint's forward pass computes the same numbers.
     if method == "adjoint" or not torch.is_grad_enabled():
-        adjoint: Tensor = Adjoint.apply(student, skip, start, images, labels, step_size, *state)
+        adjoint: Tensor = Adjoint.apply(student, skip, path, start, images, labels, step_size, *state)
         return adjoint
     weights = start if start.requires_grad else start.detach().clone().requires_grad_()
+    after = []
     for step in range(skip, len(batches)):
         index = student.batches[step]
         loss = loss_in(precision)(network, weights, student.augmented(images[index], step), labels[index])
         (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
-        weights, state = optimizer.step(weights, gradient, state, step_size_of(step_size, step), step + 1)
-    return weights
+        weights, state = optimizer.step(weights, gradient, state, at_step(step_size, step), step + 1)
+        after.append(weights)
+    return torch.stack(after) if path else weights
 
 
 @torch.no_grad()

@@ -142,6 +142,44 @@ def test_adjoint_of_any_optimizer_equals_the_full_graph(optimizer, step_sizes, s
 
 
 @pytest.mark.parametrize("skip", [0, 4])
+@pytest.mark.parametrize("momentum", [None, [0.6], [0.5, 0.3, 0.7, 0.9, 0.1, 0.4]], ids=["plain", "one", "each"])
+def test_losses_after_every_step_and_a_learned_momentum_against_the_full_graph(momentum, skip):
+    p = problem(num_steps=6, norm="none")
+    lr = torch.tensor([0.02, 0.05, 0.1, 0.04, 0.03, 0.06], dtype=torch.float64, requires_grad=True)
+    inputs, optimizer = [p.images, lr, *([] if skip else [p.start.requires_grad_()])], InnerSGD()
+    if momentum:
+        learned = torch.tensor(momentum if len(momentum) > 1 else momentum[0], dtype=torch.float64, requires_grad=True)
+        inputs, optimizer = [*inputs, learned], InnerSGD(momentum=learned, weight_decay=0.05)
+    results, weighting = [], torch.randn(6 - skip, len(p.start), dtype=torch.float64)
+    for method in METHODS:
+        path = student_of(p, method, step_size=lr, augment=DSA_MULTIPLE, optimizer=optimizer, skip=skip, path=True)
+        results.append([path.detach(), *grad((path.sin() * weighting).sum(), inputs)])
+    for adjoint, graph in zip(*results, strict=True):
+        assert graph.norm() > 0
+        torch.testing.assert_close(adjoint, graph, rtol=1e-9, atol=1e-12)
+    arguments = (p.network, p.start, p.images, p.labels, lr)
+    steps = list(roll_out(*arguments, batches=p.batches, augment=DSA_MULTIPLE, optimizer=optimizer))
+    assert torch.stack(steps[skip:]).equal(results[0][0])
+    if momentum and len(momentum) > 1:  # the first velocity is 0
+        assert results[0][-1].ne(0).tolist() == [step >= max(skip, 1) for step in range(6)]
+
+
+def test_a_learned_momentum_and_losses_after_every_step_against_differences_and_a_number():
+    small = {"num_images": 2, "size": 4, "num_steps": 3, "batch_size": 1, "channels": 1, "width": 2, "depth": 1}
+    p = problem(**small, activation="sigmoid")
+
+    def function(images, lr, momentum):
+        options = {"optimizer": InnerSGD(momentum=momentum), "path": True}
+        return (student_of(p, images=images, step_size=lr, **options) - p.target).square().sum(1)
+
+    momentum = torch.tensor([0.5, 0.3, 0.7], dtype=torch.float64, requires_grad=True)
+    assert gradcheck(function, (p.images, p.lr, momentum))
+    known = student_of(p, optimizer=InnerSGD(momentum=0.7))
+    learned = student_of(p, optimizer=InnerSGD(momentum=torch.tensor(0.7, dtype=torch.float64)))
+    torch.testing.assert_close(learned, known, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("skip", [0, 4])
 @pytest.mark.parametrize("name", ["plain", "momentum and decay", "adam"])
 def test_bf16_adjoint_equals_the_full_graph_in_bf16(name, skip):
     """Both are the gradient of the steps that were made; float32's differs by more."""
