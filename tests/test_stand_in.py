@@ -12,9 +12,11 @@ from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, TrajectoryR
 from ftd_lightning.core import losses
 from ftd_lightning.core.evaluation import EvaluationProtocol
 from ftd_lightning.core.losses import CompiledPass, IndependentLosses
+from ftd_lightning.decoders import Generator
 from ftd_lightning.functional import (
     Augmentation,
     InnerAdam,
+    InnerSGD,
     chunked_permutations,
     make_generator,
     matching,
@@ -83,6 +85,11 @@ FITS = {
     "dd": lambda store: BilevelDistillation(**DRAWN, schedule="fixed", syn_steps=3, augment="scale_rotate"),
     "rat-bptt": lambda store: BilevelDistillation(
         **DRAWN, syn_steps=6, window=2, optimizer=InnerAdam(), clip=2.0, rules=[LearnedLabels(0.01, init="one_hot")]
+    ),
+    "gtn": lambda store: BilevelDistillation(
+        **{**DRAWN, "decoder": Generator(2, 5, 4), "schedule": "fixed", "syn_steps": 3, "path": True},
+        optimizer=InnerSGD(momentum=0.5),
+        lr_momentum=0.01,
     ),
     "kip": lambda store: KernelInducingPoints(network_options=SMALL, batch_target=16, learn_labels=True),
     "frepo": lambda store: FeatureRegression(

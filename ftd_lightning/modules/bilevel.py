@@ -1,4 +1,4 @@
-"""DD, BPTT and RaT-BPTT: images on which a fresh network trains best, differentiated through its training."""
+"""DD, BPTT, RaT-BPTT and GTN: images on which a fresh network trains best, differentiated through its training."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ftd_lightning.core.arguments import inner_optimizer
 from ftd_lightning.core.labels import StudentLabels
 from ftd_lightning.core.networks import Network
 from ftd_lightning.decoders.base import Decoder
+from ftd_lightning.decoders.generator import Generator
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.compiling import Compile, compiles
@@ -50,6 +51,7 @@ def clip_by_average(gradient: Tensor, average: Tensor, *, factor: float, decay: 
 Schedule = Literal["shuffled", "fixed"]
 # Rule hooks that need teachers; this method has none.
 OF_TEACHERS = ("begin", "compared", "keep", "distance", "start_epochs", "initial_images")
+LARGEST_MOMENTUM = 0.999
 EVALUATION_LR = 0.01  # of SGD, for sets whose inner optimizer is another
 
 
@@ -63,9 +65,11 @@ class BilevelDistillation(Distillation):
       ``init="noise"``. With ``LearnedLabels(init="one_hot")`` it is SLDD (Sucholutsky and Schonlau, 2021).
     - **BPTT**: ``schedule="shuffled"``, all steps are differentiated.
     - **RaT-BPTT** (Feng et al., ICLR 2024): only ``window`` steps at a random place; ``InnerAdam``; ``clip=2``.
+    - **GTN** (Such et al., ICML 2020): ``schedule="fixed"``, ``decoder=Generator()``, ``path=True``, and a learned
+      momentum for every step: ``InnerSGD(momentum=0.5)`` with ``lr_momentum``.
 
-    Images, step size and labels are learned by one Adam. Under DDP every rank trains other networks and the gradient is
-    averaged: W ranks with s networks per step learn the set of one process with W * s.
+    Images, step size, momentum and labels are learned by one Adam. Under DDP every rank trains other networks and the
+    gradient is averaged: W ranks with s networks per step learn the set of one process with W * s.
 
     Args:
         network: a name, an import path, or a function that builds one.
@@ -77,12 +81,14 @@ class BilevelDistillation(Distillation):
         optimizer: of the inner steps, an ``InnerSGD``, an ``InnerAdam``, or as in a config.
         syn_batch: synthetic images per inner step; None takes all of them.
         schedule: "shuffled" draws mini-batches anew in every iteration; "fixed" gives step i always the i-th one, made
-            of one image of each class after the other, and the i-th step size.
+            of one image of each class after the other, and the i-th step size and learned momentum.
         step_size_init: inner learning rate at the start, > 0.
         fixed_network: train the same initial network in every iteration.
         batch_real: real images per network and iteration.
         lr_images: learning rate of the pixels.
         lr_step_size: learning rate of the step sizes; 0 keeps them.
+        lr_momentum: learning rate of the momentum of an ``InnerSGD``, which stays in [0, 0.999]; 0 keeps it.
+        path: add the losses after all other steps of the window, each of real images of its own.
         clip: clip the gradients of images and of learned labels, each at this multiple of its norm's moving average
             (decay 0.9); None does not clip.
         rules: a ``LabelRule`` that learns, a ``LossGate``; those that ask teachers are refused.
@@ -114,6 +120,8 @@ class BilevelDistillation(Distillation):
         batch_real: int = 1024,
         lr_images: float = 0.01,
         lr_step_size: float = 0.001,
+        lr_momentum: float = 0.0,
+        path: bool = False,
         clip: float | None = None,
         rules: list[MatchingRule] | list[dict[str, Any]] | None = None,
         augment: Augmentation | dict[str, Any] | str = "",
@@ -137,6 +145,8 @@ class BilevelDistillation(Distillation):
         if window is not None and window > syn_steps:
             raise InputError(f"window={window} must be at most syn_steps={syn_steps}")
         self.optimizer = inner_optimizer(optimizer)
+        if lr_momentum and not (isinstance(self.optimizer, InnerSGD) and self.optimizer.momentum):
+            raise InputError("lr_momentum: there is no momentum to learn: give optimizer an InnerSGD(momentum=...)")
         if self.continued is not None and isinstance(self.optimizer, InnerAdam):
             self.continued.step_size = None  # not Adam's: see ``synthetic_set``
         self.save_arguments(locals(), optimizer=self.optimizer)
@@ -149,6 +159,9 @@ class BilevelDistillation(Distillation):
         # In a tuple, no submodule: its weights are neither in checkpoints nor among DDP's parameters.
         self._student = (self.fresh.architecture().requires_grad_(False).train(),)
         super().build()
+        self.momentum: nn.Parameter | None = None
+        if self.hparams["lr_momentum"] and isinstance(self.optimizer, InnerSGD):
+            self.momentum = nn.Parameter(torch.full_like(self.step_size, float(self.optimizer.momentum)))
         self.soft_labels = labels = self.student_labels(self._no_teachers)
         if labels is not None and not labels.learned():
             raise InputError("rules: labels come from teachers, but there are none here")
@@ -177,7 +190,7 @@ class BilevelDistillation(Distillation):
         steps, skip = self.draw_window(*keys)
         start = self.fresh.build(self.seed, "network", *((0, 0) if hparams["fixed_network"] else keys))
         labels = self.soft_labels.learned_labels() if isinstance(self.soft_labels, StudentLabels) else self.labels
-        weights = unroll(
+        path = unroll(
             student,
             to_device(flatten_parameters(start), self.device, self.images.dtype),
             self.images,
@@ -188,12 +201,31 @@ class BilevelDistillation(Distillation):
             seed=derive_seed(self.seed, "dsa", *keys),
             compile=hparams["compile"],
             precision=hparams["precision"],
-            optimizer=self.optimizer,
+            optimizer=self._inner_optimizer(),
             skip=skip,
+            path=hparams["path"],
         )
-        real = self.draw_real(self._real, hparams["batch_real"], *keys)
+        *before, last = path if hparams["path"] else [path]
+        total = self._real_loss(last, *keys)
+        for step, weights in enumerate(before):
+            # Each is differentiated up to its weights at once, which frees its graph; the adjoint takes it on.
+            found = weights.detach().requires_grad_()
+            loss = self._real_loss(found, *keys, step)
+            (gradient,) = torch.autograd.grad(loss, found)
+            total = total + loss.detach() + torch.dot(weights - weights.detach(), gradient)
+        return total
+
+    def _inner_optimizer(self) -> InnerOptimizer:
+        """Return the inner optimizer, with its momentum where that is learned."""
+        if self.momentum is None or not isinstance(self.optimizer, InnerSGD):
+            return self.optimizer
+        return replace(self.optimizer, momentum=self.momentum)
+
+    def _real_loss(self, weights: Tensor, *keys: int) -> Tensor:
+        """Return the loss of real images, drawn by the keys, at weights (P,)."""
+        real = self.draw_real(self._real, self.hparams["batch_real"], *keys)
         images = self.augment(real.images, self.generator("real dsa", *keys))
-        return cross_entropy(student_logits(student, weights, images), real.labels)
+        return cross_entropy(student_logits(self._student[0], weights, images), real.labels)
 
     def draw_window(self, iteration: int, slot: int) -> tuple[int, int]:
         """Return how many steps are made, and how many of them come before the window."""
@@ -214,9 +246,27 @@ class BilevelDistillation(Distillation):
         chunks = ranks.argsort(stable=True).split(size or count)
         return [chunks[step % len(chunks)] for step in range(steps)]
 
+    def learned(self) -> dict[str, Tensor]:
+        """Return the learned tensors by name, the momentum too."""
+        return super().learned() | ({} if self.momentum is None else {"momentum": self.momentum})
+
+    def configure_optimizers(self) -> Optimizer:
+        """Give the momentum a parameter group, too."""
+        optimizer = super().configure_optimizers()
+        if self.momentum is not None:
+            optimizer.add_param_group({"params": [self.momentum], "lr": self.hparams["lr_momentum"]})
+        return optimizer
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Update, and project the momentum, too."""
+        super().optimizer_step(*arguments, **options)
+        if self.momentum is not None:
+            with torch.no_grad():
+                self.momentum.clamp_(0, LARGEST_MOMENTUM)
+
     def configure_gradient_clipping(self, optimizer: Optimizer, *arguments: Any, **options: Any) -> None:
         """Clip images and labels at multiples of their average norms, then as the trainer says."""
-        if self.hparams["clip"] is not None:  # not the step sizes, as published
+        if self.hparams["clip"] is not None:  # not step sizes and momentum, as published
             learned = self.learned()
             for name, average in zip((*self.averaged(), "labels"), self.gradient_averages, strict=True):
                 if name in learned and (gradient := learned[name].grad) is not None:
@@ -225,9 +275,10 @@ class BilevelDistillation(Distillation):
 
     @property
     def method(self) -> str:
-        """Name by the settings: "dd", "bptt" or "rat-bptt", and by the rules: "dd+labels" is SLDD."""
+        """Name by the settings: "gtn", "dd", "bptt" or "rat-bptt", and by the rules: "dd+labels" is SLDD."""
         kind = "rat-bptt" if self.hparams["window"] is not None else "bptt"
         kind = "dd" if self.hparams["schedule"] == "fixed" else kind
+        kind = "gtn" if isinstance(self.decoder, Generator) else kind
         return "+".join([kind, *(rule.name for rule in self.rules)])
 
     def settings(self) -> dict[str, Any]:
@@ -236,6 +287,10 @@ class BilevelDistillation(Distillation):
         if self.attached:
             settings["networks_per_step"] *= self.trainer.world_size
         return settings
+
+    def describe(self) -> dict[str, Any]:
+        """Add the learned momentum to the set's metadata."""
+        return super().describe() | ({} if self.momentum is None else {"inner_momentum": self.momentum.tolist()})
 
     def synthetic_set(self) -> SyntheticSet:
         """Return the set; one that was made for Adam carries 0.01, because evaluations train by SGD."""

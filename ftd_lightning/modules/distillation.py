@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -377,10 +378,12 @@ class Distillation(BaseModule):
         if self.scores:
             metadata["scores"] = dict(self.scores)
         if self.decoder is not None:
+            # In numbers of plain images: a generator may store more than ipc allows.
+            stored = math.ceil(self.decoder.numbers() / self.images[0].numel())
             metadata |= {
                 "method": f"{self.method}+{self.decoder.name}",
                 "decoder": plain(self.decoder),
-                "images_stored": self.ipc * self.num_classes,  # type: ignore[operator]
+                "images_stored": max(self.ipc * self.num_classes, stored),  # type: ignore[operator]
                 "numbers_stored": self.decoder.numbers(),
                 "bytes_stored": self.decoder.bytes(),
             }

@@ -10,7 +10,7 @@ from fits import SMALL, Losses, make_trainer, small_data
 from ftd_lightning import SyntheticSet, TrajectoryMatching
 from ftd_lightning.callbacks import SyntheticEMA
 from ftd_lightning.contracts import ImageShape
-from ftd_lightning.decoders import Bases, Decoder, Flip, Frequencies, Gaussians, MultiFormation
+from ftd_lightning.decoders import Bases, Decoder, Flip, Frequencies, Gaussians, Generator, MultiFormation
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import unroll
 from ftd_lightning.models import ConvNet
@@ -18,6 +18,7 @@ from ftd_lightning.modules import BilevelDistillation, DistributionMatching, Gra
 
 SHAPE = ImageShape(2, 3, [8, 12])  # 192 numbers an image
 KINDS = [MultiFormation(2), Flip(), Bases(4, 2), Frequencies(24), Gaussians(6, fit_steps=50)]
+GENERATORS = [Generator(4, 5, 4), Generator(4, 5, 4, learn_noise=False, seed=1)]
 LINEAR = [MultiFormation(2), Flip(), Frequencies(24)]
 
 
@@ -69,13 +70,34 @@ def test_of_cifar_10_as_published():
     assert MultiFormation(2).images_per_class(10, shape) == 40
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + GENERATORS)
 def test_an_index_decodes_some_images_and_any_device_dtype_is_kept(kind):
     decoder = fitted(kind)
     whole, index = decoder.decode(decoder.parameters()), torch.tensor([4, 1, 1])
     torch.testing.assert_close(decoder.decode(decoder.parameters(), index), whole[index], rtol=0, atol=1e-14)
     assert whole.dtype == torch.float64
     assert torch.equal(decoder.labels(index), decoder.labels()[index])
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_generator_counts_its_weights_and_the_noise_that_it_learns(kind):
+    decoder = fitted(kind)
+    weights = (5 + 3) * 64 + 64 * 8 * 2 * 3 + 8 * 4 * 9 + 4 * 2 * 9 + 2  # linear twice, convolutions twice, a bias
+    assert decoder.numbers() == weights + 2 * (64 + 8 * 2 * 3 + 4) + kind.learn_noise * 12 * 5
+    assert kind.images_per_class(1, SHAPE) == kind.images_per_class(50, SHAPE) == 4
+    images = decoder.decode(decoder.parameters())
+    assert images.shape == (12, 2, 8, 12)
+    assert 1 < float(images.abs().max()) < 2
+    first = images.unflatten(0, (3, 4))[:, 0]
+    assert float((first - first.mean(0)).abs().max()) > 0.1, "classes differ"
+    other, again = (fitted(type(kind)(4, 5, 4, kind.learn_noise, seed)) for seed in (2, kind.seed))
+    assert torch.equal(again.decode(again.parameters()), images)
+    assert not torch.allclose(other.decode(other.parameters()), images)
+    alone = copy.deepcopy(kind)  # as from a file
+    alone.restore(decoder.shape, decoder.labels(), decoder.parameters())
+    assert torch.equal(alone.decode(decoder.parameters()), images)
+    with pytest.raises(InputError, match="multiples of 4 px, not of 6"):
+        kind.images_per_class(1, ImageShape(1, 3, 6))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +132,7 @@ def test_identities():
     assert torch.equal(bases.decode(given), images)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + GENERATORS)
 @pytest.mark.parametrize("steps", [3])
 def test_the_gradient_through_training_is_that_of_the_graph_and_of_differences(kind, steps):
     decoder, network = fitted(kind), ConvNet(2, 3, [8, 12], **SMALL).double()
@@ -162,7 +184,7 @@ def test_every_method_learns_through_a_decoder(method, trajectories, tmp_path):
     assert torch.equal(decoder.decode(made.codes), made.images), "the parameters alone give the images"
 
 
-@pytest.mark.parametrize("kind", [Frequencies(16), Bases(5, 2)])
+@pytest.mark.parametrize("kind", [Frequencies(16), Bases(5, 2), Generator(4, 5, 4)])
 def test_a_resumed_fit_is_exact_and_a_checkpoint_loads_alone(kind, trajectories, tmp_path):
     def fit(folder, steps, **given):
         module = module_of(TrajectoryMatching, trajectories, decoder=copy.deepcopy(kind), lr_images=1.0)

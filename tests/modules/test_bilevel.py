@@ -5,6 +5,7 @@ import torch
 from fits import SMALL, Losses, make_trainer, small_data
 from torch.nn.functional import cross_entropy
 
+from ftd_lightning.decoders import Generator
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import InnerAdam, InnerSGD, flatten_parameters, make_generator
 from ftd_lightning.functional.inner_step import student_logits
@@ -16,6 +17,14 @@ SETTINGS = {
     "dd": {"schedule": "fixed", "init": "noise", "syn_batch": 10, "ipc": 2},
     "sldd": {"schedule": "fixed", "rules": [LearnedLabels(lr=0.01, init="one_hot")]},
     "bptt": {"augment": "crop_scale", "syn_batch": 4},
+    "gtn": {
+        "decoder": Generator(2, 5, 4),
+        "schedule": "fixed",
+        "syn_batch": 10,
+        "path": True,
+        "optimizer": InnerSGD(momentum=0.5),
+        "lr_momentum": 0.01,
+    },
     "momentum": {"optimizer": InnerSGD(momentum=0.9, weight_decay=1e-3)},
     "rat-bptt": {"optimizer": InnerAdam(), "window": 2, "clip": 2.0, "step_size_init": 0.01, "lr_step_size": 0.0},
 }
@@ -35,10 +44,11 @@ def distil(folder, *, steps=4, trainer=None, **options) -> BilevelDistillation:
 def learned(module):
     state = module.trainer.optimizers[0].state.values()
     moments = [value for entry in state for key, value in sorted(entry.items())]
-    return [value.detach().clone() for value in (module.images, module.step_size, module.exported_labels(), *moments)]
+    values = (module.images, module.exported_labels(), *module.learned().values(), *moments)
+    return [value.detach().clone() for value in values]
 
 
-@pytest.mark.parametrize("name", ["dd", "sldd", "rat-bptt"])
+@pytest.mark.parametrize("name", ["dd", "sldd", "rat-bptt", "gtn"])
 def test_a_run_resumes_exactly_and_its_checkpoint_stands_alone(tmp_path, name):
     options = SETTINGS[name]
     whole = distil(tmp_path / "whole", steps=6, **options)
@@ -56,7 +66,7 @@ def test_a_run_resumes_exactly_and_its_checkpoint_stands_alone(tmp_path, name):
     )
     for value in ("images", "labels", "step_size"):
         assert torch.equal(getattr(ours, value), getattr(theirs, value))
-    assert (ours.metadata["method"], theirs.metadata["method"]) == (rest.method, rest.method)
+    assert ours.metadata["method"] == theirs.metadata["method"] == rest.method + "+generator" * (name == "gtn")
     if name == "rat-bptt":
         assert float(ours.step_size) == pytest.approx(0.01), "a set for Adam carries a learning rate for SGD"
     distil(tmp_path / "half", steps=1, **options)  # its settings are those of the set that lies there
@@ -64,6 +74,7 @@ def test_a_run_resumes_exactly_and_its_checkpoint_stands_alone(tmp_path, name):
 
 def test_methods_are_named_by_their_settings():
     names = {name: bilevel(**options).method for name, options in SETTINGS.items()}
+    assert names.pop("gtn") == "gtn"
     assert names == {"dd": "dd", "sldd": "dd+labels", "bptt": "bptt", "momentum": "bptt", "rat-bptt": "rat-bptt"}
 
 
@@ -84,6 +95,40 @@ def test_the_loss_is_that_of_real_images_after_training_on_the_set(tmp_path):
     (wanted,) = torch.autograd.grad(meta, images)
     (gradient,) = torch.autograd.grad(found, module.images)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_gtn_measures_real_images_after_every_step_and_learns_a_momentum_for_each(tmp_path):
+    """A transcription of an iteration with the full graph of plain torch, over all real batches at once."""
+    module = distil(tmp_path, steps=1, **SETTINGS["gtn"])
+    assert module.momentum.shape == module.step_size.shape == (4,)
+    assert module.momentum.ne(0.5).tolist() == [False, True, True, True], "the first velocity is 0"
+    made = module.synthetic_set().metadata
+    assert made["inner_momentum"] == module.momentum.tolist()
+    assert made["images_stored"] == -(-module.decoder.numbers() // 64) > len(module.images) == 20
+    network = module.fresh.build(0, "network", 7, 0)
+    weights, velocity, total = flatten_parameters(network).requires_grad_(), 0.0, 0.0
+    images, sizes, momentum = module.images.detach().clone().requires_grad_(), module.step_size, module.momentum
+    real = module.real_images()
+    for step, index in enumerate(module._batches(7, 0)):
+        loss = cross_entropy(student_logits(network, weights, images[index]), module.labels[index])
+        velocity = momentum[step] * velocity + torch.autograd.grad(loss, weights, create_graph=True)[0]
+        weights = weights - sizes[step] * velocity
+        keys = (7, 0) if step == 3 else (7, 0, step)
+        drawn = torch.randperm(len(real.labels), generator=make_generator(0, "real", *keys))[:32]
+        total = total + cross_entropy(student_logits(network, weights, real.images[drawn]), real.labels[drawn])
+    module.images = images
+    found = module._loss_of(7, 0)
+    torch.testing.assert_close(found, total)
+    wanted, ours = (torch.autograd.grad(value, [images, sizes, momentum]) for value in (total, found))
+    for one, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_momentum_stays_in_its_range(tmp_path):
+    options = {**SETTINGS["gtn"], "lr_momentum": 10.0}
+    first, *others = distil(tmp_path, steps=1, **options).momentum.tolist()
+    assert first == 0.5
+    assert {round(value, 6) for value in others} <= {0.0, 0.999}
 
 
 def test_steps_in_bf16_move_images_as_float32_nearly(tmp_path):
@@ -194,6 +239,7 @@ def test_what_has_learning_rate_0_has_no_gradient(tmp_path):
         ({"schedule": "random"}, "schedule='random' is unknown"),
         ({"optimizer": {"class_path": "InnerRMSProp"}}, "is no InnerOptimizer: choose from InnerAdam, InnerSGD"),
         ({"optimizer": {"class_path": "InnerSGD", "init_args": {"beta": 1}}}, "optimizer: InnerSGD: "),
+        ({"lr_momentum": 0.1}, "lr_momentum: there is no momentum to learn: give optimizer an InnerSGD"),
         ({"rules": [ClosestStep()]}, "ClosestStep asks teachers"),
         ({"network": torch.nn.Linear(1, 1)}, "several fresh networks are needed"),
     ],
