@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from fits import record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ftd_lightning.commands.parameters import export_parameters, import_parameters
+from ftd_lightning.core.arguments import plain
+from ftd_lightning.decoders import MultiFormation
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore, Whitening, schema
 from ftd_lightning.files.safetensors_io import DTYPES, KEY, TensorFile, write_tensors
@@ -49,7 +53,15 @@ def read_whitening(path):
     return [found.mean, found.inverse, found.matrix], found.describe()
 
 
+def read_parameters(path):
+    out = path.with_name("imported.safetensors")
+    out.unlink(missing_ok=True)
+    import_parameters(path, out)
+    return read_set(out)
+
+
 READERS = {
+    "exported/parameters.safetensors": read_parameters,
     "set.safetensors": read_set,
     "store/teacher_0000.safetensors": read_store,
     "other/data.safetensors": read_data,
@@ -67,6 +79,10 @@ def folder(tmp_path_factory):
     metadata = {"method": "ftd", "iterations": 3, "settings": {"ipc": 1}, "scores": {"raw": {"mean": 0.5}}}
     made = SyntheticSet(images, torch.tensor([0, 1]), torch.tensor(0.5), images / 2, ["a", "b"], whitening, metadata)
     made.save(folder / "set.safetensors")
+    decoder = {"decoder": plain(MultiFormation(1))}
+    decoded = replace(made, metadata={**metadata, **decoder}, codes={"images": images})
+    decoded.save(folder / "decoded.safetensors")
+    export_parameters(folder / "decoded.safetensors", folder / "exported")
     for name in ("store", "other"):
         record(folder / name, teachers=1, epochs=1).rename(folder / name / "moved")
         for path in (folder / name / "moved").iterdir():

@@ -28,6 +28,16 @@ OPTIONS = ("image_size", "val_fraction", "max_per_class", "seed")  # which image
 OF_FILE = ("kind", "format", "class_names", "transform", "shape", "images", "ema", "ema_initial_weight")
 
 
+def _dataset(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    recorded = metadata.get("dataset")
+    return recorded if isinstance(recorded, dict) else {"name": recorded}
+
+
+def _found_again(dataset: Mapping[str, Any]) -> bool:
+    """Tell whether any machine can read a data set by its name."""
+    return (name := str(dataset.get("name"))) in DATASETS and name not in HERE_ALONE
+
+
 def export_parameters(path: Path, folder: Path, *, ema: bool = False) -> int:
     """Write the parameters of a set as ``parameters.safetensors``; arguments and result are those of ``export``.
 
@@ -42,9 +52,7 @@ def export_parameters(path: Path, folder: Path, *, ema: bool = False) -> int:
     given = {"labels": synthetic.labels, "step_size": synthetic.step_size}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     tensors |= {f"{CODES}{name}": tensor for name, tensor in synthetic.codes.items()}
-    dataset = synthetic.metadata.get("dataset")
-    name = dataset.get("name") if isinstance(dataset, dict) else dataset
-    if name not in DATASETS or name in HERE_ALONE:
+    if not _found_again(_dataset(synthetic.metadata)):
         tensors |= {f"{PREFIX}{key}": tensor for key, tensor in synthetic.transform.tensors().items()}
     metadata = {
         **synthetic.metadata,
@@ -60,14 +68,15 @@ def export_parameters(path: Path, folder: Path, *, ema: bool = False) -> int:
 
 def _transform(file: TensorFile, root: Path) -> ImageTransform:
     """Read the transform, or fit a whitening that was left out on the training images again."""
-    described, tensors = file.metadata["transform"], file.with_prefix(PREFIX)
-    if described.get("kind") != "zca" or tensors:
+    described, tensors, dataset = file.metadata["transform"], file.with_prefix(PREFIX), _dataset(file.metadata)
+    if described.get("kind") != "zca" or tensors or not _found_again(dataset):
         return load_transform(described, tensors, where=file.path)
-    recorded = file.metadata.get("dataset")
-    recorded = recorded if isinstance(recorded, dict) else {"name": recorded}
-    options = {key: recorded[key] for key in OPTIONS if key in recorded}
-    data = DistillationDataModule(str(recorded.get("name")), str(root), zca=True, zca_eps=described["eps"], **options)
-    data.setup()
+    options = {key: dataset[key] for key in OPTIONS if key in dataset}
+    try:
+        data = DistillationDataModule(dataset["name"], str(root), zca=True, zca_eps=described.get("eps"), **options)
+        data.setup()
+    except (TypeError, ValueError) as error:  # odd options, or images that are not in root
+        raise InputError(f"{file.path}: its whitening cannot be fitted again: {error}") from error
     if data.transform.describe() != described:
         raise InputError(f"{file.path}: was whitened by other images than those in {root}")
     return data.transform

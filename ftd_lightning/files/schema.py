@@ -104,7 +104,10 @@ SET_METADATA: dict[str, Rule] = {
 PARAMETERS_METADATA: dict[str, Rule] = {
     "decoder": SET_METADATA["decoder"],
     "class_names": (lambda value: bool(value) and NAMES[0](value), "a list of at least one name"),
-    "shape": (lambda value: _is_list(value, _is_count) and len(value) == 3, "a list of C, H and W"),
+    "shape": (
+        lambda value: _is_list(value, lambda size: _is_count(size) and 0 < size <= 1024) and len(value) == 3,
+        "a list of C, H and W, each in 1..1024,",
+    ),
     "transform": MAPPING,
     "images": TEXT,
 }

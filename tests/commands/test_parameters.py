@@ -99,7 +99,7 @@ def spoilt(tensors: dict, old: dict) -> dict:
         (without("codes.positions"), "does not decode to images"),
         (without("labels"), "has no tensor 'labels'"),
         (spoilt, "does not decode to images"),
-        (wrong("shape", [1, 8]), "shape is [1, 8], a list of C, H and W is needed"),
+        (wrong("shape", [1, 8]), "shape is [1, 8], a list of C, H and W, each in 1..1024, is needed"),
         (wrong("shape", [2, 8, 8]), "does not decode to images"),
         (wrong("class_names", []), "a list of at least one name is needed"),
         (wrong("decoder", "canary.Net"), "decoder is 'canary.Net', a mapping of class_path and init_args is needed"),
