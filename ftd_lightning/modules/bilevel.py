@@ -52,7 +52,7 @@ Schedule = Literal["shuffled", "fixed"]
 # Rule hooks that need teachers; this method has none.
 OF_TEACHERS = ("begin", "compared", "keep", "distance", "start_epochs", "initial_images")
 LARGEST_MOMENTUM = 0.999
-EVALUATION_LR = 0.01  # of SGD, for sets whose inner optimizer is another
+EVALUATION_LR = 0.01  # of SGD with its own momentum, for sets whose inner optimizer is another
 
 
 class BilevelDistillation(Distillation):
@@ -147,8 +147,9 @@ class BilevelDistillation(Distillation):
         self.optimizer = inner_optimizer(optimizer)
         if lr_momentum and not (isinstance(self.optimizer, InnerSGD) and self.optimizer.momentum):
             raise InputError("lr_momentum: there is no momentum to learn: give optimizer an InnerSGD(momentum=...)")
-        if self.continued is not None and isinstance(self.optimizer, InnerAdam):
-            self.continued.step_size = None  # not Adam's: see ``synthetic_set``
+        self._of_its_own = isinstance(self.optimizer, InnerAdam) or lr_momentum > 0  # step sizes are for it alone
+        if self.continued is not None and self._of_its_own:
+            self.continued.step_size = None  # see ``synthetic_set``
         self.save_arguments(locals(), optimizer=self.optimizer)
         for hook in OF_TEACHERS:
             if asking := having(self.rules, hook):
@@ -289,10 +290,13 @@ class BilevelDistillation(Distillation):
         return settings
 
     def describe(self) -> dict[str, Any]:
-        """Add the learned momentum to the set's metadata."""
-        return super().describe() | ({} if self.momentum is None else {"inner_momentum": self.momentum.tolist()})
+        """Add the learned momentum, and the step sizes that belong to it, to the set's metadata."""
+        described = super().describe()
+        if self.momentum is not None:
+            described |= {"inner_momentum": self.momentum.tolist(), "inner_step_size": self.step_size.tolist()}
+        return described
 
     def synthetic_set(self) -> SyntheticSet:
-        """Return the set; one that was made for Adam carries 0.01, because evaluations train by SGD."""
+        """Return the set; one that was made for Adam or a learned momentum carries 0.01, for evaluations by SGD."""
         made = super().synthetic_set()
-        return replace(made, step_size=torch.tensor(EVALUATION_LR)) if isinstance(self.optimizer, InnerAdam) else made
+        return replace(made, step_size=torch.tensor(EVALUATION_LR)) if self._of_its_own else made

@@ -8,11 +8,11 @@ from fits import refusal, rewrite, small_data
 
 from ftd_lightning import SyntheticSet, cli
 from ftd_lightning.core.arguments import plain
-from ftd_lightning.decoders import Bases, Decoder, Flip, Frequencies, Gaussians, MultiFormation
+from ftd_lightning.decoders import Bases, Decoder, Flip, Frequencies, Gaussians, Generator, MultiFormation
 from ftd_lightning.files.safetensors_io import TensorFile
 
 FILE = "out/parameters.safetensors"
-DECODERS = [MultiFormation(2), Flip(), Bases(5, 1), Frequencies(16), Gaussians(3, fit_steps=2)]
+DECODERS = [MultiFormation(2), Flip(), Bases(5, 1), Frequencies(16), Gaussians(3, fit_steps=2), Generator(4, 5, 4)]
 
 
 def made(decoder: Decoder, *, dataset: str = "digits", **options: object) -> SyntheticSet:

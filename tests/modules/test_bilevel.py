@@ -67,8 +67,8 @@ def test_a_run_resumes_exactly_and_its_checkpoint_stands_alone(tmp_path, name):
     for value in ("images", "labels", "step_size"):
         assert torch.equal(getattr(ours, value), getattr(theirs, value))
     assert ours.metadata["method"] == theirs.metadata["method"] == rest.method + "+generator" * (name == "gtn")
-    if name == "rat-bptt":
-        assert float(ours.step_size) == pytest.approx(0.01), "a set for Adam carries a learning rate for SGD"
+    if name in ("rat-bptt", "gtn"):
+        assert float(ours.step_size) == pytest.approx(0.01), "it is a learning rate for SGD"
     distil(tmp_path / "half", steps=1, **options)  # its settings are those of the set that lies there
 
 
@@ -104,6 +104,7 @@ def test_gtn_measures_real_images_after_every_step_and_learns_a_momentum_for_eac
     assert module.momentum.ne(0.5).tolist() == [False, True, True, True], "the first velocity is 0"
     made = module.synthetic_set().metadata
     assert made["inner_momentum"] == module.momentum.tolist()
+    assert made["inner_step_size"] == module.step_size.tolist()
     assert made["images_stored"] == -(-module.decoder.numbers() // 64) > len(module.images) == 20
     network = module.fresh.build(0, "network", 7, 0)
     weights, velocity, total = flatten_parameters(network).requires_grad_(), 0.0, 0.0
