@@ -29,6 +29,7 @@ CLASSES = {
     "distill_dd": "BilevelDistillation",
     "distill_bptt": "BilevelDistillation",
     "distill_rat_bptt": "BilevelDistillation",
+    "distill_gtn": "BilevelDistillation",
 }
 
 
