@@ -177,7 +177,7 @@ class TrajectoryStore:
             return None
         found = load_store_data(path)
         if differences(self.metadata, {"transform": found.transform.describe()}):
-            raise InputError(f"{path}: has another transform than the teachers; delete this file")
+            raise InputError(f"{path}: has another transform than {self.files[0]}; delete this file")
         return found
 
     @property

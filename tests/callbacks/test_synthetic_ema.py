@@ -26,8 +26,8 @@ def test_the_average_starts_at_the_initial_images(tmp_path: Path, trajectories: 
     expected = module.initial_images.clone()
     for present in images.seen:
         expected = 0.6 * expected + 0.4 * present
-    torch.testing.assert_close(average.average, expected)
-    assert torch.equal(module.synthetic_set().ema_images, average.average)
+    torch.testing.assert_close(average.average, {"images": expected})
+    assert torch.equal(module.synthetic_set().ema_images, average.average["images"])
 
 
 def test_bias_correction_takes_the_initial_images_out(tmp_path: Path, trajectories: Path) -> None:
@@ -35,7 +35,7 @@ def test_bias_correction_takes_the_initial_images_out(tmp_path: Path, trajectori
     module = distil(tmp_path, trajectories, steps=7, callbacks=[corrected, images])
     weights = [0.9999 ** (7 - update) for update in range(1, 8)]
     weighted = [weight * present.double() for weight, present in zip(weights, images.seen, strict=True)]
-    torch.testing.assert_close(corrected.average, (sum(weighted) / sum(weights)).float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(corrected.average["images"], (sum(weighted) / sum(weights)).float(), rtol=0, atol=1e-5)
     assert module.synthetic_set().metadata["ema_initial_weight"] == pytest.approx(0, abs=1e-6)
 
 
