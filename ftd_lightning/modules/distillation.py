@@ -582,3 +582,4 @@ class Distillation(BaseModule):
             self._loaded = checkpoint["state_dict"]
             self._loaded_shape = checkpoint.get(KEY, {}).get("shape")
         super().on_load_checkpoint(checkpoint)
+        self._loaded = {}  # nothing is built after this

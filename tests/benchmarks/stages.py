@@ -156,7 +156,7 @@ def cell(options: argparse.Namespace, seconds: float) -> None:
 
 def work_on(stage: str, log: str, seconds: float, options: argparse.Namespace) -> None:
     """Be the process of a stage, in the working folder."""
-    os.setpgid(0, 0)  # whoever ends it ends the fits that it started
+    os.setpgid(0, 0)  # killing the group kills its fits, too
     os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
     os.chdir(options.work)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
