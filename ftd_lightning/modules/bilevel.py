@@ -180,10 +180,19 @@ class BilevelDistillation(Distillation):
 
     def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
         """Average the losses of this rank's networks."""
-        count = self.hparams["networks_per_step"]
-        slots = range(self.global_rank * count, (self.global_rank + 1) * count)
         with torch.autocast(self.device.type, enabled=False):  # the backward run is not under it either
-            return self.log_loss(torch.stack([self._loss_of(batch["iteration"], slot) for slot in slots]).mean())
+            losses = [self._loss_of(batch["iteration"], slot) for slot in self._slots()]
+            return self.log_loss(torch.stack(losses).mean())
+
+    def _slots(self) -> range:
+        """Return the numbers of this rank's networks."""
+        count = self.hparams["networks_per_step"]
+        return range(self.global_rank * count, (self.global_rank + 1) * count)
+
+    def used_images(self, batch: dict[str, int]) -> Tensor:
+        """Return the images in the mini-batches of the inner steps, those before the window too."""
+        drawn = [index for slot in self._slots() for index in self._batches(batch["iteration"], slot)]
+        return torch.cat(drawn).unique()
 
     def _loss_of(self, iteration: int, slot: int) -> Tensor:
         """Train a network on the set, and measure real images at its weights."""
@@ -197,7 +206,7 @@ class BilevelDistillation(Distillation):
             self.images,
             labels,
             self.step_size[:steps] if self.step_size.ndim else self.step_size,
-            batches=self._batches(*keys)[:steps],
+            batches=self._batches(*keys),
             augment=self.augment or None,
             seed=derive_seed(self.seed, "dsa", *keys),
             compile=hparams["compile"],
@@ -238,8 +247,8 @@ class BilevelDistillation(Distillation):
         return skip + window, skip
 
     def _batches(self, iteration: int, slot: int) -> list[Tensor]:
-        """Return the mini-batches of all inner steps."""
-        count, steps, size = len(self.images), self.hparams["syn_steps"], self.hparams["syn_batch"]
+        """Return the mini-batches of the inner steps up to the window's end."""
+        count, (steps, _), size = len(self.labels), self.draw_window(iteration, slot), self.hparams["syn_batch"]
         if self.hparams["schedule"] == "shuffled":
             return chunked_permutations(count, steps, self.generator("batches", iteration, slot), batch_size=size)
         # The first image of every class, then the second of every class, and so on.

@@ -103,8 +103,8 @@ class Distillation(BaseModule):
         decoder: makes the images out of other parameters, which are learned in their place; see ``decoders.Decoder``.
 
     Attributes:
-        images: (N, C, H, W) parameter, class by class; N is ipc * K, or the sum of a list. With a decoder, its images,
-            decoded anew in every iteration.
+        images: (N, C, H, W) parameter, class by class; N is ipc * K, or the sum of a list. With a decoder, the images
+            that an iteration starts with; of those that it does not use, older ones.
         decoder: the decoder, or None.
         codes: with a decoder, its parameters by name.
         labels: (N,) int64, the classes that the images are made for.
@@ -221,11 +221,15 @@ class Distillation(BaseModule):
         )
         self._decode()
 
-    def _decode(self, *, learn: bool = False) -> None:
-        """Decode the present images; ``learn``: with the graph that leads their gradient to the parameters."""
+    def _decode(self) -> None:
+        """Decode the present images, without a graph."""
         if self.decoder is not None:
-            with torch.set_grad_enabled(learn):
+            with torch.no_grad():
                 self.images = self.decoder.decode(dict(self.codes.items()))
+
+    def used_images(self, batch: Any) -> Tensor | None:
+        """Return which images an iteration uses, (n,) int64 without repetition; None: all."""
+        return None
 
     def _continued_images(self) -> Images:
         """Return images and classes of the set to continue from; refuse one of other data."""
@@ -315,6 +319,7 @@ class Distillation(BaseModule):
 
     def learned_images(self) -> dict[str, Tensor]:
         """Return the live images; see ``contracts.LearnsSet``."""
+        self._decode()
         ema = self.ema_images
         return {"raw": self.images, **({} if ema is None else {"ema": ema})}
 
@@ -482,8 +487,14 @@ class Distillation(BaseModule):
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """Decode the images of the iteration."""
-        self._decode(learn=True)
+        """Decode the images of the iteration, with the graph that leads their gradient to the parameters."""
+        if self.decoder is not None:
+            codes, used = dict(self.codes.items()), self.used_images(batch)
+            if used is None or len(used) == len(self.labels):
+                self.images = self.decoder.decode(codes)
+            else:  # the others stay as they were, and are not used
+                used = to_device(used, self.device)
+                self.images = self.images.detach().index_copy(0, used, self.decoder.decode(codes, used))
         return None
 
     def log_loss(self, loss: Tensor) -> Tensor:
@@ -548,7 +559,6 @@ class Distillation(BaseModule):
         if self._lr_step_size is not None:
             with torch.no_grad():
                 self.step_size.clamp_(min=SMALLEST_STEP_SIZE)
-        self._decode()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Store a teacher's labels; log step size and skipped steps; stop a run that only diverges."""
@@ -562,6 +572,10 @@ class Distillation(BaseModule):
             self.soft_labels.end_step(self.step_was_applied())
         if self.device.type == "cpu" or self.global_step % MAX_SKIPPED == 0:  # reading a number is free on a CPU only
             self._guard.check(self.global_step - 1)
+
+    def on_train_end(self) -> None:
+        """Decode the images that were learned."""
+        self._decode()
 
     def extra_state(self) -> dict[str, Any]:
         """Return the counts that the set records."""

@@ -219,12 +219,7 @@ class TrajectoryMatching(Distillation):
             self.images,
             labels,
             self.step_size,
-            batches=chunked_permutations(
-                len(self.images),
-                hparams["syn_steps"],
-                self.generator("batches", iteration, slot),
-                batch_size=hparams["syn_batch"],
-            ),
+            batches=self._batches(segment),
             augment=self.augment or None,
             seed=derive_seed(self.seed, "dsa", iteration, slot),
             unroll=hparams["unroll"],
@@ -232,6 +227,19 @@ class TrajectoryMatching(Distillation):
             compile=hparams["compile"],
             precision=hparams["precision"],
         )
+
+    def _batches(self, segment: SegmentBatch) -> list[Tensor]:
+        """Return the mini-batches of a segment's inner steps."""
+        return chunked_permutations(
+            len(self.labels),
+            self.hparams["syn_steps"],
+            self.generator("batches", segment["iteration"], segment["slot"]),
+            batch_size=self.hparams["syn_batch"],
+        )
+
+    def used_images(self, batch: list[SegmentBatch]) -> Tensor:
+        """Return the images in the mini-batches of the segments."""
+        return torch.cat([index for segment in batch for index in self._batches(segment)]).unique()
 
     def _recorded_teachers(self, real: Images) -> RecordedTeachers:
         device = self.trainer.strategy.root_device if self.attached else self.device

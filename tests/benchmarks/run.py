@@ -1,7 +1,7 @@
 """Print how many times as fast this library is as plain loops in eager float32: the seconds of theirs over its own.
 
     make bench
-    PYTHONPATH=tests python -m benchmarks.run [--parts teacher matching memory evaluation host] [--quick]
+    PYTHONPATH=tests python -m benchmarks.run [--parts teacher matching decoders memory evaluation host] [--quick]
 
 Both sides take turns, because what else the machine does then meets both alike. They see the same weights, images,
 mini-batches and augmentations, in one process with the allocator as ``ftd`` sets it. "As it is run": the plain loop has
@@ -36,10 +36,13 @@ from benchmarks.host import host_pairs
 from benchmarks.reference import Batches, gsam_epoch, matching_loss, sample_loader, train_network
 from ftd_lightning import DistillationDataModule, FlatTeacher
 from ftd_lightning.cli import keep_freed_memory
+from ftd_lightning.contracts import ImageShape
 from ftd_lightning.core.evaluation import EvaluationProtocol, train_fresh_networks
 from ftd_lightning.core.losses import IndependentLosses
 from ftd_lightning.core.module import computes_bf16
+from ftd_lightning.decoders import Bases, Decoder, Flip, Frequencies, Gaussians, MultiFormation
 from ftd_lightning.functional import (
+    chunked_permutations,
     derive_seed,
     dsa,
     flatten_parameters,
@@ -244,20 +247,72 @@ def measure_matching(quick: bool, repeats: int) -> Iterator[Row]:
         yield in_turns(f"matching step, width {width}, ipc 1, {steps} inner steps, compiled", step, ours, repeats)
 
 
-def added_memory(width: int, steps: int, **ours: Any) -> float:
+# Decoders: a step of matching from their parameters, beside one from as many images.
+
+DECODERS = [MultiFormation(2), Bases(16, 2), Frequencies(64), Gaussians(22, fit_steps=1), Flip()]
+
+
+def decoded_problem(decoder: Decoder, width: int) -> Problem:
+    """Make a problem of the images that the numbers of one image for each class are decoded to."""
+    case = problem(decoder.images_per_class(1, ImageShape(3, 10, 32)), width=width, depth=3)
+    decoder.fit(case.images.detach(), case.labels)
+    return case
+
+
+def decoded_step(case: Problem, decoder: Decoder | None, steps: int, *, compile: bool) -> None:  # noqa: A002
+    """Match with 40 images in each inner step: the parameters' gradient, or without a decoder the images'."""
+    learned = [case.images]
+    if decoder is not None:
+        codes = {name: value.clone() for name, value in decoder.parameters().items()}
+        learned = [value.requires_grad_() for value in codes.values() if value.is_floating_point()]
+        case = case._replace(images=decoder.decode(codes))
+    batches = chunked_permutations(len(case.labels), steps, make_generator("batches"), batch_size=40)
+    loss = trajectory_matching_loss(*case, batches=batches, augment=dsa, compile=compile)
+    torch.autograd.grad(loss, learned)
+
+
+def measure_decoders(quick: bool, repeats: int) -> Iterator[Row]:
+    """Compare steps: time, then memory."""
+    width, steps = (4, 2) if quick else (32, 30)
+    for decoder in DECODERS:
+        case, name = decoded_problem(decoder, width), f"{steps} inner steps, width {width}, with {decoder.name}"
+        plain, ours = (partial(decoded_step, case, part, steps, compile=not quick) for part in (None, decoder))
+        yield in_turns(f"matching step of {name} beside without, compiled", plain, {"float32": ours}, repeats)
+        added = []
+        for part in None, decoder:
+            with other_process() as other:
+                added.append(other.submit(added_by_decoding, decoder, part, width, steps).result())
+        yield Row(f"MiB of an eager matching step of {name} beside without", {"float32": [(added[0], added[1])]}, 0.0)
+
+
+def added_by_decoding(decoder: Decoder, part: Decoder | None, width: int, steps: int) -> float:
+    """Return the MiB of a step on the decoder's images, from its parameters or from the images themselves."""
+    case = decoded_problem(decoder, width)
+    return added_memory(lambda steps: decoded_step(case, part, steps, compile=False), steps)
+
+
+# Memory
+
+
+def added_memory(step: Callable[[int], object], steps: int) -> float:
     """Return the MiB that a step adds at its peak to those held before: resident on a CPU, allocated on CUDA."""
-    case = problem(1, width=width)
-    matching_step(case, 1, **ours)  # what libraries allocate once is no part of a step
+    step(1)  # what libraries allocate once is no part of a step
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        matching_step(case, steps, **ours)
+        step(steps)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = int(status.read_text().split("VmRSS:")[1].split()[0])
-    matching_step(case, steps, **ours)
+    step(steps)
     return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) / 1024
+
+
+def added_by_matching(width: int, steps: int, **ours: Any) -> float:
+    """Return the MiB of a matching step."""
+    case = problem(1, width=width)
+    return added_memory(lambda steps: matching_step(case, steps, **ours), steps)
 
 
 def measure_memory(quick: bool, repeats: int) -> Iterator[Row]:
@@ -266,7 +321,7 @@ def measure_memory(quick: bool, repeats: int) -> Iterator[Row]:
         added = []
         for ours in {}, {"compile": False}:
             with other_process() as other:
-                added.append(other.submit(added_memory, width, steps, **ours).result())
+                added.append(other.submit(added_by_matching, width, steps, **ours).result())
         case = f"MiB of an eager matching step, width {width}, ipc 1, {steps} inner steps"
         yield Row(case, {"float32": [(added[0], added[1])]}, 0.0)
 
@@ -315,6 +370,7 @@ def measure_host(quick: bool, repeats: int) -> Iterator[Row]:
 PARTS: dict[str, Callable[[bool, int], Iterator[Row]]] = {
     "teacher": measure_teacher,
     "matching": measure_matching,
+    "decoders": measure_decoders,
     "memory": measure_memory,
     "evaluation": measure_evaluation,
     "host": measure_host,

@@ -184,6 +184,27 @@ def test_every_method_learns_through_a_decoder(method, trajectories, tmp_path):
     assert torch.equal(decoder.decode(made.codes), made.images), "the parameters alone give the images"
 
 
+@pytest.mark.parametrize("method", [TrajectoryMatching, BilevelDistillation])
+def test_an_iteration_decodes_the_images_of_its_mini_batches_alone(method, trajectories, tmp_path, monkeypatch):
+    decode, decoded = MultiFormation.decode, []
+
+    def counted(decoder, parameters, index=None):
+        if torch.is_grad_enabled():
+            decoded.append(40 if index is None else len(index))
+        return decode(decoder, parameters, index)
+
+    def learned(folder):
+        module = module_of(method, trajectories, decoder=MultiFormation(2), syn_batch=10)
+        make_trainer(tmp_path / folder, max_steps=2).fit(module, datamodule=small_data())
+        return module.synthetic_set().images
+
+    monkeypatch.setattr(MultiFormation, "decode", counted)
+    few = learned("few")
+    monkeypatch.setattr(method, "used_images", lambda module, batch: None)
+    torch.testing.assert_close(learned("all"), few, rtol=0, atol=1e-6)
+    assert decoded == [20, 20, 40, 40], "of 2 inner steps"
+
+
 @pytest.mark.parametrize("kind", [Frequencies(16), Bases(5, 2), Generator(4, 5, 4)])
 def test_a_resumed_fit_is_exact_and_a_checkpoint_loads_alone(kind, trajectories, tmp_path):
     def fit(folder, steps, **given):
