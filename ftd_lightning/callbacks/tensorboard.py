@@ -99,7 +99,10 @@ def picture_grid(
 
 def picture_sheet(grids: Mapping[str, Tensor], across: int = 1) -> Tensor:
     """Put grids below one another, or so many side by side, each under its name; (3, height, width) uint8."""
-    return _titled([(_printable(name), grid) for name, grid in grids.items()], across, TITLE)
+    tiles = [(_printable(name), grid) for name, grid in grids.items()]
+    rows = [_titled(tiles[first : first + across], across, TITLE) for first in range(0, len(tiles), across)]
+    width = max(row.shape[2] for row in rows)  # heights differ: each set has its own number of images
+    return torch.cat([functional.pad(row, (0, width - row.shape[2]), value=255) for row in rows], 1)
 
 
 def _printable(name: str) -> str:
@@ -119,6 +122,8 @@ def _titled(tiles: Sequence[tuple[str, Tensor]], across: int, letters: int) -> T
         ImageDraw.Draw(strip).text((0, 0), name, fill="black", font=ImageFont.load_default(letters), spacing=0)
         cell[:, :head] = pil_to_tensor(strip)
         cell[:, head : head + picture.shape[1], : picture.shape[2]] = picture
+    if len(cells) == 1:  # which ``make_grid`` leaves without a margin
+        return functional.pad(cells[0], [GAP] * 4, value=255)
     return make_grid(cells, nrow=across, padding=GAP, pad_value=255)
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from ftd_lightning import SyntheticSet, TrajectoryMatching, TrajectoryStore
 from ftd_lightning.core.arguments import plain
 from ftd_lightning.core.labels import RecordedTeachers
+from ftd_lightning.decoders import MultiFormation
 from ftd_lightning.errors import DivergenceError, InputError
 from ftd_lightning.functional import chunked_permutations, derive_seed, load_flat, make_generator, unroll
 from ftd_lightning.models import ConvNet
@@ -57,18 +58,22 @@ def teachers(tmp_path_factory):
 
 def learned(module):
     """All that an iteration may change, momenta included."""
-    tensors = [module.images, module.step_size, module.exported_labels()]
+    tensors = [*module.averaged().values(), module.step_size, module.exported_labels()]
     optimizer = module.trainer.optimizers[0]
     tensors += [state["momentum_buffer"] for state in optimizer.state.values() if "momentum_buffer" in state]
     return [tensor.detach().clone() for tensor in tensors]
 
 
-@pytest.mark.parametrize("rules", [EACH[1], EACH[2], EACH[-1]], ids=["one-hot", "target-labels", "all"])
-def test_a_run_resumes_exactly_and_its_checkpoint_stands_alone(tmp_path, teachers, rules):
-    whole = distil(tmp_path / "whole", teachers, steps=6, rules=rules)
-    half = distil(tmp_path / "half", teachers, steps=3, rules=rules)
+@pytest.mark.parametrize(
+    ("rules", "decoder"),
+    [(EACH[1], None), (EACH[2], None), (EACH[-1], None), (EACH[2], MultiFormation(2)), (EACH[-1], MultiFormation(2))],
+    ids=["one-hot", "target-labels", "all", "decoded, target-labels", "decoded, all"],
+)
+def test_a_run_resumes_exactly_and_its_checkpoint_stands_alone(tmp_path, teachers, rules, decoder):
+    whole = distil(tmp_path / "whole", teachers, steps=6, rules=rules, decoder=decoder)
+    half = distil(tmp_path / "half", teachers, steps=3, rules=rules, decoder=decoder)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = small_matching(teachers, rules=rules)
+    resumed = small_matching(teachers, rules=rules, decoder=decoder)
     trainer = make_trainer(tmp_path / "rest", max_steps=6)
     trainer.fit(resumed, datamodule=small_data(), ckpt_path=str(tmp_path / "half.ckpt"))
     for value, wanted in zip(learned(resumed), learned(whole), strict=True):
@@ -152,9 +157,10 @@ def run_closed(tmp_path, teachers, closed, steps, **options):
     return module, [*seen, learned(module)]
 
 
+@pytest.mark.parametrize("decoder", [None, MultiFormation(2)], ids=["pixels", "decoded"])
 @pytest.mark.parametrize("labels", [LearnedLabels(lr=1.0), TargetLabels()], ids=["learned", "teacher"])
-def test_a_gated_step_leaves_everything_bit_for_bit(tmp_path, teachers, labels):
-    module, seen = run_closed(tmp_path / "gated", teachers, (2,), 4, rules=[labels])
+def test_a_gated_step_leaves_everything_bit_for_bit(tmp_path, teachers, labels, decoder):
+    module, seen = run_closed(tmp_path / "gated", teachers, (2,), 4, rules=[labels], decoder=decoder)
     # After two steps, the refused third one changes nothing: images, step size, labels, all momenta.
     for before, after in zip(seen[2], seen[3], strict=True):
         assert torch.equal(before, after)
@@ -163,7 +169,7 @@ def test_a_gated_step_leaves_everything_bit_for_bit(tmp_path, teachers, labels):
     assert float(module.trainer.callback_metrics["matching/gated_steps"]) == 1
     assert module.skipped_steps == 0
     # The test can fail: without the gate that step moves all of them.
-    _, free = run_closed(tmp_path / "free", teachers, (), 4, rules=[labels])
+    _, free = run_closed(tmp_path / "free", teachers, (), 4, rules=[labels], decoder=decoder)
     assert all(torch.equal(a, b) for a, b in zip(free[2], seen[2], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(free[2], free[3], strict=True))
 
