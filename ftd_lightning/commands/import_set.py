@@ -215,7 +215,7 @@ def main(arguments: Sequence[str]) -> None:
     if _are_parameters(arguments):
         given = parse_command(import_parameters, "import", arguments)
         synthetic, same = import_parameters(**given)
-        how = "bit for bit" if same else "up to rounding, because another torch or processor decoded them,"
+        how = "bit for bit" if same else "not bit for bit (another torch, processor or decoder decoded them)"
         print(f"{given['out']}: {len(synthetic.images)} images, {how} those that were exported")
         return
     short = {"--logits": "--soft=logits", "--targets": "--soft=targets"}

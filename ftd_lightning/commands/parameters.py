@@ -110,7 +110,7 @@ def import_parameters(parameters: Path, out: Path, *, root: Path = Path("data"))
             images = decoder.decode(codes)
     except Exception as error:  # odd parameters can make a decoder raise anything
         said = " ".join(str(error).split())
-        raise InputError(f"{parameters}: does not decode to images ({said:.200}); export it again") from error
+        raise InputError(f"{parameters}: does not decode to images: {said:.300}") from error
     synthetic = SyntheticSet(
         images,
         labels,

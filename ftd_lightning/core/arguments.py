@@ -22,7 +22,7 @@ def plain(value: Any) -> Any:
     """
     if isinstance(value, (MatchingRule, InnerOptimizer, Decoder)):
         if not is_dataclass(value):
-            raise InputError(f"{type(value).__name__} is a base or no dataclass: name one of its kinds")
+            raise InputError(f"{type(value).__name__} is no dataclass: its fields have to be its options")
         return {"class_path": _path(type(value)), "init_args": plain(asdict(value))}
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
@@ -65,12 +65,17 @@ def decoder_of(decoder: Decoder | Mapping[str, Any] | None) -> Decoder | None:
 
 def _built(base: type[Built], spec: Mapping[str, Any], name: str) -> Built:
     """Build an object of a subclass of ``base``, from its class path and arguments."""
+    if not isinstance(spec, Mapping) or "class_path" not in spec:
+        raise InputError(f"{name}: {spec!r:.90} is no {base.__name__}: give an object, or its class_path and init_args")
     known = {_path(kind): kind for kind in _subclasses(base)}
-    path = str(spec.get("class_path"))
-    by_name = {name.rpartition(".")[2]: kind for name, kind in known.items()}
-    kind = known.get(path) or by_name.get(path.rpartition(".")[2])
+    path, ours = str(spec["class_path"]), __package__.partition(".")[0] + "."
+    short = {found.rpartition(".")[2]: kind for found, kind in known.items() if found.startswith(ours)}
+    kind = known.get(path) or (short.get(path.rpartition(".")[2]) if path.startswith(ours) or "." not in path else None)
     if kind is None:
-        raise InputError(f"{name}: {path!r} is no {base.__name__}: choose from {', '.join(sorted(by_name))}")
+        raise InputError(
+            f"{name}: {path!r} is no {base.__name__}: choose from {', '.join(sorted(short))}, or import your module "
+            "that defines it"
+        )
     try:
         return kind(**spec.get("init_args", {}))
     except TypeError as error:

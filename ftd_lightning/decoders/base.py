@@ -26,6 +26,7 @@ class Decoder(ABC):
 
     Attributes:
         name: short name, appended to the name of the method ("ftd+bases").
+        begins_with_images: it needs as many real images as it makes to begin with; else their shape is enough.
         shape: C, H and W of the images, after :meth:`fit`.
 
     Example:
@@ -51,6 +52,7 @@ class Decoder(ABC):
     """
 
     name: ClassVar[str]
+    begins_with_images: ClassVar[bool] = True
     shape: tuple[int, int, int]
 
     @abstractmethod
@@ -63,7 +65,10 @@ class Decoder(ABC):
 
     @abstractmethod
     def begin(self, images: Tensor) -> dict[str, Tensor]:
-        """Return parameters that decode to images close to these, (N, C, H, W); ``shape`` and ``labels()`` are set."""
+        """Return parameters that decode to images close to these, (N, C, H, W); ``shape`` and ``labels()`` are set.
+
+        A name has no dot, and is none of a dictionary's methods.
+        """
 
     @abstractmethod
     def decode(self, parameters: Mapping[str, Tensor], index: Tensor | None = None) -> Tensor:
@@ -100,8 +105,9 @@ class Decoder(ABC):
         return sum(value.numel() for value in self._parameters.values() if value.is_floating_point())
 
     def bytes(self) -> int:
-        """Return how many bytes the parameters take, positions included; a plain image takes 4 * C * H * W."""
-        return sum(value.numel() * value.element_size() for value in self._parameters.values())
+        """Return how many bytes a file takes for them, positions included; a plain image takes 4 * C * H * W."""
+        positions = [value for value in self._parameters.values() if not value.is_floating_point()]
+        return 4 * self.numbers() + sum(value.numel() * value.element_size() for value in positions)
 
     def at_least_one(self, count: float, least: str) -> int:
         """Round a number of images per class down; refuse 0, and say the least that is needed."""

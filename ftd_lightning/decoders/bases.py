@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.decoders.base import Decoder
 from ftd_lightning.errors import InputError
+from ftd_lightning.functional.seeding import make_generator
 from ftd_lightning.sizes import sides
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ class Bases(Decoder):
     ``image_i = enlarge(sum_b coefficients[i, b] * bases[b])``, bilinearly. There are as many images as the numbers of
     ipc plain ones allow: for CIFAR-10, ipc 1 and 16 bases of half size, 115 of each class.
 
-    It begins with the best approximation of real images (their singular vectors); with ``init="noise"`` of noise, which
-    is closer to the published start.
+    It begins with the best approximation of real images, their singular vectors; ``init="noise"`` begins with that of
+    noise. The published start is smaller noise in both factors. Bases beyond the number of images begin as noise.
 
     Args:
         bases: number of bases.
@@ -61,8 +62,10 @@ class Bases(Decoder):
         """Approximate shrunk images by their first singular vectors, the values shared evenly by both factors."""
         small = interpolate(images, size=self._small(*self.shape[1:]), mode="area").flatten(1)
         left, values, right = torch.linalg.svd(small, full_matrices=False)
-        coefficients, bases = small.new_zeros(len(small), self.bases), small.new_zeros(self.bases, small.shape[1])
         rank, root = min(self.bases, len(values)), values.sqrt()
+        # Bases without an image get a gradient through their coefficients, which are 0, only if they are not 0 too.
+        bases = torch.randn(self.bases, small.shape[1], generator=make_generator(0, "bases")).to(small) * small.std()
+        coefficients = small.new_zeros(len(small), self.bases)
         coefficients[:, :rank], bases[:rank] = (left * root)[:, :rank], (root[:, None] * right)[:rank]
         return {"coefficients": coefficients, "bases": bases}
 
@@ -90,8 +93,8 @@ def cosine_basis(length: int) -> Tensor:
 class Frequencies(Decoder):
     """Stores some coefficients of each image's cosine transform (FreD, Shin et al., NeurIPS 2023).
 
-    Every channel of all images of a class has coefficients at the same positions: those of the largest variance over
-    the images that it begins with, averaged over channels. Positions never change.
+    Every channel of all images of a class has coefficients at the same positions, which never change. Of the channels'
+    mean, these have the largest variance over the images that it begins with; of a single image, the largest squares.
 
     The transform is orthonormal, unlike the published one: published learning rates are to be divided by ``4 H W``,
     1e8 at 32 px is 2.4e4.
@@ -118,7 +121,9 @@ class Frequencies(Decoder):
         """Transform the images and choose the positions of each class, (K, kept) int16 or int32."""
         rows, columns = (cosine_basis(side).to(images) for side in self.shape[1:])
         found = (rows @ images @ columns.T).flatten(2).unflatten(0, (self.num_classes, -1))  # (K, n, C, H * W)
-        positions = found.mean(2).var(1, correction=0).topk(self.kept).indices.sort().values
+        means = found.mean(2)  # (K, n, H * W)
+        varies = means.var(1, correction=0) if means.shape[1] > 1 else means.square().squeeze(1)
+        positions = varies.topk(self.kept).indices.sort().values
         kept = found.gather(3, positions[:, None, None].expand(-1, *found.shape[1:3], -1))
         few = torch.int16 if found.shape[3] <= torch.iinfo(torch.int16).max else torch.int32
         return {"coefficients": kept.flatten(0, 1), "positions": positions.to(few)}

@@ -30,7 +30,8 @@ class Gaussians(Decoder):
 
     A Gaussian has a centre, three entries of the Cholesky factor of its covariance, in pixels, a colour of C channels,
     and a weight: 6 + C numbers, float32 here, where the published ones are bf16 (twice as many images in the same
-    bytes). Left out: supersampling, and the penalty on centres near the border, which are clamped instead.
+    bytes). Centres are clamped to the image, as published. Left out: supersampling, and the penalty on centres near the
+    border: without it, one that crosses the border stays there.
 
     It begins with real images, which the Gaussians are fitted to by Adam.
 

@@ -42,8 +42,8 @@ class Generator(Decoder):
         per_class: images of each class.
         noise: numbers of noise for each image.
         width: maps before the last convolution.
-        learn_noise: learn the noise too, which orders the images (a curriculum), and store it; else it comes from the
-            seed.
+        learn_noise: learn the noise too, and store it, so that each image has its place among the mini-batches (a
+            curriculum, with ``schedule="fixed"``); else it comes from the seed.
         seed: of weights and noise at the start.
     """
 
@@ -54,6 +54,7 @@ class Generator(Decoder):
     seed: int = 0
 
     name: ClassVar[str] = "generator"
+    begins_with_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_bounds(Generator, vars(self))

@@ -85,7 +85,7 @@ class BilevelDistillation(Distillation):
         step_size_init: inner learning rate at the start, > 0.
         fixed_network: train the same initial network in every iteration.
         batch_real: real images per network and iteration.
-        lr_images: learning rate of the pixels.
+        lr_images: learning rate of the pixels, or of a decoder's parameters.
         lr_step_size: learning rate of the step sizes; 0 keeps them.
         lr_momentum: learning rate of the momentum of an ``InnerSGD``, which stays in [0, 0.999]; 0 keeps it.
         path: add the losses after all other steps of the window, each of real images of its own.
@@ -189,8 +189,10 @@ class BilevelDistillation(Distillation):
         count = self.hparams["networks_per_step"]
         return range(self.global_rank * count, (self.global_rank + 1) * count)
 
-    def used_images(self, batch: dict[str, int]) -> Tensor:
+    def used_images(self, batch: dict[str, int]) -> Tensor | None:
         """Return the images in the mini-batches of the inner steps, those before the window too."""
+        if self.hparams["syn_batch"] is None:
+            return None
         drawn = [index for slot in self._slots() for index in self._batches(batch["iteration"], slot)]
         return torch.cat(drawn).unique()
 

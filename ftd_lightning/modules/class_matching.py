@@ -107,8 +107,9 @@ class DistributionMatching(Distillation):
         ipc: synthetic images per class; a list names those of each, in label order.
         init: "real" (random images of each class, as published), "noise", or a set or its file to continue.
         batch_real: real images per class and iteration.
-        lr_images: learning rate of the pixels; 1 as published (10 for CIFAR-10 at 100 images per class and more).
-        momentum: of the pixels.
+        lr_images: learning rate of the pixels, or of a decoder's parameters; of pixels 1 as published (10 for CIFAR-10
+            at 100 images per class and more).
+        momentum: of SGD; None learns by Adam.
         lr_network: the step size that the set carries for its evaluation; nothing is trained with it here.
         augment: DSA, siamese: a strategy, the fields of an ``Augmentation``, or one; "" for none. Resampling has
             ``align_corners`` False by default, as in this line of work.
@@ -128,7 +129,7 @@ class DistributionMatching(Distillation):
         init: Init = "real",
         batch_real: int = 256,
         lr_images: float = 1.0,
-        momentum: float = 0.5,
+        momentum: float | None = 0.5,
         lr_network: float = 0.01,
         augment: dict[str, Any] | str | Augmentation = STRATEGY,
         iterations_per_epoch: int = 100,
@@ -184,8 +185,8 @@ class GradientMatching(Distillation):
         outer_loops: T, iterations on one network. None: as published for this ipc (1, 10, 20, 30, 40 or 50).
         inner_epochs: K, epochs over the synthetic set between two of them. None: as published.
         batch_real: real images per class and iteration.
-        lr_images: learning rate of the pixels.
-        momentum: of the pixels.
+        lr_images: learning rate of the pixels, or of a decoder's parameters.
+        momentum: of SGD; None learns by Adam.
         lr_network: learning rate of the network between iterations, and the step size that the set carries.
         augment: DSA: a strategy, the fields of an ``Augmentation``, or one; "" for none, which is DC. Resampling has
             ``align_corners`` False by default, as in this line of work.
@@ -208,7 +209,7 @@ class GradientMatching(Distillation):
         inner_epochs: int | None = None,
         batch_real: int = 256,
         lr_images: float = 0.1,
-        momentum: float = 0.5,
+        momentum: float | None = 0.5,
         lr_network: float = 0.01,
         augment: dict[str, Any] | str | Augmentation = STRATEGY,
         iterations_per_epoch: int = 100,

@@ -95,7 +95,7 @@ class Distillation(BaseModule):
             or its file, is continued: its images, and its labels and step size where they are learned.
         iterations_per_epoch: iterations that make a Lightning epoch.
         real: images (N, C, H, W) and labels (N,); None takes the datamodule's training images.
-        lr_images: learning rate of the pixels; 0 learns none.
+        lr_images: learning rate of the pixels, or of a decoder's parameters; 0 learns none.
         step_size: initial learning rate that networks are to be trained with on the set; a scalar, or one per step.
         lr_step_size: its learning rate; 0 keeps it, None says that the method has none.
         momentum: of SGD; None learns by Adam.
@@ -187,15 +187,13 @@ class Distillation(BaseModule):
                 self._learn_codes(self.decoder)
         else:
             drawn = self.init in ("real", "noise")
-            start = self.first_images(self.real_images()) if drawn else self._continued_images()
+            start = self._drawn_images() if drawn else self._continued_images()
             images = start.images
-            if self.data is None and drawn and not 0 <= float(images.min()) <= float(images.max()) <= 1:
+            if self.data is None and self.init == "real" and not 0 <= float(images.min()) <= float(images.max()) <= 1:
                 rank_zero_warn(
                     "real= holds images outside [0, 1], and pictures of the set will be clipped: fit with a "
                     "DistillationDataModule.from_datamodule(..., transform=) for their normalisation"
                 )
-            if self.init == "noise":
-                images = torch.randn(images.shape, generator=self.generator("initial noise"))
             self.register_buffer("labels", start.labels.clone())
             if self.decoder is None:
                 self.images = nn.Parameter(images.clone(), requires_grad=self._lr_images > 0)
@@ -213,12 +211,11 @@ class Distillation(BaseModule):
 
     def _learn_codes(self, decoder: Decoder) -> None:
         """Make parameters of a decoder's; integers are not learned."""
-        self.codes = nn.ParameterDict(
-            {
-                name: nn.Parameter(value.clone(), value.is_floating_point() and self._lr_images > 0)
-                for name, value in decoder.parameters().items()
-            }
-        )
+        self.codes, kind = nn.ParameterDict(), type(decoder).__name__
+        for name, value in decoder.parameters().items():
+            if not isinstance(value, Tensor) or "." in name or hasattr(self.codes, name):
+                raise InputError(f"decoder: {kind} cannot have a parameter {name!r}: see Decoder.begin")
+            self.codes[name] = nn.Parameter(value.clone(), value.is_floating_point() and self._lr_images > 0)
         self._decode()
 
     def _decode(self) -> None:
@@ -248,6 +245,22 @@ class Distillation(BaseModule):
                     raise InputError(f"init: {name} of the set is {one!r:.90}, of the data {other!r:.90}")
         return Images(found.images, classes)
 
+    @property
+    def _begins_with_images(self) -> bool:
+        return self.init == "real" and (self.decoder is None or self.decoder.begins_with_images)
+
+    def _drawn_images(self) -> Images:
+        """Draw the real images, or the noise, to start from."""
+        real = self.real_images()
+        if self._begins_with_images:
+            return self.first_images(real)
+        if self.decoder is None:
+            labels = self.first_images(real).labels
+        else:  # may make more of a class than there are real ones
+            labels = torch.arange(int(real.labels.max()) + 1).repeat_interleave(torch.tensor(self.decoded_ipc(real)))
+        noise = torch.randn(len(labels), *real.images.shape[1:], generator=self.generator("initial noise"))
+        return Images(noise, labels)
+
     def first_images(self, real: Images) -> Images:
         """Choose the real images to start from: random ones of each class, class by class."""
         return random_real_images(real, self.decoded_ipc(real), self.seed)
@@ -259,10 +272,10 @@ class Distillation(BaseModule):
         channels, *size = real.images.shape[1:]
         shape = ImageShape(channels, int(real.labels.max()) + 1, as_size(size))
         count, fewest = self.decoder.images_per_class(self.ipc, shape), int(real.labels.bincount().min())
-        if count > fewest:
+        if count > fewest and self._begins_with_images:
             raise InputError(
-                f"decoder: begins with {count} real images of each class, and one has {fewest}; lower ipc, or give the "
-                "decoder other options"
+                f"decoder: begins with {count} real images of each class, and one has {fewest}; give init='noise', a "
+                "lower ipc, or the decoder other options"
             )
         return count
 
@@ -327,7 +340,7 @@ class Distillation(BaseModule):
         """Return the live images, or what is learned in their place; see ``contracts.LearnsSet``."""
         if self.decoder is None:
             return {"images": self.images}
-        return {name: value for name, value in self.codes.items() if value.is_floating_point()}
+        return {f"codes.{name}": value for name, value in self.codes.items() if value.is_floating_point()}
 
     def keep_average(self, average: Mapping[str, Tensor], initial_weight: Tensor, settings: dict[str, Any]) -> None:
         """Take the moving average; see ``contracts.LearnsSet``."""
@@ -340,8 +353,9 @@ class Distillation(BaseModule):
             return None
         if self.decoder is None:
             return self._average["images"]
+        average = {name.removeprefix("codes."): value.to(self.labels.device) for name, value in self._average.items()}
         with torch.no_grad():
-            return self.decoder.decode({**self.codes, **self._average})
+            return self.decoder.decode({**self.codes, **average})
 
     def record_scores(self, scores: dict[str, dict[str, float | int]]) -> None:
         """Add measured accuracies to the current set's metadata."""
@@ -392,9 +406,12 @@ class Distillation(BaseModule):
                 "numbers_stored": self.decoder.numbers(),
                 "bytes_stored": self.decoder.bytes(),
             }
-        codes, images, ema = {}, self.images.detach().cpu().clone(), self.ema_images
-        if self.decoder is not None:  # decoded on the CPU, so that the codes alone give the same bits
+        codes, ema = dict[str, Tensor](), self.ema_images
+        if self.decoder is None:
+            images = self.images.detach().cpu().clone()
+        else:  # decoded on the CPU from what a file holds, so that the codes alone give the same bits
             codes = {name: value.detach().cpu() for name, value in self.codes.items()}
+            codes = {name: value.float() if value.is_floating_point() else value for name, value in codes.items()}
             with torch.no_grad():
                 images = self.decoder.decode(codes)
         return SyntheticSet(
@@ -573,8 +590,8 @@ class Distillation(BaseModule):
         if self.device.type == "cpu" or self.global_step % MAX_SKIPPED == 0:  # reading a number is free on a CPU only
             self._guard.check(self.global_step - 1)
 
-    def on_train_end(self) -> None:
-        """Decode the images that were learned."""
+    def on_fit_end(self) -> None:
+        """Decode the images that were learned, where the trainer left the module."""
         self._decode()
 
     def extra_state(self) -> dict[str, Any]:

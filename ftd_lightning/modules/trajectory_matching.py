@@ -84,7 +84,7 @@ class TrajectoryMatching(Distillation):
         expert_epochs: m, teacher epochs that they match.
         max_start_epoch: segments start at an epoch in {0 .. max_start_epoch - 1}, or as a ``StartWindow`` narrows it.
         syn_batch: synthetic images per inner step; None takes all of them.
-        lr_images: learning rate of the pixels.
+        lr_images: learning rate of the pixels, or of a decoder's parameters.
         lr_step_size: learning rate of the step size; 0 keeps it.
         step_size_init: inner learning rate at the start.
         momentum: of both; None learns by Adam in place of SGD.
@@ -237,8 +237,10 @@ class TrajectoryMatching(Distillation):
             batch_size=self.hparams["syn_batch"],
         )
 
-    def used_images(self, batch: list[SegmentBatch]) -> Tensor:
-        """Return the images in the mini-batches of the segments."""
+    def used_images(self, batch: list[SegmentBatch]) -> Tensor | None:
+        """Return the images in the mini-batches of the segments; all, where teachers label all."""
+        if self.hparams["syn_batch"] is None or isinstance(self.soft_labels, StudentLabels):
+            return None
         return torch.cat([index for segment in batch for index in self._batches(segment)]).unique()
 
     def _recorded_teachers(self, real: Images) -> RecordedTeachers:

@@ -1,7 +1,7 @@
 """Decoders: what they store, their gradients, and the sets that are learned through them."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -32,6 +32,23 @@ def images_of(decoder: Decoder, shape: ImageShape = SHAPE) -> tuple[torch.Tensor
     return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear"), labels
 
 
+@dataclass
+class Named(Decoder):
+    """Stores plain images under a name."""
+
+    of: str
+    name = "named"
+
+    def images_per_class(self, ipc, shape):
+        return ipc
+
+    def begin(self, images):
+        return {self.of: images}
+
+    def decode(self, parameters, index=None):
+        return parameters[self.of] if index is None else parameters[self.of][index]
+
+
 def fitted(kind: Decoder) -> Decoder:
     decoder = copy.deepcopy(kind)
     decoder.fit(*images_of(decoder))
@@ -58,7 +75,7 @@ def test_what_is_stored_is_what_one_plain_image_of_each_class_takes(kind, count,
     assert kind.images_per_class(1, SHAPE) == count
     decoder = fitted(kind)
     assert decoder.numbers() == numbers <= 3 * 2 * 8 * 12
-    assert decoder.bytes() == 8 * numbers + 2 * positions  # float64 and int16
+    assert decoder.bytes() == 4 * numbers + 2 * positions  # float32 and int16
     assert decoder.decode(decoder.parameters()).shape == (3 * count, 2, 8, 12)
     assert decoder.labels().bincount().tolist() == [count] * 3
 
@@ -246,11 +263,16 @@ def test_the_average_is_one_of_parameters(trajectories, tmp_path):
     [
         (MultiFormation(3), {}, "factor=3 does not divide 8 px"),
         (Bases(200, 1), {}, "too few for one Bases image: lower bases"),
-        (Bases(4, 2), {}, "begins with 14 real images of each class, and one has 13"),
+        (Bases(4, 2), {}, "begins with 14 real images of each class, and one has 13; give init='noise'"),
         (Frequencies(65), {}, "kept=65 is more than the 64 frequencies of an image"),
         (Gaussians(22), {}, "too few for one Gaussians image: lower gaussians"),
         (MultiFormation(2), {"ipc": [1] * 10}, "decoder: give one ipc for all classes"),
         ({"class_path": "ftd_lightning.decoders.Gone"}, {}, "is no Decoder: choose from Bases"),
+        ({"class_path": "mine.Flip"}, {}, "'mine.Flip' is no Decoder"),
+        ("Flip", {}, "'Flip' is no Decoder: give an object"),
+        (Flip, {}, "is no Decoder: give an object"),
+        (Named("values"), {}, "Named cannot have a parameter 'values'"),
+        (Named("a.b"), {}, "Named cannot have a parameter 'a.b'"),
     ],
 )
 def test_bad_input_is_one_line(decoder, options, said, trajectories, tmp_path):
@@ -260,6 +282,55 @@ def test_bad_input_is_one_line(decoder, options, said, trajectories, tmp_path):
         )
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_parameter_may_have_the_name_of_another_learned_tensor(trajectories, tmp_path):
+    module = module_of(TrajectoryMatching, trajectories, decoder=Named("step_size"), lr_step_size=1e-3)
+    seen = Losses()
+    make_trainer(tmp_path, max_steps=2, callbacks=[seen]).fit(module, datamodule=small_data())
+    assert not torch.equal(*seen.images)
+    assert module.learned().keys() == {"codes.step_size", "step_size"}
+
+
+@pytest.mark.parametrize(("decoder", "init", "count"), [(Generator(20, 5, 4), "real", 20), (Bases(4, 2), "noise", 14)])
+def test_more_images_than_there_are_real_ones(decoder, init, count, trajectories, tmp_path):
+    module = module_of(BilevelDistillation, trajectories, decoder=decoder, init=init)
+    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=small_data())
+    assert module.synthetic_set().labels.tolist() == [label for label in range(10) for _ in range(count)]
+
+
+def test_of_one_image_the_largest_frequencies_are_kept():
+    decoder, images = Frequencies(24), images_of(Frequencies(24))[0][::4]
+    decoder.fit(images, torch.arange(3))
+    whole = Frequencies(96)
+    whole.fit(images, torch.arange(3))
+    of_class = whole.parameters()["coefficients"].mean(1).square()
+    positions = decoder.parameters()["positions"].long()
+    assert torch.equal(of_class.gather(1, positions).sort().values, of_class.topk(24).values.flip(1))
+
+
+def test_bases_beyond_the_number_of_images_learn():
+    decoder = Bases(20, 1)
+    decoder.fit(torch.randn(3, 2, 8, 12, dtype=torch.float64), torch.arange(3))
+    x = leaves(decoder)
+    decoder.decode(x).square().sum().backward()
+    assert bool((x["coefficients"].grad.abs().sum(0) > 0).all())
+
+
+def test_gaussians_learn_by_adam_with_every_method(trajectories, tmp_path):
+    for method in (DistributionMatching, GradientMatching):
+        module = module_of(method, trajectories, decoder=Gaussians(3, fit_steps=1), momentum=None, lr_images=0.01)
+        make_trainer(tmp_path / method.__name__, max_steps=1).fit(module, datamodule=small_data())
+        assert isinstance(module.trainer.optimizers[0], torch.optim.Adam)
+
+
+def test_a_set_of_float64_is_what_its_file_holds(trajectories, tmp_path):
+    module = module_of(TrajectoryMatching, trajectories, decoder=MultiFormation(2))
+    make_trainer(tmp_path, max_steps=1, precision="64-true").fit(module, datamodule=small_data())
+    made, kept = module.synthetic_set(), SyntheticSet.load(tmp_path / "set.safetensors")
+    assert (made.codes["images"].dtype, made.metadata["bytes_stored"]) == (torch.float32, 2560)
+    assert torch.equal(made.images, kept.images)
+    assert torch.equal(made.codes["images"], kept.codes["images"])
 
 
 def test_options_are_checked():

@@ -49,6 +49,9 @@ EACH = [
 ]
 
 
+DECODED = {"decoder": MultiFormation(2), "syn_batch": 5}  # 15 of 40 images in an iteration
+
+
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     """Good enough to be right about some images of every class."""
@@ -65,15 +68,15 @@ def learned(module):
 
 
 @pytest.mark.parametrize(
-    ("rules", "decoder"),
-    [(EACH[1], None), (EACH[2], None), (EACH[-1], None), (EACH[2], MultiFormation(2)), (EACH[-1], MultiFormation(2))],
+    ("rules", "more"),
+    [(EACH[1], {}), (EACH[2], {}), (EACH[-1], {}), (EACH[2], DECODED), (EACH[-1], DECODED)],
     ids=["one-hot", "target-labels", "all", "decoded, target-labels", "decoded, all"],
 )
-def test_a_run_resumes_exactly_and_its_checkpoint_stands_alone(tmp_path, teachers, rules, decoder):
-    whole = distil(tmp_path / "whole", teachers, steps=6, rules=rules, decoder=decoder)
-    half = distil(tmp_path / "half", teachers, steps=3, rules=rules, decoder=decoder)
+def test_a_run_resumes_exactly_and_its_checkpoint_stands_alone(tmp_path, teachers, rules, more):
+    whole = distil(tmp_path / "whole", teachers, steps=6, rules=rules, **more)
+    half = distil(tmp_path / "half", teachers, steps=3, rules=rules, **more)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = small_matching(teachers, rules=rules, decoder=decoder)
+    resumed = small_matching(teachers, rules=rules, **more)
     trainer = make_trainer(tmp_path / "rest", max_steps=6)
     trainer.fit(resumed, datamodule=small_data(), ckpt_path=str(tmp_path / "half.ckpt"))
     for value, wanted in zip(learned(resumed), learned(whole), strict=True):
