@@ -85,11 +85,15 @@ def of_config(name: str, lines: Callable[[dict[str, Any]], Sequence[Sequence[str
     return markdown_table(lines(found[0])) if found else NONE
 
 
-def label_lines(record: dict[str, Any]) -> list[list[str]]:
-    """Lay a comparison out as method, accuracy after the last epoch, and labels."""
-    head, *lines = full_lines(record)
-    columns = [head.index(name) for name in ("method", "last", "labels")]
-    return [[line[column] for column in columns if column < len(line)] for line in (head, *lines)]
+def columns(*names: str) -> Callable[[dict[str, Any]], list[list[str]]]:
+    """Lay a comparison out in some columns: method, accuracy after the last epoch, and those of these names."""
+
+    def lines(record: dict[str, Any]) -> list[list[str]]:
+        head, *rows = full_lines(record)
+        chosen = [head.index(name) for name in ("method", "last", *names)]
+        return [[row[column] for column in chosen if column < len(row)] for row in (head, *rows)]
+
+    return lines
 
 
 def without_memory(record: dict[str, Any]) -> list[list[str]]:
@@ -140,19 +144,22 @@ def published_lines(cifar10: Sequence[dict[str, Any]], digits: Sequence[dict[str
     ]
 
 
-REPRODUCTION = Path("docs/reproduction.md")
+REPRODUCTION, DECODERS = Path("docs/reproduction.md"), Path("docs/decoders.md")
+STORED = columns("images", "numbers", "bytes", "steps", "paired difference")
 # Name of the markers -> file, and the table between them.
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "demo": (Path("README.md"), lambda: of_config("demo", short_lines)),
     "start": (Path("docs/index.md"), lambda: of_config("demo", short_lines)),
-    "compare": (REPRODUCTION, lambda: of_config("digits/compare", label_lines)),
-    "compare_all": (REPRODUCTION, lambda: of_config("compare_all", label_lines)),
+    "compare": (REPRODUCTION, lambda: of_config("digits/compare", columns("labels"))),
+    "compare_all": (REPRODUCTION, lambda: of_config("compare_all", columns("labels"))),
     "hour": (REPRODUCTION, lambda: of_config("compare_hour_w32", without_memory)),
     "compare_w32": (REPRODUCTION, lambda: of_config("compare_w32_ipc1", full_lines)),
     "study_ideas": (REPRODUCTION, lambda: of_config("study_ideas", without_memory)),
     "bf16_digits": (REPRODUCTION, lambda: of_config("digits/study_bf16", without_memory)),
     "bf16": (REPRODUCTION, lambda: of_config("study_bf16_w32", without_memory)),
     "labels_window": (REPRODUCTION, lambda: of_config("study_labels_window_w32", without_memory)),
+    "decoders": (DECODERS, lambda: of_config("study_decoders_w32", STORED)),
+    "decoders_digits": (DECODERS, lambda: of_config("digits/study_decoders", STORED)),
     "results": (REPRODUCTION, lambda: markdown_table(cell_lines(named("reproduce")))),
     "published": (
         Path("docs/methods.md"),

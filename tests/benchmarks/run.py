@@ -249,14 +249,20 @@ def measure_matching(quick: bool, repeats: int) -> Iterator[Row]:
 
 # Decoders: a step of matching from their parameters, beside one from as many images.
 
-DECODERS = [MultiFormation(2), Bases(16, 2), Frequencies(64), Gaussians(22, fit_steps=1), Flip()]
+DECODERS = [Flip(), MultiFormation(2), Frequencies(64), Gaussians(22, fit_steps=1), Bases(16, 2)]
 
 
 def decoded_problem(decoder: Decoder, width: int) -> Problem:
     """Make a problem of the images that the numbers of one image for each class are decoded to."""
-    case = problem(decoder.images_per_class(1, ImageShape(3, 10, 32)), width=width, depth=3)
+    case = problem(decoder.images_per_class(1, ImageShape(3, 10, 32)), width=width)
     decoder.fit(case.images.detach(), case.labels)
-    return case
+    return case._replace(network=student_of(width))
+
+
+@cache  # it compiles once for each size of a mini-batch
+def student_of(width: int) -> nn.Module:
+    """Build the student of all decoders."""
+    return problem(1, width=width).network
 
 
 def decoded_step(case: Problem, decoder: Decoder | None, steps: int, *, compile: bool) -> None:  # noqa: A002
