@@ -9,10 +9,11 @@ from stand_in import META, collectives, stand_in, stand_in_trainer
 
 from ftd_lightning import SyntheticEvaluation, SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, TrajectoryRecorder
+from ftd_lightning.contracts import ImageShape
 from ftd_lightning.core import losses
 from ftd_lightning.core.evaluation import EvaluationProtocol
 from ftd_lightning.core.losses import CompiledPass, IndependentLosses
-from ftd_lightning.decoders import Generator
+from ftd_lightning.decoders import Bases, Flip, Frequencies, Gaussians, Generator, MultiFormation
 from ftd_lightning.functional import (
     Augmentation,
     InnerAdam,
@@ -203,6 +204,7 @@ def test_stand_in_launches_of_an_evaluation_epoch(monkeypatch):
     assert not mode.seen.reads
 
 
+DECODERS = [MultiFormation(2), Bases(16, 2), Frequencies(64), Gaussians(22, fit_steps=1), Flip()]
 # Settings of DATM, which ran out of 80 GB there: images per class and mini-batch, with learned labels.
 DATM_SIZES = {
     "cifar100, 50 images per class": {"classes": 100, "size": 32, "depth": 3, "ipc": 50, "batch": 1000, "gib": 5.0},
@@ -239,3 +241,30 @@ def test_stand_in_memory_of_a_matching_step_of_large_sets(monkeypatch, case):
     print(f"peak of an iteration: {needed:.1f} GiB")
     assert needed < case["gib"]
     assert more <= 2.5 * vector
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: decoder.name)
+def test_stand_in_memory_of_a_matching_step_with_a_decoder(monkeypatch, decoder):
+    """Peak of live storages from the parameters to their gradient, beside that of as many images."""
+    network = build_network("convnet", 3, 10, 32, width=128, depth=3).to(META)
+    start = torch.zeros(sum(p.numel() for p in network.parameters()), device=META)
+    count = decoder.images_per_class(1, ImageShape(3, 10, 32))
+    labels = torch.arange(10).repeat_interleave(count)
+    decoder.fit(torch.randn(len(labels), 3, 32, 32), labels)
+    codes = {
+        name: value.to(META).requires_grad_(value.is_floating_point()) for name, value in decoder.parameters().items()
+    }
+    batches = chunked_permutations(len(labels), 4, make_generator(0), batch_size=40)
+
+    def peak(parameters, decode) -> float:
+        learned = [value for value in parameters.values() if value.requires_grad]
+        with stand_in(monkeypatch) as mode:
+            given = (network, start, start + 1, decode(parameters), labels.to(META), torch.zeros((), device=META))
+            loss = trajectory_matching_loss(*given, batches=batches, augment=Augmentation("color"), compile=False)
+            torch.autograd.grad(loss, learned)
+        return mode.peak / 2**20
+
+    images = {"images": torch.zeros(len(labels), 3, 32, 32, device=META, requires_grad=True)}
+    ours, plain = peak(codes, decoder.decode), peak(images, lambda images: images["images"])
+    print(f"peak with {decoder.name}: {ours:.0f} MiB, of {len(labels)} images: {plain:.0f}")
+    assert ours <= 1.15 * plain

@@ -82,6 +82,14 @@ def _transform(file: TensorFile, root: Path) -> ImageTransform:
     return data.transform
 
 
+def _scores(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the accuracies without those of averaged images, which the file does not have."""
+    scores = metadata.get("scores")
+    if not isinstance(scores, dict):
+        return {}
+    return {"scores": {name: score for name, score in scores.items() if not name.startswith("ema ")}}
+
+
 def import_parameters(parameters: Path, out: Path, *, root: Path = Path("data")) -> tuple[SyntheticSet, bool]:
     """Make a set of the parameters that ``ftd export --format parameters`` wrote; its images are decoded again.
 
@@ -117,7 +125,7 @@ def import_parameters(parameters: Path, out: Path, *, root: Path = Path("data"))
         step_size=file["step_size"] if "step_size" in file.names else None,
         class_names=names,
         transform=_transform(file, root),
-        metadata={key: value for key, value in metadata.items() if key not in OF_FILE},
+        metadata={key: value for key, value in metadata.items() if key not in OF_FILE} | _scores(metadata),
         codes=codes,
     )
     synthetic.check(parameters)

@@ -278,47 +278,28 @@ def decoded_step(case: Problem, decoder: Decoder | None, steps: int, *, compile:
 
 
 def measure_decoders(quick: bool, repeats: int) -> Iterator[Row]:
-    """Compare steps: time, then memory."""
+    """Compare steps; ``tests/test_stand_in.py`` compares their memory."""
     width, steps = (4, 2) if quick else (32, 30)
     for decoder in DECODERS:
         case, name = decoded_problem(decoder, width), f"{steps} inner steps, width {width}, with {decoder.name}"
         plain, ours = (partial(decoded_step, case, part, steps, compile=not quick) for part in (None, decoder))
         yield in_turns(f"matching step of {name} beside without, compiled", plain, {"float32": ours}, repeats)
-        added = []
-        for part in None, decoder:
-            with other_process() as other:
-                added.append(other.submit(added_by_decoding, decoder, part, width, steps).result())
-        yield Row(f"MiB of an eager matching step of {name} beside without", {"float32": [(added[0], added[1])]}, 0.0)
 
 
-def added_by_decoding(decoder: Decoder, part: Decoder | None, width: int, steps: int) -> float:
-    """Return the MiB of a step on the decoder's images, from its parameters or from the images themselves."""
-    case = decoded_problem(decoder, width)
-    return added_memory(lambda steps: decoded_step(case, part, steps, compile=False), steps)
-
-
-# Memory
-
-
-def added_memory(step: Callable[[int], object], steps: int) -> float:
+def added_memory(width: int, steps: int, **ours: Any) -> float:
     """Return the MiB that a step adds at its peak to those held before: resident on a CPU, allocated on CUDA."""
-    step(1)  # what libraries allocate once is no part of a step
+    case = problem(1, width=width)
+    matching_step(case, 1, **ours)  # what libraries allocate once is no part of a step
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(steps)
+        matching_step(case, steps, **ours)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = int(status.read_text().split("VmRSS:")[1].split()[0])
-    step(steps)
+    matching_step(case, steps, **ours)
     return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) / 1024
-
-
-def added_by_matching(width: int, steps: int, **ours: Any) -> float:
-    """Return the MiB of a matching step."""
-    case = problem(1, width=width)
-    return added_memory(lambda steps: matching_step(case, steps, **ours), steps)
 
 
 def measure_memory(quick: bool, repeats: int) -> Iterator[Row]:
@@ -327,7 +308,7 @@ def measure_memory(quick: bool, repeats: int) -> Iterator[Row]:
         added = []
         for ours in {}, {"compile": False}:
             with other_process() as other:
-                added.append(other.submit(added_by_matching, width, steps, **ours).result())
+                added.append(other.submit(added_memory, width, steps, **ours).result())
         case = f"MiB of an eager matching step, width {width}, ipc 1, {steps} inner steps"
         yield Row(case, {"float32": [(added[0], added[1])]}, 0.0)
 
