@@ -6,6 +6,7 @@ Each record is the ``compare.json`` of a comparison, or of ``ftd reproduce``.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +66,45 @@ METHODS: dict[str, tuple[str, float | None, str]] = {
     "mtt+robust": ("MTT + robust learning", 45.8, "sigma, which is not published, is relative here"),
     "ftd": ("FTD", 46.8, "nothing else"),
 }
+CIFAR10 = "CIFAR-10, 1 image per class"
+STUDY = "cifar10/study_decoders_w32"
+# Cell; published accuracy in per cent (METHODS; FreD's and GSDD's by GSDD's Table 15); teachers x epochs; config of the
+# record; rows, one for each seed.
+OVERVIEW: list[tuple[str, float | None, str, str, list[str]]] = [
+    (f"{CIFAR10}, MTT", 46.2, "10 x 4", "cifar10/compare_w32_ipc1", ["mtt"]),
+    (f"{CIFAR10}, FTD", 46.8, "10 x 3", STUDY, ["ftd", "ftd-1"]),
+    (f"{CIFAR10}, RaT-BPTT", 53.2, "-", "cifar10/compare_hour_w32", ["rat-bptt", "rat-bptt-1"]),
+    (f"{CIFAR10}, DM", 26.0, "-", "cifar10/compare_w32_ipc1", ["dm"]),
+    (
+        "CIFAR-10, storage of 1 image per class, FTD + MultiFormation(2)",
+        None,
+        "10 x 3",
+        STUDY,
+        ["multi-formation", "multi-formation-1"],
+    ),
+    (
+        "CIFAR-10, storage of 1 image per class, FTD + Frequencies(64)",
+        60.6,
+        "10 x 3",
+        STUDY,
+        ["frequencies", "frequencies-1"],
+    ),
+    (
+        "CIFAR-10, storage of 1 image per class, FTD + Gaussians(22)",
+        67.6,
+        "10 x 3",
+        STUDY,
+        ["gaussians", "gaussians-1"],
+    ),
+    ("digits, 1 image per class, FTD", None, "8 x 30", "digits/compare", ["ftd"]),
+]
 NONE = "No run is on record yet."
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """Read all records of a folder, in the order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    paths = sorted(folder.glob("*.json"))
+    return [{"file": path.name, **json.loads(path.read_text(encoding="utf-8"))} for path in paths]
 
 
 def named(*names: str) -> list[dict[str, Any]]:
@@ -125,6 +159,29 @@ def cell_lines(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+def overview_lines() -> list[list[str]]:
+    """Lay the cells of ``OVERVIEW`` out: published, measured, at what size, on what, by which command."""
+    lines = [["cell", "published", "here", "width", "teachers x epochs", "iterations", "device", "command", "record"]]
+    for cell, value, teachers, config, names in OVERVIEW:
+        for record in named(config):
+            rows = [row for row in record["rows"] if row["name"] in names and row["state"] == "done"]
+            width = re.search(r"width (\d+)", record["title"])
+            lines.append(
+                [
+                    cell,
+                    "-" if value is None else f"{value:.1f}",
+                    ", ".join(per_cent(row["accuracy"]["last"], count=True) for row in rows),
+                    width[1] if width else "32",
+                    teachers,
+                    ", ".join(dict.fromkeys(str(row.get("iterations") or "-") for row in rows)),
+                    record["device"],
+                    f"`ftd compare --config {config}`",
+                    f"`{record['file']}`",
+                ]
+            )
+    return lines
+
+
 def published_lines(cifar10: Sequence[dict[str, Any]], digits: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Lay published and measured accuracies out, a line for each method.
 
@@ -160,6 +217,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "labels_window": (REPRODUCTION, lambda: of_config("study_labels_window_w32", without_memory)),
     "decoders": (DECODERS, lambda: of_config("study_decoders_w32", STORED)),
     "decoders_digits": (DECODERS, lambda: of_config("digits/study_decoders", STORED)),
+    "overview": (REPRODUCTION, lambda: markdown_table(overview_lines())),
     "results": (REPRODUCTION, lambda: markdown_table(cell_lines(named("reproduce")))),
     "published": (
         Path("docs/methods.md"),
