@@ -102,7 +102,8 @@ def picture_sheet(grids: Mapping[str, Tensor], across: int = 1) -> Tensor:
     tiles = [(_printable(name), grid) for name, grid in grids.items()]
     rows = [_titled(tiles[first : first + across], across, TITLE) for first in range(0, len(tiles), across)]
     width = max(row.shape[2] for row in rows)  # heights differ: each set has its own number of images
-    return torch.cat([functional.pad(row, (0, width - row.shape[2]), value=255) for row in rows], 1)
+    rows = [functional.pad(row, (0, width - row.shape[2]), value=255) for row in rows]
+    return torch.cat([rows[0], *(row[:, GAP:] for row in rows[1:])], 1)  # with one gap between two
 
 
 def _printable(name: str) -> str:

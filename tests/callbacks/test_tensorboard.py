@@ -134,10 +134,10 @@ def test_any_height_and_width_is_enlarged_by_a_whole_factor(size: tuple[int, int
 def test_a_sheet_puts_grids_under_their_names() -> None:
     grids = {name: torch.full((3, 50, 300), value, dtype=torch.uint8) for name, value in (("one", 0), ("two", 99))}
     below, beside = picture_sheet(grids), picture_sheet(grids, 2)
-    assert (below.shape, beside.shape) == ((3, 2 * 80, 304), (3, 80, 606))
+    assert (below.shape, beside.shape) == ((3, 2 + 2 * 78, 304), (3, 80, 606))
     assert torch.equal(below[:, 28:78, 2:302], grids["one"])
     high = picture_sheet({"high": torch.zeros(3, 90, 200, dtype=torch.uint8), **grids})
-    assert torch.equal(high[:, 120:], below), "each set takes its own height"
+    assert torch.equal(high[:, 118:], below), "each set takes its own height"
     assert torch.equal(beside[:, 28:78, 304:604], grids["two"])
     assert (below[:, 2:28] == 0).any(), "the name"
 
