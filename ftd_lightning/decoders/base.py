@@ -67,7 +67,7 @@ class Decoder(ABC):
     def begin(self, images: Tensor) -> dict[str, Tensor]:
         """Return parameters that decode to images close to these, (N, C, H, W); ``shape`` and ``labels()`` are set.
 
-        A name has no dot, and is none of a dictionary's methods.
+        Names have no dots, and differ from the methods of a dictionary.
         """
 
     @abstractmethod

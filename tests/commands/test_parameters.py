@@ -70,6 +70,12 @@ def test_a_whitening_of_other_images_is_refused(here: Path, capsys) -> None:
     assert "was whitened by other images" in refusal(capsys, "import", FILE, "other.safetensors")
 
 
+def test_accuracies_of_averaged_images_stay_behind_with_them(here: Path, capsys) -> None:
+    synthetic, score = made(Flip()), {"mean": 0.5, "std": 0.1, "n": 2}
+    synthetic.metadata["scores"] = {"raw images, test images": score, "ema images, test images": score}
+    assert there_and_back(synthetic, capsys).metadata["scores"] == {"raw images, test images": score}
+
+
 def test_soft_labels_stay(here: Path, capsys) -> None:
     synthetic = made(MultiFormation(2))
     synthetic.labels = torch.rand(40, 10).softmax(1)
