@@ -6,7 +6,6 @@ Each record is the ``compare.json`` of a comparison, or of ``ftd reproduce``.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,35 +67,23 @@ METHODS: dict[str, tuple[str, float | None, str]] = {
 }
 CIFAR10 = "CIFAR-10, 1 image per class"
 STUDY = "cifar10/study_decoders_w32"
-# Cell; published accuracy in per cent (METHODS; FreD's and GSDD's by GSDD's Table 15); teachers x epochs; config of the
-# record; rows, one for each seed.
+SMALL, STORAGE = "width 32", "CIFAR-10, storage of 1 image per class, FTD +"
+# Cell; published accuracy in per cent (METHODS; FreD's and GSDD's by GSDD's Table 15); size; config of the record; a
+# row for each seed.
 OVERVIEW: list[tuple[str, float | None, str, str, list[str]]] = [
-    (f"{CIFAR10}, MTT", 46.2, "10 x 4", "cifar10/compare_w32_ipc1", ["mtt"]),
-    (f"{CIFAR10}, FTD", 46.8, "10 x 3", STUDY, ["ftd", "ftd-1"]),
-    (f"{CIFAR10}, RaT-BPTT", 53.2, "-", "cifar10/compare_hour_w32", ["rat-bptt", "rat-bptt-1"]),
-    (f"{CIFAR10}, DM", 26.0, "-", "cifar10/compare_w32_ipc1", ["dm"]),
-    (
-        "CIFAR-10, storage of 1 image per class, FTD + MultiFormation(2)",
-        None,
-        "10 x 3",
-        STUDY,
-        ["multi-formation", "multi-formation-1"],
+    (f"{CIFAR10}, MTT", 46.2, f"{SMALL}, teachers 10 x 4", "cifar10/compare_w32_ipc1", ["mtt"]),
+    (f"{CIFAR10}, FTD", 46.8, f"{SMALL}, teachers 10 x 3", STUDY, ["ftd", "ftd-1"]),
+    (f"{CIFAR10}, RaT-BPTT", 53.2, SMALL, "cifar10/compare_hour_w32", ["rat-bptt", "rat-bptt-1"]),
+    (f"{CIFAR10}, DM", 26.0, SMALL, "cifar10/compare_w32_ipc1", ["dm"]),
+    *(
+        (f"{STORAGE} {label}", value, f"{SMALL}, teachers 10 x 3", STUDY, [row, f"{row}-1"])
+        for label, value, row in [
+            ("MultiFormation(2)", None, "multi-formation"),
+            ("Frequencies(64)", 60.6, "frequencies"),
+            ("Gaussians(22)", 67.6, "gaussians"),
+        ]
     ),
-    (
-        "CIFAR-10, storage of 1 image per class, FTD + Frequencies(64)",
-        60.6,
-        "10 x 3",
-        STUDY,
-        ["frequencies", "frequencies-1"],
-    ),
-    (
-        "CIFAR-10, storage of 1 image per class, FTD + Gaussians(22)",
-        67.6,
-        "10 x 3",
-        STUDY,
-        ["gaussians", "gaussians-1"],
-    ),
-    ("digits, 1 image per class, FTD", None, "8 x 30", "digits/compare", ["ftd"]),
+    ("digits, 1 image per class, FTD", None, f"{SMALL}, teachers 8 x 30", "digits/compare", ["ftd"]),
 ]
 NONE = "No run is on record yet."
 
@@ -161,18 +148,16 @@ def cell_lines(records: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def overview_lines() -> list[list[str]]:
     """Lay the cells of ``OVERVIEW`` out: published, measured, at what size, on what, by which command."""
-    lines = [["cell", "published", "here", "width", "teachers x epochs", "iterations", "device", "command", "record"]]
-    for cell, value, teachers, config, names in OVERVIEW:
+    lines = [["cell", "published", "here", "size, teachers x epochs", "iterations", "device", "command", "record"]]
+    for cell, value, size, config, names in OVERVIEW:
         for record in named(config):
             rows = [row for row in record["rows"] if row["name"] in names and row["state"] == "done"]
-            width = re.search(r"width (\d+)", record["title"])
             lines.append(
                 [
                     cell,
                     "-" if value is None else f"{value:.1f}",
                     ", ".join(per_cent(row["accuracy"]["last"], count=True) for row in rows),
-                    width[1] if width else "32",
-                    teachers,
+                    size,
                     ", ".join(dict.fromkeys(str(row.get("iterations") or "-") for row in rows)),
                     record["device"],
                     f"`ftd compare --config {config}`",
