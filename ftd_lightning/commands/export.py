@@ -216,8 +216,9 @@ def export(
     """Write a set as PNGs in class folders, whitening or standardisation undone, or as tensors, as networks see them.
 
     Beside the PNGs are metadata.jsonl, grid.png, a card (README.md) and a copy of the set. The tensors are images.pt,
-    labels.pt (logits, or classes) and lr.pt, class by class, with a README.txt: what ddranking reads. The parameters
-    that a decoder makes the images of are one file, parameters.safetensors, which ftd import turns into a set again.
+    labels.pt (logits, or classes) and lr.pt, class by class, with a README.txt: what ddranking reads. The parameters,
+    pixels or what a decoder makes images of, are one small file, parameters.safetensors, without a whitening that ftd
+    import fits again when it turns the file into a set.
 
     Args:
         path: a synthetic set, e.g. set.safetensors.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ftd_lightning.command_line import parse_command
+from ftd_lightning.commands.parameters import KIND as PARAMETERS
+from ftd_lightning.commands.parameters import read_parameters
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore, synthetic_set, trajectory_store
 from ftd_lightning.files.safetensors_io import TensorFile, without_nan
@@ -102,8 +104,18 @@ def _recorded(metadata: Mapping[str, Any], *keys: str) -> list[tuple[str, str]]:
 def describe_set(path: Path) -> Description:
     """Describe a synthetic set, without building its whitening."""
     synthetic = SyntheticSet.load(path)
+    return Description("synthetic set", *_of_set(synthetic, synthetic.transform.describe()))
+
+
+def describe_parameters(path: Path) -> Description:
+    """Describe the set that a file of parameters gives."""
+    synthetic, file = read_parameters(path)
+    return Description("parameters of a synthetic set", *_of_set(synthetic, file.metadata["transform"]))
+
+
+def _of_set(synthetic: SyntheticSet, transform: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     images, labels, names = synthetic.images, synthetic.labels, synthetic.class_names
-    metadata = {**synthetic.metadata, "class_names": names, "transform": synthetic.transform.describe()}
+    metadata = {**synthetic.metadata, "class_names": names, "transform": transform}
     counts = (labels.argmax(1) if labels.ndim == 2 else labels).bincount(minlength=len(names)).tolist()
     budget, steps = synthetic.budget(), -(-len(images) // BATCH)
     stored, trained_on = synthetic.image_counts
@@ -149,7 +161,7 @@ def describe_set(path: Path) -> Description:
         *_recorded(metadata, "transform", "network", "augmentation", "teachers", "imported", "scores", "chosen_on"),
         *_recorded(metadata, "versions"),
     ]
-    return Description("synthetic set", rows, facts)
+    return rows, facts
 
 
 def _training(metadata: Mapping[str, Any], accuracies: Sequence[float]) -> list[tuple[str, str]]:
@@ -219,13 +231,14 @@ def describe_whitening(path: Path) -> Description:
 
 KINDS = {
     synthetic_set.KIND: describe_set,
+    PARAMETERS: describe_parameters,
     trajectory_store.KIND: describe_teacher,
     "whitening": describe_whitening,
 }
 
 
 def describe(path: Path) -> Description:
-    """Describe a synthetic set, a trajectory store, one teacher's file, or a whitening; refuse anything else."""
+    """Describe a synthetic set or its parameters, a trajectory store, a teacher or a whitening; refuse all else."""
     if path.is_dir():
         return describe_store(path)
     kind = TensorFile(path).kind
@@ -237,7 +250,7 @@ def describe(path: Path) -> Description:
 
 
 def info(path: Path, *, json: bool = False) -> None:
-    """Describe a synthetic set, a trajectory store, a teacher or a whitening.
+    """Describe a synthetic set or its parameters, a trajectory store, a teacher or a whitening.
 
     Args:
         path: its file, or the folder of a store.

@@ -1,4 +1,4 @@
-"""The parameters alone of a set that was learned through a decoder: a file that its images come back from."""
+"""The parameters alone of a set, pixels or what a decoder makes images of: a small file that the set comes back from."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from ftd_lightning.files.transforms import load_transform
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import Tensor
 
     from ftd_lightning.contracts import ImageTransform
 
@@ -41,17 +43,16 @@ def _found_again(dataset: Mapping[str, Any]) -> bool:
 def export_parameters(path: Path, folder: Path, *, ema: bool = False) -> int:
     """Write the parameters of a set as ``parameters.safetensors``; arguments and result are those of ``export``.
 
-    Beside them are labels, step size and the metadata of the set. A whitening, which takes ``4 (C H W)^2`` bytes, is
-    left out where the import can fit it again, on a data set that has a name.
+    Parameters are the decoder's; without a decoder, the images. Beside them are labels, step size and the metadata of
+    the set. A whitening, which takes ``4 (C H W)^2`` bytes, is left out where the import can fit it again, on a data
+    set that has a name.
     """
     synthetic = SyntheticSet.load(path)
-    if not synthetic.codes:
-        raise InputError(f"{path}: was learned without a decoder: its pixels are the parameters; export tensors")
     if ema:
         raise InputError(f"{path}: holds the last parameters, not averaged ones; leave --ema out")
     given = {"labels": synthetic.labels, "step_size": synthetic.step_size}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    tensors |= {f"{CODES}{name}": tensor for name, tensor in synthetic.codes.items()}
+    tensors |= {f"{CODES}{name}": tensor for name, tensor in synthetic.codes.items()} or {"images": synthetic.images}
     if not _found_again(_dataset(synthetic.metadata)):
         tensors |= {f"{PREFIX}{key}": tensor for key, tensor in synthetic.transform.tensors().items()}
     metadata = {
@@ -90,10 +91,44 @@ def _scores(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {"scores": {name: score for name, score in scores.items() if not name.startswith("ema ")}}
 
 
-def import_parameters(parameters: Path, out: Path, *, root: Path = Path("data")) -> tuple[SyntheticSet, bool]:
-    """Make a set of the parameters that ``ftd export --format parameters`` wrote; its images are decoded again.
+def read_parameters(path: Path) -> tuple[SyntheticSet, TensorFile]:
+    """Read a set of the file that ``ftd export --format parameters`` wrote, but for its transform; decode its images.
 
     The decoder is one of this library's, by its name; no code in the file is run.
+    """
+    file = TensorFile(path, kind=KIND)
+    metadata: Mapping[str, Any] = file.metadata
+    required = [name for name in PARAMETERS_METADATA if name != "decoder"]
+    check_metadata(metadata, PARAMETERS_METADATA, path, required=required)
+    labels, codes, names = file["labels"], file.with_prefix(CODES), metadata["class_names"]
+    synthetic = SyntheticSet(
+        _decoded(path, metadata, labels, codes) if "decoder" in metadata else file["images"],
+        labels,
+        step_size=file["step_size"] if "step_size" in file.names else None,
+        class_names=names,
+        metadata={key: value for key, value in metadata.items() if key not in OF_FILE} | _scores(metadata),
+        codes=codes,
+    )
+    synthetic.check(path)
+    return synthetic, file
+
+
+def _decoded(path: Path, metadata: Mapping[str, Any], labels: Tensor, codes: dict[str, Tensor]) -> Tensor:
+    names = metadata["class_names"]
+    count = max(1, len(labels) // len(names)) if labels.ndim else 1
+    try:
+        decoder = decoder_of(metadata["decoder"])
+        assert decoder is not None, "checked before"
+        decoder.restore(tuple(metadata["shape"]), torch.arange(len(names)).repeat_interleave(count), codes)
+        with torch.no_grad():
+            return decoder.decode(codes)
+    except Exception as error:  # odd parameters can make a decoder raise anything
+        said = " ".join(str(error).split())
+        raise InputError(f"{path}: does not decode to images: {said:.300}") from error
+
+
+def import_parameters(parameters: Path, out: Path, *, root: Path = Path("data")) -> tuple[SyntheticSet, bool]:
+    """Make a set of the parameters that ``ftd export --format parameters`` wrote; its images are decoded again.
 
     Args:
         parameters: parameters.safetensors.
@@ -105,29 +140,8 @@ def import_parameters(parameters: Path, out: Path, *, root: Path = Path("data"))
     """
     if out.exists():
         raise InputError(f"{out}: is there already; name another file")
-    file = TensorFile(parameters, kind=KIND)
-    metadata: Mapping[str, Any] = file.metadata
-    check_metadata(metadata, PARAMETERS_METADATA, parameters, required=list(PARAMETERS_METADATA))
-    labels, codes, names = file["labels"], file.with_prefix(CODES), metadata["class_names"]
-    count = max(1, len(labels) // len(names)) if labels.ndim else 1
-    try:
-        decoder = decoder_of(metadata["decoder"])
-        assert decoder is not None, "checked above"
-        decoder.restore(tuple(metadata["shape"]), torch.arange(len(names)).repeat_interleave(count), codes)
-        with torch.no_grad():
-            images = decoder.decode(codes)
-    except Exception as error:  # odd parameters can make a decoder raise anything
-        said = " ".join(str(error).split())
-        raise InputError(f"{parameters}: does not decode to images: {said:.300}") from error
-    synthetic = SyntheticSet(
-        images,
-        labels,
-        step_size=file["step_size"] if "step_size" in file.names else None,
-        class_names=names,
-        transform=_transform(file, root),
-        metadata={key: value for key, value in metadata.items() if key not in OF_FILE} | _scores(metadata),
-        codes=codes,
-    )
+    synthetic, file = read_parameters(parameters)
+    synthetic.transform = _transform(file, root)
     synthetic.check(parameters)
     synthetic.save(out)
-    return synthetic, fingerprint(images) == metadata["images"]
+    return synthetic, fingerprint(synthetic.images) == file.metadata["images"]
