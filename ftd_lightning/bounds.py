@@ -64,7 +64,9 @@ PIXEL_RATE = Range(0, 1e12)  # images learned at larger rates overflow in pictur
 
 # By the argument's name, which means the same wherever it occurs.
 RANGES: dict[Count | Range, str] = {
-    ABOVE_0: "lr real_lr learning_rates lr_network lr_pool step_size_init clip eps threshold zca_eps minutes",
+    ABOVE_0: (
+        "lr real_lr learning_rates lr_network lr_pool step_size_init clip eps threshold zca_eps minutes temperature"
+    ),
     AT_LEAST_0: "weight_decay rho alpha kappa discrimination level_weights reg bias_variance stop_after",
     PIXEL_RATE: "lr_images lr_labels lr_step_size lr_momentum",
     BELOW_1: "momentum decay betas rate",
@@ -77,7 +79,7 @@ RANGES: dict[Count | Range, str] = {
         "teachers epochs real_epochs rounds iterations outer_loops inner_epochs outer_max inner_max window syn_steps "
         "expert_epochs max_start_epoch ceiling growth_iterations segments_per_step networks_per_step "
         "max_steps_per_network iterations_per_epoch ipc max_per_class per_class batch_size batch_real batch_target "
-        "pool_batch syn_batch query bases downscale factor kept gaussians fit_steps noise"
+        "pool_batch syn_batch query bases downscale factor kept gaussians fit_steps noise copies"
     ),
     Count(2): "architectures real_architectures",  # one alone has no rank
     Count(1, 64): "depth depths",

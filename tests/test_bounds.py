@@ -32,6 +32,8 @@ NEEDED = {
     "in_channels": 3,
     "num_classes": 10,
     "image_size": 32,
+    "network": "encoders.mine",
+    "backbone": torch.nn.Flatten(),
     "kappa": 0.1,
     "rate": 0.1,
     "lr": 1.0,

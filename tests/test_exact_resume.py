@@ -15,6 +15,7 @@ from ftd_lightning import FlatTeacher, SyntheticEvaluation, SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA
 from ftd_lightning.callbacks.checkpoint_io import FitCheckpoint
 from ftd_lightning.modules import (
+    BackboneDistillation,
     DistributionMatching,
     FeatureAlignment,
     FeatureRegression,
@@ -25,6 +26,7 @@ from ftd_lightning.modules import (
 NET = {"network_options": SMALL}
 RIVAL = {**NET, "batch_real": 8, "iterations_per_epoch": 5}
 RIDGE = {**NET, "batch_target": 32, "learn_labels": True, "iterations_per_epoch": 5}
+BACKBONE = {"batch_target": 32, "copies": 2, "iterations_per_epoch": 5}
 POOL = {"pool_size": 2, "max_steps_per_network": 4, "pool_batch": 7}
 
 
@@ -131,6 +133,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         "cafe": Case(dynamic, callbacks=averaged, max_steps=17),
         "kip": Case(lambda: KernelInducingPoints(**RIDGE), callbacks=averaged, max_steps=17),
         "frepo": Case(lambda: FeatureRegression(**RIDGE, **POOL), callbacks=averaged, max_steps=17),
+        "backbone": Case(lambda: BackboneDistillation(str(store), **BACKBONE), callbacks=averaged, max_steps=17),
         "evaluation": Case(lambda: SyntheticEvaluation(**NET, networks=2, measure_every=1), evaluated, max_epochs=4),
     }
 
@@ -167,7 +170,18 @@ def check(case: Case, folder: Path, stops: list[tuple]) -> None:
     assert not wrong
 
 
-NAMES = ["teachers", "teachers, nothing held out", "matching", "dc", "dm", "cafe", "kip", "frepo", "evaluation"]
+NAMES = [
+    "teachers",
+    "teachers, nothing held out",
+    "matching",
+    "dc",
+    "dm",
+    "cafe",
+    "kip",
+    "frepo",
+    "backbone",
+    "evaluation",
+]
 # Within an epoch, after one, between its last batch and its end, cut short by a limit, and asked to end by the system.
 FEW = [(3, "batch", 5), ("end", "batch", 7), (2, "epoch end", 2), ("end", "max_steps", 7), ("signal", "SIGTERM", 7)]
 

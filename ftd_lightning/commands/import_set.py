@@ -13,13 +13,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ftd_lightning.command_line import parse_command
-from ftd_lightning.commands.parameters import KIND as PARAMETERS
 from ftd_lightning.commands.parameters import import_parameters
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.sources import unit_range
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import TensorFile, versions
+from ftd_lightning.files.synthetic_set import PARAMETERS
 from ftd_lightning.sizes import sides
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

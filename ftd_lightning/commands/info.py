@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ftd_lightning.command_line import parse_command
-from ftd_lightning.commands.parameters import KIND as PARAMETERS
-from ftd_lightning.commands.parameters import read_parameters
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet, TrajectoryStore, synthetic_set, trajectory_store
 from ftd_lightning.files.safetensors_io import TensorFile, without_nan
@@ -109,6 +107,8 @@ def describe_set(path: Path) -> Description:
 
 def describe_parameters(path: Path) -> Description:
     """Describe the set that a file of parameters gives."""
+    from ftd_lightning.commands.parameters import read_parameters  # with Lightning, which takes a second
+
     synthetic, file = read_parameters(path)
     return Description("parameters of a synthetic set", *_of_set(synthetic, file.metadata["transform"]))
 
@@ -231,7 +231,7 @@ def describe_whitening(path: Path) -> Description:
 
 KINDS = {
     synthetic_set.KIND: describe_set,
-    PARAMETERS: describe_parameters,
+    synthetic_set.PARAMETERS: describe_parameters,
     trajectory_store.KIND: describe_teacher,
     "whitening": describe_whitening,
 }

@@ -1,4 +1,4 @@
-"""The parameters alone of a set, pixels or what a decoder makes images of: a small file that the set comes back from."""
+"""The parameters alone of a set, pixels or a decoder's: a small file that the set comes back from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, new_folder, write_tensors
 from ftd_lightning.files.schema import PARAMETERS_METADATA, check_metadata
-from ftd_lightning.files.synthetic_set import CODES, PREFIX
+from ftd_lightning.files.synthetic_set import CODES, PARAMETERS, PREFIX
 from ftd_lightning.files.transforms import load_transform
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from ftd_lightning.contracts import ImageTransform
 
-KIND, NAME = "set_parameters", "parameters.safetensors"
+NAME = "parameters.safetensors"
 HERE_ALONE = ("folder", "images")  # data sets that another machine does not have
-OPTIONS = ("image_size", "val_fraction", "max_per_class", "seed")  # which images a whitening was fitted on
+OPTIONS = ("image_size", "classes", "val_fraction", "max_per_class", "seed")  # which images a whitening was fitted on
 OF_FILE = ("kind", "format", "class_names", "transform", "shape", "images", "ema", "ema_initial_weight")
 
 
@@ -63,7 +63,7 @@ def export_parameters(path: Path, folder: Path, *, ema: bool = False) -> int:
         "images": fingerprint(synthetic.images),
     }
     with new_folder(folder) as part:
-        write_tensors(part / NAME, tensors, kind=KIND, metadata=metadata)
+        write_tensors(part / NAME, tensors, kind=PARAMETERS, metadata=metadata)
     return len(synthetic.images)
 
 
@@ -96,7 +96,7 @@ def read_parameters(path: Path) -> tuple[SyntheticSet, TensorFile]:
 
     The decoder is one of this library's, by its name; no code in the file is run.
     """
-    file = TensorFile(path, kind=KIND)
+    file = TensorFile(path, kind=PARAMETERS)
     metadata: Mapping[str, Any] = file.metadata
     required = [name for name in PARAMETERS_METADATA if name != "decoder"]
     check_metadata(metadata, PARAMETERS_METADATA, path, required=required)

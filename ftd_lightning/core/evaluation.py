@@ -88,8 +88,8 @@ class EvaluationProtocol:
         check_bounds(EvaluationProtocol, vars(self))
 
     def optimizer(self, networks: Iterable[nn.Module]) -> torch.optim.SGD:
-        """Make one optimizer over the weights of all networks."""
-        parameters = [p for network in networks for p in network.parameters()]
+        """Make one optimizer over the weights of all networks, but frozen ones."""
+        parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def lr_at(self, epoch: int) -> float:

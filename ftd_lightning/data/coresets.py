@@ -85,12 +85,16 @@ def teacher_coreset(
     """Choose real images, transformed as the teachers saw them, by a teacher's features; also describe the choice.
 
     The teacher is taken after its last epoch, on images that are not augmented. ``described`` is metadata of the images
-    that the teachers must have been trained on.
+    that the teachers must have been trained on; those were possibly of other classes.
     """
     if trajectories is None:
         raise InputError(f"synthetic={kind!r} chooses by a teacher's features: give their store as data.trajectories")
     store = TrajectoryStore(trajectories)
-    check_compatible(store, described)
+    dataset, theirs = dict(described["dataset"]), store.metadata.get("dataset")
+    dataset.pop("classes", None)
+    if isinstance(theirs, dict) and "classes" in theirs:
+        dataset["classes"] = theirs["classes"]
+    check_compatible(store, {**described, "dataset": dataset})
     network = teacher_network(store, teacher)
     estimate_running_statistics(network, train.images)
     features = torch.cat([embed(network, chunk) for chunk in train.images.split(IMAGES_PER_PASS)])

@@ -30,7 +30,7 @@ from ftd_lightning.data.decoding import cached_whitening
 from ftd_lightning.data.folder import Census, find_parts
 from ftd_lightning.data.in_memory import read_datamodule, read_datasets
 from ftd_lightning.data.loaders import BatchOrder, TensorLoader, fits_on, host_loader
-from ftd_lightning.data.sources import OWN_IMAGES, ImageDataset, Request, unit_range
+from ftd_lightning.data.sources import OWN_IMAGES, ImageDataset, Pictures, Request, unit_range
 from ftd_lightning.data.splits import split
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.schema import check_labels, check_tensor
@@ -52,16 +52,25 @@ if TYPE_CHECKING:
 CHUNK = 5000  # images transformed at a time: bounds the memory of whitening
 
 
+def _of_classes(part: Pictures, known: Sequence[str], wanted: Sequence[str]) -> Pictures:
+    """Number the labels of a part in the order of ``wanted``; -1 for those of other classes."""
+    if list(known) == list(wanted):
+        return part
+    place = torch.tensor([wanted.index(name) if name in wanted else -1 for name in known])
+    return Pictures(part.pictures, place[part.labels])
+
+
 class RealImages:
     """The parts of a data set, read and split as ``splits.split`` says, each transformed when it is first asked for."""
 
-    def __init__(self, spec: ImageDataset, **split_options: Any) -> None:
-        parts = spec.load()
+    def __init__(self, spec: ImageDataset, classes: Sequence[str], **split_options: Any) -> None:
+        parts = {name: _of_classes(part, spec.class_names, classes) for name, part in spec.load().items()}
         if not any(bool((some != some[..., :1, :1]).any()) for some in parts["train"].pictures.split(100)):
             raise InputError("every training image is of a single colour: check the images, and how they are read")
-        chosen = split({name: part.labels for name, part in parts.items()}, **split_options)
+        kept = {name: (part.labels >= 0).nonzero().squeeze(1) for name, part in parts.items()}
+        chosen = split({name: part.labels[kept[name]] for name, part in parts.items()}, **split_options)
         # Whole parts, which may be mapped from files, and the indices of the images that are used.
-        self._parts = {name: (parts[source], index) for name, (source, index) in chosen.items()}
+        self._parts = {name: (parts[source], kept[source][index]) for name, (source, index) in chosen.items()}
         self._applied = spec.transform
         self._images: dict[Part, Images] = {}
 
@@ -135,6 +144,7 @@ class DistillationDataModule(LightningDataModule):
             and ``test/``: those in ``val/`` are held out.
         zca: whiten instead of standardising; fitted on the training images that are not held out.
         zca_eps: added to the eigenvalues; above 0.
+        classes: names of the classes to use, which are numbered in this order; None: all.
         max_per_class: keep at most so many images of each class, in training and in test; None keeps all.
         synthetic: train on a synthetic set: its file, or from Python a ``SyntheticSet``, whose transform the test
             images then go through; "real" (all real images); or ipc real images of each class: "random", or by a
@@ -172,6 +182,7 @@ class DistillationDataModule(LightningDataModule):
         val_fraction: float = 0.1,
         zca: bool = False,
         zca_eps: float = 0.1,
+        classes: list[str] | None = None,
         max_per_class: int | None = None,
         synthetic: str | SyntheticSet | None = None,
         ema: bool = False,
@@ -310,7 +321,7 @@ class DistillationDataModule(LightningDataModule):
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return len(self.spec.class_names)
+        return len(self.class_names)
 
     @property
     def in_channels(self) -> int:
@@ -325,7 +336,12 @@ class DistillationDataModule(LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in label order."""
-        return list(self.spec.class_names)
+        known, chosen = list(self.spec.class_names), self.hparams["classes"]
+        if chosen is None:
+            return known
+        if len(set(chosen)) < len(chosen) or not chosen or not set(chosen) <= set(known):
+            raise InputError(f"classes={chosen}: give some of {', '.join(known)}, each once")
+        return list(chosen)
 
     @property
     def transform(self) -> ImageTransform:
@@ -334,7 +350,8 @@ class DistillationDataModule(LightningDataModule):
 
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
-        return {"name": self.hparams["dataset"], **self._split_options, **self.spec.fingerprint()}
+        classes = {} if self.hparams["classes"] is None else {"classes": self.class_names}
+        return {"name": self.hparams["dataset"], **classes, **self._split_options, **self.spec.fingerprint()}
 
     def description(self) -> DataDescription:
         """Describe the training images; see ``contracts.DataSource``."""
@@ -348,7 +365,7 @@ class DistillationDataModule(LightningDataModule):
 
     def _read(self) -> RealImages:
         if self._real is None:
-            self._real = RealImages(self.spec, **self._split_options)
+            self._real = RealImages(self.spec, self.class_names, **self._split_options)
         return self._real
 
     @cached_property
@@ -357,7 +374,7 @@ class DistillationDataModule(LightningDataModule):
 
     def count(self, name: Part) -> list[int]:
         """Count the images of each class in a part, in label order; those of a "folder" are not decoded for it."""
-        if self._real is None and self.hparams["dataset"] == "folder":
+        if self._real is None and self.hparams["dataset"] == "folder" and self.hparams["classes"] is None:
             names, parts = self._folder
             labels = {part: torch.tensor(listed.labels) for part, listed in parts.items()}
             source, index = split(labels, **self._split_options)[name]

@@ -194,7 +194,7 @@ def check_memory(needed: int, work: str, remedy: str) -> None:
         )
 
 
-def _cached(path: Path, read: Callable[[Path], T], make: Callable[[], None], again: str) -> T:
+def cached(path: Path, read: Callable[[Path], T], make: Callable[[], None], again: str) -> T:
     """Read a cache, which is made where it is missing, and again where it is damaged."""
     if path.is_file():
         try:
@@ -204,7 +204,8 @@ def _cached(path: Path, read: Callable[[Path], T], make: Callable[[], None], aga
     try:
         make()
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); set data.cache_dir") from error
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot be written ({reason}); set data.cache_dir, or XDG_CACHE_HOME") from error
     return read(path)
 
 
@@ -242,7 +243,7 @@ class DecodedImages:
 
     def _read(self, read: Callable[[TensorFile], T]) -> T:
         again = "the images are decoded again"
-        return _cached(self.path, lambda path: read(TensorFile(path, kind=KIND)), self.fill, again)
+        return cached(self.path, lambda path: read(TensorFile(path, kind=KIND)), self.fill, again)
 
     def fill(self) -> None:
         """Decode all parts and write the cache at once, with sizes, mean, std, fingerprints and values of ``form``."""
@@ -299,4 +300,4 @@ def cached_whitening(
         rank_zero_info(f"fitting the whitening, {values} x {values}, on {len(given)} images")
         Whitening.fit(unit_range(given), eps=eps, fitted_on=fingerprint(given)).save(path)
 
-    return _cached(path, Whitening.load, fit, "the whitening is fitted again")
+    return cached(path, Whitening.load, fit, "the whitening is fitted again")

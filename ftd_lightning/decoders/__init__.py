@@ -4,6 +4,16 @@ from ftd_lightning.decoders.base import Decoder
 from ftd_lightning.decoders.bases import Bases, Frequencies, cosine_basis
 from ftd_lightning.decoders.gaussians import Gaussians
 from ftd_lightning.decoders.generator import Generator
-from ftd_lightning.decoders.images import Flip, MultiFormation
+from ftd_lightning.decoders.images import Flip, MultiFormation, Pyramid
 
-__all__ = ["Bases", "Decoder", "Flip", "Frequencies", "Gaussians", "Generator", "MultiFormation", "cosine_basis"]
+__all__ = [
+    "Bases",
+    "Decoder",
+    "Flip",
+    "Frequencies",
+    "Gaussians",
+    "Generator",
+    "MultiFormation",
+    "Pyramid",
+    "cosine_basis",
+]

@@ -1,4 +1,4 @@
-"""Decoders that store smaller or fewer images: multi-formation (IDC) and flips (FYI)."""
+"""Decoders of plain images: smaller ones (multi-formation, IDC), fewer (flips, FYI), or sums of all sizes (pyramid)."""
 
 from __future__ import annotations
 
@@ -86,3 +86,37 @@ class Flip(Decoder):
         images = parameters["images"].unflatten(0, (self.num_classes, -1))
         both = torch.cat([images, images.flip(-1)], 1).flatten(0, 1)
         return both if index is None else both[index]
+
+
+@dataclass
+class Pyramid(Decoder):
+    """Stores every image as a sum of images of all sizes, each half of the next, down to one pixel (LGM, SFM, CLP-DD).
+
+    Coarse pixels are learned as fast as fine ones, which makes smooth images that serve other networks, too. It stores
+    a third more numbers than pixels. Published are also a sigmoid, a matrix of colours, and levels that are added one
+    by one; here all are learned from the start.
+    """
+
+    name: ClassVar[str] = "pyramid"
+
+    def images_per_class(self, ipc: int, shape: ImageShape) -> int:
+        """Return ``ipc``."""
+        return ipc
+
+    def begin(self, images: Tensor) -> dict[str, Tensor]:
+        """Shrink the images to one pixel by averaging; then what the levels so far leave, to the next size."""
+        _, height, width = self.shape
+        sizes = [(height, width)]
+        while max(sizes[0]) > 1:
+            sizes.insert(0, (-(-sizes[0][0] // 2), -(-sizes[0][1] // 2)))
+        levels: dict[str, Tensor] = {}
+        for size in sizes:
+            rest = images - self.decode(levels) if levels else images
+            levels[f"level_{len(levels)}"] = interpolate(rest, size=size, mode="area")
+        return levels
+
+    def decode(self, parameters: Mapping[str, Tensor], index: Tensor | None = None) -> Tensor:
+        """Enlarge all levels bilinearly, and add them up."""
+        levels = [parameters[name] for name in sorted(parameters)]  # in one order, whatever read them
+        levels = levels if index is None else [level[index] for level in levels]
+        return sum(interpolate(level, size=self.shape[1:], mode="bilinear") for level in levels)  # type: ignore[return-value]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 KIND = "synthetic_set"
+PARAMETERS = "set_parameters"  # the kind of a file of the parameters alone
 PREFIX = "transform."  # of the names of the transform's tensors
 CODES = "codes."  # of the names of a decoder's parameters
 # Metadata that do not hold for a part of the images, nor for more.

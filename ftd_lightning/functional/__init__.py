@@ -23,6 +23,7 @@ from ftd_lightning.functional.kernels import (
     ridge_predictions,
     target_probabilities,
 )
+from ftd_lightning.functional.linear_probes import centred_class_means, class_mean_loss, ridge_cross_entropy
 from ftd_lightning.functional.matching import (
     chunked_permutations,
     normalized_distance,
@@ -41,8 +42,10 @@ __all__ = [
     "InnerSGD",
     "alignment_loss",
     "batch_norms",
+    "centred_class_means",
     "centred_targets",
     "chunked_permutations",
+    "class_mean_loss",
     "class_means",
     "compiled",
     "derive_seed",
@@ -67,6 +70,7 @@ __all__ = [
     "normalized_distance",
     "ntk_kernel",
     "pruned_distance",
+    "ridge_cross_entropy",
     "ridge_predictions",
     "roll_out",
     "seeded",

@@ -1,5 +1,6 @@
 """The LightningModules, under the names that the field gives them."""
 
+from ftd_lightning.modules.backbone import BackboneDistillation
 from ftd_lightning.modules.bilevel import BilevelDistillation
 from ftd_lightning.modules.class_matching import DistributionMatching, GradientMatching
 from ftd_lightning.modules.evaluation import SyntheticEvaluation
@@ -9,6 +10,7 @@ from ftd_lightning.modules.teacher import FlatTeacher
 from ftd_lightning.modules.trajectory_matching import TrajectoryMatching
 
 __all__ = [
+    "BackboneDistillation",
     "BilevelDistillation",
     "DistributionMatching",
     "FeatureAlignment",

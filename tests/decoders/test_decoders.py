@@ -10,7 +10,7 @@ from fits import SMALL, Losses, make_trainer, small_data
 from ftd_lightning import SyntheticSet, TrajectoryMatching
 from ftd_lightning.callbacks import SyntheticEMA
 from ftd_lightning.contracts import ImageShape
-from ftd_lightning.decoders import Bases, Decoder, Flip, Frequencies, Gaussians, Generator, MultiFormation
+from ftd_lightning.decoders import Bases, Decoder, Flip, Frequencies, Gaussians, Generator, MultiFormation, Pyramid
 from ftd_lightning.errors import InputError
 from ftd_lightning.functional import unroll
 from ftd_lightning.models import ConvNet
@@ -87,7 +87,7 @@ def test_of_cifar_10_as_published():
     assert MultiFormation(2).images_per_class(10, shape) == 40
 
 
-@pytest.mark.parametrize("kind", KINDS + GENERATORS)
+@pytest.mark.parametrize("kind", [*KINDS, Pyramid(), *GENERATORS])
 def test_an_index_decodes_some_images_and_any_device_dtype_is_kept(kind):
     decoder = fitted(kind)
     whole, index = decoder.decode(decoder.parameters()), torch.tensor([4, 1, 1])
@@ -137,6 +137,19 @@ def test_the_gradient_of_a_linear_decoder_is_its_transpose(kind):
     torch.testing.assert_close((decoder.decode(x) * y).sum(), (learned[0] * back).sum(), rtol=1e-12, atol=0)
 
 
+def test_a_pyramid_begins_with_the_images_in_levels_down_to_one_pixel():
+    pyramid, (images, _) = fitted(Pyramid()), images_of(Pyramid())
+    sizes = [tuple(level.shape[2:]) for level in pyramid.parameters().values()]
+    assert sizes == [(1, 1), (1, 2), (2, 3), (4, 6), (8, 12)]
+    assert pyramid.numbers() == 3 * 2 * sum(height * width for height, width in sizes)
+    levels = pyramid.parameters()
+    torch.testing.assert_close(pyramid.decode(levels), images, rtol=0, atol=1e-14)
+    assert torch.equal(pyramid.decode(dict(reversed(levels.items()))), pyramid.decode(levels))
+    one = levels["level_0"].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(pyramid.decode({**levels, "level_0": one})[0].sum(), one)
+    assert slope[0].flatten().tolist() == pytest.approx([8 * 12] * 2), "the smallest level moves all pixels"
+
+
 def test_identities():
     plain = MultiFormation(1)
     images, labels = images_of(plain)
@@ -149,7 +162,7 @@ def test_identities():
     assert torch.equal(bases.decode(given), images)
 
 
-@pytest.mark.parametrize("kind", KINDS + GENERATORS)
+@pytest.mark.parametrize("kind", [*KINDS, Pyramid(), *GENERATORS])
 @pytest.mark.parametrize("steps", [3])
 def test_the_gradient_through_training_is_that_of_the_graph_and_of_differences(kind, steps):
     decoder, network = fitted(kind), ConvNet(2, 3, [8, 12], **SMALL).double()

@@ -1,0 +1,171 @@
+"""CLP-DD and matching of class means: sets for a linear probe on a backbone that is given and never trained."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ftd_lightning.contracts import Images, ImageShape
+from ftd_lightning.core.linear_probe import LinearProbe, frozen
+from ftd_lightning.core.networks import NetworkFactory
+from ftd_lightning.data.decoding import cache_folder, cached
+from ftd_lightning.decoders.base import Decoder
+from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, write_tensors
+from ftd_lightning.functional.augment import Augmentation
+from ftd_lightning.functional.linear_probes import centred_class_means, class_mean_loss, ridge_cross_entropy
+from ftd_lightning.functional.seeding import to_device
+from ftd_lightning.functional.selection import Ipc
+from ftd_lightning.modules.distillation import Distillation, Init, common
+from ftd_lightning.sizes import as_size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Loss = Literal["ridge", "class_means"]
+BATCH = 256  # real images whose features are computed at a time
+KIND = "features"
+
+
+def cached_features(probe: LinearProbe, images: Tensor, device: torch.device, *, backbone: str) -> Tensor:
+    """Read the features of real images (N, C, H, W) from the user's cache, or compute them and write them there.
+
+    They are known by the images' values and ``backbone``, a fingerprint. Memory and file take 4 D bytes per image.
+
+    Returns:
+        (N, D) float32, of length 1, on the CPU.
+    """
+    path = cache_folder(None) / "features" / f"{fingerprint(images)}_{backbone}.safetensors"
+
+    def compute() -> None:
+        with torch.no_grad():
+            found = [probe.features(to_device(part, device)).float().cpu() for part in images.split(BATCH)]
+        write_tensors(path, {"features": torch.cat(found)}, kind=KIND, metadata={"backbone": backbone})
+
+    return cached(path, lambda path: TensorFile(path, kind=KIND)["features"], compute, "they are computed again")
+
+
+class BackboneDistillation(Distillation):
+    """Learns a synthetic set on which a linear probe on a given, frozen backbone is trained.
+
+    The backbone's features of all real images are computed once, of images that are not augmented. In every iteration
+    ``copies`` of the synthetic images, each augmented anew, pass through the backbone, and Adam takes a step on one of
+    two losses:
+
+    - "ridge" (CLP-DD, arXiv 2605.07194): cross entropy of a batch of real features under the ridge regression on the
+      synthetic ones, at a temperature.
+    - "class_means" (SFM, arXiv 2602.05391): one minus the cosine between centred class means of synthetic and of all
+      real features. It is Linear Gradient Matching (NeurIPS 2025) with a head of zeros on all real images.
+
+    Features are divided by their lengths, for the probe that is evaluated as well. Regularisation, temperature and rate
+    of CLP-DD are not published; the defaults are this library's. ``EvaluateSynthetic`` and ``SyntheticEvaluation``
+    train a ``core.LinearProbe``. A checkpoint does not hold the backbone; a set describes it, and "backbone" in its
+    metadata is a fingerprint of its weights.
+
+    Args:
+        network: the backbone: an ``nn.Module`` from images (N, C, H, W), as the datamodule normalises them, to features
+            (N, D), the import path of a function that returns one, or the folder of a trajectory store; see
+            ``core.LinearProbe``.
+        network_options: arguments of that function.
+        head: name of the backbone's submodule that makes logits and is left out.
+        ipc: synthetic images per class; a list names those of each, in label order.
+        init: "real" (random real images of each class), "noise" (standard normal), or a set or its file to continue.
+        loss: "ridge" or "class_means".
+        reg: of the ridge regression, relative to the mean of the kernel's diagonal.
+        temperature: of its softmax.
+        batch_target: real images per iteration of "ridge", of all classes together.
+        copies: of the synthetic images in an iteration; 1 without augmentation.
+        lr_images: Adam's learning rate of the pixels, or of a decoder's parameters.
+        lr_network: the step size that the set carries: of SGD on the probe.
+        augment: DSA of the copies: a strategy, the fields of an ``Augmentation``, or one; "" for none.
+        iterations_per_epoch: iterations that make a Lightning epoch.
+        seed: of initial images, real batches and augmentation.
+        real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
+        decoder: learn parameters that images are decoded from, in place of pixels, such as ``decoders.Pyramid``, which
+            both methods are published with.
+    """
+
+    accepts_module = True
+
+    def __init__(
+        self,
+        network: nn.Module | str,
+        network_options: dict[str, Any] | None = None,
+        head: str | None = None,
+        ipc: Ipc = 1,
+        init: Init = "real",
+        loss: Loss = "ridge",
+        reg: float = 0.01,
+        temperature: float = 0.1,
+        batch_target: int = 1024,
+        copies: int = 10,
+        lr_images: float = 0.01,
+        lr_network: float = 1.0,
+        augment: dict[str, Any] | str | Augmentation = "crop_scale_rotate",
+        iterations_per_epoch: int = 100,
+        seed: int = 0,
+        real: tuple[Tensor, Tensor] | None = None,
+        decoder: Decoder | dict[str, Any] | None = None,
+    ) -> None:
+        augment = Augmentation.of(augment)
+        super().__init__(**common(locals()), step_size=lr_network)
+        self.save_arguments(locals())
+
+    @property
+    def method(self) -> str:
+        """The method's short name."""
+        return {"ridge": "clp-dd", "class_means": "sfm"}[self.hparams["loss"]]
+
+    def make_networks(self) -> NetworkFactory:
+        """Return the builder of linear probes on the backbone."""
+        backbone, options = self._network_arguments
+        head = self.hparams["head"]
+        if isinstance(backbone, str):
+            named = {"backbone": backbone, "options": options, "head": head}
+            self._network_arguments = ("ftd_lightning.core.LinearProbe", named)
+        elif isinstance(backbone, nn.Module):
+            shape = self._shape() if self.data is None else self.data.shape
+            self._network_arguments = (partial(LinearProbe, *shape, backbone=frozen(backbone, head)), None)
+        return super().make_networks()
+
+    def _shape(self) -> ImageShape:
+        images, labels = self.real_images()
+        return ImageShape(images.shape[1], int(labels.max()) + 1, as_size(images.shape[2:]))
+
+    def build(self) -> None:
+        """Make the initial synthetic set, and a probe, whose backbone is used."""
+        super().build()
+        probe = self.fresh.build(self.seed, "backbone")
+        assert isinstance(probe, LinearProbe)
+        self._probe = (probe,)  # no submodule: neither among DDP's parameters nor in a checkpoint
+        self._backbone = fingerprint(*(value.float().cpu() for value in probe.backbone.state_dict().values()))
+
+    def settings(self) -> dict[str, Any]:
+        """Name the backbone's weights, too: a fit resumes with the same ones."""
+        return {**super().settings(), "backbone": self._backbone}
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the data, the probe and the backbone."""
+        return {**super().describe(), "backbone": self._backbone}
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Move the backbone to the device, and find the features of the real images."""
+        probe, real = self._probe[0].to(self.device, self.images.dtype), self.real_images()
+        features = cached_features(probe, real.images, self.device, backbone=self._backbone)
+        self._real = Images(features.to(self.device), real.labels.to(self.device))
+        self._real_means = centred_class_means(*self._real, self.num_classes).to(self.images.dtype)
+
+    def training_step(self, batch: dict[str, int], batch_idx: int) -> Tensor:
+        """Compare features of augmented synthetic images with those of real ones."""
+        iteration, hparams, classes = batch["iteration"], self.hparams, self.num_classes
+        count = hparams["copies"] if self.augment else 1
+        generators = [self.generator("copies", iteration, copy) for copy in range(count)]
+        images = torch.cat([self.augment(self.images, generator) for generator in generators])
+        features, labels = self._probe[0].features(images), self.labels.repeat(count)
+        if hparams["loss"] == "class_means":
+            return self.log_loss(class_mean_loss(centred_class_means(features, labels, classes), self._real_means))
+        real = self.draw_real(self._real, hparams["batch_target"], iteration, self.global_rank)
+        options = {key: hparams[key] for key in ("reg", "temperature")}
+        return self.log_loss(ridge_cross_entropy(features, labels, *real, num_classes=classes, **options))
