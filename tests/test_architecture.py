@@ -85,7 +85,7 @@ def test_the_mathematics_imports_torch_alone():
 
 PRIVATE = {  # without a public form; the first four are public of named tuples
     *("_asdict", "_fields", "_replace", "_make", "_foreach_add_", "_foreach_copy_"),
-    "_set_params_and_buffers_to_ignore_for_model",
+    *("_set_params_and_buffers_to_ignore_for_model", "_apply"),
 }
 PEERS = {"trainer", "module", "pl_module", "datamodule", "source"}
 

@@ -20,6 +20,7 @@ CLASSES = {
     "teacher": "FlatTeacher",
     "evaluate": "SyntheticEvaluation",
     "distill": "TrajectoryMatching",
+    "distill_backbone": "BackboneDistillation",
     "distill_cafe": "FeatureAlignment",
     "distill_dc": "GradientMatching",
     "distill_dm": "DistributionMatching",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftd_lightning.files.schema import per_cent
-from ftd_lightning.studies.tables import full_lines, markdown_table, short_lines
+from ftd_lightning.studies.tables import full_lines, markdown_table, points, short_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,24 +65,29 @@ METHODS: dict[str, tuple[str, float | None, str]] = {
     "mtt+robust": ("MTT + robust learning", 45.8, "sigma, which is not published, is relative here"),
     "ftd": ("FTD", 46.8, "nothing else"),
 }
-CIFAR10 = "CIFAR-10, 1 image per class"
-STUDY = "cifar10/study_decoders_w32"
+ONE, TEN = "CIFAR-10, 1 image per class", "CIFAR-10, 10 images per class"
+DECODED, IPC10 = "cifar10/study_decoders_w32", "cifar10/study_ipc10_w32"
 SMALL, STORAGE = "width 32", "CIFAR-10, storage of 1 image per class, FTD +"
-# Cell; published accuracy in per cent (METHODS; FreD's and GSDD's by GSDD's Table 15); size; config of the record; a
-# row for each seed.
+# Cell; published accuracy in per cent (PAPER, METHODS; FreD's and GSDD's by GSDD's Table 15); size; config of the record;
+# a row for each seed. The first ones are README's.
+IN_README = 6
 OVERVIEW: list[tuple[str, float | None, str, str, list[str]]] = [
-    (f"{CIFAR10}, MTT", 46.2, f"{SMALL}, teachers 10 x 4", "cifar10/compare_w32_ipc1", ["mtt"]),
-    (f"{CIFAR10}, FTD", 46.8, f"{SMALL}, teachers 10 x 3", STUDY, ["ftd", "ftd-1"]),
-    (f"{CIFAR10}, RaT-BPTT", 53.2, SMALL, "cifar10/compare_hour_w32", ["rat-bptt", "rat-bptt-1"]),
-    (f"{CIFAR10}, DM", 26.0, SMALL, "cifar10/compare_w32_ipc1", ["dm"]),
+    (f"{ONE}, MTT", 46.2, f"{SMALL}, teachers 10 x 4", "cifar10/compare_w32_ipc1", ["mtt"]),
+    (f"{ONE}, FTD", 46.8, f"{SMALL}, teachers 10 x 3", DECODED, ["ftd", "ftd-1"]),
     *(
-        (f"{STORAGE} {label}", value, f"{SMALL}, teachers 10 x 3", STUDY, [row, f"{row}-1"])
+        (f"{TEN}, {label}", value, f"{SMALL}, teachers 5 x 21", IPC10, [row, f"{row}-1"])
+        for label, value, row in [("MTT", 65.4, "mtt"), ("FTD", 66.6, "ftd"), ("FTD, adaptive ball", None, "ftd-adaptive")]
+    ),
+    *(
+        (f"{STORAGE} {label}", value, f"{SMALL}, teachers 10 x 3", DECODED, [row, f"{row}-1"])
         for label, value, row in [
-            ("MultiFormation(2)", None, "multi-formation"),
-            ("Frequencies(64)", 60.6, "frequencies"),
             ("Gaussians(22)", 67.6, "gaussians"),
+            ("Frequencies(64)", 60.6, "frequencies"),
+            ("MultiFormation(2)", None, "multi-formation"),
         ]
     ),
+    (f"{ONE}, RaT-BPTT", 53.2, SMALL, "cifar10/compare_hour_w32", ["rat-bptt", "rat-bptt-1"]),
+    (f"{ONE}, DM", 26.0, SMALL, "cifar10/compare_w32_ipc1", ["dm"]),
     ("digits, 1 image per class, FTD", None, f"{SMALL}, teachers 8 x 30", "digits/compare", ["ftd"]),
 ]
 NONE = "No run is on record yet."
@@ -124,6 +129,24 @@ def without_memory(record: dict[str, Any]) -> list[list[str]]:
     return [[cell for column, cell in enumerate(line) if column != left_out] for line in (head, *lines)]
 
 
+def seed_lines(record: dict[str, Any]) -> list[list[str]]:
+    """Lay a comparison out with the rows of several seeds, "METHOD, seed 0", in one line."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        if row["state"] == "done":
+            lines.setdefault(row["label"].partition(", seed")[0], []).append(row)
+    bases = {row["difference"]["to_label"] for rows in lines.values() for row in rows if "difference" in row}
+    head = ["method", "last, each seed", f"paired difference to {' or '.join(sorted(bases))}"]
+    return [head] + [
+        [
+            label,
+            ", ".join(per_cent(row["accuracy"]["last"], count=True) for row in rows),
+            ", ".join(points(row["difference"]) for row in rows if "difference" in row) or "-",
+        ]
+        for label, rows in lines.items()
+    ]
+
+
 def cell_lines(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Lay records of ``ftd reproduce`` out, beside the paper's numbers where the size is the published one."""
     lines = [["run", "teachers x epochs", "iterations", "last, raw / EMA", "chosen on held-out, raw / EMA", "paper"]]
@@ -152,6 +175,8 @@ def overview_lines() -> list[list[str]]:
     for cell, value, size, config, names in OVERVIEW:
         for record in named(config):
             rows = [row for row in record["rows"] if row["name"] in names and row["state"] == "done"]
+            if not rows:
+                continue
             lines.append(
                 [
                     cell,
@@ -186,7 +211,7 @@ def published_lines(cifar10: Sequence[dict[str, Any]], digits: Sequence[dict[str
     ]
 
 
-REPRODUCTION, DECODERS = Path("docs/reproduction.md"), Path("docs/decoders.md")
+REPRODUCTION, DECODERS, ENCODERS = (Path(f"docs/{name}.md") for name in ("reproduction", "decoders", "encoders"))
 STORED = columns("images", "numbers", "bytes", "steps", "paired difference")
 # Name of the markers -> file, and the table between them.
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
@@ -202,6 +227,10 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "labels_window": (REPRODUCTION, lambda: of_config("study_labels_window_w32", without_memory)),
     "decoders": (DECODERS, lambda: of_config("study_decoders_w32", STORED)),
     "decoders_digits": (DECODERS, lambda: of_config("digits/study_decoders", STORED)),
+    "backbone_digits": (ENCODERS, lambda: of_config("digits/study_backbone", seed_lines)),
+    "backbone": (ENCODERS, lambda: of_config("study_backbone_w32", seed_lines)),
+    "ipc10": (REPRODUCTION, lambda: of_config("study_ipc10_w32", seed_lines)),
+    "status": (Path("README.md"), lambda: markdown_table([line[:5] for line in overview_lines()[: 1 + IN_README]])),
     "overview": (REPRODUCTION, lambda: markdown_table(overview_lines())),
     "results": (REPRODUCTION, lambda: markdown_table(cell_lines(named("reproduce")))),
     "published": (
