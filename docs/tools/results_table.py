@@ -76,7 +76,11 @@ OVERVIEW: list[tuple[str, float | None, str, str, list[str]]] = [
     (f"{ONE}, FTD", 46.8, f"{SMALL}, teachers 10 x 3", DECODED, ["ftd", "ftd-1"]),
     *(
         (f"{TEN}, {label}", value, f"{SMALL}, teachers 5 x 21", IPC10, [row, f"{row}-1"])
-        for label, value, row in [("MTT", 65.4, "mtt"), ("FTD", 66.6, "ftd"), ("FTD, adaptive ball", None, "ftd-adaptive")]
+        for label, value, row in [
+            ("MTT", 65.4, "mtt"),
+            ("FTD", 66.6, "ftd"),
+            ("FTD, adaptive ball", None, "ftd-adaptive"),
+        ]
     ),
     *(
         (f"{STORAGE} {label}", value, f"{SMALL}, teachers 10 x 3", DECODED, [row, f"{row}-1"])

@@ -13,6 +13,7 @@ from ftd_lightning.core.linear_probe import LinearProbe, frozen
 from ftd_lightning.core.networks import NetworkFactory
 from ftd_lightning.data.decoding import cache_folder, cached
 from ftd_lightning.decoders.base import Decoder
+from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, write_tensors
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.linear_probes import centred_class_means, class_mean_loss, ridge_cross_entropy
@@ -142,13 +143,19 @@ class BackboneDistillation(Distillation):
         self._probe = (probe,)  # no submodule: neither among DDP's parameters nor in a checkpoint
         self._backbone = fingerprint(*(value.float().cpu() for value in probe.backbone.state_dict().values()))
 
-    def settings(self) -> dict[str, Any]:
-        """Name the backbone's weights, too: a fit resumes with the same ones."""
-        return {**super().settings(), "backbone": self._backbone}
-
     def describe(self) -> dict[str, Any]:
         """Describe the data, the probe and the backbone."""
         return {**super().describe(), "backbone": self._backbone}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Add the fingerprint of the backbone."""
+        return {**super().extra_state(), "backbone": self._backbone}
+
+    def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
+        """Refuse another backbone."""
+        if state["backbone"] != self._backbone:
+            raise InputError("the checkpoint is of a backbone with other weights: pass the same one, or begin anew")
+        super().restore(state, checkpoint)
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Move the backbone to the device, and find the features of the real images."""

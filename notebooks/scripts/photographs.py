@@ -71,9 +71,9 @@ for name, accuracy in found.items():
 # %% [markdown]
 # ## A set for an encoder
 #
-# Whoever has a trained encoder keeps it, and trains a linear layer on its features. Here the encoder
-# is a small network that has seen CIFAR-10's seven other classes. One image of each of our classes is
-# learned for it, in a few seconds, and linear layers are trained on these images, on random
+# Whoever has a trained encoder keeps it, and trains a linear layer on its features. Here the
+# encoder is a small network that has seen CIFAR-10's seven other classes. One image of each of
+# our classes is learned for it, and linear layers are trained on these images, on random
 # photographs, and on all.
 
 # %%
@@ -99,7 +99,9 @@ seen = [name for name in cifar10.class_names if name not in names]
 others = DistillationDataModule("cifar10", classes=seen, max_per_class=1000)
 encoder = str(folder / "encoder")
 size = {"width": 32, "depth": 3}
-teacher = FlatTeacher(network_options=size, teachers=1, epochs=6, lr=0.02, momentum=0.9, rho=0.0)
+teacher = FlatTeacher(
+    network_options=size, teachers=1, epochs=6, lr=0.02, momentum=0.9, rho=0.0
+)
 Trainer(max_epochs=-1, callbacks=[TrajectoryRecorder(encoder)], **quiet).fit(teacher, others)
 
 
@@ -110,7 +112,11 @@ def photographs(synthetic=None):
 
 learner = BackboneDistillation(encoder, decoder=Pyramid(), augment="crop_flip_scale_rotate")
 Trainer(max_steps=200, default_root_dir=folder / "probe", **quiet).fit(learner, photographs())
-sets = {"random": ("random", 300), "learned": (learner.synthetic_set(), 300), "all": ("real", 60)}
+sets = {
+    "random": ("random", 300),
+    "learned": (learner.synthetic_set(), 300),
+    "all": ("real", 60),
+}
 for name, (synthetic, epochs) in sets.items():
     probes = SyntheticEvaluation(
         "ftd_lightning.core.LinearProbe",

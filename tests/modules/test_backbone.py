@@ -148,15 +148,26 @@ def test_without_a_datamodule_the_given_images_tell_the_shape(tmp_path):
     assert module.images.shape == (3, 1, 8, 8)
 
 
-def test_a_fit_resumes_with_the_same_backbone_alone(tmp_path, refused):
-    def module(seed):
-        return BackboneDistillation(Encoder(seed), copies=2, iterations_per_epoch=2)
+@pytest.mark.parametrize("data", [0, None], ids=["datamodule", "tensors"])
+def test_a_fit_resumes_with_the_same_backbone_alone(data, tmp_path, refused):
+    real = None if data == 0 else (torch.rand(30, 1, 8, 8), torch.arange(3).repeat(10))
 
-    fit(module(0), tmp_path, enable_checkpointing=True)
+    def module(seed):
+        return BackboneDistillation(Encoder(seed), copies=2, iterations_per_epoch=2, real=real)
+
+    fit(module(0), tmp_path, data=data, enable_checkpointing=True)
     (last,) = tmp_path.rglob("*.ckpt")
-    trainer = make_trainer(tmp_path / "again", max_steps=4)
-    with refused("backbone"):
-        trainer.fit(module(1), datamodule=small_data(), ckpt_path=str(last))
+    given = small_data() if data == 0 else None
+    with refused("a backbone with other weights"):
+        make_trainer(tmp_path, max_steps=4, enable_checkpointing=True).fit(
+            module(1), given, ckpt_path=str(last)
+        )
+    make_trainer(tmp_path, max_steps=4, enable_checkpointing=True).fit(
+        resumed := module(0), given, ckpt_path=str(last)
+    )
+    assert resumed.iterations == 4
+    loaded = BackboneDistillation.load_from_checkpoint(last, network=Encoder(0), real=real)
+    assert loaded.images.shape == resumed.images.shape
 
 
 @pytest.mark.parametrize(
