@@ -68,8 +68,8 @@ METHODS: dict[str, tuple[str, float | None, str]] = {
 ONE, TEN = "CIFAR-10, 1 image per class", "CIFAR-10, 10 images per class"
 DECODED, IPC10 = "cifar10/study_decoders_w32", "cifar10/study_ipc10_w32"
 SMALL, STORAGE = "width 32", "CIFAR-10, storage of 1 image per class, FTD +"
-# Cell; published accuracy in per cent (PAPER, METHODS; FreD's and GSDD's by GSDD's Table 15); size; config of the record;
-# a row for each seed. The first ones are README's.
+# Cell; published accuracy in per cent (PAPER, METHODS; FreD's and GSDD's by GSDD's Table 15); size; config of the
+# record; a row for each seed. The first ones are README's.
 IN_README = 6
 OVERVIEW: list[tuple[str, float | None, str, str, list[str]]] = [
     (f"{ONE}, MTT", 46.2, f"{SMALL}, teachers 10 x 4", "cifar10/compare_w32_ipc1", ["mtt"]),

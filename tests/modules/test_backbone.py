@@ -159,12 +159,8 @@ def test_a_fit_resumes_with_the_same_backbone_alone(data, tmp_path, refused):
     (last,) = tmp_path.rglob("*.ckpt")
     given = small_data() if data == 0 else None
     with refused("a backbone with other weights"):
-        make_trainer(tmp_path, max_steps=4, enable_checkpointing=True).fit(
-            module(1), given, ckpt_path=str(last)
-        )
-    make_trainer(tmp_path, max_steps=4, enable_checkpointing=True).fit(
-        resumed := module(0), given, ckpt_path=str(last)
-    )
+        make_trainer(tmp_path, max_steps=4, enable_checkpointing=True).fit(module(1), given, ckpt_path=str(last))
+    make_trainer(tmp_path, max_steps=4, enable_checkpointing=True).fit(resumed := module(0), given, ckpt_path=str(last))
     assert resumed.iterations == 4
     loaded = BackboneDistillation.load_from_checkpoint(last, network=Encoder(0), real=real)
     assert loaded.images.shape == resumed.images.shape
