@@ -78,12 +78,15 @@ def test_marked_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """The README by itself; formats.md reads the set that plug-in.md makes."""
     monkeypatch.chdir(tmp_path)
     marked = {page: BLOCK.findall(text) for page, text in TEXTS.items() if BLOCK.search(text)}
-    assert set(marked) == {"README.md", "docs/plug-in.md", "docs/formats.md"}
+    assert set(marked) == {"README.md", "docs/encoders.md", "docs/plug-in.md", "docs/formats.md"}
     exec(compile(marked["README.md"][0], "README.md", "exec"), {})
     store = TrajectoryStore("mine/teachers")
     assert (len(store), store.epochs, store.num_parameters) == (2, 5, 64 * 32 + 32 + 330)
     assert SyntheticSet.load("mine/set.safetensors").metadata["iterations"] == 100
     assert Path("lightning_logs/version_2/evaluation.json").is_file()
+    encoder: dict[str, Any] = {}
+    exec(compile(marked["docs/encoders.md"][0], "docs/encoders.md", "exec"), encoder)
+    assert encoder["probes"].results["accuracy"]["clp-dd+pyramid"]["mean"] > 0.3
     here: dict[str, Any] = {}
     for page in ("docs/plug-in.md", "docs/formats.md"):
         for block in marked[page]:
