@@ -43,6 +43,7 @@ def Net(*args, **kwargs):
 
 FlatTeacher = TrajectoryMatching = SyntheticEvaluation = MatchingRule = Net
 """
+PROBE = "ftd_lightning.core.LinearProbe"
 SHAPE = {"in_channels": 1, "num_classes": 10, "image_size": 8}
 NETWORKS = {
     "a module of the current folder": {"name": "canary.Net", "options": {}, **SHAPE},
@@ -313,3 +314,18 @@ def test_checkpoints_on_the_command_line(path, checkpoints, here):
     cli.main([*arguments, "--data.batch_size=32", "--trainer.accelerator=cpu", f"--ckpt_path={path}"])
     with silence(path):
         pass
+
+
+def test_a_backbone_that_a_checkpoint_names_is_not_built(here: Path, refused) -> None:
+    options = {"backbone": "torch.nn.Flatten"}
+    data = small_data(synthetic="random")
+    module, trainer = SyntheticEvaluation(PROBE, options, networks=1), make_trainer(here, max_epochs=1)
+    trainer.fit(module, data)
+    trainer.save_checkpoint("probe.ckpt")
+    saved = torch.load("probe.ckpt", weights_only=True)
+    saved["hyper_parameters"]["network_options"] = {"backbone": "canary.Net"}
+    torch.save(saved, "bad.ckpt")
+    with refused("bad.ckpt", "pass network_options="):
+        SyntheticEvaluation.load_from_checkpoint("bad.ckpt", network=PROBE)
+    assert not Path("canary_sang").exists()
+    SyntheticEvaluation.load_from_checkpoint("probe.ckpt", network=PROBE, network_options=options)

@@ -158,7 +158,9 @@ def _of_set(synthetic: SyntheticSet, transform: dict[str, Any]) -> tuple[list[tu
         ("classes", f"{len(counts)}: {phrase(', '.join(map(str, names[:10])))}{', ...' if len(names) > 10 else ''}"),
         ("labels", made),
         ("step size", phrase(synthetic.learning_rate or "none: evaluation needs a learning rate")),
-        *_recorded(metadata, "transform", "network", "augmentation", "teachers", "imported", "scores", "chosen_on"),
+        *_recorded(
+            metadata, "transform", "network", "backbone", "augmentation", "teachers", "imported", "scores", "chosen_on"
+        ),
         *_recorded(metadata, "versions"),
     ]
     return rows, facts

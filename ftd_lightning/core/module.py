@@ -199,8 +199,8 @@ class BaseModule(LightningModule):
         Raises:
             InputError: for another file, or a network that is not of this library and has to be passed as ``network``.
         """
-        if weights_only and "network" not in options:
-            resume.refuse_own_network(checkpoint_path)
+        if weights_only:
+            resume.refuse_own_network(checkpoint_path, options)
         # Without an instantiator of the command line, which would import the class paths that the file names.
         options |= {"weights_only": weights_only, "_instantiator": None}
         return super().load_from_checkpoint(checkpoint_path, *arguments, **options)

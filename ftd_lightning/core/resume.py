@@ -42,11 +42,13 @@ def read_checkpoint(source: str | Path | IO[bytes], **options: Any) -> dict[str,
     return content
 
 
-def refuse_own_network(source: str | Path | IO[bytes]) -> None:
-    """Refuse a checkpoint whose hyper-parameters name a network that is not of this library."""
+def refuse_own_network(source: str | Path | IO[bytes], given: Container[str]) -> None:
+    """Refuse a checkpoint that names a network that is not of this library, unless that argument is ``given``."""
     hparams = read_checkpoint(source, mmap=isinstance(source, (str, Path))).get("hyper_parameters", {})
-    if hparams.get("network") is not None:
+    if "network" not in given and hparams.get("network") is not None:
         recorded_network({"name": hparams["network"], "options": {}}, source, "pass network=")
+    if "network_options" not in given and "backbone" in (hparams.get("network_options") or ()):  # it may be imported
+        raise InputError(f"{source}: its network_options name a backbone: pass network_options=")
     if not isinstance(source, (str, Path)):
         source.seek(0)  # it is read again
 

@@ -182,7 +182,7 @@ class DistillationDataModule(LightningDataModule):
         val_fraction: float = 0.1,
         zca: bool = False,
         zca_eps: float = 0.1,
-        classes: list[str] | None = None,
+        classes: list[str | int] | None = None,
         max_per_class: int | None = None,
         synthetic: str | SyntheticSet | None = None,
         ema: bool = False,
@@ -336,12 +336,13 @@ class DistillationDataModule(LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in label order."""
-        known, chosen = list(self.spec.class_names), self.hparams["classes"]
-        if chosen is None:
+        known = list(self.spec.class_names)
+        if self.hparams["classes"] is None:
             return known
+        chosen = [str(name) for name in self.hparams["classes"]]
         if len(set(chosen)) < len(chosen) or not chosen or not set(chosen) <= set(known):
             raise InputError(f"classes={chosen}: give some of {', '.join(known)}, each once")
-        return list(chosen)
+        return chosen
 
     @property
     def transform(self) -> ImageTransform:
@@ -385,7 +386,7 @@ class DistillationDataModule(LightningDataModule):
         """Return the images of a part, transformed at first use: "train", "val" (possibly none) or "test"."""
         self.setup("fit")
         if name == "test" and not len(self._read().labels(name)):
-            raise InputError("there are no test images: the wrapped datamodule has no test_dataloader")
+            raise InputError("there are no test images: of a wrapped datamodule, a test_dataloader is read")
         return self._read().images(name, self.transform)
 
     @property
@@ -471,7 +472,7 @@ class DistillationDataModule(LightningDataModule):
             raise InputError(
                 f"{file}: holds {shape} images of the classes {', '.join(names)}, "
                 f"{self.hparams['dataset']} has {wanted} images of {', '.join(self.class_names)}; "
-                "set data.dataset to the set's own (and data.image_size, where it was resized)"
+                "set data.dataset to the set's own (and data.image_size and data.classes)"
             )
 
     def _module(self) -> object:

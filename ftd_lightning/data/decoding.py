@@ -194,8 +194,10 @@ def check_memory(needed: int, work: str, remedy: str) -> None:
         )
 
 
-def cached(path: Path, read: Callable[[Path], T], make: Callable[[], None], again: str) -> T:
-    """Read a cache, which is made where it is missing, and again where it is damaged."""
+def cached(
+    path: Path, read: Callable[[Path], T], make: Callable[[], None], again: str, setting: str = "data.cache_dir"
+) -> T:
+    """Read a cache, which is made where it is missing, and again where it is damaged; ``setting`` moves it."""
     if path.is_file():
         try:
             return read(path)
@@ -204,8 +206,7 @@ def cached(path: Path, read: Callable[[Path], T], make: Callable[[], None], agai
     try:
         make()
     except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{path}: cannot be written ({reason}); set data.cache_dir, or XDG_CACHE_HOME") from error
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); set {setting}") from error
     return read(path)
 
 

@@ -90,7 +90,7 @@ class Flip(Decoder):
 
 @dataclass
 class Pyramid(Decoder):
-    """Stores every image as a sum of images of all sizes, each half of the next, down to one pixel (LGM, SFM, CLP-DD).
+    """Stores every image as a sum of images of all sizes, each half of the next, down to one pixel (LGM, SFM).
 
     Coarse pixels are learned as fast as fine ones, which makes smooth images that serve other networks, too. It stores
     a third more numbers than pixels. Published are also a sigmoid, a matrix of colours, and levels that are added one

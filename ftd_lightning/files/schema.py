@@ -99,7 +99,7 @@ SET_METADATA: dict[str, Rule] = {
     **dict.fromkeys(("iterations", "rounds"), COUNT),
     **dict.fromkeys(("skipped_steps", "gated_steps"), COUNT),
     **dict.fromkeys(("transform", "settings", "label_teacher", "kernel", "teachers", "chosen_by"), MAPPING),
-    **dict.fromkeys(("imported", "ema", "versions"), MAPPING),
+    **dict.fromkeys(("imported", "ema", "versions", "backbone"), MAPPING),
 }
 PARAMETERS_METADATA: dict[str, Rule] = {
     "decoder": SET_METADATA["decoder"],
@@ -108,7 +108,10 @@ PARAMETERS_METADATA: dict[str, Rule] = {
         lambda value: _is_list(value, lambda size: _is_count(size) and 0 < size <= 1024) and len(value) == 3,
         "a list of C, H and W, each in 1..1024,",
     ),
-    "transform": MAPPING,
+    "transform": (
+        lambda value: isinstance(value, dict) and (value.get("kind") != "zca" or is_number(value.get("eps"), 0)),
+        "a description of a transform",
+    ),
     "images": TEXT,
 }
 TEACHER_METADATA: dict[str, Rule] = {

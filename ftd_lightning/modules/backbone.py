@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import re
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,11 +14,12 @@ from torch import Tensor, nn
 
 from ftd_lightning.contracts import Images, ImageShape
 from ftd_lightning.core.linear_probe import LinearProbe, frozen
-from ftd_lightning.core.networks import NetworkFactory
+from ftd_lightning.core.networks import Network, NetworkFactory
 from ftd_lightning.data.decoding import cache_folder, cached
 from ftd_lightning.decoders.base import Decoder
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import TensorFile, fingerprint, write_tensors
+from ftd_lightning.files.trajectory_store import TrajectoryStore
 from ftd_lightning.functional.augment import Augmentation
 from ftd_lightning.functional.linear_probes import centred_class_means, class_mean_loss, ridge_cross_entropy
 from ftd_lightning.functional.seeding import to_device
@@ -30,22 +35,39 @@ BATCH = 256  # real images whose features are computed at a time
 KIND = "features"
 
 
+def backbone_fingerprint(backbone: nn.Module) -> str:
+    """Hash the weights of a backbone, and how it is printed: its layers."""
+    weights = fingerprint(*(value.float() for value in backbone.state_dict().values()))
+    layers = re.sub(r" at 0x[0-9a-f]+", "", repr(backbone))  # addresses of functions
+    return hashlib.blake2b(f"{weights}{layers}".encode(), digest_size=16).hexdigest()
+
+
+@torch.no_grad()
 def cached_features(probe: LinearProbe, images: Tensor, device: torch.device, *, backbone: str) -> Tensor:
     """Read the features of real images (N, C, H, W) from the user's cache, or compute them and write them there.
 
-    They are known by the images' values and ``backbone``, a fingerprint. Memory and file take 4 D bytes per image.
+    They are known by the images' values and ``backbone``, a fingerprint; those of a backbone of the same one that
+    computes others are replaced. Memory and file take 4 D bytes per image.
 
     Returns:
         (N, D) float32, of length 1, on the CPU.
     """
     path = cache_folder(None) / "features" / f"{fingerprint(images)}_{backbone}.safetensors"
 
-    def compute() -> None:
-        with torch.no_grad():
-            found = [probe.features(to_device(part, device)).float().cpu() for part in images.split(BATCH)]
-        write_tensors(path, {"features": torch.cat(found)}, kind=KIND, metadata={"backbone": backbone})
+    def features(images: Tensor) -> Tensor:
+        return probe.features(to_device(images, device)).float().cpu()
 
-    return cached(path, lambda path: TensorFile(path, kind=KIND)["features"], compute, "they are computed again")
+    def compute() -> None:
+        found = torch.cat([features(part) for part in images.split(BATCH)])
+        write_tensors(path, {"features": found}, kind=KIND, metadata={"backbone": backbone})
+
+    def read(path: Path) -> Tensor:
+        found, first = TensorFile(path, kind=KIND)["features"], features(images[:2])
+        if found[:2].shape != first.shape or not torch.allclose(found[:2], first, atol=1e-2):
+            raise InputError(f"{path}: holds features of another backbone")
+        return found
+
+    return cached(path, read, compute, "they are computed again", "XDG_CACHE_HOME")
 
 
 class BackboneDistillation(Distillation):
@@ -60,15 +82,15 @@ class BackboneDistillation(Distillation):
     - "class_means" (SFM, arXiv 2602.05391): one minus the cosine between centred class means of synthetic and of all
       real features. It is Linear Gradient Matching (NeurIPS 2025) with a head of zeros on all real images.
 
-    Features are divided by their lengths, for the probe that is evaluated as well. Regularisation, temperature and rate
-    of CLP-DD are not published; the defaults are this library's. ``EvaluateSynthetic`` and ``SyntheticEvaluation``
-    train a ``core.LinearProbe``. A checkpoint does not hold the backbone; a set describes it, and "backbone" in its
-    metadata is a fingerprint of its weights.
+    Features are divided by their lengths, for the probe that is evaluated as well. The defaults of regularisation,
+    temperature and rate are this library's. ``EvaluateSynthetic`` and ``SyntheticEvaluation`` train a
+    ``core.LinearProbe``. A checkpoint does not hold the backbone; "backbone" in a set's metadata has its name and a
+    fingerprint.
 
     Args:
         network: the backbone: an ``nn.Module`` from images (N, C, H, W), as the datamodule normalises them, to features
-            (N, D), the import path of a function that returns one, or the folder of a trajectory store; see
-            ``core.LinearProbe``.
+            (N, D), which is copied; a function that returns one, or its import path; or the folder of a trajectory
+            store. See ``core.LinearProbe``.
         network_options: arguments of that function.
         head: name of the backbone's submodule that makes logits and is left out.
         ipc: synthetic images per class; a list names those of each, in label order.
@@ -84,15 +106,14 @@ class BackboneDistillation(Distillation):
         iterations_per_epoch: iterations that make a Lightning epoch.
         seed: of initial images, real batches and augmentation.
         real: images (N, C, H, W) and labels (N,), where there is no DistillationDataModule.
-        decoder: learn parameters that images are decoded from, in place of pixels, such as ``decoders.Pyramid``, which
-            both methods are published with.
+        decoder: learn parameters that images are decoded from, in place of pixels, such as ``decoders.Pyramid``.
     """
 
     accepts_module = True
 
     def __init__(
         self,
-        network: nn.Module | str,
+        network: Network,
         network_options: dict[str, Any] | None = None,
         head: str | None = None,
         ipc: Ipc = 1,
@@ -126,10 +147,19 @@ class BackboneDistillation(Distillation):
         if isinstance(backbone, str):
             named = {"backbone": backbone, "options": options, "head": head}
             self._network_arguments = ("ftd_lightning.core.LinearProbe", named)
-        elif isinstance(backbone, nn.Module):
+            self._refuse_other_normalisation(Path(backbone).expanduser())
+        elif backbone is not None:
+            found = copy.deepcopy(backbone) if isinstance(backbone, nn.Module) else backbone(**(options or {}))
             shape = self._shape() if self.data is None else self.data.shape
-            self._network_arguments = (partial(LinearProbe, *shape, backbone=frozen(backbone, head)), None)
+            self._network_arguments = (partial(LinearProbe, *shape, backbone=frozen(found, head)), None)
         return super().make_networks()
+
+    def _refuse_other_normalisation(self, folder: Path) -> None:
+        """Refuse a store of teachers of whitened images for standardised ones, and the other way round."""
+        described = TrajectoryStore(folder).metadata.get("transform") if folder.is_dir() else None
+        ours = None if self.data is None else self.data.transform.describe().get("kind")
+        if described and ours and (theirs := described.get("kind")) != ours:
+            raise InputError(f"{folder}: its teachers have seen images of the transform {theirs}, not {ours}")
 
     def _shape(self) -> ImageShape:
         images, labels = self.real_images()
@@ -141,11 +171,13 @@ class BackboneDistillation(Distillation):
         probe = self.fresh.build(self.seed, "backbone")
         assert isinstance(probe, LinearProbe)
         self._probe = (probe,)  # no submodule: neither among DDP's parameters nor in a checkpoint
-        self._backbone = fingerprint(*(value.float().cpu() for value in probe.backbone.state_dict().values()))
+        self._backbone = backbone_fingerprint(probe.backbone)
 
     def describe(self) -> dict[str, Any]:
         """Describe the data, the probe and the backbone."""
-        return {**super().describe(), "backbone": self._backbone}
+        kind = type(self._probe[0].backbone)
+        name = self.hparams.get("network") or f"{kind.__module__}.{kind.__qualname__}"
+        return {**super().describe(), "backbone": {"name": name, "fingerprint": self._backbone}}
 
     def extra_state(self) -> dict[str, Any]:
         """Add the fingerprint of the backbone."""
@@ -154,7 +186,7 @@ class BackboneDistillation(Distillation):
     def restore(self, state: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
         """Refuse another backbone."""
         if state["backbone"] != self._backbone:
-            raise InputError("the checkpoint is of a backbone with other weights: pass the same one, or begin anew")
+            raise InputError("the checkpoint is of a backbone of another fingerprint: pass the same one, or begin anew")
         super().restore(state, checkpoint)
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
@@ -171,8 +203,9 @@ class BackboneDistillation(Distillation):
         generators = [self.generator("copies", iteration, copy) for copy in range(count)]
         images = torch.cat([self.augment(self.images, generator) for generator in generators])
         features, labels = self._probe[0].features(images), self.labels.repeat(count)
-        if hparams["loss"] == "class_means":
-            return self.log_loss(class_mean_loss(centred_class_means(features, labels, classes), self._real_means))
-        real = self.draw_real(self._real, hparams["batch_target"], iteration, self.global_rank)
-        options = {key: hparams[key] for key in ("reg", "temperature")}
-        return self.log_loss(ridge_cross_entropy(features, labels, *real, num_classes=classes, **options))
+        with torch.autocast(self.device.type, enabled=False):  # rounding to bf16 is as large as lambda
+            if hparams["loss"] == "class_means":
+                return self.log_loss(class_mean_loss(centred_class_means(features, labels, classes), self._real_means))
+            real = self.draw_real(self._real, hparams["batch_target"], iteration, self.global_rank)
+            options = {key: hparams[key] for key in ("reg", "temperature")}
+            return self.log_loss(ridge_cross_entropy(features, labels, *real, num_classes=classes, **options))

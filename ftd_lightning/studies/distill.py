@@ -240,7 +240,7 @@ def survey(data: DistillationDataModule, val_fraction: float) -> Survey:
     """Count images and classes, none held out yet; those of a folder by the headers of its files."""
     census, train, asked = data.census, tuple(data.count("train")), data.hparams["image_size"]
     return Survey(
-        names=tuple(census.classes if census else data.class_names),
+        names=tuple(data.hparams["classes"] or (census.classes if census else data.class_names)),
         channels=census.channels if census else data.in_channels,
         size=asked or (census.size if census else data.image_size),
         train=train,
@@ -254,7 +254,7 @@ def survey(data: DistillationDataModule, val_fraction: float) -> Survey:
 def _say(title: str, data: DistillationDataModule, found: Survey) -> None:
     """Print which images there are."""
     counts = f"{sum(found.train):,} training images, {sum(found.test):,} test images"
-    if data.census is None:
+    if data.census is None or data.hparams["classes"]:
         colour = "grey" if found.channels == 1 else "colour"
         print(f"{title}: {counts}, {len(found.names)} classes, {size_text(found.size)}, {colour}")
     else:

@@ -55,7 +55,8 @@ COLUMNS = ("hard", "soft", PLAIN)
 SIDES = ("set", "random")
 KIND = "ranking_network"
 SPLIT = {"val_fraction", "max_per_class", "seed"}  # may differ between sets
-DATA_OPTIONS = {"root", "dataset", "image_size", *SPLIT, "test_fraction", "download", "cache_dir", "skip_broken"}
+CHOICE = ("image_size", "classes", "max_per_class", "seed")
+DATA_OPTIONS = {"root", "dataset", *CHOICE, *SPLIT, "test_fraction", "download", "cache_dir", "skip_broken"}
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,7 @@ def read_data(
     described = [one if isinstance(one, dict) else {"name": one} for one in described]  # a name alone
     recorded = [one for one in described if one] or [{}]
     agreed = {key: value for key, value in recorded[0].items() if all(one.get(key) == value for one in recorded)}
-    options: dict[str, Any] = {key: agreed[key] for key in ("image_size", "max_per_class", "seed") if key in agreed}
+    options: dict[str, Any] = {key: agreed[key] for key in CHOICE if key in agreed}
     options |= {"val_fraction": agreed.get("val_fraction") or 0.1, "dataset": recorded[0].get("name"), **given}
     if options["dataset"] is None:
         raise InputError(f"{next(iter(sets))}: does not name its data set: give --data.dataset")

@@ -43,6 +43,35 @@ def counts(labels):
 # The digits and their parts
 
 
+@pytest.mark.parametrize("zca", [False, True], ids=["standardised", "whitened"])
+def test_some_classes_are_numbered_in_their_order(zca, ready):
+    whole, data = ready(val_fraction=0.0), ready(val_fraction=0.0, classes=[7, "3"], zca=zca)
+    assert (data.num_classes, data.class_names) == (2, ["7", "3"])
+    assert data.count("train") == [TRAIN_OF_EACH_DIGIT[7], TRAIN_OF_EACH_DIGIT[3]]
+    for number, label in enumerate((7, 3)):
+        ours, theirs = (images.take(images.labels == one) for images, one in ((data.test, number), (whole.test, label)))
+        assert pixels(ours, data) == pixels(theirs, whole)
+    assert data.describe()["dataset"]["classes"] == ["7", "3"]
+    random = ready(classes=["7", "3"], synthetic="random", ipc=2).synthetic_set
+    assert (random.labels.tolist(), random.class_names) == ([0, 0, 1, 1], ["7", "3"])
+
+
+@pytest.mark.parametrize("classes", [[], ["7", "7"], ["seven"]])
+def test_unknown_classes_are_refused(classes, refused):
+    with refused(f"classes={classes}: give some of 0, 1, 2"):
+        DistillationDataModule(classes=classes).setup()
+
+
+def test_objects_have_classes_too(refused):
+    pictures, labels = torch.rand(40, 1, 8, 8), torch.arange(4).repeat(10)
+    names = ["ant", "bee", "cat", "dog"]
+    data = DistillationDataModule.from_datasets(
+        (pictures, labels), (pictures[:6], labels[:6]), class_names=names, classes=["dog", "bee"]
+    )
+    data.setup()
+    assert (data.class_names, data.count("train"), data.count("test")) == (["dog", "bee"], [9, 9], [1, 2])
+
+
 def test_digits_are_split_once_and_for_all(ready):
     data = ready(val_fraction=0.0)
     assert counts(data.train.labels) == TRAIN_OF_EACH_DIGIT

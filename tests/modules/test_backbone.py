@@ -1,6 +1,7 @@
 """Sets for a frozen backbone: the backbone stays as it is, its features are computed once, and probes learn the set."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ftd_lightning.files import TrajectoryStore
 from ftd_lightning.functional import embed
 from ftd_lightning.models import ConvNet
 from ftd_lightning.modules import BackboneDistillation
-from ftd_lightning.modules.backbone import cached_features
+from ftd_lightning.modules.backbone import backbone_fingerprint, cached_features
 
 HALF, REST = [str(digit) for digit in range(5)], [str(digit) for digit in range(5, 10)]
 CALLS = []
@@ -105,8 +106,45 @@ def test_the_backbone_stays_as_it_is_and_is_the_same_in_every_form(tmp_path):
     assert all(weight.requires_grad for weight in mine.parameters())
     third, _ = fit(BackboneDistillation(f"{__name__}.encoder_of", {"seed": 1}, **options), tmp_path / "other")
     assert not torch.equal(one.images, third.images)
-    fingerprints = [module.synthetic_set().metadata["backbone"] for module in (one, other, third)]
+    recorded = [module.synthetic_set().metadata["backbone"] for module in (one, other, third)]
+    assert [entry["name"] for entry in recorded] == [f"{__name__}.Encoder", *[f"{__name__}.encoder_of"] * 2]
+    fingerprints = [entry["fingerprint"] for entry in recorded]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    by_function, _ = fit(BackboneDistillation(encoder_of, {"seed": 1}, **options), tmp_path / "function")
+    assert torch.equal(by_function.images, third.images)
+
+
+def test_an_encoder_that_is_frozen_already_is_copied_too(tmp_path):
+    mine = Encoder().eval().requires_grad_(False).bfloat16()
+    fit(BackboneDistillation(mine, copies=2), tmp_path)
+    assert {weight.dtype for weight in mine.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("loss", ["ridge", "class_means"])
+def test_precisions_agree(loss, tmp_path):
+    found = {}
+    for precision in ("32-true", "64-true", "bf16-mixed"):
+        module = BackboneDistillation(f"{__name__}.encoder_of", loss=loss, augment="", batch_target=60)
+        _, seen = fit(module, tmp_path / precision, steps=2, precision=precision)
+        found[precision] = seen.losses
+    assert found["64-true"] == pytest.approx(found["32-true"], rel=1e-4)
+    assert found["bf16-mixed"] == pytest.approx(found["32-true"], rel=0.1)
+
+
+def test_a_store_that_was_recorded_again_is_read_again(tmp_path):
+    images = torch.rand(3, 1, 8, 8)
+    found = []
+    for seed in (0, 1):
+        store = record(tmp_path, teachers=1, epochs=1, seed=seed)
+        found.append(LinearProbe(1, 3, 8, str(store)).features(images))
+        shutil.rmtree(store)
+    assert not torch.allclose(*found)
+
+
+def test_teachers_of_whitened_images_are_refused_for_standardised_ones(tmp_path, refused):
+    store = record(tmp_path, data=small_data(zca=True), teachers=1, epochs=1)
+    with refused("transform zca, not standardization"):
+        fit(BackboneDistillation(str(store)), tmp_path / "set")
 
 
 def test_features_are_the_input_of_the_head_divided_by_their_length(half):
@@ -126,11 +164,18 @@ def test_features_of_real_images_are_computed_once_for_each_backbone(tmp_path):
     CALLS.clear()
     images = torch.rand(600, 1, 8, 8)
     first = cached_features(LinearProbe(1, 3, 8, Encoder()), images, torch.device("cpu"), backbone="one")
-    assert CALLS == [1, 256, 256, 88]
+    assert CALLS == [1, 256, 256, 88, 2]
     assert torch.equal(
         first, cached_features(LinearProbe(1, 3, 8, Encoder()), images, torch.device("cpu"), backbone="one")
     )
-    assert CALLS == [1, 256, 256, 88, 1], "only the probe's look at the number of features"
+    assert CALLS[5:] == [1, 2], "a look at the number of features, and at two images"
+    wrapped = nn.Sequential(nn.AvgPool2d(1), nn.Flatten(0, 0), Encoder())  # the same weights
+    assert backbone_fingerprint(wrapped) != backbone_fingerprint(Encoder())
+    shifted = Encoder()
+    shifted.register_forward_pre_hook(lambda module, images: (images[0] + 1,))
+    with pytest.warns(UserWarning, match="of another backbone; they are computed again"):
+        anew = cached_features(LinearProbe(1, 3, 8, shifted), images, torch.device("cpu"), backbone="one")
+    torch.testing.assert_close(anew, LinearProbe(1, 3, 8, shifted).features(images), rtol=0, atol=1e-5)
     other = cached_features(LinearProbe(1, 3, 8, Encoder(1)), images, torch.device("cpu"), backbone="other")
     assert not torch.equal(first, other)
 
@@ -158,7 +203,7 @@ def test_a_fit_resumes_with_the_same_backbone_alone(data, tmp_path, refused):
     fit(module(0), tmp_path, data=data, enable_checkpointing=True)
     (last,) = tmp_path.rglob("*.ckpt")
     given = small_data() if data == 0 else None
-    with refused("a backbone with other weights"):
+    with refused("a backbone of another fingerprint"):
         make_trainer(tmp_path, max_steps=4, enable_checkpointing=True).fit(module(1), given, ckpt_path=str(last))
     make_trainer(tmp_path, max_steps=4, enable_checkpointing=True).fit(resumed := module(0), given, ckpt_path=str(last))
     assert resumed.iterations == 4
@@ -171,10 +216,13 @@ def test_a_fit_resumes_with_the_same_backbone_alone(data, tmp_path, refused):
     [
         ("convnet", None, None, "'convnet' has no trained weights"),
         ("nowhere.encoder", None, None, "cannot be imported"),
+        ("torchvision.models.resnet18", {"weights": "NONE"}, None, "with the options {'weights': 'NONE'}: KeyError"),
+        ("torchvision.models.resnet18", None, None, "ResNet: refuses images (1, 1, 8, 8): RuntimeError"),
+        (nn.Flatten(0), None, None, "returned (64,) of one image"),
         (f"{__name__}.encoder_of", {"depth": 3}, None, "unexpected keyword argument 'depth'"),
         (f"{__name__}.encoder_of", None, "fc", "Encoder has no submodule 'fc'"),
         ("builtins.dict", None, None, "returned dict, not an nn.Module"),
-        (Pair(), None, None, "returned tuple"),
+        (Pair(), None, None, "returned tuple of one image"),
     ],
 )
 def test_a_backbone_that_gives_no_features_is_refused(network, options, head, said, tmp_path, refused):
