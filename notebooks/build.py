@@ -57,7 +57,7 @@ if __name__ == "__main__":
     names = sys.argv[1:] or sorted(path.stem for path in (HERE / "scripts").glob("*.py"))
     for name in names:
         script = HERE / "scripts" / f"{name}.py"
-        if "cifar10" in script.read_text() and not Path("data/cifar-10-batches-py").is_dir():
+        if '"cifar10"' in script.read_text() and not Path("data/cifar-10-batches-py").is_dir():
             print(f"{name}: left as it is, because CIFAR-10 is not in data/")
         else:
             print(build(script), flush=True)

@@ -29,7 +29,7 @@ from ftd_lightning.data.loaders import BatchOrder
 from ftd_lightning.decoders import Bases
 from ftd_lightning.functional import InnerAdam, gsam_direction, gsam_perturbation, load_flat
 from ftd_lightning.models import ConvNet
-from ftd_lightning.modules import BilevelDistillation, FeatureRegression
+from ftd_lightning.modules import BackboneDistillation, BilevelDistillation, FeatureRegression
 from ftd_lightning.rules import ClosestStep, LearnedLabels, LossGate, StartWindow, TargetLabels
 
 pytestmark = pytest.mark.slow  # processes
@@ -84,6 +84,11 @@ def regress(folder: Path, ranks: int) -> dict:
     return {**made, "scores": module.synthetic_set().metadata["scores"], "start": module.initial_images}
 
 
+def probe(folder: Path, ranks: int, store: Path) -> dict:
+    """CLP-DD: features of each rank's own real images, one set."""
+    return distil(BackboneDistillation(str(store), batch_target=16, copies=2), folder, ranks)
+
+
 def evaluate(folder: Path, ranks: int, *, resumed: bool = False) -> dict:
     """Six epochs of three networks, in one fit or in two."""
     data = small_data(synthetic="random", ipc=2, batch_size=8)
@@ -132,6 +137,7 @@ JOBS = {
     "gated": gated,
     "learn_without_teachers": learn_without_teachers,
     "regress": regress,
+    "probe": probe,
     "whole": evaluate,
     "resumed": partial(evaluate, resumed=True),
     "measure": measure,
@@ -166,7 +172,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(tmp_path_factory: pytest.TempPathFactory, store: Path, threshold: float) -> Path:
     """The folder of all jobs on two processes."""
     root = tmp_path_factory.mktemp("two")
-    arguments = dict.fromkeys(("match", "decoded", "measure"), (store,))
+    arguments = dict.fromkeys(("match", "decoded", "measure", "probe"), (store,))
     arguments |= {"gated": (store, threshold), "learned_labels": (store, LearnedLabels(lr=2.0))}
     for done in on_ranks(run_jobs, root, arguments):
         assert "sync_dist" not in done.stderr
@@ -214,6 +220,12 @@ def test_ranks_regress_together(two: Path, tmp_path: Path) -> None:
     (first, second), one = saved(two, "regress"), regress(tmp_path, 1)
     same(first, second)
     assert not torch.equal(first["images"], first["start"])
+    assert not torch.equal(first["images"], one["images"]), "the second rank draws images of its own"
+
+
+def test_ranks_share_a_set_for_a_backbone(two: Path, store: Path, tmp_path: Path) -> None:
+    (first, second), one = saved(two, "probe"), probe(tmp_path, 1, store)
+    same(first, second)
     assert not torch.equal(first["images"], one["images"]), "the second rank draws images of its own"
 
 

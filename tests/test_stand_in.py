@@ -26,12 +26,14 @@ from ftd_lightning.functional import (
 from ftd_lightning.functional.inner_step import inner_step
 from ftd_lightning.models import build_network
 from ftd_lightning.modules import (
+    BackboneDistillation,
     BilevelDistillation,
     DistributionMatching,
     FeatureAlignment,
     FeatureRegression,
     GradientMatching,
     KernelInducingPoints,
+    backbone,
 )
 from ftd_lightning.optim import GSAM
 from ftd_lightning.rules import ClosestStep, DropSmallest, LearnedLabels, LossGate, StartWindow, TargetLabels
@@ -96,6 +98,7 @@ FITS = {
     "frepo": lambda store: FeatureRegression(
         network_options=SMALL, batch_target=16, pool_size=2, max_steps_per_network=2
     ),
+    "backbone": lambda store: BackboneDistillation(str(store), {"epoch": 1}, batch_target=16, copies=2),
 }
 
 
@@ -104,6 +107,7 @@ FITS = {
 def test_stand_in_fits(tmp_path, monkeypatch, trajectories, name):
     """One of two processes: nothing waits for the device within a step, and no collective takes a host's tensor."""
     monkeypatch.setattr(SyntheticSet, "save", lambda self, path: None)  # what comes from there are no probabilities
+    monkeypatch.setattr(backbone, "cached_features", lambda probe, images, *_, **__: torch.zeros(len(images), 64))
     with collectives(monkeypatch) as seen, stand_in(monkeypatch) as mode:
         # The last two leave teachers alone.
         measuring = EvaluateSynthetic(1, networks=2, epochs=1, lr=0.01)

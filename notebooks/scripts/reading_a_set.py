@@ -142,3 +142,26 @@ axis.legend(fontsize=8)
 plt.show()
 mean, std = (curve[key]["epsilon"][-1] for key in ("mean", "std"))
 print(f"accumulated error after {curve['epochs'][-1]} epochs: {mean:.2f} ± {std:.2f}")
+
+# %% [markdown]
+# ## A set of all of CIFAR-10
+#
+# Some sets come with these notebooks, each as a file of what was learned alone: here ten
+# images, a grid of four small ones each. `ftd import` makes a set of it, which is then what the
+# set above is: something to look at, to rank, and to train networks on.
+
+# %%
+sets = next(path for path in (Path("sets"), Path("notebooks/sets")) if path.is_dir())
+small = sets / "cifar10_ipc1_multi_formation.safetensors"
+for command in (["import", small, folder / "cifar.safetensors"], ["info", small]):
+    command = [sys.executable, "-m", "ftd_lightning", *map(str, command)]
+    print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+imported = SyntheticSet.load(folder / "cifar.safetensors")
+figure, axis = plt.subplots(figsize=(7, 3), dpi=100, layout="constrained")
+grid = make_grid(
+    imported.pictures().unflatten(0, (10, 4)).transpose(0, 1).flatten(0, 1), nrow=10, padding=1
+)
+axis.imshow(grid.permute(1, 2, 0))
+axis.set_title(", ".join(imported.class_names), fontsize=8)
+axis.axis("off")
+plt.show()
