@@ -7,10 +7,12 @@ import torch
 from fits import refusal, rewrite, small_data
 
 from ftd_lightning import SyntheticSet, cli
+from ftd_lightning.commands.parameters import read_parameters
 from ftd_lightning.core.arguments import plain
 from ftd_lightning.decoders import Bases, Decoder, Flip, Frequencies, Gaussians, Generator, MultiFormation
 from ftd_lightning.files.safetensors_io import TensorFile
 
+SETS = Path(__file__).parents[2] / "notebooks" / "sets"
 FILE = "out/parameters.safetensors"
 DECODERS = [MultiFormation(2), Flip(), Bases(5, 1), Frequencies(16), Gaussians(3, fit_steps=2), Generator(4, 5, 4)]
 
@@ -86,6 +88,16 @@ def test_info_describes_the_set_without_its_data(decoder: Decoder | None, here: 
         said.append(capsys.readouterr().out.splitlines())
     assert said[1][0] == f"{FILE}: parameters of a synthetic set"
     assert said[1][1:] == said[0][1:]
+
+
+@pytest.mark.parametrize("file", sorted(SETS.glob("*.safetensors")), ids=lambda file: file.stem)
+def test_sets_that_ship_are_described_and_their_images_come_back(file: Path, here: Path, capsys) -> None:
+    assert file.name in (SETS / "README.md").read_text(), "its card"
+    cli.main(["info", str(file)])
+    assert "cifar10" in capsys.readouterr().out
+    images = read_parameters(file)[0].images
+    assert images.shape[1:] == (3, 32, 32)
+    assert 0.3 < float(images.std()) < 2
 
 
 def test_a_whitening_of_other_images_is_refused(here: Path, capsys) -> None:
