@@ -182,7 +182,7 @@ class DistillationDataModule(LightningDataModule):
         val_fraction: float = 0.1,
         zca: bool = False,
         zca_eps: float = 0.1,
-        classes: list[str | int] | None = None,
+        classes: list[str] | None = None,
         max_per_class: int | None = None,
         synthetic: str | SyntheticSet | None = None,
         ema: bool = False,
@@ -336,13 +336,12 @@ class DistillationDataModule(LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in label order."""
-        known = list(self.spec.class_names)
-        if self.hparams["classes"] is None:
+        known, chosen = list(self.spec.class_names), self.hparams["classes"]
+        if chosen is None:
             return known
-        chosen = [str(name) for name in self.hparams["classes"]]
         if len(set(chosen)) < len(chosen) or not chosen or not set(chosen) <= set(known):
             raise InputError(f"classes={chosen}: give some of {', '.join(known)}, each once")
-        return chosen
+        return list(chosen)
 
     @property
     def transform(self) -> ImageTransform:

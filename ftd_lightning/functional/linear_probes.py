@@ -27,6 +27,7 @@ def centred_class_means(features: Tensor, labels: Tensor, num_classes: int) -> T
         (K, D), differentiable in the features.
 
     Example:
+        >>> import torch
         >>> centred_class_means(torch.tensor([[1.0], [3.0], [6.0]]), torch.tensor([0, 0, 1]), 2)
         tensor([[-2.],
                 [ 2.]])

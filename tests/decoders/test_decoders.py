@@ -90,7 +90,8 @@ def test_of_cifar_10_as_published():
 @pytest.mark.parametrize("kind", [*KINDS, Pyramid(), *GENERATORS])
 def test_an_index_decodes_some_images_and_any_device_dtype_is_kept(kind):
     decoder = fitted(kind)
-    whole, index = decoder.decode(decoder.parameters()), torch.tensor([4, 1, 1])
+    whole = decoder.decode(decoder.parameters())
+    index = torch.tensor([4, 1, 1]) % len(whole)
     torch.testing.assert_close(decoder.decode(decoder.parameters(), index), whole[index], rtol=0, atol=1e-14)
     assert whole.dtype == torch.float64
     assert torch.equal(decoder.labels(index), decoder.labels()[index])
@@ -165,6 +166,7 @@ def test_identities():
 @pytest.mark.parametrize("kind", [*KINDS, Pyramid(), *GENERATORS])
 @pytest.mark.parametrize("steps", [3])
 def test_the_gradient_through_training_is_that_of_the_graph_and_of_differences(kind, steps):
+    torch.manual_seed(0)
     decoder, network = fitted(kind), ConvNet(2, 3, [8, 12], **SMALL).double()
     start = torch.cat([p.detach().flatten() for p in network.parameters()])
     batches = [torch.arange(step, len(decoder.labels()), 2) for step in range(steps)]
