@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Loss = Literal["ridge", "class_means"]
+METHODS = {"ridge": "clp-dd", "class_means": "sfm"}
 BATCH = 256  # real images whose features are computed at a time
 KIND = "features"
 
@@ -133,12 +134,14 @@ class BackboneDistillation(Distillation):
     ) -> None:
         augment = Augmentation.of(augment)
         super().__init__(**common(locals()), step_size=lr_network)
+        if loss not in METHODS:
+            raise InputError(f"BackboneDistillation: loss={loss!r} must be one of {', '.join(METHODS)}")
         self.save_arguments(locals())
 
     @property
     def method(self) -> str:
         """The method's short name."""
-        return {"ridge": "clp-dd", "class_means": "sfm"}[self.hparams["loss"]]
+        return METHODS[self.hparams["loss"]]
 
     def make_networks(self) -> NetworkFactory:
         """Return the builder of linear probes on the backbone."""

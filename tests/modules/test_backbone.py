@@ -230,6 +230,11 @@ def test_a_backbone_that_gives_no_features_is_refused(network, options, head, sa
         fit(BackboneDistillation(network, options, head), tmp_path)
 
 
+def test_an_unknown_loss_is_refused(refused):
+    with refused("loss='mse' must be one of ridge, class_means"):
+        BackboneDistillation(Encoder(), loss="mse")
+
+
 def test_teachers_with_batch_norm_are_no_backbone(tmp_path):
     """A store has no running statistics."""
     store = record(tmp_path, teachers=1, epochs=1, network_options={**SMALL, "norm": "batch"})
