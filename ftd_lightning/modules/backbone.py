@@ -47,8 +47,8 @@ def backbone_fingerprint(backbone: nn.Module) -> str:
 def cached_features(probe: LinearProbe, images: Tensor, device: torch.device, *, backbone: str) -> Tensor:
     """Read the features of real images (N, C, H, W) from the user's cache, or compute them and write them there.
 
-    They are known by the images' values and ``backbone``, a fingerprint; those of a backbone of the same one that
-    computes others are replaced. Memory and file take 4 D bytes per image.
+    They are known by the images' values and ``backbone``, a fingerprint. Where the backbone computes others for the
+    first images, they are replaced. Memory and file take 4 D bytes per image.
 
     Returns:
         (N, D) float32, of length 1, on the CPU.
@@ -203,7 +203,7 @@ class BackboneDistillation(Distillation):
         """Compare features of augmented synthetic images with those of real ones."""
         iteration, hparams, classes = batch["iteration"], self.hparams, self.num_classes
         count = hparams["copies"] if self.augment else 1
-        generators = [self.generator("copies", iteration, copy) for copy in range(count)]
+        generators = [self.generator("copies", iteration, number) for number in range(count)]
         images = torch.cat([self.augment(self.images, generator) for generator in generators])
         features, labels = self._probe[0].features(images), self.labels.repeat(count)
         with torch.autocast(self.device.type, enabled=False):  # rounding to bf16 is as large as lambda
