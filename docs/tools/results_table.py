@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[str, float | None, str]] = {
     "dm": ("DM", 26.0, "nothing else"),
     "cafe": ("CAFE", 30.3, "loops are bounded here"),
     "cafe+dsa": ("CAFE+DSA", 31.6, "loops are bounded here"),
-    "pp": ("PP", 46.4, "its rule as FTD describes it: its code is not published"),
+    "pp": ("PP", 46.4, "DPD's rule: PP states neither its measure nor its threshold, and its code is not published"),
     "mtt": ("MTT", 46.2, "nothing else"),
     "mtt+robust": ("MTT + robust learning", 45.8, "sigma, which is not published, is relative here"),
     "ftd": ("FTD", 46.8, "nothing else"),
@@ -73,7 +73,7 @@ SMALL, STORAGE = "width 32", "CIFAR-10, storage of 1 image per class, FTD +"
 IN_README = 6
 OVERVIEW: list[tuple[str, float | None, str, str, list[str]]] = [
     (f"{ONE}, MTT", 46.2, f"{SMALL}, teachers 10 x 4", "cifar10/compare_w32_ipc1", ["mtt"]),
-    (f"{ONE}, FTD", 46.8, f"{SMALL}, teachers 10 x 3", DECODED, ["ftd", "ftd-1"]),
+    (f"{ONE}, FTD", 46.8, f"{SMALL}, teachers 10 x 4", "cifar10/compare_w32_ipc1", ["ftd-raw"]),
     *(
         (f"{TEN}, {label}", value, f"{SMALL}, teachers 5 x 21", IPC10, [row, f"{row}-1"])
         for label, value, row in [
@@ -92,7 +92,7 @@ OVERVIEW: list[tuple[str, float | None, str, str, list[str]]] = [
     ),
     (f"{ONE}, RaT-BPTT", 53.2, SMALL, "cifar10/compare_hour_w32", ["rat-bptt", "rat-bptt-1"]),
     (f"{ONE}, DM", 26.0, SMALL, "cifar10/compare_w32_ipc1", ["dm"]),
-    ("digits, 1 image per class, FTD", None, f"{SMALL}, teachers 8 x 30", "digits/compare", ["ftd"]),
+    ("digits, 1 image per class, FTD", None, f"{SMALL}, teachers 8 x 30", "digits/compare", ["ftd-raw"]),
 ]
 NONE = "No run is on record yet."
 

@@ -107,10 +107,15 @@ def describe_set(path: Path) -> Description:
 
 def describe_parameters(path: Path) -> Description:
     """Describe the set that a file of parameters gives."""
-    from ftd_lightning.commands.parameters import read_parameters  # with Lightning, which takes a second
+    from ftd_lightning.commands.parameters import needs_images, read_parameters  # with Lightning, which takes a second
 
     synthetic, file = read_parameters(path)
-    return Description("parameters of a synthetic set", *_of_set(synthetic, file.metadata["transform"]))
+    transform = file.metadata["transform"]
+    rows, facts = _of_set(synthetic, transform)
+    if needs_images(file):
+        said = f"{format_transform(transform)}; not in this file: ftd import fits it on the data set's images again"
+        rows = [(name, said if name == "transform" else text) for name, text in rows]
+    return Description("parameters of a synthetic set", rows, facts)
 
 
 def _of_set(synthetic: SyntheticSet, transform: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -137,7 +142,7 @@ def _of_set(synthetic: SyntheticSet, transform: dict[str, Any]) -> tuple[list[tu
         method += f", {metadata['iterations']} iterations{skipped}"
     per_class = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     count = f"{len(images)} of {' x '.join(map(str, images.shape[1:]))}, {per_class} per class"
-    count += "" if stored == trained_on else f"; {stored} stored, {trained_on} trained on"
+    count += "" if stored == trained_on else f", decoded from the storage of {stored}"
     count += f"; {'no' if synthetic.ema_images is None else 'with'} EMA images"
     if synthetic.ema_images is not None and "ema_initial_weight" in metadata:
         count += f", which hold {100 * metadata['ema_initial_weight']:.0f} % of the initial ones"
@@ -147,7 +152,7 @@ def _of_set(synthetic: SyntheticSet, transform: dict[str, Any]) -> tuple[list[tu
         by = metadata["label_teacher"]
         made += f": teacher {by.get('teacher')} after epoch {by.get('epoch')}"
     said = f"{budget['numbers_stored']:,} numbers, {budget['bytes_stored']:,} bytes; "
-    said += f"steps per epoch of an evaluation in batches of {BATCH}: {steps:,}"
+    said += f"an epoch of an evaluation has {steps:,} step{'s' if steps > 1 else ''} of at most {BATCH} images"
     rows = [
         ("method", method),
         ("data set", _named(metadata.get("dataset", "unknown"))),

@@ -67,11 +67,17 @@ def export_parameters(path: Path, folder: Path, *, ema: bool = False) -> int:
     return len(synthetic.images)
 
 
+def needs_images(file: TensorFile) -> bool:
+    """Tell whether the whitening was left out, which an import fits on the data set's images again."""
+    whitened = file.metadata["transform"].get("kind") == "zca"
+    return whitened and not file.with_prefix(PREFIX) and _found_again(_dataset(file.metadata))
+
+
 def _transform(file: TensorFile, root: Path) -> ImageTransform:
     """Read the transform, or fit a whitening that was left out on the training images again."""
-    described, tensors, dataset = file.metadata["transform"], file.with_prefix(PREFIX), _dataset(file.metadata)
-    if described.get("kind") != "zca" or tensors or not _found_again(dataset):
-        return load_transform(described, tensors, where=file.path)
+    described, dataset = file.metadata["transform"], _dataset(file.metadata)
+    if not needs_images(file):
+        return load_transform(described, file.with_prefix(PREFIX), where=file.path)
     options = {key: dataset[key] for key in OPTIONS if key in dataset}
     try:
         data = DistillationDataModule(dataset["name"], str(root), zca=True, zca_eps=described.get("eps"), **options)

@@ -97,7 +97,7 @@ def test_what_is_said_of_other_sets(tmp_path: Path, capsys, monkeypatch) -> None
     colour_set(labels=soft * 3, metadata={"label_kind": "target", "labels_made": "learned"}).save(path)
     assert rows(said(capsys, path))["labels"] == "soft (learned), targets"
     colour_set(metadata={"images_stored": 4, "images_trained_on": 16, "ema_initial_weight": 0.25}).save(path)
-    counts = "2 per class; 4 stored, 16 trained on; with EMA images, which hold 25 % of the initial ones"
+    counts = "2 per class, decoded from the storage of 4; with EMA images, which hold 25 % of the initial ones"
     assert counts in rows(said(capsys, path))["images"]
     decoder = {"class_path": "ftd_lightning.decoders.MultiFormation", "init_args": {"factor": 2}}
     stored = {"decoder": decoder, "images_stored": 1, "numbers_stored": 3072, "bytes_stored": 12288}
@@ -106,7 +106,7 @@ def test_what_is_said_of_other_sets(tmp_path: Path, capsys, monkeypatch) -> None
     decoded.save(path)
     found = rows(said(capsys, path))
     assert found["decoder"] == "MultiFormation (factor 2)"
-    assert found["stored"] == "3,072 numbers, 12,288 bytes; steps per epoch of an evaluation in batches of 256: 1"
+    assert found["stored"] == "3,072 numbers, 12,288 bytes; an epoch of an evaluation has 1 step of at most 256 images"
     assert json.loads(said(capsys, path, "--json")).items() >= {**stored, "images_trained_on": 4}.items()
 
 
