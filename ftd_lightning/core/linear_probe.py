@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from torch.nn.functional import normalize
 from ftd_lightning.bounds import check_bounds
 from ftd_lightning.data.coresets import teacher_network
 from ftd_lightning.errors import InputError
+from ftd_lightning.files.safetensors_io import fingerprint
 from ftd_lightning.files.trajectory_store import TrajectoryStore
 from ftd_lightning.functional.gradient_matching import batch_norms
 from ftd_lightning.models.registry import NETWORKS, find_network
@@ -123,6 +126,12 @@ class LinearProbe(nn.Module):
     def backbone(self) -> nn.Module:
         """The backbone, the same object in all probes that were built with it."""
         return self._backbone[0]
+
+    def backbone_fingerprint(self) -> str:
+        """Hash the weights of the backbone, and how it is printed: its layers."""
+        weights = fingerprint(*(value.float() for value in self.backbone.state_dict().values()))
+        layers = re.sub(r" at 0x[0-9a-f]+", "", repr(self.backbone))  # addresses of functions
+        return hashlib.blake2b(f"{weights}{layers}".encode(), digest_size=16).hexdigest()
 
     def features(self, images: Tensor) -> Tensor:
         """Map images (N, C, H, W) to the backbone's features, each divided by its length: (N, D)."""

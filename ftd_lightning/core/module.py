@@ -176,9 +176,12 @@ class BaseModule(LightningModule):
         return {**plain_settings(self.hparams), "augment": self.augment.plain()}
 
     def inputs(self) -> dict[str, Any]:
-        """Describe what a fit begins with beside its settings, as JSON holds it: images, or the set in their place."""
+        """Describe what a fit begins with beside its settings, as JSON holds it.
+
+        That is its images, or the set in their place, and its network, whose frozen part no setting identifies.
+        """
         data = None if self.data is None else resume.as_json(self.data.metadata())
-        return {"data": data, "set": self._training_set()}
+        return {"data": data, "set": self._training_set(), "network": resume.as_json(self.fresh.describe())}
 
     def generator(self, *keys: int | str) -> torch.Generator:
         """Return a CPU generator for a purpose; equal keys give equal numbers."""

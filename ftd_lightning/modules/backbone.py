@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,13 +32,6 @@ Loss = Literal["ridge", "class_means"]
 METHODS = {"ridge": "clp-dd", "class_means": "sfm"}
 BATCH = 256  # real images whose features are computed at a time
 KIND = "features"
-
-
-def backbone_fingerprint(backbone: nn.Module) -> str:
-    """Hash the weights of a backbone, and how it is printed: its layers."""
-    weights = fingerprint(*(value.float() for value in backbone.state_dict().values()))
-    layers = re.sub(r" at 0x[0-9a-f]+", "", repr(backbone))  # addresses of functions
-    return hashlib.blake2b(f"{weights}{layers}".encode(), digest_size=16).hexdigest()
 
 
 @torch.no_grad()
@@ -174,7 +165,7 @@ class BackboneDistillation(Distillation):
         probe = self.fresh.build(self.seed, "backbone")
         assert isinstance(probe, LinearProbe)
         self._probe = (probe,)  # no submodule: neither among DDP's parameters nor in a checkpoint
-        self._backbone = backbone_fingerprint(probe.backbone)
+        self._backbone = probe.backbone_fingerprint()
 
     def describe(self) -> dict[str, Any]:
         """Describe the data, the probe and the backbone."""

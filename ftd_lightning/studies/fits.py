@@ -30,6 +30,7 @@ from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.imagenet import SUBSETS
 from ftd_lightning.errors import InputError
 from ftd_lightning.files.safetensors_io import read_json, write_json
+from ftd_lightning.files.trajectory_store import TrajectoryStore
 from ftd_lightning.shipped_configs import read_config
 
 if TYPE_CHECKING:
@@ -118,6 +119,17 @@ def resolved(config: Path, options: Sequence[str]) -> dict[str, Any] | None:
     return _resolved(config, config.read_bytes(), tuple(options))
 
 
+def by_contents(value: Any) -> Any:
+    """Replace the path of a file by its hash, and that of a trajectory store by its teachers."""
+    path = Path(str(value)).expanduser()
+    if path.is_file():
+        return hashlib.blake2b(path.read_bytes()).hexdigest()
+    if any(path.glob("teacher_*.safetensors")):
+        store = TrajectoryStore(path)
+        return [store.teacher_metadata(index) for index in range(len(store))]
+    return value
+
+
 class FitNames:
     """Names the folders of fits. The images of a data set are described once."""
 
@@ -145,8 +157,8 @@ class FitNames:
     def identity(self, config: Path, options: Sequence[str], *depends: Any) -> str:
         """Hash all that decides the result of a fit.
 
-        That is the settings with all defaults, the contents of the images and of a set to continue from, identities of
-        the inputs, and the minor version.
+        That is the settings with all defaults, the contents of the images, of a set to continue from and of the store
+        of a backbone, identities of the inputs, and the minor version.
         """
         settings: Any = copy.deepcopy(resolved(config, options))
         contents = None
@@ -156,8 +168,9 @@ class FitNames:
             del settings["config"]
             model, data = ((settings.get(part) or {}).get("init_args") or {} for part in ("model", "data"))
             trainer, contents = settings["trainer"], self._contents(data)
-            if (start := Path(str(model.get("init"))).expanduser()).is_file():
-                model["init"] = hashlib.blake2b(start.read_bytes()).hexdigest()
+            for given, key in ((model, "init"), (model, "network"), (model.get("network_options") or {}, "backbone")):
+                if key in given:
+                    given[key] = by_contents(given[key])
             for values, keys in ((data, NO_RESULT["data"]), (trainer, NO_RESULT["trainer"])):
                 for key in keys:
                     values.pop(key, None)

@@ -1,6 +1,7 @@
 """Sets for a frozen backbone: the backbone stays as it is, its features are computed once, and probes learn the set."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -17,7 +18,9 @@ from ftd_lightning.files import TrajectoryStore
 from ftd_lightning.functional import embed
 from ftd_lightning.models import ConvNet
 from ftd_lightning.modules import BackboneDistillation
-from ftd_lightning.modules.backbone import backbone_fingerprint, cached_features
+from ftd_lightning.modules.backbone import cached_features
+from ftd_lightning.shipped_configs import find_config
+from ftd_lightning.studies.fits import FitNames
 
 HALF, REST = [str(digit) for digit in range(5)], [str(digit) for digit in range(5, 10)]
 CALLS = []
@@ -133,12 +136,18 @@ def test_precisions_agree(loss, tmp_path):
 
 def test_a_store_that_was_recorded_again_is_read_again(tmp_path):
     images = torch.rand(3, 1, 8, 8)
-    found = []
+    found, inputs, identities = [], [], []
     for seed in (0, 1):
         store = record(tmp_path, teachers=1, epochs=1, seed=seed)
+        probe = {"network": "ftd_lightning.core.LinearProbe", "network_options": {"backbone": str(store)}}
         found.append(LinearProbe(1, 3, 8, str(store)).features(images))
+        inputs.append(fit(BackboneDistillation(str(store)), tmp_path / str(seed), steps=1)[0].inputs())
+        options = [f"--model.{name}={json.dumps(value)}" for name, value in probe.items()]
+        identities.append(FitNames().identity(find_config("digits/evaluate"), options))
         shutil.rmtree(store)
     assert not torch.allclose(*found)
+    assert inputs[0] != inputs[1], "a finished distillation is not taken for one of the new store"
+    assert identities[0] != identities[1], "nor is an evaluation of a comparison"
 
 
 def test_teachers_of_whitened_images_are_refused_for_standardised_ones(tmp_path, refused):
@@ -170,7 +179,9 @@ def test_features_of_real_images_are_computed_once_for_each_backbone(tmp_path):
     )
     assert CALLS[5:] == [1, 2], "a look at the number of features, and at two images"
     wrapped = nn.Sequential(nn.AvgPool2d(1), nn.Flatten(0, 0), Encoder())  # the same weights
-    assert backbone_fingerprint(wrapped) != backbone_fingerprint(Encoder())
+    assert (
+        LinearProbe(1, 3, 8, wrapped).backbone_fingerprint() != LinearProbe(1, 3, 8, Encoder()).backbone_fingerprint()
+    )
     shifted = Encoder()
     shifted.register_forward_pre_hook(lambda module, images: (images[0] + 1,))
     with pytest.warns(UserWarning, match="of another backbone; they are computed again"):
