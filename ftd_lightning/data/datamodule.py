@@ -129,6 +129,15 @@ class NoLoaders(CombinedLoader):
         return 0
 
 
+def chosen_classes(known: Sequence[str], chosen: Sequence[str] | None) -> list[str]:
+    """Return the names of the classes that are used, in label order: all, or those that were chosen."""
+    if chosen is None:
+        return list(known)
+    if len(set(chosen)) < len(chosen) or not chosen or not set(chosen) <= set(known):
+        raise InputError(f"classes={chosen}: give some of {', '.join(known)}, each once")
+    return list(chosen)
+
+
 class DistillationDataModule(LightningDataModule):
     """Images of one data set, transformed and held as tensors on the training device.
 
@@ -336,12 +345,7 @@ class DistillationDataModule(LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in label order."""
-        known, chosen = list(self.spec.class_names), self.hparams["classes"]
-        if chosen is None:
-            return known
-        if len(set(chosen)) < len(chosen) or not chosen or not set(chosen) <= set(known):
-            raise InputError(f"classes={chosen}: give some of {', '.join(known)}, each once")
-        return list(chosen)
+        return chosen_classes(self.spec.class_names, self.hparams["classes"])
 
     @property
     def transform(self) -> ImageTransform:
@@ -374,9 +378,12 @@ class DistillationDataModule(LightningDataModule):
 
     def count(self, name: Part) -> list[int]:
         """Count the images of each class in a part, in label order; those of a "folder" are not decoded for it."""
-        if self._real is None and self.hparams["dataset"] == "folder" and self.hparams["classes"] is None:
-            names, parts = self._folder
-            labels = {part: torch.tensor(listed.labels) for part, listed in parts.items()}
+        if self._real is None and self.hparams["dataset"] == "folder":
+            found, parts = self._folder
+            names = chosen_classes(found, self.hparams["classes"])
+            numbers = torch.tensor([names.index(name) if name in names else -1 for name in found])
+            labels = {part: numbers[listed.labels] for part, listed in parts.items()}
+            labels = {part: listed[listed >= 0] for part, listed in labels.items()}
             source, index = split(labels, **self._split_options)[name]
             return labels[source][index].bincount(minlength=len(names)).tolist()
         return self._read().labels(name).bincount(minlength=self.num_classes).tolist()
@@ -472,6 +479,12 @@ class DistillationDataModule(LightningDataModule):
                 f"{file}: holds {shape} images of the classes {', '.join(names)}, "
                 f"{self.hparams['dataset']} has {wanted} images of {', '.join(self.class_names)}; "
                 "set data.dataset to the set's own (and data.image_size and data.classes)"
+            )
+        of_set, share = synthetic.metadata.get("dataset"), self._fingerprint.get("test_fraction")
+        theirs = of_set.get("test_fraction", share) if isinstance(of_set, dict) else share
+        if share is not None and theirs != share:
+            raise InputError(
+                f"{file}: was distilled with data.test_fraction={theirs}, not {share}: it may have seen test images"
             )
 
     def _module(self) -> object:

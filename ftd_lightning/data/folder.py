@@ -86,7 +86,7 @@ class ImageTree:
         refuse_folders("no such folder; the images of one class belong there", [f for f in folders if not f.is_dir()])
         found = [self.images(folder) for folder in folders]
         empty = [folder for folder, images in zip(folders, found, strict=True) if not images]
-        refuse_folders(f"no images ({', '.join(IMG_EXTENSIONS)}); add some, or remove the folder", empty)
+        refuse_folders(f"no images ({', '.join(IMG_EXTENSIONS)}); add some, or remove this class everywhere", empty)
         labels = [label for label, images in enumerate(found) for _ in images]
         return LabelledFiles([file for images in found for file in images], labels)
 
@@ -97,6 +97,7 @@ class ImageTree:
 
 
 PARTS = ("train", "val", "test")  # folders of parts under root; where there are none, the folders there are classes
+LIKE_PARTS = {*PARTS, "training", "valid", "validation", "testing"}  # in any case: other programs' names of parts
 
 
 def _class_folders(folder: Path) -> list[Path]:
@@ -139,6 +140,9 @@ def find_parts(request: Request) -> tuple[tuple[str, ...], dict[str, LabelledFil
     """List, unopened, the names of the classes and the parts: "train", "test" and, if all three have folders, "val"."""
     root, tree = request.root, ImageTree(request.root)
     there = [name for name in PARTS if (root / name).is_dir()]
+    beside = sorted(path for path in root.iterdir() if path.name not in there) if root.is_dir() else []
+    odd = [path for path in beside if path.name.lower() in LIKE_PARTS and path.is_dir()]
+    refuse_folders(f"would not be read as a part; rename it to {', '.join(PARTS[:-1])} or test, or move it away", odd)
     if not there:
         classes = _class_folders(root)
         parts = _split(tree.part(classes), classes, request.test_fraction)

@@ -116,8 +116,9 @@ def read_images(
 ) -> Pictures:
     """Read a torch dataset of (image, label) or a pair of tensors into memory, resized to ``image_size``.
 
-    Images are Pillow images, tensors (C, H, W) or (H, W), arrays (H, W, C) or (H, W); or all of them, (N, C, H, W) or
-    (N, H, W). They are pictures, or with a ``transform`` normalised already. ``part`` is named in messages.
+    Images are Pillow images, tensors (C, H, W) or (H, W), arrays (H, W, C) or (H, W); or all of them, (N, C, H, W),
+    (N, H, W) or, as an array, (N, H, W, C). They are pictures, or with a ``transform`` normalised already. ``part`` is
+    named in messages.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
         return joined([as_batch(data[0], data[1], part)], part, image_size, transform)
@@ -154,10 +155,12 @@ def classes_of(dataset: Any, labels: Tensor) -> Sequence[str] | None:
 
 
 def as_batch(images: Any, labels: Any, part: str) -> Batch:
-    """Check a batch of images (B, C, H, W) or (B, H, W) with labels (B,)."""
+    """Check a batch of images (B, C, H, W), (B, H, W) or, in an array of numpy, (B, H, W, C) with labels (B,)."""
     if not isinstance(images, Tensor | np.ndarray) or images.ndim not in (3, 4):
         found = getattr(images, "shape", type(images).__name__)
         raise InputError(f"{part}: images must be Pillow images or tensors (C, H, W), this is {found}")
+    if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[3] in (1, 3) and images.shape[1] > 4:
+        images = images.transpose(0, 3, 1, 2)
     pictures, labels = torch.as_tensor(images).detach().cpu(), _as_labels(labels, part)
     pictures = pictures.unsqueeze(1) if pictures.ndim == 3 else pictures
     if labels.shape != pictures.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
@@ -278,7 +281,8 @@ def describe_images(
     names = tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in given)
     for part, (pictures, labels) in parts.items():
         if tuple(pictures.shape[1:]) != shape:
-            raise InputError(f"{part}: images are {tuple(pictures.shape[1:])}, those of train {shape}; see image_size=")
+            mend = "image_size= resizes them" if pictures.shape[1] == shape[0] else "convert them, e.g. to RGB"
+            raise InputError(f"{part}: images are {tuple(pictures.shape[1:])}, those of train {shape}; {mend}")
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
             raise InputError(
                 f"{part}: labels go from {int(labels.min())} to {int(labels.max())}; {len(names)} classes need labels "

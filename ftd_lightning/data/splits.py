@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 
 def sample_per_class(labels: Tensor, count: Ipc | float, generator: torch.Generator) -> Tensor:
-    """Draw images of every class, a number as for ``images_per_class`` or a share in [0, 1) (float).
+    """Draw images of every class, a number as for ``images_per_class`` or a share in [0, 1) (float) that leaves one.
 
     Returns:
         Indices, class by class; an InputError refuses more images than a class has.
     """
     there = labels.bincount().tolist()
-    counts = [round(count * size) for size in there] if isinstance(count, float) else images_per_class(count, there)
+    if isinstance(count, float):
+        counts = [min(round(count * size), max(size - 1, 0)) for size in there]
+    else:
+        counts = images_per_class(count, there)
     chosen = []
     for label, wanted in enumerate(counts):
         members = (labels == label).nonzero().squeeze(1)

@@ -118,6 +118,34 @@ def test_wrong_layouts_are_refused(tmp_path, image_folder, refused):
     check("b", "val/ and test/ but no train/", "data.test_fraction")
     image_folder(tmp_path / "c", CLASSES, count=1)
     check("c/ant", "one image")
+    image_folder(tmp_path / "d" / "Training", CLASSES)
+    image_folder(tmp_path / "d" / "Test", CLASSES)
+    check("d/Test", tmp_path / "d" / "Training", "rename it to train, val or test")
+    for part in ("train", "test", "valid"):
+        image_folder(tmp_path / "e" / part, CLASSES)
+    check("e/valid", "would not be read as a part")
+
+
+def test_chosen_classes_are_counted_by_headers_alone(flat, monkeypatch):
+    data = DistillationDataModule("folder", str(flat), classes=["cow", "ant"], test_fraction=0.3, val_fraction=0.2)
+    monkeypatch.setattr(data, "_read", None)
+    assert [data.count(part) for part in ("train", "val", "test")] == [[6, 6], [1, 1], [3, 3]]
+
+
+def test_the_last_image_of_a_class_is_never_held_out(tmp_path, image_folder):
+    root = image_folder(tmp_path, CLASSES, count=10)
+    for file in sorted((root / "ant").iterdir())[2:]:
+        file.unlink()
+    data = ready(root, val_fraction=0.6)
+    assert data.train.labels.bincount().tolist()[0] == 1
+
+
+def test_a_set_of_another_test_part_is_refused(flat, tmp_path, refused):
+    made = ready(flat, synthetic="random", ipc=1, test_fraction=0.4).training_set()
+    made.save(tmp_path / "set.safetensors")
+    ready(flat, synthetic=str(tmp_path / "set.safetensors"), test_fraction=0.4)
+    with refused("set.safetensors", "data.test_fraction=0.4, not 0.2"):
+        ready(flat, synthetic=str(tmp_path / "set.safetensors"))
 
 
 # Parts

@@ -220,7 +220,7 @@ def test_wrong_labels_are_refused(refused):
 def test_parts_that_do_not_belong_together_are_refused(refused):
     with refused("test", "labels go from 0 to 3"):
         own((pictures(30), labels(30)), (pictures(8), labels(8, classes=4)))
-    with refused("test", "(1, 6, 6)"):
+    with refused("test", "(1, 6, 6)", "convert them"):
         own((pictures(30), labels(30)), (pictures(6, channels=1), labels(6)))
     with refused("train", "no images"):
         own((pictures(0), labels(0)))
@@ -232,6 +232,13 @@ def test_parts_that_do_not_belong_together_are_refused(refused):
         own(TensorDataset(pictures(30), nn.functional.one_hot(labels(30))))
     with refused("root="):
         own((pictures(30), labels(30)), root="data")
+
+
+def test_an_array_of_all_images_is_read_as_numpy_and_torch_hold_them():
+    tensors = pictures(30)
+    data = own((tensors.permute(0, 2, 3, 1).numpy(), labels(30)), (tensors[:8].numpy(), labels(8)))
+    assert (data.in_channels, data.image_size) == (3, 6)
+    assert torch.equal(data.test.images, data.transform.apply(tensors[:8].float() / 255))
 
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
