@@ -124,16 +124,20 @@ def with_values(arguments: Iterable[str]) -> list[list[str]]:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate the options of a command from those that it hands on to fits: those with a dot in their name.
+    """Separate the options of a command from those that it hands on to fits: of one value, with a dot in their name.
 
     Example:
-        >>> split_overrides(["--ipc", "1", "--data.root", "images", "--minutes=2", "--model.lr=-1"])
-        (['--ipc', '1', '--minutes=2'], ['--data.root', 'images', '--model.lr=-1'])
+        >>> split_overrides(["--ipc", "1", "--data.root", "images", "folder", "--minutes=2", "--model.lr=-1"])
+        (['--ipc', '1', 'folder', '--minutes=2'], ['--data.root', 'images', '--model.lr=-1'])
     """
-    split: tuple[list[str], list[str]] = [], []
-    for first, *values in with_values(arguments):
-        split[first.startswith("--") and "." in first.partition("=")[0]].extend([first, *values])
-    return split
+    own: list[str] = []
+    overrides: list[str] = []
+    for group in with_values(arguments):
+        name, joined, _ = group[0].partition("=")
+        count = (1 if joined else 2) if name.startswith("--") and "." in name else 0
+        overrides += group[:count]
+        own += group[count:]
+    return own, overrides
 
 
 def parse_command(command: Callable[..., Any], name: str, arguments: Sequence[str]) -> dict[str, Any]:

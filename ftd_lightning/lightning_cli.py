@@ -8,6 +8,7 @@ import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +42,14 @@ from ftd_lightning.files.safetensors_io import read_json, replacing, write_json
 from ftd_lightning.files.synthetic_set import SyntheticSet
 from ftd_lightning.files.trajectory_store import summary as store_summary
 from ftd_lightning.modules import FlatTeacher, SyntheticEvaluation
-from ftd_lightning.shipped_configs import find_config, run_folder_of, shipped_names, with_config_files, with_home
+from ftd_lightning.shipped_configs import (
+    find_config,
+    read_config,
+    run_folder_of,
+    shipped_names,
+    with_config_files,
+    with_home,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -158,16 +166,19 @@ class FTDCLI(LightningCLI):
         trainer: Any = self.trainer
         if isinstance(self.model, FlatTeacher):
             made = next(callback.path for callback in trainer.callbacks if isinstance(callback, TrajectoryRecorder))
-            follows = f"ftd fit --config {self._next('distill')} --model.trajectories {made}"
+            config = self._next("distill")
+            kind = str(read_config(find_config(config))["model"]["class_path"]) if config != "CONFIG" else ""
+            option = "network" if kind.endswith("BackboneDistillation") else "trajectories"
+            follows = f"ftd fit --config {config} --model.{option} {quote(str(made))}"
             return f"{made}: {store_summary(made)}", follows
         if isinstance(self.model, LearnsSet):
             writers = (callback for callback in trainer.callbacks if isinstance(callback, SyntheticSetWriter))
             made = next(writers).file(trainer)
-            follows = f"ftd fit --config {self._next('evaluate')} --data.synthetic {made}"
+            follows = f"ftd fit --config {self._next('evaluate')} --data.synthetic {quote(str(made))}"
             return f"{made}: {set_summary(SyntheticSet.read_metadata(made))}", follows
         made, synthetic = run_folder(trainer) / "evaluation.json", self.datamodule.hparams.get("synthetic")
         is_set = synthetic is not None and Path(synthetic).is_file()
-        follows = f"ftd export {synthetic} FOLDER" if is_set else f"ftd compare --config {self._next('compare')}"
+        follows = f"ftd export {quote(synthetic)} FOLDER" if is_set else f"ftd compare --config {self._next('compare')}"
         return f"{made}: {result_summary(read_json(made))}", follows
 
     def _next(self, phase: str) -> str:

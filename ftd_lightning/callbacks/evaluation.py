@@ -109,6 +109,7 @@ class EvaluateSynthetic(Callback):
                 "EvaluateSynthetic needs real images to measure on: fit with a DistillationDataModule (from_datasets "
                 "and from_datamodule make one of yours)"
             )
+        source.part("test")  # refuses data without test images
         self._real = PartsOnDevice(source, trainer.strategy.root_device)
         pl_module.evaluation_network(self.seed)
 

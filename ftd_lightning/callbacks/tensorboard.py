@@ -159,6 +159,8 @@ class TensorBoardPictures(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the present images."""
+        if not isinstance(pl_module, LearnsSet):  # whose epochs may be of unknown length
+            return
         if is_last_epoch(trainer) or is_due(trainer, self.every_n_epochs, times=10):
             self._show(trainer, pl_module)
 

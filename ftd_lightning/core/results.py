@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn.functional import cross_entropy
 
+from ftd_lightning.contracts import data_source
 from ftd_lightning.core.evaluation import mean_and_std
 from ftd_lightning.core.ranks import from_all_ranks
 from ftd_lightning.files.safetensors_io import replacing, write_json
@@ -81,7 +82,7 @@ def check_learning(trainer: Trainer, networks: Iterable[nn.Module], device: torc
     datamodule of the trainer nothing is found.
     """
     batches, data = trainer.train_dataloader, trainer.datamodule  # type: ignore[attr-defined]
-    if batches is None and data is not None:
+    if batches is None and data_source(data) is not None:  # others may need a setup for training
         batches = data.train_dataloader()
     own = [] if batches is None else [failure(fit) for fit in fits(list(networks), batches, device)]
     if not own:

@@ -122,9 +122,11 @@ def reference(steps: int, *, held_out: bool) -> Settings:
 
 
 def plan_configs(
-    found: Survey, source: Source, out: Path, command: Mapping[str, Any], *, gpu: bool
+    found: Survey, images: Mapping[str, Any], out: Path, command: Mapping[str, Any], *, gpu: bool
 ) -> tuple[Published, Settings, ImageSize]:
     """Plan a job within its budget, print the plan, and write it as configs into ``out/configs``.
+
+    ``images`` are the options of the DataModule that find them.
 
     Returns:
         The configs, the settings of an evaluation on real images, and the size of the images.
@@ -158,8 +160,7 @@ def plan_configs(
     on_sets = min(max(affordable // 3, 50), most)
     networks = min(max(affordable // on_sets, 3), 10)
 
-    data = {"dataset": source.name, **({"root": source.root} if source.root else {}), "seed": seed}
-    data |= {"image_size": size, "val_fraction": found.val_fraction, "batch_size": batch_size}
+    data = {"seed": seed, **images, "image_size": size, "val_fraction": found.val_fraction, "batch_size": batch_size}
     part = {"max_per_class": per_class} if per_class < largest else {}
     network: dict[str, Any] = {"network_options": {"width": 128 if gpu else 32, "depth": depth_of(size)}}
     # Without flips and colours for grey images, which are often characters.
@@ -269,6 +270,9 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     """Plan a job and print the plan, which ``out/plan.json`` records; another command is refused in that folder."""
     ipc, method, config = (command[key] for key in ("ipc", "method", "config"))
     recorded = read_json(out / PLAN)
+    root = Path(str(source.root)).resolve()
+    if source.name == "folder" and out.resolve().parent == root and not (root / "train").is_dir():
+        raise InputError(f"{out}: would become a class of {source.root}; name a folder elsewhere")
     if not recorded and out.exists() and (not out.is_dir() or any(entry.name != "data" for entry in out.iterdir())):
         raise InputError(f"{out}: is not empty and holds no {PLAN}; name another folder")
     gpu = torch.cuda.is_available()
@@ -298,7 +302,7 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         distillation, ema = configs.distill.having(trainer={"callbacks+": [UNMEASURED]}), configs.averages_images
     else:
         # Configs are programs: they are written again, never read from the folder.
-        configs, real, options["image_size"] = plan_configs(found, source, out, {**command, "ipc": ipc}, gpu=gpu)
+        configs, real, options["image_size"] = plan_configs(found, options, out, {**command, "ipc": ipc}, gpu=gpu)
         distillation = configs.distill
         if real.data:
             label = f"{real.data['max_per_class']} real images per class"
@@ -426,6 +430,8 @@ def distill_source(
         raise InputError("--config names all settings; leave out --minutes, or --config")
     minutes = MINUTES if minutes is None and config is None else minutes
     end = Deadline(minutes)
+    if config is not None:
+        method = Path(config).stem.removeprefix("distill_").partition("_ipc")[0]
     command = {"ipc": ipc, "method": method, "minutes": minutes, "config": config, "seed": seed}
     job = plan_job(find_source(source), out, command, overrides)
     if not run_job(job, out, command, end, Deadline(stop_after)):
@@ -476,14 +482,16 @@ def distill(
     end = Deadline(minutes)
     if fixed := sorted(FIXED & data_options.keys()):
         raise InputError(f"distill() does not accept {', '.join(fixed)}=; pass unnormalised images in [0, 1] or uint8")
-    reading = {name: data_options.pop(name, None) for name in ("val", "class_names", "image_size")}
+    reading = {name: data_options.pop(name, None) for name in ("val", "class_names", "image_size", "batch")}
     dataset = read_datasets(train, test, transform=None, **reading)
+    data_options |= {"image_size": reading["image_size"]} if reading["image_size"] else {}
     overrides = [f"--data.{name}={json.dumps(value)}" for name, value in data_options.items()]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary if out is None else out).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         source = Source("images", str(write_images_file(dataset, folder / "data").parent), "own images")
-        command = {"ipc": ipc, "method": method, "minutes": minutes, "config": None, "seed": seed}
+        of_each = list(ipc) if isinstance(ipc, tuple) else ipc  # as the plan records it
+        command = {"ipc": of_each, "method": method, "minutes": minutes, "config": None, "seed": seed}
         run_job(plan_job(source, folder, command, overrides), folder, command, end, Deadline(None))
         return SyntheticSet.load(folder / "set.safetensors")
 

@@ -55,8 +55,8 @@ COLUMNS = ("hard", "soft", PLAIN)
 SIDES = ("set", "random")
 KIND = "ranking_network"
 SPLIT = {"val_fraction", "max_per_class", "seed"}  # may differ between sets
-CHOICE = ("image_size", "classes", "max_per_class", "seed")
-DATA_OPTIONS = {"root", "dataset", *CHOICE, *SPLIT, "test_fraction", "download", "cache_dir", "skip_broken"}
+CHOICE = ("image_size", "test_fraction", "classes", "max_per_class", "seed")
+DATA_OPTIONS = {"root", "dataset", *CHOICE, *SPLIT, "download", "cache_dir", "skip_broken"}
 
 
 @dataclass(frozen=True)

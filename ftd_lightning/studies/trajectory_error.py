@@ -167,8 +167,8 @@ def real_images(store: TrajectoryStore, file: Path, dataset: str | None, root: s
     """Read the real images as the teachers saw them, through the set's transform."""
     recorded = store.metadata.get("dataset")
     described: dict[str, Any] = recorded if isinstance(recorded, dict) else {"name": recorded}
-    chosen = ("val_fraction", "classes", "max_per_class", "seed", "image_size")
-    options = {key: described[key] for key in chosen if key in described}
+    chosen = ("val_fraction", "test_fraction", "classes", "max_per_class", "seed", "image_size")
+    options = {key: described[key] for key in chosen if described.get(key) is not None}
     dataset = dataset or described["name"]
     if not dataset:
         raise InputError(f"{store.path}: its teachers do not name their data set: give --dataset")

@@ -3,13 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import distil, make_trainer, small_data, small_matching, small_teacher
-from lightning.pytorch import Trainer
+from fits import SMALL, distil, make_trainer, small_data, small_matching, small_teacher
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import TensorDataset
 
-from ftd_lightning import SyntheticSet
+from ftd_lightning import DistillationDataModule, SyntheticSet
 from ftd_lightning.callbacks import EvaluateSynthetic, SyntheticEMA, TrajectoryRecorder, evaluation
 from ftd_lightning.errors import InputError
+from ftd_lightning.modules import DistributionMatching
 
 
 def test_raw_and_averaged_images_are_measured_on_networks_of_their_own(tmp_path, trajectories, monkeypatch) -> None:
@@ -74,3 +76,13 @@ def test_without_held_out_images_nothing_is_chosen(tmp_path: Path, capsys) -> No
     assert "evaluation of raw images" in capsys.readouterr().err
     with pytest.raises(InputError, match="at least 1"):
         EvaluateSynthetic(networks=0)
+
+
+def test_data_without_test_images_are_refused_before_anything_is_learned(tmp_path: Path) -> None:
+    own = LightningDataModule.from_datasets(TensorDataset(torch.rand(40, 1, 8, 8), torch.arange(40) % 2))
+    module = DistributionMatching(network_options=SMALL)
+    with pytest.raises(InputError, match="no test images"):
+        make_trainer(tmp_path, max_steps=2, callbacks=[EvaluateSynthetic(1)]).fit(
+            module, datamodule=DistillationDataModule.from_datamodule(own)
+        )
+    assert module.iterations == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fits import SMALL, distil, make_trainer, small_data, small_teacher
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -17,6 +18,7 @@ from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.data import DataLoader, IterableDataset
 
 from ftd_lightning import DistillationDataModule, SyntheticEvaluation
 from ftd_lightning.callbacks import EvaluateSynthetic, HyperparameterReport, SyntheticEMA, TensorBoardPictures
@@ -74,6 +76,16 @@ def test_a_distillation_shows_scalars_pictures_histograms_and_settings(tmp_path:
     given |= {"step_size_init": 0.1, "iterations_per_epoch": 5, "augment": "", "trajectories": str(trajectories)}
     found = {"dataset": "digits", "method": "mtt", "network": "convnet", "ipc": 1, "seed": 0}
     assert hparams(events) == {**found, **given}, "without what is at its default"
+
+
+def test_foreign_modules_of_unknown_length_are_left_alone(tmp_path: Path) -> None:
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(lambda: torch.zeros(2, 32), None)
+
+    trainer = make_trainer(tmp_path, max_steps=3, callbacks=[TensorBoardPictures()])
+    trainer.fit(BoringModel(), DataLoader(Endless(), batch_size=None))
+    assert trainer.global_step == 3
 
 
 def test_an_evaluation_shows_the_result_of_its_test(tmp_path: Path) -> None:

@@ -139,12 +139,15 @@ def test_folder_names_are_safe_and_sort_by_label() -> None:
         assert folder_names(names) == wanted == sorted(wanted)
 
 
-def test_a_folder_that_is_taken_is_left_alone_and_an_empty_one_is_filled(tmp_path: Path, capsys) -> None:
+def test_a_folder_that_is_taken_is_left_alone_and_an_empty_one_is_filled(tmp_path: Path, capsys, monkeypatch) -> None:
     (tmp_path / "out").mkdir()
     folder = exported(make_set(1, 8, zca=False, names=DIGITS), tmp_path)
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert "out: is there already" in refusal(capsys, "export", tmp_path / "some.safetensors", folder)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert ".: is there already" in refusal(capsys, "export", tmp_path / "some.safetensors", ".")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 

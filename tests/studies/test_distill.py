@@ -19,7 +19,7 @@ from ftd_lightning.models import build_network
 from ftd_lightning.shipped_configs import read_config
 from ftd_lightning.studies import distill as command
 from ftd_lightning.studies.compare import run_rows
-from ftd_lightning.studies.distill import Source, Survey, buildable_size, depth_of, find_source, plan_configs, plan_job
+from ftd_lightning.studies.distill import Survey, buildable_size, depth_of, find_source, plan_configs, plan_job
 from ftd_lightning.studies.fits import Deadline
 from ftd_lightning.studies.tables import is_better
 
@@ -46,7 +46,7 @@ def tiny(here, monkeypatch, in_process):
 
 def planned(found, tmp_path, *, gpu=False, **changes):
     """Give the contents of the configs of a plan, by phase, and the settings on real images."""
-    configs, real, size = plan_configs(found, Source("digits", None, "d"), tmp_path, {**COMMAND, **changes}, gpu=gpu)
+    configs, real, size = plan_configs(found, {"dataset": "digits"}, tmp_path, {**COMMAND, **changes}, gpu=gpu)
     named = dict(zip(("distill", "evaluate", "teacher"), configs, strict=True))
     contents = {phase: read_config(Path(of.config)) for phase, of in named.items() if of is not None}
     assert all(content["data"]["init_args"]["image_size"] == size for content in contents.values())
@@ -131,7 +131,7 @@ def test_what_cannot_be_planned_is_refused(tmp_path, refused):
         planned(CIFAR._replace(size=(60, 90), asked=True), tmp_path)
 
 
-def test_a_folder_is_decoded_once_at_the_size_of_the_plan(here, image_folder, monkeypatch, capsys):
+def test_a_folder_is_decoded_once_at_the_size_of_the_plan(here, image_folder, monkeypatch, capsys, refused):
     image_folder(here / "photos", ["cat", "dog"], count=10, size=(48, 40))
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
     decode, sizes = decoding.decode, []
@@ -160,7 +160,9 @@ def test_a_folder_is_decoded_once_at_the_size_of_the_plan(here, image_folder, mo
     options = ["--data.image_size", "16", "--data.val_fraction=0.5", "--data.test_fraction", "0.1"]
     job = plan_job(find_source("photos"), Path("other"), COMMAND, options)
     written = read_config(Path(job.evaluate.config))["data"]["init_args"]
-    assert (written["image_size"], written["val_fraction"]) == (16, 0.5)
+    assert (written["image_size"], written["val_fraction"], written["test_fraction"]) == (16, 0.5, 0.1)
+    with refused("photos/out", "would become a class of"):
+        plan_job(find_source("photos"), Path("photos/out"), COMMAND, [])
     assert {path.name for path in Path("photos").iterdir()} == {"cat", "dog"}
 
 
@@ -258,13 +260,14 @@ def test_anybodys_datasets_become_a_set(tiny, monkeypatch):
     train, test = (images[:300], labels[:300]), (images[300:400], labels[300:400])
     plan = command.plan_job
     monkeypatch.setattr(command, "plan_job", lambda *given: plan(*given[:3], [*given[3], *TINY]))
-    options = {"ipc": 2, "method": "mtt", "out": "out", "class_names": list(NAMES), "batch_size": 16}
+    options = {"ipc": (2,) * 10, "method": "mtt", "out": "out", "class_names": NAMES, "batch_size": 16}
+    options |= {"image_size": 8, "batch": None}
     synthetic = ftd_lightning.distill(train, test, **options)
     assert synthetic.images.shape == (20, 1, 8, 8)
     assert synthetic.ema_images is None
     assert tuple(synthetic.class_names) == NAMES
     saved = yaml.safe_load(next(Path("out/fits").glob("teacher_*/config.yaml")).read_text())
-    assert saved["data"]["init_args"]["batch_size"] == 16
+    assert (saved["data"]["init_args"]["batch_size"], saved["data"]["init_args"]["image_size"]) == (16, 8)
     assert list(json.loads(Path("out/results.json").read_text())["accuracy"]) == ["random", "mtt", "real"]
     done = len(tiny.commands)
     assert torch.equal(ftd_lightning.distill(train, test, **options).images, synthetic.images)
@@ -285,6 +288,15 @@ def test_published_settings_are_taken_from_a_config(here, capsys):
     assert "--data.ema=true" in evaluation.options
     job = planned_from("digits/distill_dm", method="dm")
     assert [fit.config.stem for fit in job.fits_of("dm").each()] == ["distill_dm", "evaluate"]
+
+
+def test_a_job_by_a_config_is_named_after_it(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "plan_job", lambda *given: seen.append(given[2]["method"]))
+    monkeypatch.setattr(command, "run_job", lambda *given: True)
+    for config in ("digits/distill_dm", "digits/distill_ftd_ipc1"):
+        command.distill_source("digits", ipc=1, out=Path("out"), config=config)
+    assert seen == ["dm", "ftd"]
 
 
 def test_bad_input_is_one_line(here, capsys, refused):

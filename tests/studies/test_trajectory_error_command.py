@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import refusal, small_data
+from fits import record, refusal, small_data
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from ftd_lightning import SyntheticSet, TrajectoryStore, cli
+from ftd_lightning import DistillationDataModule, SyntheticSet, TrajectoryStore, cli
 from ftd_lightning.contracts import Images
 from ftd_lightning.errors import DivergenceError
 from ftd_lightning.functional import flatten_parameters, load_flat
@@ -20,6 +20,7 @@ from ftd_lightning.studies.trajectory_error import (
     TrajectoryErrorCurve,
     mean_loss,
     measure_trajectory_error,
+    real_images,
 )
 
 NETWORK = {"name": "convnet", "options": {"width": 4, "depth": 1}, "in_channels": 1, "num_classes": 10, "image_size": 8}
@@ -183,6 +184,18 @@ def test_the_command_writes_a_curve_a_plot_and_a_table(here: Path, trajectories:
     last = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 4 |"))
     assert f"{curve['mean']['evaluation'][-1]:.4f}" in last
     assert f"{curve['mean']['epsilon'][-1]:.4f}" in last
+
+
+def test_images_in_a_folder_are_found_as_the_teachers_saw_them(tmp_path: Path, image_folder) -> None:
+    for name in ("parts/train", "parts/val", "parts/test", "flat"):
+        image_folder(tmp_path / name, ["ant", "bee"], count=10, size=(8, 8), seed=len(name))
+    for name, options in (("parts", {}), ("flat", {"test_fraction": 0.4})):
+        root, file = str(tmp_path / name), tmp_path / "set.safetensors"
+        data = DistillationDataModule("folder", root, synthetic="random", ipc=1, **options)
+        data.training_set().save(file)
+        store = record(tmp_path / f"{name} store", data=DistillationDataModule("folder", root, **options), teachers=1)
+        found = real_images(TrajectoryStore(store), file, None, root)
+        assert torch.equal(found.part("test").images, data.part("test").images)
 
 
 def test_options_and_a_second_run_in_the_folder_of_the_set(here: Path) -> None:
