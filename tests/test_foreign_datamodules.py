@@ -1,5 +1,6 @@
 """DataModules in the shapes of public projects go through all phases in a plain Trainer, and from the command line."""
 
+import json
 import sys
 
 import pytest
@@ -21,6 +22,7 @@ from ftd_lightning import (
 )
 from ftd_lightning.callbacks import TrajectoryRecorder
 from ftd_lightning.data import get_dataset
+from ftd_lightning.studies.plots import count_images
 
 pl = pytest.importorskip("pytorch_lightning")
 NAMES = [f"digit {i}" for i in range(10)]
@@ -166,6 +168,25 @@ def test_other_datamodules_go_through_all_phases(shape, tmp_path):
     pictures = last.transform.invert(last.train.images)
     assert -1e-6 <= float(pictures.min()) < 0.01
     assert 0.99 < float(pictures.max()) <= 1 + 1e-6
+
+
+def test_a_comparison_counts_the_images_of_a_wrapped_datamodule(tmp_path):
+    given = {"datamodule": {"class_path": f"{__name__}.Normalised", "init_args": {"size": 20}}}
+    settings = {**given, "synthetic": "random", "ipc": 2, "batch_size": 256, "ema": False}
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": {"init_args": settings}}))
+    found = count_images(tmp_path)
+    assert (found["images"], found["training_images"], found["test_images"]) == (20, 200, 40)
+
+
+def test_networks_are_tested_on_another_datamodule_in_a_process_of_their_own(tmp_path):
+    module = SyntheticEvaluation(network, networks=1, augment="", lr=0.1)
+    trainer = make_trainer(tmp_path, max_epochs=2)
+    trainer.fit(module, datamodule=Normalised())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer.test(module, datamodule=Normalised(), verbose=False)
+    again = SyntheticEvaluation.load_from_checkpoint(tmp_path / "last.ckpt", network=network)
+    make_trainer(tmp_path / "test").test(again, datamodule=Normalised(), verbose=False)
+    assert again.results["each"] == module.results["each"]
 
 
 @pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])

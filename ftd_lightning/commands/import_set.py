@@ -201,11 +201,12 @@ def import_set(
 
 
 def _are_parameters(arguments: Sequence[str]) -> bool:
-    """Tell whether the first argument is a file of parameters; of two files alone it has to be one."""
-    if len(arguments) == 2 and arguments[0].endswith(".safetensors"):
+    """Tell whether the first file is one of parameters; of two files alone it has to be one."""
+    first = next((argument for argument in arguments if argument.endswith(".safetensors")), "")
+    if len(arguments) == 2 and first == arguments[0]:
         return True
     try:
-        return bool(arguments) and TensorFile(Path(arguments[0])).kind == PARAMETERS
+        return TensorFile(Path(first)).kind == PARAMETERS
     except InputError:
         return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from jsonargparse import ArgumentParser
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -31,7 +32,9 @@ def count_images(folder: Path) -> dict[str, Any]:
     if "numbers_stored" in found:
         return found
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
-    data = DistillationDataModule(**settings)
+    parser = ArgumentParser()
+    parser.add_class_arguments(DistillationDataModule, "data")  # which may wrap a module that has a class path
+    data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
     synthetic = data.training_set()
     assert synthetic is not None, "an evaluation has a set"
     pictures, names = synthetic.pictures(ema=settings["ema"]), synthetic.class_names

@@ -98,6 +98,13 @@ def _epochs_read(configs: Published, overrides: Sequence[str]) -> int | None:
     return last if last < teacher["epochs"] else None
 
 
+def _holds_images_out(distill: Settings, overrides: Sequence[str]) -> bool:
+    """Tell whether there are images to choose an iterate by, or the distillation will report what is wrong."""
+    options = [*distill.options(), *split_by_phase(overrides)["distill"]]
+    settings = resolved(Path(str(distill.config)), options)
+    return settings is None or settings["data"]["init_args"].get("val_fraction") != 0
+
+
 def plan(
     dataset: str,
     ipc: int,
@@ -123,7 +130,8 @@ def plan(
         options: dict[str, Any] = {"distill": distill, "teachers": method, "ema": ema}
         label = f"{method.upper()}, {images} images"
         rows[f"{method}{suffix}"] = Row(label, **options)
-        rows[f"{method}{suffix}-chosen"] = Row(f"{label} chosen on held-out", iterate="chosen", **options)
+        if _holds_images_out(distill, overrides):
+            rows[f"{method}{suffix}-chosen"] = Row(f"{label} chosen on held-out", iterate="chosen", **options)
     asked = [teachers, iterations, epochs, teacher_epochs, *overrides]
     changed = any(value is not None for value in asked)
     name = hashlib.blake2b(json.dumps(asked).encode(), digest_size=3).hexdigest() if changed else "published"

@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def there_and_back(synthetic: SyntheticSet, capsys) -> SyntheticSet:
     synthetic.save("set.safetensors")
     cli.main(["export", "set.safetensors", "out", "--format", "parameters"])
-    cli.main(["import", FILE, "back.safetensors"])
+    cli.main(["import", "--root", "data", FILE, "back.safetensors"])
     assert f"{len(synthetic.images)} images, bit for bit those that were exported" in capsys.readouterr().out
     return SyntheticSet.load("back.safetensors")
 

@@ -43,6 +43,11 @@ def test_teachers_are_as_long_as_they_are_read(here: Path) -> None:
     assert length(ipc=1, teacher_epochs=0) == 50
 
 
+def test_nothing_is_chosen_where_no_images_are_held_out(here: Path) -> None:
+    assert list(plan("digits", 1, "mtt").rows) == ["mtt", "mtt-chosen"]
+    assert list(plan("digits", 1, "mtt", overrides=["--data.val_fraction", "0"]).rows) == ["mtt"]
+
+
 def test_subsets_share_configs(here: Path) -> None:
     woof = plan("imagewoof", 10, "ftd")
     assert woof.folder.parent == Path("runs/imagewoof")
