@@ -178,14 +178,24 @@ def test_a_comparison_counts_the_images_of_a_wrapped_datamodule(tmp_path):
     assert (found["images"], found["training_images"], found["test_images"]) == (20, 200, 40)
 
 
-def test_networks_are_tested_on_another_datamodule_in_a_process_of_their_own(tmp_path):
+class Staged(Loaders, LightningDataModule):
+    """Reads the images of a stage alone."""
+
+    size = 32
+
+    def setup(self, stage):
+        names = ("train", "val") if stage == "fit" else ("test",)
+        self.parts = {name: Digits(name == "train", transforms.ToTensor()) for name in names}
+
+
+def test_loaded_networks_are_tested_without_training_images(tmp_path):
     module = SyntheticEvaluation(network, networks=1, augment="", lr=0.1)
     trainer = make_trainer(tmp_path, max_epochs=2)
-    trainer.fit(module, datamodule=Normalised())
+    trainer.fit(module, datamodule=Staged())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    trainer.test(module, datamodule=Normalised(), verbose=False)
+    trainer.test(module, datamodule=Staged(), verbose=False)
     again = SyntheticEvaluation.load_from_checkpoint(tmp_path / "last.ckpt", network=network)
-    make_trainer(tmp_path / "test").test(again, datamodule=Normalised(), verbose=False)
+    make_trainer(tmp_path / "test").test(again, datamodule=Staged(), verbose=False)
     assert again.results["each"] == module.results["each"]
 
 

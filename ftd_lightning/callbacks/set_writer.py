@@ -28,7 +28,8 @@ FREE = (*HARMLESS, "measure_every")  # settings that change no set
 def _identity(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata and settings that differ between sets of different runs."""
     settings = {key: value for key, value in metadata.get("settings", {}).items() if key not in FREE}
-    return {**settings, **{key: metadata[key] for key in ("method", "dataset", "network") if key in metadata}}
+    keys = ("method", "dataset", "network", "backbone")
+    return {**settings, **{key: metadata[key] for key in keys if key in metadata}}
 
 
 def summary(metadata: Mapping[str, Any]) -> str:

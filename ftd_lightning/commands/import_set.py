@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,14 +202,16 @@ def import_set(
 
 
 def _are_parameters(arguments: Sequence[str]) -> bool:
-    """Tell whether the first file is one of parameters; of two files alone it has to be one."""
-    first = next((argument for argument in arguments if argument.endswith(".safetensors")), "")
-    if len(arguments) == 2 and first == arguments[0]:
+    """Tell whether a file of parameters is given; of two files alone the first has to be one."""
+    if len(arguments) == 2 and arguments[0].endswith(".safetensors"):
         return True
-    try:
-        return TensorFile(Path(first)).kind == PARAMETERS
-    except InputError:
+
+    def is_one(argument: str) -> bool:
+        with suppress(InputError):
+            return TensorFile(Path(argument)).kind == PARAMETERS
         return False
+
+    return any(is_one(argument) for argument in arguments if not argument.startswith("-"))
 
 
 def main(arguments: Sequence[str]) -> None:

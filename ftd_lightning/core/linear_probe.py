@@ -129,7 +129,8 @@ class LinearProbe(nn.Module):
 
     def backbone_fingerprint(self) -> str:
         """Hash the weights of the backbone, and how it is printed: its layers."""
-        weights = fingerprint(*(value.float() for value in self.backbone.state_dict().values()))
+        state = self.backbone.state_dict().values()
+        weights = fingerprint(*(value.float() for value in state if isinstance(value, Tensor)))
         layers = re.sub(r" at 0x[0-9a-f]+", "", repr(self.backbone))  # addresses of functions
         return hashlib.blake2b(f"{weights}{layers}".encode(), digest_size=16).hexdigest()
 

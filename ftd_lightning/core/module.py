@@ -178,10 +178,10 @@ class BaseModule(LightningModule):
     def inputs(self) -> dict[str, Any]:
         """Describe what a fit begins with beside its settings, as JSON holds it.
 
-        That is its images, or the set in their place, and its network, whose frozen part no setting identifies.
+        That is its images, or the set in their place, and a frozen backbone.
         """
         data = None if self.data is None else resume.as_json(self.data.metadata())
-        return {"data": data, "set": self._training_set(), "network": resume.as_json(self.fresh.describe())}
+        return {"data": data, "set": self._training_set(), "backbone": self.fresh.backbone}
 
     def generator(self, *keys: int | str) -> torch.Generator:
         """Return a CPU generator for a purpose; equal keys give equal numbers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +85,12 @@ class NetworkFactory:
             named = {"name": self.network, "options": self.options, **self.shape._asdict()}
         # No reader of a file imports a network, so files record the parameters of networks from elsewhere.
         return named if named.get("name") in NETWORKS else {**describe_network(self.architecture()), **named}
+
+    @cached_property
+    def backbone(self) -> str | None:
+        """The fingerprint of a linear probe's backbone, which its description does not identify; None for others."""
+        found = getattr(self.architecture(), "backbone_fingerprint", None)
+        return found() if callable(found) else None
 
 
 def refuse_object(network: Network | None) -> None:

@@ -140,9 +140,11 @@ def find_parts(request: Request) -> tuple[tuple[str, ...], dict[str, LabelledFil
     """List, unopened, the names of the classes and the parts: "train", "test" and, if all three have folders, "val"."""
     root, tree = request.root, ImageTree(request.root)
     there = [name for name in PARTS if (root / name).is_dir()]
-    beside = sorted(path for path in root.iterdir() if path.name not in there) if root.is_dir() else []
-    odd = [path for path in beside if path.name.lower() in LIKE_PARTS and path.is_dir()]
-    refuse_folders(f"would not be read as a part; rename it to {', '.join(PARTS[:-1])} or test, or move it away", odd)
+    known = [root / name for name in there]
+    beside = [path for path in sorted(root.glob("[!.]*")) if path.is_dir() and not any(map(path.samefile, known))]
+    odd = [path for path in beside if path.name.lower() in LIKE_PARTS]
+    if there or odd == beside:
+        refuse_folders(f"would not be read as a part; rename it to {', '.join(PARTS[:-1])} or test, or move it", odd)
     if not there:
         classes = _class_folders(root)
         parts = _split(tree.part(classes), classes, request.test_fraction)

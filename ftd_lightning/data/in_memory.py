@@ -117,8 +117,8 @@ def read_images(
     """Read a torch dataset of (image, label) or a pair of tensors into memory, resized to ``image_size``.
 
     Images are Pillow images, tensors (C, H, W) or (H, W), arrays (H, W, C) or (H, W); or all of them, (N, C, H, W),
-    (N, H, W) or, as an array, (N, H, W, C). They are pictures, or with a ``transform`` normalised already. ``part`` is
-    named in messages.
+    (N, H, W) or, as an array with C <= 4 < H, (N, H, W, C). They are pictures, or with a ``transform`` normalised
+    already. ``part`` is named in messages.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
         return joined([as_batch(data[0], data[1], part)], part, image_size, transform)
@@ -155,11 +155,11 @@ def classes_of(dataset: Any, labels: Tensor) -> Sequence[str] | None:
 
 
 def as_batch(images: Any, labels: Any, part: str) -> Batch:
-    """Check a batch of images (B, C, H, W), (B, H, W) or, in an array of numpy, (B, H, W, C) with labels (B,)."""
+    """Check a batch of images (B, C, H, W), (B, H, W) or, as an array of numpy with C <= 4 < H, (B, H, W, C)."""
     if not isinstance(images, Tensor | np.ndarray) or images.ndim not in (3, 4):
         found = getattr(images, "shape", type(images).__name__)
         raise InputError(f"{part}: images must be Pillow images or tensors (C, H, W), this is {found}")
-    if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[3] in (1, 3) and images.shape[1] > 4:
+    if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[3] <= 4 < images.shape[1]:
         images = images.transpose(0, 3, 1, 2)
     pictures, labels = torch.as_tensor(images).detach().cpu(), _as_labels(labels, part)
     pictures = pictures.unsqueeze(1) if pictures.ndim == 3 else pictures

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from ftd_lightning.contracts import Part
 
 
+def share_of(count: int, share: float) -> int:
+    """Return how many of a class's images a share is; one is always left."""
+    return min(round(share * count), max(count - 1, 0))
+
+
 def sample_per_class(labels: Tensor, count: Ipc | float, generator: torch.Generator) -> Tensor:
     """Draw images of every class, a number as for ``images_per_class`` or a share in [0, 1) (float) that leaves one.
 
@@ -23,10 +28,7 @@ def sample_per_class(labels: Tensor, count: Ipc | float, generator: torch.Genera
         Indices, class by class; an InputError refuses more images than a class has.
     """
     there = labels.bincount().tolist()
-    if isinstance(count, float):
-        counts = [min(round(count * size), max(size - 1, 0)) for size in there]
-    else:
-        counts = images_per_class(count, there)
+    counts = [share_of(size, count) for size in there] if isinstance(count, float) else images_per_class(count, there)
     chosen = []
     for label, wanted in enumerate(counts):
         members = (labels == label).nonzero().squeeze(1)

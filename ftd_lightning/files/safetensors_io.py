@@ -210,7 +210,7 @@ class TensorFile:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder beside ``folder`` to fill; on a clean exit it becomes ``folder``, otherwise it is removed."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
-        raise InputError(f"{folder}: is there already and not an empty folder below this one; name another")
+        raise InputError(f"{folder}: is there already and not an empty folder, or is the current one; name another")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed

@@ -27,14 +27,11 @@ SHAPE = ("in_channels", "num_classes", "image_size")
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
-    """Describe a network by its parameters, and a linear probe by its backbone as well."""
+    """Describe a network by its parameters."""
     network = dict(network.named_children()).get("_orig_mod", network)  # of torch.compile
     kind = type(network)
     parameters = [[name, list(parameter.shape)] for name, parameter in network.named_parameters()]
-    described = {"name": f"{kind.__module__}.{kind.__qualname__}", "parameters": parameters}
-    if callable(of_backbone := getattr(network, "backbone_fingerprint", None)):
-        described["backbone"] = of_backbone()
-    return described
+    return {"name": f"{kind.__module__}.{kind.__qualname__}", "parameters": parameters}
 
 
 def parameter_shapes(description: Mapping[str, Any]) -> Shapes:

@@ -20,7 +20,9 @@ from ftd_lightning.command_line import parse_command, with_values
 from ftd_lightning.core.evaluation import REAL_STEPS
 from ftd_lightning.data import DistillationDataModule
 from ftd_lightning.data.datasets import DATASETS
+from ftd_lightning.data.folder import PARTS
 from ftd_lightning.data.in_memory import read_datasets, write_images_file
+from ftd_lightning.data.splits import share_of
 from ftd_lightning.errors import InputError
 from ftd_lightning.files import SyntheticSet
 from ftd_lightning.files.safetensors_io import read_json, replacing, write_json
@@ -29,7 +31,7 @@ from ftd_lightning.shipped_configs import find_config, read_config
 from ftd_lightning.sizes import as_size, plain, sides, size_text
 from ftd_lightning.studies.compare import run_rows, write_results
 from ftd_lightning.studies.comparison import Comparison, Row, Teachers
-from ftd_lightning.studies.fits import WHERE, Deadline, Settings, UnfinishedError, run_child, split_by_phase
+from ftd_lightning.studies.fits import PHASES, WHERE, Deadline, Settings, UnfinishedError, run_child, split_by_phase
 from ftd_lightning.studies.reproduce import Published, belonging
 from ftd_lightning.studies.tables import copy_set, short_table, summarize, verdict
 
@@ -82,12 +84,12 @@ class Survey(NamedTuple):
     def used(self, limit: int | None) -> tuple[int, int]:
         """Count the images that are trained on and those that are held out, at most ``limit`` of a class together."""
         kept = [min(count, limit or count) for count in self.train]
-        held_out = sum(round(self.val_fraction * count) for count in kept)
+        held_out = sum(share_of(count, self.val_fraction) for count in kept)
         return sum(kept) - held_out, held_out + self.val
 
     def resolved(self, ipc: Ipc | str) -> Ipc:
         """Return ``ipc``, "auto" by the images that are not held out; more than a class has of these are refused."""
-        left = [count - round(self.val_fraction * count) for count in self.train]
+        left = [count - share_of(count, self.val_fraction) for count in self.train]
         if isinstance(ipc, str):
             shares = [max(round(AUTO * count), 1) for count in left]
             return shares if len(set(shares)) > 1 else shares[0]
@@ -151,7 +153,7 @@ def plan_configs(
     least = max(20, math.ceil((max(each) + 0.5) / (1 - found.val_fraction)))  # the initial images are not held out
     per_class = min(max(affordable, least), largest)
     used, held_out = found.used(per_class)
-    batch_size = int(min(max(2 ** round(math.log2(max(used, 80) / 10)), 8), 256))
+    batch_size = images.get("batch_size") or int(min(max(2 ** round(math.log2(max(used, 80) / 10)), 8), 256))
     steps = math.ceil(used / batch_size)
     epochs = min(max(math.ceil(TEACHER_STEPS / steps), 8), 40)
     # As many networks, and epochs of each, as its share of the budget allows: 3 at least.
@@ -266,13 +268,19 @@ def _say(title: str, data: DistillationDataModule, found: Survey) -> None:
         print(f"warning: few test images, {least} in the smallest class: {uncertain}; add some")
 
 
+def _is_among_images(out: Path, root: Path) -> bool:
+    """Tell whether a folder would be read as a class, or for its pictures; hidden ones are not."""
+    inside = out.relative_to(root).parts if out.is_relative_to(root) else ()
+    hidden = any(part.startswith(".") for part in inside)
+    return bool(inside) and not hidden and (inside[0] in PARTS or not (root / "train").is_dir())
+
+
 def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: Sequence[str]) -> Comparison:
     """Plan a job and print the plan, which ``out/plan.json`` records; another command is refused in that folder."""
     ipc, method, config = (command[key] for key in ("ipc", "method", "config"))
     recorded = read_json(out / PLAN)
-    root = Path(str(source.root)).resolve()
-    if source.name == "folder" and out.resolve().parent == root and not (root / "train").is_dir():
-        raise InputError(f"{out}: would become a class of {source.root}; name a folder elsewhere")
+    if source.name == "folder" and _is_among_images(out.resolve(), Path(str(source.root)).resolve()):
+        raise InputError(f"{out}: is among the images of {source.root}; name a folder elsewhere")
     if not recorded and out.exists() and (not out.is_dir() or any(entry.name != "data" for entry in out.iterdir())):
         raise InputError(f"{out}: is not empty and holds no {PLAN}; name another folder")
     gpu = torch.cuda.is_available()
@@ -302,7 +310,10 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         distillation, ema = configs.distill.having(trainer={"callbacks+": [UNMEASURED]}), configs.averages_images
     else:
         # Configs are programs: they are written again, never read from the folder.
-        configs, real, options["image_size"] = plan_configs(found, options, out, {**command, "ipc": ipc}, gpu=gpu)
+        groups = with_values(overrides)
+        of_all = [each for group in groups if group[0][2:].partition(".")[0] not in PHASES for each in group]
+        images = {key: options[key] for key in ("dataset", "root") if key in options} | _data_options(of_all)
+        configs, real, options["image_size"] = plan_configs(found, images, out, {**command, "ipc": ipc}, gpu=gpu)
         distillation = configs.distill
         if real.data:
             label = f"{real.data['max_per_class']} real images per class"
@@ -314,7 +325,7 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
     write_json(out / PLAN, content)
     count = f"{min(ipc)} to {max(ipc)}" if isinstance(ipc, list) else ipc
     each, teachers = f"{count} per class", configs.teacher
-    title = f"{method.upper().replace('RAT-', 'RaT-')}, {each}"
+    title = f"{method.upper().replace('RAT-', 'RaT-') if config is None else Path(config).stem}, {each}"
     where = [] if source.root is None else [f"--data.root={source.root}"]
     return Comparison(
         title=f"{source.title}, {count} image{'s' * (count != 1)} per class",
@@ -430,8 +441,6 @@ def distill_source(
         raise InputError("--config names all settings; leave out --minutes, or --config")
     minutes = MINUTES if minutes is None and config is None else minutes
     end = Deadline(minutes)
-    if config is not None:
-        method = Path(config).stem.removeprefix("distill_").partition("_ipc")[0]
     command = {"ipc": ipc, "method": method, "minutes": minutes, "config": config, "seed": seed}
     job = plan_job(find_source(source), out, command, overrides)
     if not run_job(job, out, command, end, Deadline(stop_after)):

@@ -119,15 +119,13 @@ def resolved(config: Path, options: Sequence[str]) -> dict[str, Any] | None:
     return _resolved(config, config.read_bytes(), tuple(options))
 
 
-def by_contents(value: Any) -> Any:
-    """Replace the path of a file by its hash, and that of a trajectory store by its teachers."""
-    path = Path(str(value)).expanduser()
-    if path.is_file():
-        return hashlib.blake2b(path.read_bytes()).hexdigest()
-    if any(path.glob("teacher_*.safetensors")):
-        store = TrajectoryStore(path)
-        return [store.teacher_metadata(index) for index in range(len(store))]
-    return value
+def teachers_of(network: Any) -> Any:
+    """Replace the folder of a trajectory store, a backbone, by descriptions of its teachers; others stay."""
+    with suppress(OSError, RuntimeError):  # a name that is too long for a path, or of a user that is not there
+        if isinstance(network, str) and any(Path(network).expanduser().glob("teacher_*.safetensors")):
+            store = TrajectoryStore(network)
+            return [store.teacher_metadata(index) for index in range(len(store))]
+    return network
 
 
 class FitNames:
@@ -168,9 +166,11 @@ class FitNames:
             del settings["config"]
             model, data = ((settings.get(part) or {}).get("init_args") or {} for part in ("model", "data"))
             trainer, contents = settings["trainer"], self._contents(data)
-            for given, key in ((model, "init"), (model, "network"), (model.get("network_options") or {}, "backbone")):
+            if (start := Path(str(model.get("init"))).expanduser()).is_file():
+                model["init"] = hashlib.blake2b(start.read_bytes()).hexdigest()
+            for given, key in ((model, "network"), (model.get("network_options") or {}, "backbone")):
                 if key in given:
-                    given[key] = by_contents(given[key])
+                    given[key] = teachers_of(given[key])
             for values, keys in ((data, NO_RESULT["data"]), (trainer, NO_RESULT["trainer"])):
                 for key in keys:
                     values.pop(key, None)

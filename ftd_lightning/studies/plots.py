@@ -32,7 +32,7 @@ def count_images(folder: Path) -> dict[str, Any]:
     if "numbers_stored" in found:
         return found
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
-    parser = ArgumentParser()
+    parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DistillationDataModule, "data")  # which may wrap a module that has a class path
     data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
     synthetic = data.training_set()

@@ -199,7 +199,7 @@ class RankedSet:
             "lesson": fingerprint(*lesson),
             "version": minor_version(),
             "data": self.data.describe(),
-            "network": self.fresh.describe(),
+            "network": [self.fresh.describe(), self.fresh.backbone],
             "protocol": asdict(protocol),
             "seed": seed,
             "index": index,

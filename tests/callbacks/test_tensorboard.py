@@ -79,13 +79,13 @@ def test_a_distillation_shows_scalars_pictures_histograms_and_settings(tmp_path:
 
 
 def test_foreign_modules_of_unknown_length_are_left_alone(tmp_path: Path) -> None:
-    class Endless(IterableDataset):
+    class Stream(IterableDataset):
         def __iter__(self):
-            return iter(lambda: torch.zeros(2, 32), None)
+            return iter(torch.zeros(3, 2, 32))
 
-    trainer = make_trainer(tmp_path, max_steps=3, callbacks=[TensorBoardPictures()])
-    trainer.fit(BoringModel(), DataLoader(Endless(), batch_size=None))
-    assert trainer.global_step == 3
+    trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[TensorBoardPictures()])
+    trainer.fit(BoringModel(), DataLoader(Stream(), batch_size=None))
+    assert trainer.global_step == 6
 
 
 def test_an_evaluation_shows_the_result_of_its_test(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def test_wrong_layouts_are_refused(tmp_path, image_folder, refused):
     for part in ("train", "test", "valid"):
         image_folder(tmp_path / "e" / part, CLASSES)
     check("e/valid", "would not be read as a part")
+    assert ready(image_folder(tmp_path / "f", ["invalid", "valid"])).class_names == ["invalid", "valid"]
 
 
 def test_chosen_classes_are_counted_by_headers_alone(flat, monkeypatch):
@@ -140,12 +141,14 @@ def test_the_last_image_of_a_class_is_never_held_out(tmp_path, image_folder):
     assert data.train.labels.bincount().tolist()[0] == 1
 
 
-def test_a_set_of_another_test_part_is_refused(flat, tmp_path, refused):
-    made = ready(flat, synthetic="random", ipc=1, test_fraction=0.4).training_set()
+def test_a_set_that_may_have_seen_test_images_is_refused(flat, tmp_path, refused):
+    made = ready(flat, synthetic="random", ipc=1, test_fraction=0.3).training_set()
     made.save(tmp_path / "set.safetensors")
-    ready(flat, synthetic=str(tmp_path / "set.safetensors"), test_fraction=0.4)
-    with refused("set.safetensors", "data.test_fraction=0.4, not 0.2"):
-        ready(flat, synthetic=str(tmp_path / "set.safetensors"))
+    larger, smaller = (set(keys(data.test, data)) for data in (ready(flat, test_fraction=f) for f in (0.3, 0.2)))
+    assert smaller < larger
+    ready(flat, synthetic=str(tmp_path / "set.safetensors"), test_fraction=0.2)
+    with refused("set.safetensors", "has seen test images"):
+        ready(flat, synthetic=str(tmp_path / "set.safetensors"), test_fraction=0.4)
 
 
 # Parts
