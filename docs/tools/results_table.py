@@ -66,12 +66,14 @@ METHODS: dict[str, tuple[str, float | None, str]] = {
     "ftd": ("FTD", 46.8, "nothing else"),
 }
 ONE, TEN = "CIFAR-10, 1 image per class", "CIFAR-10, 10 images per class"
-DECODED, IPC10 = "cifar10/study_decoders_w32", "cifar10/study_ipc10_w32"
+DECODED, IPC10, WIDE = (f"cifar10/study_{name}" for name in ("decoders_w32", "ipc10_w32", "ipc1_w128"))
 SMALL, STORAGE = "width 32", "CIFAR-10, storage of 1 image per class, FTD +"
 # Cell; published accuracy in per cent (PAPER, METHODS; FreD's and GSDD's by GSDD's Table 15); size; config of the
 # record; a row for each seed. The first ones are README's.
-IN_README = 6
+IN_README = 9
 OVERVIEW: list[tuple[str, float | None, str, str, list[str]]] = [
+    (f"{ONE}, MTT", 46.2, "width 128, teachers 4 x 3", WIDE, ["mtt"]),
+    (f"{ONE}, FTD", 46.8, "width 128, teachers 4 x 3", WIDE, ["ftd"]),
     (f"{ONE}, MTT", 46.2, f"{SMALL}, teachers 10 x 4", "cifar10/compare_w32_ipc1", ["mtt"]),
     (f"{ONE}, FTD", 46.8, f"{SMALL}, teachers 10 x 4", "cifar10/compare_w32_ipc1", ["ftd-raw"]),
     *(
@@ -233,6 +235,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "decoders_digits": (DECODERS, lambda: of_config("digits/study_decoders", STORED)),
     "backbone_digits": (ENCODERS, lambda: of_config("digits/study_backbone", seed_lines)),
     "backbone": (ENCODERS, lambda: of_config("study_backbone_w32", seed_lines)),
+    "ipc1": (REPRODUCTION, lambda: of_config("study_ipc1_w128", seed_lines)),
     "ipc10": (REPRODUCTION, lambda: of_config("study_ipc10_w32", seed_lines)),
     "status": (Path("README.md"), lambda: markdown_table([line[:5] for line in overview_lines()[: 1 + IN_README]])),
     "overview": (REPRODUCTION, lambda: markdown_table(overview_lines())),
