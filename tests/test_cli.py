@@ -156,6 +156,13 @@ def test_a_fit_tells_its_outcome_and_is_done_once(capsys, caplog) -> None:
     assert capsys.readouterr().out == f"next: ftd {follows}\n"
 
 
+def test_the_next_fit_after_a_backbone_takes_it_as_its_network(capsys) -> None:
+    cli.main(["fit", "--config=digits/teacher_backbone", *QUIET, *TEACHERS])
+    (follows,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    store = "runs/digits/teacher_backbone/trajectories"
+    assert follows == f"next: ftd fit --config digits/distill_backbone_ipc1 --model.network {store}"
+
+
 def test_a_result_is_that_of_trained_networks(capsys) -> None:
     arguments = [*EVALUATE, "--trainer.max_epochs=60", "--model.lr=0.1", "--data.synthetic=random", "--data.ipc=2"]
     results = fit("digits/evaluate", *arguments).model.results

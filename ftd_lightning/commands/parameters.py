@@ -70,7 +70,8 @@ def export_parameters(path: Path, folder: Path, *, ema: bool = False) -> int:
 def needs_images(file: TensorFile) -> bool:
     """Tell whether the whitening was left out, which an import fits on the data set's images again."""
     whitened = file.metadata["transform"].get("kind") == "zca"
-    return whitened and not file.with_prefix(PREFIX) and _found_again(_dataset(file.metadata))
+    there = any(name.startswith(PREFIX) for name in file.names)
+    return whitened and not there and _found_again(_dataset(file.metadata))
 
 
 def _transform(file: TensorFile, root: Path) -> ImageTransform:

@@ -144,7 +144,7 @@ def find_parts(request: Request) -> tuple[tuple[str, ...], dict[str, LabelledFil
     beside = [path for path in sorted(root.glob("[!.]*")) if path.is_dir() and not any(map(path.samefile, known))]
     odd = [path for path in beside if path.name.lower() in LIKE_PARTS]
     if there or odd == beside:
-        refuse_folders(f"would not be read as a part; rename it to {', '.join(PARTS[:-1])} or test, or move it", odd)
+        refuse_folders("would not be read as a part; rename it to train, val or test, or move it", odd)
     if not there:
         classes = _class_folders(root)
         parts = _split(tree.part(classes), classes, request.test_fraction)

@@ -310,7 +310,7 @@ def plan_job(source: Source, out: Path, command: Mapping[str, Any], overrides: S
         distillation, ema = configs.distill.having(trainer={"callbacks+": [UNMEASURED]}), configs.averages_images
     else:
         # Configs are programs: they are written again, never read from the folder.
-        groups = with_values(overrides)
+        groups = with_values(overrides)  # options of one phase are written into no config
         of_all = [each for group in groups if group[0][2:].partition(".")[0] not in PHASES for each in group]
         images = {key: options[key] for key in ("dataset", "root") if key in options} | _data_options(of_all)
         configs, real, options["image_size"] = plan_configs(found, images, out, {**command, "ipc": ipc}, gpu=gpu)

@@ -122,8 +122,8 @@ def resolved(config: Path, options: Sequence[str]) -> dict[str, Any] | None:
 def teachers_of(network: Any) -> Any:
     """Replace the folder of a trajectory store, a backbone, by descriptions of its teachers; others stay."""
     with suppress(OSError, RuntimeError):  # a name that is too long for a path, or of a user that is not there
-        if isinstance(network, str) and any(Path(network).expanduser().glob("teacher_*.safetensors")):
-            store = TrajectoryStore(network)
+        if isinstance(network, str) and any((folder := Path(network).expanduser()).glob("teacher_*.safetensors")):
+            store = TrajectoryStore(folder)
             return [store.teacher_metadata(index) for index in range(len(store))]
     return network
 

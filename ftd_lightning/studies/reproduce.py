@@ -125,12 +125,12 @@ def plan(
     taught = Teachers(**vars(teacher.having(model={key: size for key, size in sizes.items() if size is not None})))
     distill = distill if iterations is None else distill.having(trainer={"max_steps": iterations})
     evaluate = evaluate if epochs is None else evaluate.having(trainer={"max_epochs": epochs})
-    rows = {}
+    rows, chooses = {}, _holds_images_out(distill, overrides)
     for suffix, ema, images in (("", False, "raw"), ("-ema", True, "averaged"))[: 1 + configs.averages_images]:
         options: dict[str, Any] = {"distill": distill, "teachers": method, "ema": ema}
         label = f"{method.upper()}, {images} images"
         rows[f"{method}{suffix}"] = Row(label, **options)
-        if _holds_images_out(distill, overrides):
+        if chooses:
             rows[f"{method}{suffix}-chosen"] = Row(f"{label} chosen on held-out", iterate="chosen", **options)
     asked = [teachers, iterations, epochs, teacher_epochs, *overrides]
     changed = any(value is not None for value in asked)
