@@ -262,13 +262,13 @@ def test_anybodys_datasets_become_a_set(tiny, monkeypatch):
     plan = command.plan_job
     monkeypatch.setattr(command, "plan_job", lambda *given: plan(*given[:3], [*given[3], *TINY]))
     options = {"ipc": (2,) * 10, "method": "mtt", "out": "out", "class_names": NAMES, "batch_size": 16}
-    options |= {"image_size": 16, "batch": None}
+    options |= {"image_size": 48, "batch": None}  # more than a plan of 30 minutes has by itself
     synthetic = ftd_lightning.distill(train, test, **options)
-    assert synthetic.images.shape == (20, 1, 16, 16)
+    assert synthetic.images.shape == (20, 1, 48, 48)
     assert synthetic.ema_images is None
     assert tuple(synthetic.class_names) == NAMES
     saved = yaml.safe_load(next(Path("out/fits").glob("teacher_*/config.yaml")).read_text())
-    assert (saved["data"]["init_args"]["batch_size"], saved["data"]["init_args"]["image_size"]) == (16, 16)
+    assert (saved["data"]["init_args"]["batch_size"], saved["data"]["init_args"]["image_size"]) == (16, 48)
     assert list(json.loads(Path("out/results.json").read_text())["accuracy"]) == ["random", "mtt", "real"]
     done = len(tiny.commands)
     assert torch.equal(ftd_lightning.distill(train, test, **options).images, synthetic.images)
